@@ -1,0 +1,1 @@
+"""Action-conditioned visual world models on the Conditional Diffusion Transformer (CDiT)."""

@@ -1,0 +1,59 @@
+"""Command lines from typed functions and dataclasses: help from docstrings, YAML files, one clear error, exit code 2."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from cdit.errors import UserError
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+T = TypeVar("T")
+
+
+def parse_config(
+    config_class: type[T],
+    description: str,
+    argv: Sequence[str] | None = None,
+    default_file: Path | str | None = None,
+) -> T:
+    """Reads a dataclass from `--config FILE` (YAML) and overrides such as `--model.depth 6`.
+
+    Args:
+        config_class: the dataclass; its attribute docstrings become the help text.
+        description: what `--help` says of the program.
+        argv: the arguments, by default those of the process.
+        default_file: the YAML file read when no `--config` is given.
+
+    Unknown or ill-typed fields end the process with a message that names them and exit code 2.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
+    parser.add_class_arguments(config_class, fail_untyped=True)
+    if default_file is not None and not any(a == "--config" or a.startswith("--config=") for a in argv):
+        argv = ["--config", str(default_file), *argv]
+    values = parser.parse_args(argv).as_dict()
+    values.pop("config", None)
+    return parser_instance(config_class, values)
+
+
+def parser_instance(config_class: type[T], values: dict[str, Any]) -> T:
+    """Builds a (nested) config dataclass from plain values, with the same checks as the command line."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(config_class, "it", fail_untyped=True)
+    return parser.instantiate(parser.parse_object({"it": values})).it
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Runs a command line's `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

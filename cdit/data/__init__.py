@@ -1,0 +1,1 @@
+"""Trajectories on disk (the GNM / NWM layout), windows over them, safe readers."""

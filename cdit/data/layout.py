@@ -1,0 +1,140 @@
+"""Trajectories on disk, in the layout of GNM, NoMaD and NWM (RECON, SCAND, HuRoN, TartanDrive):
+
+    <folder>/dataset.json                      what the dataset is (absent in datasets from elsewhere)
+    <folder>/splits/<split>/traj_names.txt     one trajectory name a line
+    <folder>/<trajectory>/0.jpg, 1.jpg, …      the frames, in time order
+    <folder>/<trajectory>/traj_data.pkl        dict(position (T, 2) metres, yaw (T,) radians); absent in video without poses
+
+At yaw 0 the camera looks along +x; yaw grows counter-clockwise; positions are world coordinates.
+"""
+
+import json
+import os
+import pickle
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torchvision.io import encode_jpeg
+
+from cdit.cli import parser_instance
+from cdit.errors import DataError
+
+FORMAT_VERSION = 1
+POSES = "traj_data.pkl"
+
+
+@dataclass
+class Camera:
+    """A pinhole camera with square pixels, as the recorded frames show it (after cropping)."""
+
+    width: int
+    """Frame width in pixels."""
+    height: int
+    """Frame height in pixels."""
+    horizontal_fov: float
+    """Full horizontal field of view in radians."""
+    eye_height: float
+    """Height of the camera above the floor in metres."""
+    pitch: float = 0.0
+    """Angle of the optical axis above the horizon in radians."""
+
+    @property
+    def focal_length(self) -> float:
+        """Focal length in pixels: width / 2 / tan(horizontal_fov / 2)."""
+        return self.width / 2 / float(np.tan(self.horizontal_fov / 2))
+
+
+@dataclass
+class DatasetInfo:
+    """The contents of `dataset.json`."""
+
+    name: str
+    """Name of the dataset."""
+    fps: float = 4.0
+    """Recorded frames a second."""
+    metric_waypoint_spacing: float | None = None
+    """Typical distance between consecutive frames in metres, the unit of normalised actions; None without poses."""
+    has_actions: bool = True
+    """Whether trajectories carry poses."""
+    camera: Camera | None = None
+    """The camera, where it is known."""
+    source: dict[str, Any] = field(default_factory=dict)
+    """How the dataset was made: recipe options, maps, seed, engine version."""
+    version: int = FORMAT_VERSION
+    """Version of this format."""
+
+    def save(self, folder: Path) -> None:
+        """Writes `<folder>/dataset.json`, whole or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / "dataset.json.partial"
+        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        os.replace(partial, folder / "dataset.json")
+
+    @classmethod
+    def load(cls, folder: Path) -> "DatasetInfo | None":
+        """Reads `<folder>/dataset.json`; None where there is none.
+
+        Raises:
+            DataError: the file is not JSON, has unknown or ill-typed fields, or a newer version.
+        """
+        path = Path(folder) / "dataset.json"
+        if not path.is_file():
+            return None
+        try:
+            info = parser_instance(cls, json.loads(path.read_text()))
+        except Exception as error:
+            raise DataError(f"{path}: not a dataset description ({error})") from error
+        if info.version > FORMAT_VERSION:
+            raise DataError(f"{path}: format version {info.version}, but this code reads up to {FORMAT_VERSION}")
+        return info
+
+
+def write_trajectory(
+    folder: Path,
+    name: str,
+    frames: np.ndarray,
+    position: np.ndarray | None = None,
+    yaw: np.ndarray | None = None,
+    quality: int = 95,
+    **extra: np.ndarray,
+) -> None:
+    """Writes one trajectory, whole or not at all (into a hidden folder that is then renamed).
+
+    Args:
+        folder: the dataset.
+        name: name of the trajectory, one path component.
+        frames: (T, H, W, 3) uint8 RGB.
+        position: (T, 2) world position in metres, or None for video without poses.
+        yaw: (T,) heading in radians, counter-clockwise, or None.
+        quality: JPEG quality.
+        extra: further arrays of length T, stored as `<key>.npz` beside the poses (such as depth).
+    """
+    final, partial = folder / name, folder / f".{name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    for i, frame in enumerate(frames):
+        jpeg = encode_jpeg(torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1), quality=quality)
+        (partial / f"{i}.jpg").write_bytes(jpeg.numpy().tobytes())
+    if position is not None:
+        poses = {"position": np.asarray(position, np.float64), "yaw": np.asarray(yaw, np.float64)}
+        (partial / POSES).write_bytes(pickle.dumps(poses))
+    for key, array in extra.items():
+        np.savez_compressed(partial / f"{key}.npz", array)
+    shutil.rmtree(final, ignore_errors=True)
+    os.replace(partial, final)
+
+
+def split_file(folder: Path, split: str) -> Path:
+    """Where the trajectory names of a split stand."""
+    return Path(folder) / "splits" / split / "traj_names.txt"
+
+
+def write_split(folder: Path, split: str, names: list[str]) -> None:
+    """Writes the trajectory names of a split."""
+    path = split_file(folder, split)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{name}\n" for name in names))

@@ -1,0 +1,1 @@
+"""The simulator: engine wrapper, exploring policy, recorder, camera and wall geometry."""

@@ -1,0 +1,1 @@
+"""Recording attention maps, per-head measures and their figures."""

@@ -1,0 +1,18 @@
+"""Randomness as a function of a key, so that a result does not depend on who computed it or in which order.
+
+Every random draw of a run belongs to a key such as (seed, step, sample). Two processes that meet the same key draw the
+same numbers, whatever they drew before: losses are the same at any process count, batch split or resume.
+"""
+
+import numpy as np
+import torch
+
+
+def seed_of(*key: int) -> int:
+    """A well-mixed seed in [0, 2^63) for a key of non-negative integers, the same on every platform."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+
+
+def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A torch generator on `device`, seeded by a key of non-negative integers."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
