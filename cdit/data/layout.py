@@ -3,7 +3,7 @@
     <folder>/dataset.json                      what the dataset is (absent in datasets from elsewhere)
     <folder>/splits/<split>/traj_names.txt     one trajectory name a line
     <folder>/<trajectory>/0.jpg, 1.jpg, …      the frames, in time order
-    <folder>/<trajectory>/traj_data.pkl        dict(position (T, 2) metres, yaw (T,) radians); absent in video without poses
+    <folder>/<trajectory>/traj_data.pkl        dict(position (T, 2) metres, yaw (T,) radians); absent without poses
 
 At yaw 0 the camera looks along +x; yaw grows counter-clockwise; positions are world coordinates.
 """
