@@ -1,0 +1,105 @@
+"""Frames as the model takes them: decoded, cropped, resized, and kept in memory that the loader's workers share."""
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.transforms.v2 import functional as F
+
+from cdit.data.trajectory import Trajectory
+from cdit.errors import DataError
+
+Crop = Literal["aspect", "4:3", "none"]
+
+
+def decode(path: Path) -> Tensor:
+    """Reads an image file as (3, H, W) uint8 RGB.
+
+    Raises:
+        DataError: the file is missing, cut short, or not an 8-bit image.
+    """
+    try:
+        image = decode_image(read_file(str(path)), ImageReadMode.RGB)
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0].rsplit(", ", 1)[-1]  # behind the decoder's source file and line
+        raise DataError(f"{path}: not a readable image ({reason})") from error
+    if image.dtype != torch.uint8:
+        raise DataError(f"{path}: not an 8-bit image")
+    return image
+
+
+def crop_and_resize(image: Tensor, image_size: tuple[int, int], crop: Crop) -> Tensor:
+    """Brings an image (3, h, w) uint8 to `image_size` = (height, width), antialiased bilinear.
+
+    Args:
+        image: the recorded frame.
+        image_size: what the model takes.
+        crop: the centre crop before the resize: "aspect" to the aspect ratio of `image_size`; "4:3" as in the NWM
+            release (4:3 where wider than high, 3:4 otherwise, padded with black where narrower, then squeezed);
+            "none" squeezes the whole frame.
+    """
+    h, w = image.shape[-2:]
+    height, width = image_size
+    if crop == "aspect":
+        scale = min(h / height, w / width)
+        image = F.center_crop(image, [round(height * scale), round(width * scale)])
+    elif crop == "4:3":
+        image = F.center_crop(image, [h, 4 * h // 3] if w > h else [3 * w // 4, w])
+    return F.resize(image, list(image_size), F.InterpolationMode.BILINEAR, antialias=True)
+
+
+class FrameStore:
+    """The frames of some trajectories, each decoded when first asked for and then kept while there is room.
+
+    The memory is shared with the processes forked from this one, and with spawned ones the store is handed to: what one
+    worker decoded, all of them have. Frames beyond the room are decoded whenever they are asked for.
+
+    Args:
+        trajectories: whose frames.
+        image_size: (height, width) of the frames given out.
+        crop: see `crop_and_resize`.
+        cache_gb: room for decoded frames in GB (10⁹ bytes); taken as it fills.
+    """
+
+    def __init__(self, trajectories: Sequence[Trajectory], image_size: tuple[int, int], crop: Crop, cache_gb: float):
+        self.trajectories = trajectories
+        self.image_size = image_size
+        self.crop = crop
+        self.starts = np.cumsum([0, *map(len, trajectories)])
+        frame_bytes = 3 * image_size[0] * image_size[1]
+        self.capacity = min(int(self.starts[-1]), int(cache_gb * 1e9) // frame_bytes)
+        self.cache = _shared_bytes(self.capacity * frame_bytes).view(self.capacity, 3, *image_size)
+        self.filled = _shared_bytes(self.capacity)
+
+    def read(self, trajectory: int, times: Sequence[int]) -> Tensor:
+        """Frames (len(times), 3, H, W) uint8 of a trajectory (by its index) at `times`, repetitions allowed.
+
+        Raises:
+            DataError: a frame cannot be decoded.
+        """
+        frames = {time: self._frame(trajectory, time) for time in set(times)}
+        return torch.stack([frames[time] for time in times])
+
+    def _frame(self, trajectory: int, time: int) -> Tensor:
+        slot = int(self.starts[trajectory]) + time
+        if slot < self.capacity and self.filled[slot]:
+            return self.cache[slot]
+        frame = crop_and_resize(decode(self.trajectories[trajectory].frame(time)), self.image_size, self.crop)
+        if slot < self.capacity:
+            self.cache[slot] = frame
+            self.filled[slot] = 1  # only now: another process may be looking
+        return frame
+
+
+def _shared_bytes(size: int) -> Tensor:
+    """Zeros (size,) uint8 in memory shared over fork.
+
+    An anonymous map takes memory as it is written, and none of /dev/shm, which is small in containers. Torch moves the
+    tensor to shared memory of its own when it is handed to a spawned process.
+    """
+    return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8) if size else torch.zeros(0, dtype=torch.uint8)

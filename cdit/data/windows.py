@@ -1,0 +1,232 @@
+"""Windows over trajectories: past frames, goals before or after them, and the motion and time from one to the other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from cdit.data.frames import Crop, FrameStore
+from cdit.data.layout import Camera, DatasetInfo
+from cdit.data.motion import local_motion
+from cdit.data.trajectory import read_split
+from cdit.errors import DataError, UserError
+from cdit.randomness import seed_of
+
+LISTED_PROBLEMS = 20
+
+
+@dataclass
+class DataConfig:
+    """Which dataset, and what a training sample is made of."""
+
+    folder: str = "data/doom/quickstart"
+    """The dataset folder (layout in cdit/data/layout.py)."""
+    prepare: str | None = None
+    """Command line that makes the dataset, run once when the folder is missing."""
+    splits: str | None = None
+    """Folder with <split>/traj_names.txt, where that is not <folder>/splits."""
+    train_split: str = "train"
+    """Split to train on."""
+    test_split: str = "test"
+    """Split to evaluate on."""
+    image_size: tuple[int, int] = (64, 64)
+    """Height and width of the frames given to the model."""
+    crop: Crop = "aspect"
+    """Centre crop before the resize: to the aspect ratio of image_size; to 4:3, then squeezed (the NWM release); or
+    none, only squeezed."""
+    context_frames: int = 4
+    """Past frames given to the model, the current one included."""
+    min_history: int = 1
+    """Windows start where at least this many context frames exist (1 to context_frames); the others are masked."""
+    goals: int = 4
+    """Goals per context."""
+    min_offset: int = 1
+    """Smallest goal offset in frames; negative goals lie in the past."""
+    max_offset: int = 8
+    """Largest goal offset in frames, included."""
+    fps: float | None = None
+    """Frames a second; by default what dataset.json says, or 4 where there is none."""
+    spacing: float | None = None
+    """Metres between consecutive frames, the unit of normalised actions; by default what dataset.json says, or 1."""
+    cache_gb: float = 4.0
+    """Memory for decoded frames in GB, for each process and split; taken as it fills."""
+    workers: int = 2
+    """Loader processes; 0 loads in the main process."""
+
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: a value is out of its range; the message names the field.
+        """
+        requirements = {
+            "image_size": (min(self.image_size) >= 1, "two positive numbers"),
+            "context_frames": (self.context_frames >= 1, "at least 1"),
+            "min_history": (1 <= self.min_history <= self.context_frames, "between 1 and context_frames"),
+            "goals": (self.goals >= 1, "at least 1"),
+            "max_offset": (self.max_offset >= self.min_offset, "at least min_offset"),
+            "fps": (self.fps is None or self.fps > 0, "positive"),
+            "spacing": (self.spacing is None or self.spacing > 0, "positive"),
+            "cache_gb": (self.cache_gb >= 0, "at least 0"),
+            "workers": (self.workers >= 0, "at least 0"),
+        }
+        for name, (holds, expected) in requirements.items():
+            if not holds:
+                raise UserError(f"data.{name} is {getattr(self, name)}, expected {expected}")
+
+
+class WindowKey(NamedTuple):
+    """Which window, and the key of its random draws."""
+
+    window: int
+    """Index of the window in the dataset."""
+    step: int
+    """Training step."""
+    sample: int
+    """Index of the sample in the step's global batch."""
+
+
+@dataclass(frozen=True)
+class WindowInfo:
+    """What all windows of a dataset have in common."""
+
+    fps: float
+    """Frames a second."""
+    spacing: float
+    """Metres between consecutive frames, the unit of normalised actions."""
+    has_actions: bool
+    """Whether poses, and so actions, are known."""
+    camera: Camera | None
+    """The camera of the recorded frames (before crop and resize), where it is known."""
+
+
+class WindowDataset(Dataset):
+    """The windows of a split: every (trajectory, current time t) with `min_history` frames up to t and a goal in range.
+
+    An item is a dict of tensors (T context frames, G goals):
+
+        context       (T, 3, H, W) uint8    RGB, oldest first; zeros where the trajectory had not begun
+        context_mask  (T,) bool             True where the frame exists
+        target        (G, 3, H, W) uint8    the goal frames
+        action        (G, 3) float32        motion to the goal in the local frame of the last context frame: dx forward
+                                            and dy left in metres, dyaw ccw in [-π, π); zeros where unknown
+        action_mask   (G,) bool             True where the action is known
+        time_shift    (G,) float32          seconds to the goal, negative in the past
+        seed          () int64              seed of the sample's further draws: `seed_of(seed, step, sample)`
+
+    Args:
+        config: which dataset and windows.
+        split: name of the split.
+        seed: first part of the key of all random draws.
+
+    Raises:
+        UserError: a config value is out of range.
+        DataError: the dataset has problems; the message lists them (`python -m cdit.data.check` decodes frames, too).
+    """
+
+    def __init__(self, config: DataConfig, split: str, seed: int = 0):
+        config.validate()
+        self.config = config
+        self.seed = seed
+        # The current times of a trajectory of length T run from `first` to T - 1 - `reserved`.
+        self._first = max(config.min_history - 1, -config.max_offset)
+        self._reserved = max(config.min_offset, 0)
+        min_frames = self._first + self._reserved + 1
+        self.trajectories, problems = read_split(config.folder, split, config.splits, min_frames)
+        if problems:
+            lines = problems[:LISTED_PROBLEMS]
+            if len(problems) > len(lines):
+                lines.append(f"… and {len(problems) - len(lines)} more: python -m cdit.data.check {config.folder}")
+            raise DataError(f"{config.folder}: split {split!r} cannot be used\n  " + "\n  ".join(lines))
+        info = DatasetInfo.load(config.folder) or DatasetInfo(name=config.folder)
+        self.info = WindowInfo(
+            fps=config.fps or info.fps,
+            spacing=config.spacing or info.metric_waypoint_spacing or 1.0,
+            has_actions=self.trajectories[0].position is not None,
+            camera=info.camera,
+        )
+        self._starts = np.cumsum([0, *(len(trajectory) - min_frames + 1 for trajectory in self.trajectories)])
+        self.frames = FrameStore(self.trajectories, config.image_size, config.crop, config.cache_gb)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __getitem__(self, key: WindowKey | int) -> dict[str, Tensor]:
+        """The window with goals drawn by the key: uniform over the offsets in range that the trajectory has.
+
+        A plain index stands for `WindowKey(index, step=0, sample=index)`.
+        """
+        window, step, sample = key if isinstance(key, WindowKey) else (key, 0, key)
+        trajectory, now = self.locate(window)
+        past, future = now, len(self.trajectories[trajectory]) - 1 - now
+        low, high = max(self.config.min_offset, -past), min(self.config.max_offset, future)
+        draws = np.random.default_rng((self.seed, step, sample))
+        item = self.window(window, draws.integers(low, high, size=self.config.goals, endpoint=True).tolist())
+        return item | {"seed": torch.tensor(seed_of(self.seed, step, sample))}
+
+    def locate(self, window: int) -> tuple[int, int]:
+        """Index of the window's trajectory in `trajectories`, and its current time there in frames."""
+        if not 0 <= window < len(self):
+            raise IndexError(f"window {window} of {len(self)}")
+        trajectory = int(np.searchsorted(self._starts, window, side="right")) - 1
+        return trajectory, self._first + window - int(self._starts[trajectory])
+
+    def window(self, index: int, offsets: Sequence[int]) -> dict[str, Tensor]:
+        """The window `index` with its goals at these offsets in frames: an item without `seed`.
+
+        Raises:
+            IndexError: an offset leads out of the trajectory.
+        """
+        trajectory, now = self.locate(index)
+        goals = [now + offset for offset in offsets]
+        return self._item(trajectory, now, goals, [now] * len(goals))
+
+    def windows_with(self, offsets: Sequence[int]) -> list[int]:
+        """Indices of the windows that have their full context and a frame at each of these offsets."""
+        earliest = max(self.config.context_frames - 1, -min([*offsets, 0]), self._first)
+        indices = []
+        for start, stop, trajectory in zip(self._starts[:-1], self._starts[1:], self.trajectories, strict=True):
+            latest = len(trajectory) - 1 - max([*offsets, 0])
+            first_window = int(start) - self._first  # the index that time 0 would have
+            indices += range(first_window + earliest, min(first_window + latest + 1, int(stop)))
+        return indices
+
+    def path(self, index: int, length: int) -> dict[str, Tensor]:
+        """The window's context and the `length` frames that follow it one by one, for rollouts.
+
+        An item without `seed`, with G = length: target i is frame t+1+i, its action the motion from frame t+i to t+i+1
+        in the local frame of t+i, its time shift 1 / fps.
+
+        Raises:
+            IndexError: the trajectory ends before.
+        """
+        trajectory, now = self.locate(index)
+        times = list(range(now, now + length + 1))
+        return self._item(trajectory, now, times[1:], times[:-1])
+
+    def _item(self, index: int, now: int, goals: list[int], origins: list[int]) -> dict[str, Tensor]:
+        """The context at `now`, and the goal frames with the motion and time from each one's origin, in frames."""
+        trajectory = self.trajectories[index]
+        if not all(0 <= goal < len(trajectory) for goal in goals):
+            raise IndexError(f"{trajectory.name} has frames 0 to {len(trajectory) - 1}, asked for {goals}")
+        size = self.config.context_frames
+        history = list(range(max(0, now - size + 1), now + 1))
+        frames = self.frames.read(index, history + goals)
+        context = torch.zeros(size, *frames.shape[1:], dtype=torch.uint8)
+        context[size - len(history) :] = frames[: len(history)]
+        action = np.zeros((len(goals), 3))
+        if self.info.has_actions:
+            position, yaw = trajectory.position, trajectory.yaw
+            action = local_motion(position[origins], yaw[origins], position[goals], yaw[goals])
+        return {
+            "context": context,
+            "context_mask": torch.arange(size) >= size - len(history),
+            "target": frames[len(history) :],
+            "action": torch.tensor(action, dtype=torch.float32),
+            "action_mask": torch.full((len(goals),), self.info.has_actions),
+            "time_shift": torch.tensor(np.subtract(goals, origins) / self.info.fps, dtype=torch.float32),
+        }
