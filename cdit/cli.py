@@ -1,4 +1,4 @@
-"""Command lines from typed functions and dataclasses: help from docstrings, YAML files, one clear error, exit code 2."""
+"""Command lines from typed dataclasses: help from docstrings, YAML files, one clear error, exit code 2."""
 
 import sys
 from collections.abc import Callable, Sequence

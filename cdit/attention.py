@@ -1,0 +1,149 @@
+"""Scaled dot-product attention and multi-head attention (Vaswani et al. 2017, "Attention Is All You Need").
+
+Shape suffixes: B batch, H heads, N query tokens, M key tokens, D width, K width of one head (D / H).
+A mask is boolean, broadcastable to (B, H, N, M), True where a query may look at a key.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdit.rotary import Rotation, rotate
+
+
+class KeysValues(NamedTuple):
+    """What a query can look at: keys and values of all heads, each (B, H, M, K)."""
+
+    k_BHMK: Tensor
+    v_BHMK: Tensor
+
+
+def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
+    """(N, M) mask in which each query sees the keys up to its own; the last query is aligned with the last key."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def attention_weights(q_BHNK: Tensor, k_BHMK: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q·kᵀ / √K) in float32, (B, H, N, M).
+
+    Masked scores are -inf before the softmax, so their weights are exactly 0; a row without any key is all zeros.
+    """
+    scores_BHNM = (q_BHNK.float() * q_BHNK.shape[-1] ** -0.5) @ k_BHMK.float().transpose(-1, -2)
+    if mask is None:
+        return scores_BHNM.softmax(-1)
+    scores_BHNM = torch.where(mask, scores_BHNM, -torch.inf)
+    return torch.where(mask.any(-1, keepdim=True), scores_BHNM.softmax(-1), 0.0)
+
+
+def scaled_dot_product_attention(q_BHNK: Tensor, kv: KeysValues, mask: Tensor | None = None) -> Tensor:
+    """softmax(q·kᵀ / √K)·v by a fused kernel, (B, H, N, K).
+
+    A query whose row is fully masked yields zeros. A masked key has no influence, whatever it holds: one that is not
+    finite makes exactly those queries NaN that may look at it.
+    """
+    if mask is None:
+        return _fused(q_BHNK, *kv, None)
+    broken_BHM = ~(kv.k_BHMK.isfinite().all(-1) & kv.v_BHMK.isfinite().all(-1))
+    k_BHMK, v_BHMK = (x.masked_fill(broken_BHM[..., None], 0.0) for x in kv)
+    poisoned = (mask & broken_BHM[..., None, :]).any(-1, keepdim=True)
+    empty = ~mask.any(-1, keepdim=True)
+    # The fused kernels disagree about rows without keys (zeros or NaN), so such rows see every key and are zeroed.
+    out_BHNK = _fused(q_BHNK, k_BHMK, v_BHMK, mask | empty)
+    return out_BHNK.masked_fill(empty, 0.0).masked_fill(poisoned, torch.nan)
+
+
+def _fused(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        mask = mask.expand(*mask.shape[:-2], q_BHNK.shape[2], k_BHMK.shape[2])
+    if q_BHNK.device.type == "cpu" and q_BHNK.dtype == torch.bfloat16:
+        # On CPUs the fused bfloat16 kernels are several times slower than two products and a softmax
+        # (`python -m cdit.benchmark attention`).
+        scores_BHNM = (q_BHNK * q_BHNK.shape[-1] ** -0.5) @ k_BHMK.transpose(-1, -2)
+        if mask is not None:
+            scores_BHNM = scores_BHNM.masked_fill(~mask, -torch.inf)
+        return scores_BHNM.softmax(-1) @ v_BHMK
+    return F.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK, attn_mask=mask)
+
+
+@dataclass
+class Observation:
+    """What an observer of a `MultiHeadAttention` is shown at each call: the very tensors the kernel is given."""
+
+    q_BHNK: Tensor
+    kv: KeysValues
+    mask: Tensor | None
+
+    def weights(self) -> Tensor:
+        """The attention weights of this call, (B, H, N, M), float32; the extra key, where there is one, comes last."""
+        return attention_weights(self.q_BHNK, self.kv.k_BHMK, self.mask)
+
+
+class MultiHeadAttention(nn.Module):
+    """h heads of width D / h in parallel, concatenated and mixed by W_O.
+
+    Args:
+        width: D, width of queries, context and output.
+        heads: h; must divide D.
+        qk_norm: normalise q and k per head by RMSNorm before rotation (Dehghani et al. 2023, ViT-22B).
+        extra_kv: one learned key and value, appended after the others, without projection or position: a sink for
+            queries with nothing to find (`add_bias_kv` of `torch.nn.MultiheadAttention`).
+
+    `observer`, when set, is called with an `Observation` at every `attend`. The output still comes from the fused
+    kernel, so watching changes nothing.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False, extra_kv: bool = False):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"hidden_size {width} must be a multiple of num_heads {heads}")
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.extra_k = nn.Parameter(torch.zeros(heads, 1, width // heads)) if extra_kv else None
+        self.extra_v = nn.Parameter(torch.zeros(heads, 1, width // heads)) if extra_kv else None
+        self.observer: Callable[[Observation], None] | None = None
+
+    def project_q(self, x_BND: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """Queries of x, (B, H, N, K), rotated to their positions."""
+        q_BND = self.q(x_BND)
+        return rotate(self.q_norm(self._split(q_BND)).to(q_BND.dtype), rotation)
+
+    def project_kv(self, context_BMD: Tensor, rotation: Rotation | None = None) -> KeysValues:
+        """Keys (rotated to their positions) and values of a context."""
+        k_BMD, v_BMD = self.kv(context_BMD).chunk(2, dim=-1)
+        k_BHMK = self.k_norm(self._split(k_BMD)).to(k_BMD.dtype)
+        return KeysValues(rotate(k_BHMK, rotation), self._split(v_BMD))
+
+    def attend(self, q_BHNK: Tensor, kv: KeysValues, mask: Tensor | None = None) -> Tensor:
+        """Attention of projected queries to projected keys, mixed by W_O: (B, N, D)."""
+        if self.extra_k is not None:
+            kv = KeysValues(*(torch.cat((x, e.to(x.dtype).expand(x.shape[0], -1, -1, -1)), 2)
+                              for x, e in zip(kv, (self.extra_k, self.extra_v), strict=True)))  # fmt: skip
+            mask = None if mask is None else F.pad(mask, (0, 1), value=True)
+        out_BHNK = scaled_dot_product_attention(q_BHNK, kv, mask)
+        if self.observer is not None:
+            self.observer(Observation(q_BHNK, kv, mask))
+        return self.out(out_BHNK.transpose(1, 2).flatten(2))
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        context_BMD: Tensor | None = None,
+        mask: Tensor | None = None,
+        rotation: Rotation | None = None,
+        context_rotation: Rotation | None = None,
+    ) -> Tensor:
+        """Self-attention over x, or cross-attention from x to a context: (B, N, D)."""
+        if context_BMD is None:
+            context_BMD, context_rotation = x_BND, rotation
+        return self.attend(self.project_q(x_BND, rotation), self.project_kv(context_BMD, context_rotation), mask)
+
+    def _split(self, x_BND: Tensor) -> Tensor:
+        return x_BND.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -1,0 +1,150 @@
+"""Rectified flow (Liu et al. 2022, arXiv 2209.03003; Esser et al. 2024, arXiv 2403.03206) and its sampling loop.
+
+A noisy frame at time t in [0, 1] is x_t = (1 - t)·x0 + t·ε; its velocity is v = ε - x0. The network is told t·1000.
+Tensors are (…, C, H, W) with times (…): any leading dimensions.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+TIMESTEPS = 1000
+
+Quantity = Literal["clean", "velocity", "noise"]
+
+
+@dataclass
+class FlowConfig:
+    """What the network predicts and how it is trained to."""
+
+    prediction: Quantity = "velocity"
+    """What the network puts out: the clean frame (suits pixels), the velocity (suits latents) or the noise."""
+    loss: Quantity = "velocity"
+    """The quantity whose squared error is the loss; the prediction is converted to it."""
+    time_distribution: Literal["uniform", "logit_normal"] = "logit_normal"
+    """How diffusion times are drawn in training."""
+    time_mean: float = 0.0
+    """Mean of the logit of the diffusion time; larger is noisier."""
+    time_std: float = 1.0
+    """Standard deviation of the logit of the diffusion time."""
+    min_time: float = 0.05
+    """Conversions never divide by a t or 1 - t smaller than this; they are exact where both are larger."""
+
+
+@dataclass
+class SamplerConfig:
+    """How frames are sampled."""
+
+    scheduler: Literal["euler", "heun", "dpm", "unipc"] = "euler"
+    """Flow Euler, flow Heun (two network calls a step), DPM-Solver++ (2M) or UniPC, of diffusers."""
+    steps: int = 8
+    """Number of denoising steps."""
+    shift: float = 1.0
+    """Moves the steps towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
+    guidance: float = 1.0
+    """Classifier-free guidance on the action: 1 is off. Needs training with data.action_dropout."""
+
+
+class Flow:
+    """The rectified-flow objective."""
+
+    def __init__(self, config: FlowConfig):
+        self.config = config
+
+    def draw_time(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Diffusion times in (0, 1) on the generator's device."""
+        if self.config.time_distribution == "uniform":
+            return torch.rand(shape, generator=generator, device=generator.device)
+        logit = torch.randn(shape, generator=generator, device=generator.device)
+        return torch.sigmoid(logit * self.config.time_std + self.config.time_mean)
+
+    def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """x_t = (1 - t)·x0 + t·ε."""
+        t = _spread(time, clean)
+        return (1 - t) * clean + t * noise
+
+    def convert(self, value: Tensor, source: Quantity, target: Quantity, noisy: Tensor, time: Tensor) -> Tensor:
+        """Turns a prediction of one quantity into another, given x_t and t; exact for min_time ≤ t ≤ 1 - min_time.
+
+        From clean frame or noise the velocity is had by a division by t or 1 - t, clamped below at min_time.
+        """
+        if source == target:
+            return value
+        t = _spread(time, value)
+        if source == "clean":
+            velocity = (noisy - value) / t.clamp(min=self.config.min_time)
+        elif source == "noise":
+            velocity = (value - noisy) / (1 - t).clamp(min=self.config.min_time)
+        else:
+            velocity = value
+        return {"clean": noisy - t * velocity, "velocity": velocity, "noise": noisy + (1 - t) * velocity}[target]
+
+    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """Squared error of the chosen quantity, averaged over each frame: (…), in float32.
+
+        Prediction and truth pass through the same conversion: where the clamp acts, it weights their difference.
+        """
+        noisy = self.add_noise(clean, noise, time)
+        truth = {"clean": clean, "velocity": noise - clean, "noise": noise}[self.config.prediction]
+        error = self.convert(prediction.float(), self.config.prediction, self.config.loss, noisy, time) - self.convert(
+            truth, self.config.prediction, self.config.loss, noisy, time
+        )
+        return error.square().mean(dim=(-3, -2, -1))
+
+    def velocity(self, prediction: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
+        """The velocity that the network's prediction means."""
+        return self.convert(prediction.float(), self.config.prediction, "velocity", noisy, time)
+
+
+def make_scheduler(config: SamplerConfig) -> diffusers.SchedulerMixin:
+    """The diffusers scheduler of that name, its timesteps set; all of them take velocities."""
+    if config.scheduler == "euler":
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(TIMESTEPS, shift=config.shift)
+        # Evenly spaced sigmas; the scheduler's own put the last step at 1/1000, a wasted one when there are few.
+        scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / config.steps, config.steps))
+        return scheduler
+    if config.scheduler == "heun":
+        scheduler = diffusers.FlowMatchHeunDiscreteScheduler(TIMESTEPS, shift=config.shift)
+        scheduler.sigma_min = 1.0 / config.steps  # as above
+    else:
+        kind = {"dpm": diffusers.DPMSolverMultistepScheduler, "unipc": diffusers.UniPCMultistepScheduler}
+        scheduler = kind[config.scheduler](
+            TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=config.shift
+        )
+    scheduler.set_timesteps(config.steps)
+    return scheduler
+
+
+@torch.no_grad()
+def sample(
+    velocity: Callable[[Tensor, Tensor], Tensor],
+    noise: Tensor,
+    config: SamplerConfig,
+    progress: bool = False,
+) -> Tensor:
+    """Follows the flow from noise to a clean frame.
+
+    Args:
+        velocity: of a noisy sample at a scalar time in [0, 1].
+        noise: (…, C, H, W), standard normal.
+        config: scheduler and number of steps.
+        progress: whether to show a progress bar over the steps.
+    """
+    scheduler = make_scheduler(config)
+    x = noise
+    # A scheduler's timesteps may be rounded to integers; its sigmas are the flow's times exactly.
+    pairs = list(zip(scheduler.timesteps, scheduler.sigmas[:-1].to(x.device), strict=True))
+    for timestep, time in tqdm(pairs, desc="denoising", disable=not progress, leave=False):
+        x = scheduler.step(velocity(x, time), timestep, x, return_dict=False)[0]
+    return x
+
+
+def _spread(time: Tensor, frames: Tensor) -> Tensor:
+    """Times (…) shaped to multiply frames (…, C, H, W)."""
+    return time.reshape(*time.shape, *(1,) * (frames.ndim - time.ndim))

@@ -1,0 +1,156 @@
+"""The blocks of CDiT.
+
+Shape suffixes: B batch (one target each), N target tokens, M context tokens, D width; S contexts, each shared by
+B / S targets.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from cdit.attention import KeysValues, MultiHeadAttention
+from cdit.rotary import Rotation
+
+
+@dataclass
+class Modulation:
+    """How AdaLN-Zero conditions one branch; each (B, 1, D)."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def modulate(x_BND: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x·(1 + scale) + shift."""
+    return x_BND * (1 + scale) + shift
+
+
+def layer_norm(width: int) -> nn.LayerNorm:
+    """LayerNorm without parameters: AdaLN, or the projection that follows, takes their part."""
+    return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+
+
+def feed_forward(width: int, ratio: float) -> Mlp:
+    """The MLP branch, with tanh-approximated GELU."""
+    return Mlp(width, int(width * ratio), act_layer=partial(nn.GELU, approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and MLP, each a residual branch that AdaLN-Zero shifts, scales and gates.
+
+    Args:
+        width: D.
+        heads: heads of both attentions.
+        mlp_ratio: hidden width of the MLP over D.
+        qk_norm: see `MultiHeadAttention`; for both attentions.
+        extra_kv: see `MultiHeadAttention`; for cross-attention.
+        context_modulation: the context is shifted and scaled by the condition before K and V are made of it.
+        norm: pre: x + gate·branch(mod(norm(x))); post: x + gate·norm(branch(mod(x))), the residual post-norm of
+            Swin V2 (Liu et al. 2022), where closed gates still make the block the identity.
+        dropout: share of each branch's output zeroed in training.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        mlp_ratio: float = 4.0,
+        qk_norm: bool = False,
+        extra_kv: bool = False,
+        context_modulation: bool = False,
+        norm: Literal["pre", "post"] = "pre",
+        dropout: float = 0.0,
+    ):
+        super().__init__()
+        self.pre_norm = norm == "pre"
+        self.chunks = 11 if context_modulation else 9
+        self.norm = layer_norm(width)
+        self.self_attn = MultiHeadAttention(width, heads, qk_norm)
+        self.cross_attn = MultiHeadAttention(width, heads, qk_norm, extra_kv)
+        self.mlp = feed_forward(width, mlp_ratio)
+        self.dropout = nn.Dropout(dropout)
+        self.ada_ln = nn.Linear(width, self.chunks * width)
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        condition_BD: Tensor,
+        keys_values: KeysValues | Tensor,
+        mask_SM: Tensor | None = None,
+        rotation: Rotation | None = None,
+        context_rotation: Rotation | None = None,
+    ) -> Tensor:
+        """One step of the residual stream, (B, N, D).
+
+        Args:
+            x_BND: target tokens.
+            condition_BD: what AdaLN follows.
+            keys_values: this block's keys and values of S contexts; or, with `context_modulation`, the normalised
+                context tokens (B, M, D).
+            mask_SM: True where a context token exists; None where all do.
+            rotation: of the target's tokens.
+            context_rotation: of the context tokens; used with `context_modulation` only.
+        """
+        chunks = self.ada_ln(condition_BD)[:, None].chunk(self.chunks, dim=-1)
+        for_self, for_cross, for_mlp = (Modulation(*chunks[i : i + 3]) for i in (0, 3, 6))
+        if isinstance(keys_values, Tensor):
+            keys_values = self.cross_attn.project_kv(modulate(keys_values, *chunks[9:]), context_rotation)
+        mask = None if mask_SM is None else mask_SM[:, None, None, :]
+
+        def self_attention(x: Tensor) -> Tensor:
+            return self.self_attn(x, rotation=rotation)
+
+        def cross_attention(x: Tensor) -> Tensor:
+            # Targets that share a context become more queries of it, so that its keys are not copied.
+            folded = x.reshape(keys_values.k_BHMK.shape[0], -1, x.shape[-1])
+            repeats = folded.shape[1] // x.shape[1]
+            folded_rotation = rotation and Rotation(*(angle.repeat(repeats, 1) for angle in rotation))
+            return self.cross_attn.attend(
+                self.cross_attn.project_q(folded, folded_rotation), keys_values, mask
+            ).view_as(x)
+
+        x_BND = self._residual(x_BND, for_self, self_attention)
+        x_BND = self._residual(x_BND, for_cross, cross_attention)
+        return self._residual(x_BND, for_mlp, self.mlp)
+
+    def _residual(self, x_BND: Tensor, m: Modulation, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.pre_norm:
+            y_BND = branch(modulate(self.norm(x_BND), m.shift, m.scale))
+        else:
+            y_BND = self.norm(branch(modulate(x_BND, m.shift, m.scale)))
+        return x_BND + m.gate * self.dropout(y_BND)
+
+
+class ContextBlock(nn.Module):
+    """An encoder block over a past frame: self-attention, then an MLP, pre-norm. Knows nothing of the target."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = MultiHeadAttention(width, heads, qk_norm)
+        self.mlp = feed_forward(width, mlp_ratio)
+
+    def forward(self, x_BND: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        x_BND = x_BND + self.attn(self.norm1(x_BND), rotation=rotation)
+        return x_BND + self.mlp(self.norm2(x_BND))
+
+
+class FinalLayer(nn.Module):
+    """LayerNorm, shifted and scaled by the condition, and a linear map to the values of a patch."""
+
+    def __init__(self, width: int, values: int):
+        super().__init__()
+        self.norm = layer_norm(width)
+        self.ada_ln = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, values)
+
+    def forward(self, x_BND: Tensor, condition_BD: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, values)."""
+        shift, scale = self.ada_ln(condition_BD)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x_BND), shift, scale))

@@ -1,0 +1,47 @@
+"""Axial rotary positions (RoFormer, Su et al. 2021; axial form as in Heo et al. 2024, arXiv 2403.13298).
+
+A token stands at (frame, row, column). The pairs of a head's channels are shared out among the three axes; each pair is
+turned by its axis' coordinate times a frequency. The product q·k then depends on coordinate differences alone, so
+keys that were rotated once stay valid while the window slides: later queries simply stand further on.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Frequencies run from 1 to 1/THETA radians a patch. Grids here are tens of patches wide, not the thousands of tokens
+# of a text, for which 10000 is usual.
+THETA = 100.0
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of each token's angles, each (N, K / 2)."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def axial_rotation(position_N3: Tensor, head_width: int) -> Rotation:
+    """Angles of tokens at (frame, row, column), for heads of an even width: a fourth of the pairs follows the frame,
+    the rest is halved between row and column.
+    """
+    pairs = head_width // 2
+    frame_pairs = pairs // 4
+    row_pairs = (pairs - frame_pairs) // 2
+    shares = (frame_pairs, row_pairs, pairs - frame_pairs - row_pairs)
+    angles = [
+        position_N3[:, axis, None] * THETA ** -torch.linspace(0, 1, share, device=position_N3.device)
+        for axis, share in enumerate(shares)
+    ]
+    angle_NK = torch.cat(angles, dim=-1)
+    return Rotation(angle_NK.cos(), angle_NK.sin())
+
+
+def rotate(x_BHNK: Tensor, rotation: Rotation | None) -> Tensor:
+    """Turns channel pair (i, i + K/2) of every token by its i-th angle; None leaves x as it is."""
+    if rotation is None:
+        return x_BHNK
+    cos, sin = rotation.cos.to(x_BHNK.dtype), rotation.sin.to(x_BHNK.dtype)
+    a, b = x_BHNK.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)

@@ -1,0 +1,231 @@
+"""WorldModel: a codec, a CDiT and a sampler that together predict future frames, in metres, radians and seconds."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cdit.cli import parser_instance
+from cdit.codec import AutoencoderCodec, Codec, CodecConfig, load_codec
+from cdit.diffusion import TIMESTEPS, Flow, FlowConfig, SamplerConfig, sample
+from cdit.errors import UserError
+from cdit.model import CDiT, ContextCache
+
+DESCRIPTION = "world_model.json"
+
+
+@dataclass
+class Units:
+    """How physical actions and times become the normalised numbers that the network sees: value·scale + offset."""
+
+    action_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    """For dx, dy (per metre) and dyaw (per radian)."""
+    action_offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """For dx, dy and dyaw."""
+    time_scale: float = 1.0
+    """Per second."""
+
+    def normalize(self, action: Tensor, time_shift: Tensor) -> tuple[Tensor, Tensor]:
+        """Actions (…, 3) in metres and radians, time shifts (…) in seconds, to normalised numbers."""
+        scale, offset = action.new_tensor(self.action_scale), action.new_tensor(self.action_offset)
+        return action * scale + offset, time_shift * self.time_scale
+
+
+@dataclass
+class WorldDescription:
+    """What a saved world model is, beside its weights."""
+
+    image_size: tuple[int, int]
+    """Height and width of a frame in pixels."""
+    fps: float
+    """Frames a second of the past frames, and of a rollout."""
+    units: Units = field(default_factory=Units)
+    """Normalisation of actions and times."""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    """What the network predicts."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How frames are sampled where a call does not say."""
+    version: int = 1
+    """Version of this format."""
+
+
+class Window(NamedTuple):
+    """Past frames that slide, for networks whose encoded context cannot."""
+
+    frames: Tensor
+    mask: Tensor | None
+
+    def repeat_interleave(self, times: int) -> "Window":
+        """The window, `times` times for each context."""
+        return Window(*(x if x is None else x.repeat_interleave(times, 0) for x in self))
+
+    def push(self, frame: Tensor) -> "Window":
+        """The window one frame later, its oldest frame gone."""
+        frames = torch.cat((self.frames[:, 1:], frame[:, None]), dim=1)
+        return Window(frames, None if self.mask is None else F.pad(self.mask[:, 1:], (0, 1), value=True))
+
+
+class WorldModel(nn.Module):
+    """Predicts frames from past frames, actions and time shifts.
+
+    Frames are (…, 3, H, W) in [-1, 1]; actions (dx, dy, dyaw) in metres and radians in the local frame of the last past
+    frame (x forward, y left, yaw counter-clockwise); time shifts in seconds.
+    """
+
+    def __init__(self, cdit: CDiT, codec: Codec, description: WorldDescription):
+        super().__init__()
+        self.cdit, self.codec, self.description = cdit, codec, description
+        self.flow = Flow(description.flow)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what the network denoises."""
+        return (self.cdit.config.in_channels, *self.cdit.config.image_size)
+
+    def encode_context(self, context: Tensor, context_mask: Tensor | None = None) -> ContextCache:
+        """Encodes past frames (B, T, 3, H, W) for reuse over calls of `predict`; the last max_context are looked at.
+
+        Args:
+            context: consecutive frames at the model's fps, oldest first.
+            context_mask: (B, T), True where a frame exists.
+        """
+        context = context[:, -self.cdit.config.max_context :]
+        if context_mask is not None:
+            context_mask = context_mask[:, -self.cdit.config.max_context :]
+        return self.cdit.encode_context(self.codec.encode(context), context_mask)
+
+    @torch.no_grad()
+    def predict(
+        self,
+        context: Tensor | ContextCache,
+        actions: Tensor | None,
+        time_shift: Tensor,
+        context_mask: Tensor | None = None,
+        action_mask: Tensor | None = None,
+        sampler: SamplerConfig | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Samples one frame per goal: (B, G, 3, H, W).
+
+        Args:
+            context: (B, T, 3, H, W) past frames, or what `encode_context` made of them.
+            actions: (B, G, 3) from the last past frame to each goal; G goals, or candidates, share a context. None: unknown.
+            time_shift: (B, G) from the last past frame to each goal.
+            context_mask: (B, T), True where a past frame exists; with frames only.
+            action_mask: (B, G), False where an action is unknown.
+            sampler: scheduler, steps and guidance; by default those of training.
+            generator: of the noise.
+            progress: whether to show a progress bar.
+        """
+        if isinstance(context, Tensor):
+            context = self.encode_context(context, context_mask)
+        sampler = sampler or self.description.sampler
+        return self.codec.decode(self._sample(context, actions, time_shift, action_mask, sampler, generator, progress))
+
+    @torch.no_grad()
+    def rollout(
+        self,
+        context: Tensor,
+        actions: Tensor,
+        context_mask: Tensor | None = None,
+        sampler: SamplerConfig | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Predicts frame by frame, each prediction joining the past frames: (B, G, L, 3, H, W).
+
+        Args:
+            context: (B, T, 3, H, W) past frames.
+            actions: (B, G, L, 3) for G action sequences of L steps of 1 / fps seconds; the action of a step is the motion
+                during it, in the local frame at its start.
+            context_mask: (B, T), True where a past frame exists.
+            sampler: scheduler, steps and guidance; by default those of training.
+            generator: of the noise.
+            progress: whether to show a progress bar over the L steps.
+        """
+        batch, candidates, length = actions.shape[:3]
+        actions = actions.flatten(0, 1)[:, :, None]  # every candidate gets a past of its own: (B·G, L, 1, 3)
+        time_shift = actions.new_full((batch * candidates, 1), 1 / self.description.fps)
+        cache = self.encode_context(context, context_mask).repeat_interleave(candidates)
+        window = Window(context, context_mask).repeat_interleave(candidates)
+        frames = []
+        for step in tqdm(range(length), desc="rollout", disable=not progress, leave=False):
+            if step and self.cdit.can_push:
+                cache = self.cdit.push_context(cache, self.codec.encode(frames[-1]))
+            elif step:
+                window = window.push(frames[-1])
+                cache = self.encode_context(*window)
+            frames.append(self.predict(cache, actions[:, step], time_shift, sampler=sampler, generator=generator)[:, 0])
+        return torch.stack(frames, dim=1).unflatten(0, (batch, candidates))
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Writes the folder that `from_pretrained` reads: world_model.json, cdit/ and, for an autoencoder, codec/."""
+        folder = Path(folder)
+        self.cdit.save_pretrained(folder / "cdit")
+        if isinstance(self.codec, AutoencoderCodec):
+            self.codec.autoencoder.save_pretrained(folder / "codec")
+        description = {"codec": self.codec.kind, **asdict(self.description)}
+        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str) -> "WorldModel":
+        """Reads a world model, or the best one of a training run's folder, in evaluation mode.
+
+        Raises:
+            UserError: the folder holds no world model, or a broken one.
+        """
+        folder = Path(folder)
+        candidates = [folder, folder / "best", folder / "last"]
+        found = next((f for f in candidates if (f / DESCRIPTION).is_file()), None)
+        if found is None:
+            raise UserError(f"{folder}: no world model here (expected {DESCRIPTION}, in it or in its best/ or last/)")
+        try:
+            values = json.loads((found / DESCRIPTION).read_text())
+            codec = load_codec(CodecConfig(values.pop("codec"), str(found / "codec")))
+            description = parser_instance(WorldDescription, values)
+            cdit = CDiT.from_pretrained(found / "cdit", low_cpu_mem_usage=False)
+        except UserError:
+            raise
+        except Exception as error:  # the libraries that read these files raise as they please
+            raise UserError(f"{found}: not a readable world model ({error})") from error
+        return cls(cdit, codec, description).eval()
+
+    def _sample(
+        self,
+        context: ContextCache,
+        action: Tensor | None,
+        time_shift: Tensor,
+        action_mask: Tensor | None,
+        config: SamplerConfig,
+        generator: torch.Generator | None,
+        progress: bool,
+    ) -> Tensor:
+        goals = time_shift.shape[1]
+        if action is None:
+            action = time_shift.new_zeros(*time_shift.shape, 3)
+            action_mask = torch.zeros_like(time_shift, dtype=torch.bool)
+        action, time_shift = self.description.units.normalize(action, time_shift)
+        guided = config.guidance != 1 and (action_mask is None or bool(action_mask.any()))
+        if guided:  # the second half of the goals is told no action
+            known = torch.ones_like(time_shift, dtype=torch.bool) if action_mask is None else action_mask
+            action_mask = torch.cat((known, torch.zeros_like(known)), dim=1)
+            action, time_shift = torch.cat((action, action), dim=1), torch.cat((time_shift, time_shift), dim=1)
+
+        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
+            if guided:
+                noisy = torch.cat((noisy, noisy), dim=1)
+            times = time.expand(noisy.shape[:2])
+            prediction = self.cdit(noisy, times * TIMESTEPS, action, time_shift, context, action_mask=action_mask)
+            v = self.flow.velocity(prediction, noisy, times)
+            return torch.lerp(v[:, goals:], v[:, :goals], config.guidance) if guided else v
+
+        device = time_shift.device
+        shape = (context.batch, goals, *self.latent_shape)
+        noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+        return sample(velocity, noise, config, progress)
