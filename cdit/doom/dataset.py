@@ -1,0 +1,155 @@
+"""Recording a whole dataset: several processes, resumable, the same whatever their number."""
+
+import json
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass
+from multiprocessing import util
+from multiprocessing.synchronize import Event
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from cdit.data.layout import POSES, DatasetInfo, write_split, write_trajectory
+from cdit.doom.engine import Engine
+from cdit.doom.geometry import MapGeometry
+from cdit.doom.maps import MAPS, file_name
+from cdit.doom.record import record
+from cdit.errors import UserError
+from cdit.randomness import seed_of
+
+RECORDER_VERSION = 1
+"""Grows when the same options no longer give the same recording."""
+
+WAYPOINT_SPACING = 0.3
+"""Metres between consecutive frames at the explorer's usual 1.2 m/s: a constant, so that all recordings agree."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trajectory to record: everything that its content depends on."""
+
+    map_name: str
+    number: int
+    split: str
+    length: int
+    min_length: int
+    size: int
+    seed: int
+    depth: bool
+
+    @property
+    def name(self) -> str:
+        """The trajectory's name: map and number."""
+        return f"{file_name(self.map_name)}_{self.number:04}"
+
+
+def record_dataset(folder: Path, info: DatasetInfo, jobs: list[Job], workers: int) -> None:
+    """Records what is missing of a dataset; `dataset.json` is written last, so where it stands the dataset is whole.
+
+    Args:
+        folder: the dataset.
+        info: its description; `info.source` must hold all options that the frames depend on.
+        jobs: all trajectories.
+        workers: processes that record.
+
+    Raises:
+        UserError: the folder holds another recording, or ViZDoom is not installed.
+    """
+    _claim(folder, info)
+    missing = [job for job in jobs if not (folder / job.name / POSES).is_file()]
+    done = sum(job.length for job in jobs) - sum(job.length for job in missing)
+    total = sum(job.length for job in jobs)
+    with tqdm(total=total, initial=done, unit=" frames", desc=f"recording {folder}", smoothing=0.1) as bar:
+        for job, frames in _record_all(folder, missing, workers):
+            bar.update(job.length)
+            bar.set_postfix_str(f"{job.name}: {frames}", refresh=False)
+    for split in ("train", "test", "unknown"):
+        write_split(folder, split, [job.name for job in jobs if job.split == split])
+    info.save(folder)
+    _claim_file(folder).unlink(missing_ok=True)
+
+
+def _claim_file(folder: Path) -> Path:
+    return folder / "recording.json"
+
+
+def _claim(folder: Path, info: DatasetInfo) -> None:
+    """Marks a folder as this recording's; refuses one that was begun with other options."""
+    marked = folder / "dataset.json" if (folder / "dataset.json").is_file() else _claim_file(folder)
+    if marked.is_file():
+        before, now = json.loads(marked.read_text())["source"], json.loads(json.dumps(info.source))
+        differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+        if differing:
+            changes = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in differing)
+            raise UserError(f"{marked}: recorded with other options ({changes}); choose another --out or delete it")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        _claim_file(folder).write_text(json.dumps(asdict(info), indent=2) + "\n")
+
+
+def _record_all(folder: Path, jobs: list[Job], workers: int) -> Iterator[tuple[Job, int]]:
+    """Records jobs in processes of their own; yields each with its number of frames as it is finished."""
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(stop,)) as pool:
+        futures = {pool.submit(_record_job, folder, job): job for job in jobs}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+class _Stopped(Exception):
+    """The recording is being ended from outside."""
+
+
+_stop: Event
+_open: tuple[Engine, MapGeometry] | None = None
+
+
+def _begin_worker(stop: Event) -> None:
+    """Leaves Ctrl-C to the parent, which lets trajectories that are being written be finished."""
+    global _stop
+    _stop = stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    util.Finalize(None, _close_engine, exitpriority=1)
+
+
+def _check_stop() -> None:
+    if _stop.is_set():
+        raise _Stopped
+
+
+def _record_job(folder: Path, job: Job) -> int:
+    _check_stop()
+    engine, geometry = _engine_for(folder, job)
+    rng = np.random.default_rng(seed_of(job.seed, list(MAPS).index(job.map_name), job.number))
+    walk = record(engine, geometry, rng, job.length, job.min_length, tick=_check_stop)
+    extra = {"depth": walk.depth} if job.depth else {}
+    write_trajectory(folder, job.name, walk.frames, walk.position, walk.yaw, **extra)
+    return len(walk.frames)
+
+
+def _engine_for(folder: Path, job: Job) -> tuple[Engine, MapGeometry]:
+    """The worker's open engine, changed to another map where the job needs one."""
+    global _open
+    if _open is None or _open[0].map_name != job.map_name:
+        _close_engine()
+        engine = Engine(job.map_name, job.size)
+        geometry = MapGeometry.of(engine)
+        geometry.save(folder / "maps" / f"{file_name(job.map_name)}.npz")
+        _open = engine, geometry
+    return _open
+
+
+def _close_engine() -> None:
+    global _open
+    if _open is not None:
+        _open[0].close()
+        _open = None

@@ -1,0 +1,86 @@
+"""A map's walls and floors in metres, and places to stand."""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from cdit.doom.engine import HEIGHT_UNITS_PER_METRE, UNITS_PER_METRE, Engine
+
+PLAYER_HEIGHT = 56 / HEIGHT_UNITS_PER_METRE
+CLEARANCE = 24 / UNITS_PER_METRE
+"""Distance from blocking walls at which to stand; Doom's player is a square 32 units wide."""
+
+
+@dataclass(frozen=True)
+class MapGeometry:
+    """Wall lines and the sectors they border, as they stand when the map starts (doors closed, lifts at rest).
+
+    A line between two sectors appears twice, once for each of them. Heights are in the metres of the recorded camera
+    (see `cdit.doom.engine.PIXEL_STRETCH`).
+    """
+
+    segments: np.ndarray
+    """(N, 4) float64: x1, y1, x2, y2 in metres."""
+    blocking: np.ndarray
+    """(N,) bool: nobody passes this line, whatever the heights on both sides."""
+    sector: np.ndarray
+    """(N,) int64: index of the sector that this line borders."""
+    floor: np.ndarray
+    """(S,) float64: floor heights of the sectors in metres."""
+    ceiling: np.ndarray
+    """(S,) float64: ceiling heights of the sectors in metres."""
+
+    @classmethod
+    def of(cls, engine: Engine) -> "MapGeometry":
+        """Reads the map that an engine has open."""
+        sectors = engine.sectors()
+        lines = [(index, line) for index, sector in enumerate(sectors) for line in sector.lines]
+        return cls(
+            segments=np.array([(w.x1, w.y1, w.x2, w.y2) for _, w in lines]) / UNITS_PER_METRE,
+            blocking=np.array([w.is_blocking for _, w in lines]),
+            sector=np.array([index for index, _ in lines]),
+            floor=np.array([s.floor_height for s in sectors]) / HEIGHT_UNITS_PER_METRE,
+            ceiling=np.array([s.ceiling_height for s in sectors]) / HEIGHT_UNITS_PER_METRE,
+        )
+
+    def save(self, path: Path) -> None:
+        """Writes an `.npz` with one array per field, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{os.getpid()}.{path.name}")
+        np.savez_compressed(partial, **asdict(self))
+        os.replace(partial, path)
+
+    def sector_at(self, point: np.ndarray) -> int | None:
+        """Index of the sector around a (2,) point in metres; None in the void."""
+        (x, y), (x1, y1, x2, y2) = point, self.segments.T
+        crosses = (y1 > y) != (y2 > y)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            is_right = x < x1 + (y - y1) * (x2 - x1) / (y2 - y1)
+        crossings = np.bincount(self.sector[crosses & is_right], minlength=len(self.floor))
+        around = np.flatnonzero(crossings % 2)
+        return int(around[0]) if len(around) else None
+
+    def is_free(self, point: np.ndarray) -> bool:
+        """Whether somebody can stand at a (2,) point in metres: in a sector high enough, clear of blocking walls."""
+        sector = self.sector_at(point)
+        if sector is None or self.ceiling[sector] - self.floor[sector] < PLAYER_HEIGHT:
+            return False
+        return distance_to_segments(point, self.segments[self.blocking]).min(initial=np.inf) > CLEARANCE
+
+    def random_free_point(self, rng: np.random.Generator) -> np.ndarray:
+        """A (2,) point in metres, uniform over the places where somebody can stand."""
+        corners = self.segments.reshape(-1, 2)
+        while True:
+            point = rng.uniform(corners.min(0), corners.max(0))
+            if self.is_free(point):
+                return point
+
+
+def distance_to_segments(point: np.ndarray, segments: np.ndarray) -> np.ndarray:
+    """Distances from a (2,) point to (N, 4) segments: (N,), in the unit of both."""
+    start, along = segments[:, :2], segments[:, 2:] - segments[:, :2]
+    length_squared = (along**2).sum(1).clip(min=1e-12)
+    share = (((point - start) * along).sum(1) / length_squared).clip(0, 1)
+    return np.linalg.norm(start + share[:, None] * along - point, axis=1)

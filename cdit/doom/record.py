@@ -1,0 +1,102 @@
+"""Recording one trajectory: where to start, when to cut, what to keep."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from cdit.doom.engine import FPS, Engine, Observation, camera
+from cdit.doom.geometry import MapGeometry
+from cdit.doom.policy import ExploringPolicy
+
+MAX_STEP = 3.0 / FPS
+"""Nobody walks farther than this between two frames, in metres: it was a teleport."""
+MAX_TURN_ERROR = math.radians(3)
+"""A heading that differs by more from the commanded turn, in radians: it was a teleport."""
+STILL_FRAMES, STILL_RADIUS = 40, 1.0
+"""Staying within this many metres for this many frames means being locked in or stuck."""
+ATTEMPTS = 200
+
+
+@dataclass(frozen=True)
+class Recording:
+    """One uninterrupted walk of T frames."""
+
+    frames: np.ndarray
+    """(T, size, size, 3) uint8 RGB."""
+    position: np.ndarray
+    """(T, 2) float64 metres."""
+    yaw: np.ndarray
+    """(T,) float64 radians, unwrapped."""
+    depth: np.ndarray
+    """(T, size, size) float16 metres."""
+
+
+def record(
+    engine: Engine,
+    geometry: MapGeometry,
+    rng: np.random.Generator,
+    length: int,
+    min_length: int,
+    tick: Callable[[], None] = lambda: None,
+) -> Recording:
+    """Walks from a random place until `length` frames, a teleport, the map's exit, or until stuck.
+
+    Walks shorter than `min_length` frames are thrown away and another place is tried.
+
+    Args:
+        engine: an open map.
+        geometry: the same map's walls.
+        rng: source of everything random; the result depends on it, the map and the lengths alone.
+        length: frames wanted.
+        min_length: frames required.
+        tick: called before every frame; what it raises ends the recording.
+
+    Raises:
+        RuntimeError: no place of the map allowed a walk of `min_length` frames.
+    """
+    for _ in range(ATTEMPTS):
+        seen = _walk(engine, geometry, rng, length, tick)
+        if len(seen) >= min_length:
+            return Recording(
+                frames=np.stack([s.frame for s in seen]),
+                position=np.stack([s.position for s in seen]),
+                yaw=np.unwrap([s.yaw for s in seen]),
+                depth=np.stack([s.depth for s in seen]).astype(np.float16),
+            )
+    raise RuntimeError(f"{engine.map_name}: no walk of {min_length} frames in {ATTEMPTS} attempts")
+
+
+def _walk(
+    engine: Engine, geometry: MapGeometry, rng: np.random.Generator, length: int, tick: Callable[[], None]
+) -> list[Observation]:
+    x, y = geometry.random_free_point(rng)
+    seen = [engine.reset(int(rng.integers(2**31)), x, y, rng.uniform(0, 2 * math.pi))]
+    policy = ExploringPolicy(camera(engine.size).horizontal_fov, rng)
+    while len(seen) < length:
+        tick()
+        command = policy(seen[-1])
+        after = engine.step(command.forward, command.left, command.turn, command.use)
+        if after is None or is_discontinuous(seen[-1], after, command.turn):
+            break
+        seen.append(after)
+        if is_still(seen):
+            return seen[:-STILL_FRAMES]
+    return seen
+
+
+def is_discontinuous(before: Observation, after: Observation, turn: float) -> bool:
+    """Whether the camera was moved by something else than walking at a yaw rate of `turn` rad/s."""
+    tic_error = abs(turn) / FPS / 8
+    yaw_error = math.remainder(after.yaw - before.yaw - turn / FPS, 2 * math.pi)
+    moved = np.linalg.norm(after.position - before.position)
+    return bool(moved > MAX_STEP or abs(yaw_error) > MAX_TURN_ERROR + tic_error)
+
+
+def is_still(seen: list[Observation]) -> bool:
+    """Whether the last frames are all from about the same place."""
+    if len(seen) <= STILL_FRAMES:
+        return False
+    recent = np.stack([s.position for s in seen[-STILL_FRAMES:]])
+    return bool(np.linalg.norm(recent - recent[-1], axis=1).max() < STILL_RADIUS)

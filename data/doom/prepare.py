@@ -1,0 +1,125 @@
+"""Records first-person walks through Doom maps with ViZDoom, as a dataset to train and evaluate world models on.
+
+    python data/doom/prepare.py                                    # quickstart: about a minute on two cores
+    python data/doom/prepare.py --config data/doom/freedoom.yaml   # all maps of Freedoom
+    python data/doom/prepare.py --out data/doom/mine --maps freedoom1/E1M1,freedoom2/MAP07 --frames 5000 --size 128
+
+No monsters, HUD, weapon or damage; 4 frames a second at walking speed. The same options give the same bytes, whatever
+the number of workers; a recording that was interrupted goes on where it stopped.
+"""
+
+import math
+import os
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+from cdit.cli import parse_config, run
+from cdit.data.layout import DatasetInfo
+from cdit.doom.dataset import RECORDER_VERSION, WAYPOINT_SPACING, Job, record_dataset
+from cdit.doom.engine import FPS, RENDER_HEIGHT, camera
+from cdit.doom.maps import find_maps
+from cdit.errors import UserError
+
+
+@dataclass
+class Config:
+    """What to record."""
+
+    out: Path = Path("data/doom/quickstart")
+    """Folder of the dataset."""
+    maps: list[str] | str = "my_way_home"
+    """Maps of the splits train and test, or "freedoom1", "freedoom2" for all maps of a game but the unknown ones;
+    on the command line separated by commas."""
+    frames: int = 28_000
+    """Frames per map of train and test together."""
+    test_share: float = 0.1
+    """Share of the trajectories of each map that go to the split test."""
+    unknown_maps: list[str] | str = field(default_factory=list)
+    """Maps of the split unknown, never trained on."""
+    unknown_frames: int = 1000
+    """Frames per map of the split unknown."""
+    length: int = 256
+    """Frames of a trajectory; teleports and exits end some earlier."""
+    min_length: int = 64
+    """Shorter walks are thrown away and recorded anew from another place."""
+    size: int = 128
+    """Width and height of the frames in pixels."""
+    depth: bool = False
+    """Whether to store depth, as depth.npz of (T, size, size) float16 metres per trajectory."""
+    seed: int = 0
+    """Seed of everything random."""
+    workers: int = os.cpu_count() or 1
+    """Processes that record; no influence on the result."""
+
+
+def main() -> None:
+    """Records the dataset that the command line describes."""
+    quickstart = Path(__file__).with_name("quickstart.yaml")
+    config = parse_config(Config, "Records walks through Doom maps.", default_file=quickstart)
+    check(config)
+    unknown = find_maps(config.unknown_maps)
+    maps = [name for name in find_maps(config.maps) if name not in unknown]
+    jobs = [job for name in maps for job in jobs_of(config, name, config.frames, "train", "test")]
+    jobs += [job for name in unknown for job in jobs_of(config, name, config.unknown_frames, "unknown", "unknown")]
+    info = DatasetInfo(
+        name=config.out.name,
+        fps=FPS,
+        metric_waypoint_spacing=WAYPOINT_SPACING,
+        camera=camera(config.size),
+        source={
+            "recipe": "data/doom/prepare.py",
+            "recorder": RECORDER_VERSION,
+            "maps": maps,
+            "unknown_maps": unknown,
+            **{key: getattr(config, key) for key in RECORDED},
+            "vizdoom": version("vizdoom"),
+        },
+    )
+    record_dataset(config.out, info, jobs, config.workers)
+
+
+RECORDED = ("frames", "unknown_frames", "test_share", "length", "min_length", "size", "depth", "seed")
+"""The options, besides the maps, that the frames depend on."""
+
+
+def jobs_of(config: Config, map_name: str, frames: int, split: str, last_split: str) -> list[Job]:
+    """The trajectories of one map; the last `config.test_share` of them go to `last_split`."""
+    count = math.ceil(frames / config.length)
+    last = math.ceil(count * config.test_share)
+    return [
+        Job(
+            map_name,
+            number,
+            split=last_split if number >= count - last else split,
+            length=config.length,
+            min_length=config.min_length,
+            size=config.size,
+            seed=config.seed,
+            depth=config.depth,
+        )
+        for number in range(count)
+    ]
+
+
+def check(config: Config) -> None:
+    """Refuses values that make no sense.
+
+    Raises:
+        UserError: names the field.
+    """
+    for name in ("frames", "unknown_frames", "min_length", "workers"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
+    if config.seed < 0:
+        raise UserError(f"seed must not be negative, not {config.seed}")
+    if config.length < config.min_length:
+        raise UserError(f"length must be at least min_length ({config.min_length}), not {config.length}")
+    if not 16 <= config.size <= RENDER_HEIGHT:
+        raise UserError(f"size must be between 16 and {RENDER_HEIGHT}, not {config.size}")
+    if not 0 <= config.test_share < 1:
+        raise UserError(f"test_share must be at least 0 and less than 1, not {config.test_share}")
+
+
+if __name__ == "__main__":
+    run(main)
