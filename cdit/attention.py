@@ -126,7 +126,8 @@ class MultiHeadAttention(nn.Module):
         if self.extra_k is not None:
             kv = KeysValues(*(torch.cat((x, e.to(x.dtype).expand(x.shape[0], -1, -1, -1)), 2)
                               for x, e in zip(kv, (self.extra_k, self.extra_v), strict=True)))  # fmt: skip
-            mask = None if mask is None else F.pad(mask, (0, 1), value=True)
+            if mask is not None:
+                mask = F.pad(mask.expand(*mask.shape[:-1], kv.k_BHMK.shape[2] - 1), (0, 1), value=True)
         out_BHNK = scaled_dot_product_attention(q_BHNK, kv, mask)
         if self.observer is not None:
             self.observer(Observation(q_BHNK, kv, mask))
