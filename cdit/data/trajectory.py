@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +37,22 @@ class Trajectory:
         return self.folder / str(self.files[time])
 
 
+def read_names(folder: Path | str, split: str, split_folder: Path | str | None = None) -> list[str]:
+    """The trajectory names of a split as listed, without blank lines.
+
+    Raises:
+        DataError: the list is missing, unreadable or empty.
+    """
+    listing = split_file(Path(folder), split) if split_folder is None else Path(split_folder, split, "traj_names.txt")
+    try:
+        names = [line.strip() for line in listing.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{listing}: split {split!r} cannot be read ({error})") from error
+    if not names:
+        raise DataError(f"{listing}: split {split!r} is empty")
+    return names
+
+
 def read_split(
     folder: Path | str, split: str, split_folder: Path | str | None = None, min_frames: int = 2
 ) -> tuple[list[Trajectory], list[str]]:
@@ -60,31 +77,24 @@ def read_split(
     except DataError as error:
         info = None
         problems.append(str(error))
-    listing = split_file(folder, split) if split_folder is None else Path(split_folder) / split / "traj_names.txt"
     try:
-        names = listing.read_text().split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        return [], [*problems, f"{listing}: split {split!r} cannot be read ({error})"]
-    names = [name.strip() for name in names if name.strip()]
-    if not names:
-        problems.append(f"{listing}: split {split!r} is empty")
-    problems += [f"{listing}: {name} is listed {names.count(name)} times" for name in _repeated(names)]
+        names = read_names(folder, split, split_folder)
+    except DataError as error:
+        return [], [*problems, str(error)]
+    problems += [
+        f"{folder}: split {split!r} lists {name} {count} times" for name, count in Counter(names).items() if count > 1
+    ]
     has_poses = any((folder / name / POSES).is_file() for name in names) if info is None else info.has_actions
     trajectories = []
     for name in dict.fromkeys(names):
         if not (folder / name).is_dir():
-            problems.append(f"{folder / name}: listed in {listing}, but there is no such folder")
+            problems.append(f"{folder / name}: listed in split {split!r}, but there is no such folder")
             continue
         trajectory, found = _read_trajectory(folder / name, name, has_poses, min_frames)
         problems += found
         if trajectory is not None:
             trajectories.append(trajectory)
     return trajectories, problems
-
-
-def _repeated(names: list[str]) -> list[str]:
-    seen: set[str] = set()
-    return list(dict.fromkeys(name for name in names if name in seen or seen.add(name)))
 
 
 def _read_trajectory(folder: Path, name: str, has_poses: bool, min_frames: int) -> tuple[Trajectory | None, list[str]]:

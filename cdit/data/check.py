@@ -1,0 +1,131 @@
+"""Finds everything that is wrong with a dataset, before training does.
+
+    python -m cdit.data.check FOLDER
+
+Lists all problems at once and exits with code 2, or says what is there and exits with code 0.
+"""
+
+import argparse
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from cdit.cli import run
+from cdit.data.frames import decode
+from cdit.data.trajectory import Trajectory, read_names, read_split
+from cdit.errors import DataError
+
+
+@dataclass
+class Findings:
+    """What a check found."""
+
+    problems: list[str] = field(default_factory=list)
+    """One line each, naming the file."""
+    trajectories: dict[str, list[Trajectory]] = field(default_factory=dict)
+    """Those read without a problem, of each split."""
+
+
+def check(
+    folder: Path | str,
+    splits: Iterable[str] | None = None,
+    decode_frames: bool = True,
+    split_folder: Path | str | None = None,
+    min_frames: int = 2,
+) -> Findings:
+    """Reads the splits of a dataset and decodes each frame, with a progress bar.
+
+    Args:
+        folder: the dataset.
+        splits: names of the splits; by default train, test and all others there are.
+        decode_frames: whether to decode the frames, too.
+        split_folder: what holds `<split>/traj_names.txt`, where that is not `<folder>/splits`.
+        min_frames: the least frames of a trajectory: the smallest window.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return Findings([f"{folder}: no such dataset folder"])
+    if splits is None:
+        there = Path(split_folder or folder / "splits").glob("*/traj_names.txt")
+        splits = dict.fromkeys(["train", "test", *sorted(path.parent.name for path in there)])
+    findings = Findings()
+    splits_of: dict[str, list[str]] = {}
+    for split in splits:
+        findings.trajectories[split], problems = read_split(folder, split, split_folder, min_frames)
+        findings.problems += [problem for problem in problems if problem not in findings.problems]
+        with suppress(DataError):  # among the problems already
+            for name in dict.fromkeys(read_names(folder, split, split_folder)):
+                splits_of.setdefault(name, []).append(split)
+    findings.problems += [
+        f"{folder / name}: in more than one split ({', '.join(several)})"
+        for name, several in splits_of.items()
+        if len(several) > 1
+    ]
+    if decode_frames:
+        findings.problems += _frame_problems(
+            {trajectory.name: trajectory for split in findings.trajectories.values() for trajectory in split}.values()
+        )
+    return findings
+
+
+def problems(folder: Path | str, splits: Iterable[str] | None = None, decode: bool = True) -> list[str]:
+    """The problems `check` finds, one line each; empty where the dataset is fine."""
+    return check(folder, splits, decode).problems
+
+
+def _frame_problems(trajectories: Iterable[Trajectory]) -> list[str]:
+    problems = []
+    total = sum(map(len, trajectories))
+    with ThreadPoolExecutor() as threads, tqdm(total=total, unit="frame", desc="decoding", leave=False) as bar:
+        for trajectory in trajectories:
+            first_of_size: dict[str, str] = {}
+            paths = map(trajectory.frame, range(len(trajectory)))
+            for file, size in zip(trajectory.files, threads.map(_size_or_problem, paths), strict=True):
+                bar.update()
+                if isinstance(size, DataError):
+                    problems.append(str(size))
+                else:
+                    first_of_size.setdefault(size, str(file))
+            if len(first_of_size) > 1:
+                sizes = ", ".join(f"{file} is {size}" for size, file in first_of_size.items())
+                problems.append(f"{trajectory.folder}: frames of different sizes ({sizes})")
+    return problems
+
+
+def _size_or_problem(path: Path) -> str | DataError:
+    try:
+        height, width = decode(path).shape[-2:]
+    except DataError as error:
+        return error
+    return f"{width}×{height}"
+
+
+def main() -> None:
+    """The command line.
+
+    Raises:
+        DataError: there are problems; the message lists them all.
+    """
+    parser = argparse.ArgumentParser(prog="python -m cdit.data.check", description="Lists all problems of a dataset.")
+    parser.add_argument("folder", type=Path, help="the dataset folder")
+    parser.add_argument("--splits", nargs="+", help="splits to check (default: train, test and all others there are)")
+    parser.add_argument("--split_folder", type=Path, help="folder with <split>/traj_names.txt (default: FOLDER/splits)")
+    parser.add_argument("--min_frames", type=int, default=2, help="least frames of a trajectory (default: 2)")
+    parser.add_argument("--fast", action="store_true", help="do not decode the frames")
+    options = parser.parse_args()
+    findings = check(options.folder, options.splits, not options.fast, options.split_folder, options.min_frames)
+    if findings.problems:
+        raise DataError(f"{options.folder}: {len(findings.problems)} problems\n  " + "\n  ".join(findings.problems))
+    summary = "; ".join(
+        f"{split}: {len(trajectories)} trajectories, {sum(map(len, trajectories))} frames"
+        for split, trajectories in findings.trajectories.items()
+    )
+    print(f"{options.folder}: fine ({summary})")
+
+
+if __name__ == "__main__":
+    run(main)
