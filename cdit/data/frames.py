@@ -40,8 +40,8 @@ def crop_and_resize(image: Tensor, image_size: tuple[int, int], crop: Crop) -> T
         image: the recorded frame.
         image_size: what the model takes.
         crop: the centre crop before the resize: "aspect" to the aspect ratio of `image_size`; "4:3" as in the NWM
-            release (4:3 where wider than high, 3:4 otherwise, padded with black where narrower, then squeezed);
-            "none" squeezes the whole frame.
+            release (4:3, padded with black at the sides of frames between square and 4:3, then squeezed); "none"
+            squeezes the whole frame.
     """
     h, w = image.shape[-2:]
     height, width = image_size

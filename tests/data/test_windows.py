@@ -1,0 +1,265 @@
+import cmath
+import math
+import os
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import LENGTHS, frame_value
+
+from cdit.data.layout import POSES
+from cdit.data.loader import loader
+from cdit.data.motion import local_motion
+from cdit.data.sampler import KeyedBatchSampler
+from cdit.data.windows import DataConfig, WindowDataset, WindowKey
+from cdit.errors import DataError, UserError
+from cdit.randomness import seed_of
+
+
+def config_of(folder, **values) -> DataConfig:
+    return DataConfig(folder=str(folder), image_size=(12, 16), workers=0, **values)
+
+
+def value_of(frame: torch.Tensor) -> int:
+    """The grey of a fixture frame; JPEG may be off by one."""
+    assert frame.float().std() < 1
+    return int(frame.float().mean().round())
+
+
+def poses_of(folder, name):
+    with open(folder / name / POSES, "rb") as file:
+        return pickle.load(file)
+
+
+def rotated(poses, now, then):
+    """The motion by complex numbers: the displacement turned back by the heading."""
+    displacement = complex(*(poses["position"][then] - poses["position"][now]))
+    local = displacement * cmath.exp(-1j * poses["yaw"][now])
+    turn = cmath.phase(cmath.exp(1j * (poses["yaw"][then] - poses["yaw"][now])))
+    return local.real, local.imag, turn
+
+
+def test_item_shapes_and_types(dataset):
+    item = WindowDataset(config_of(dataset), "train")[0]
+    assert {key: (tuple(value.shape), value.dtype) for key, value in item.items()} == {
+        "context": ((4, 3, 12, 16), torch.uint8),
+        "context_mask": ((4,), torch.bool),
+        "target": ((4, 3, 12, 16), torch.uint8),
+        "action": ((4, 3), torch.float32),
+        "action_mask": ((4,), torch.bool),
+        "time_shift": ((4,), torch.float32),
+        "seed": ((), torch.int64),
+    }
+
+
+@pytest.mark.parametrize(("low", "high", "min_history"), [(1, 8, 1), (-5, 5, 4), (-6, -2, 2), (3, 3, 3), (0, 4, 1)])
+def test_windows_are_those_with_history_and_a_goal(dataset, low, high, min_history):
+    config = config_of(dataset, min_offset=low, max_offset=high, min_history=min_history)
+    windows = WindowDataset(config, "train")
+    expected = [
+        (i, now)
+        for i, length in enumerate(LENGTHS["train"].values())
+        for now in range(length)
+        if now + 1 >= min_history and any(0 <= now + k < length for k in range(low, high + 1))
+    ]
+    assert [windows.locate(index) for index in range(len(windows))] == expected
+    for index in (-1, len(windows)):
+        with pytest.raises(IndexError):
+            windows.locate(index)
+
+
+def test_frames_actions_and_times_of_every_window(dataset):
+    windows = WindowDataset(config_of(dataset, min_offset=-8, max_offset=8, goals=3), "train", seed=5)
+    for index in range(len(windows)):
+        trajectory, now = windows.locate(index)
+        name, length = list(LENGTHS["train"].items())[trajectory]
+        item = windows[WindowKey(index, 2, 7)]
+        for slot, time in enumerate(range(now - 3, now + 1)):
+            assert item["context_mask"][slot] == (time >= 0)
+            if time >= 0:
+                assert abs(value_of(item["context"][slot]) - frame_value(name, time)) <= 1
+            else:
+                assert item["context"][slot].eq(0).all()
+        for goal in range(3):
+            offset = round(item["time_shift"][goal].item() * 5)
+            assert item["time_shift"][goal] == pytest.approx(offset / 5)
+            assert max(-8, -now) <= offset <= min(8, length - 1 - now)
+            assert abs(value_of(item["target"][goal]) - frame_value(name, now + offset)) <= 1
+            expected = rotated(poses_of(dataset, name), now, now + offset)
+            assert item["action"][goal].tolist() == pytest.approx(expected, abs=1e-5)
+        assert item["action_mask"].all()
+        assert item["seed"] == seed_of(5, 2, 7)
+
+
+def test_every_offset_in_range_is_drawn_equally_often(dataset):
+    windows = WindowDataset(config_of(dataset, min_offset=-2, max_offset=4, goals=8), "train")
+    draws = [round(5 * k) for step in range(200) for k in windows[WindowKey(1, step, 0)]["time_shift"].tolist()]
+    counts = {offset: draws.count(offset) for offset in set(draws)}
+    assert counts.keys() == {-1, 0, 1, 2, 3, 4}  # window 1 is frame 1: only one frame before it
+    for count in counts.values():  # 1600 draws over 6 offsets, within 4.5 standard deviations
+        assert abs(count - 1600 / 6) < 4.5 * math.sqrt(1600 * 5 / 36)
+
+
+def test_yaw_wraps():
+    origin, zero = np.zeros((5, 2)), np.zeros(5)
+    turns = np.array([0.0, np.pi, -np.pi, 1.5 * np.pi, -7.0])
+    expected = [0.0, -np.pi, -np.pi, -0.5 * np.pi, -7.0 + 2 * np.pi]
+    assert local_motion(origin, zero, origin, turns)[:, 2] == pytest.approx(expected)
+
+
+def test_forward_and_left():
+    heading_north = np.pi / 2
+    motion = local_motion(np.array([1.0, 1.0]), heading_north, np.array([1.0, 3.0]), heading_north)
+    assert motion == pytest.approx([2.0, 0.0, 0.0])
+    motion = local_motion(np.array([1.0, 1.0]), heading_north, np.array([0.0, 1.0]), heading_north + 0.5)
+    assert motion == pytest.approx([0.0, 1.0, 0.5])
+
+
+def test_the_key_alone_decides_the_draws(dataset):
+    one, other = (WindowDataset(config_of(dataset), "train", seed=1) for _ in range(2))
+    for _ in range(5):
+        other[0]  # draws elsewhere change nothing
+    for key in (WindowKey(3, 0, 0), WindowKey(3, 0, 1), WindowKey(3, 1, 0)):
+        assert all(torch.equal(one[key][name], other[key][name]) for name in one[key])
+    keys = [WindowKey(3, step, sample) for step in range(4) for sample in range(4)]
+    assert len({tuple(one[key]["time_shift"].tolist()) for key in keys}) > 8
+    assert len({one[key]["seed"].item() for key in keys}) == 16
+    reseeded = WindowDataset(config_of(dataset), "train", seed=2)
+    assert any(not torch.equal(one[key]["time_shift"], reseeded[key]["time_shift"]) for key in keys)
+
+
+def test_window_with_given_offsets(dataset):
+    windows = WindowDataset(config_of(dataset), "train")
+    for index in windows.windows_with([-3, 6]):
+        trajectory, now = windows.locate(index)
+        item = windows.window(index, [-3, 6])
+        assert item["time_shift"].tolist() == pytest.approx([-0.6, 1.2])
+        expected = rotated(poses_of(dataset, "ab"[trajectory]), now, now - 3)
+        assert item["action"][0].tolist() == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(IndexError, match="frames 0 to 19"):
+        windows.window(0, [-1])
+
+
+@pytest.mark.parametrize("offsets", [[1], [8], [-5, 2], [-2], [0], [19]])
+@pytest.mark.parametrize("min_history", [1, 4])
+def test_windows_with_offsets_are_all_of_them(dataset, offsets, min_history):
+    windows = WindowDataset(config_of(dataset, min_history=min_history), "train")
+    expected = []
+    for index in range(len(windows)):
+        trajectory, now = windows.locate(index)
+        length = len(windows.trajectories[trajectory])
+        if now >= 3 and all(0 <= now + offset < length for offset in offsets):
+            expected.append(index)
+    assert windows.windows_with(offsets) == expected
+
+
+def test_path_composes_to_the_direct_action(dataset):
+    windows = WindowDataset(config_of(dataset), "train")
+    path = windows.path(4, 6)
+    assert torch.equal(path["context"], windows.window(4, [1])["context"])
+    assert path["time_shift"].tolist() == pytest.approx([0.2] * 6)
+    position, heading = 0j, 0.0
+    for step, (dx, dy, dyaw) in enumerate(path["action"].tolist()):
+        position += complex(dx, dy) * cmath.exp(1j * heading)
+        heading += dyaw
+        direct = windows.window(4, [step + 1])
+        assert torch.equal(path["target"][step], direct["target"][0])
+        assert [position.real, position.imag] == pytest.approx(direct["action"][0, :2].tolist(), abs=1e-4)
+        assert cmath.exp(1j * heading) == pytest.approx(cmath.exp(1j * direct["action"][0, 2].item()), abs=1e-5)
+    with pytest.raises(IndexError):
+        windows.path(4, 16)
+
+
+def test_video_without_poses(video_dataset):
+    windows = WindowDataset(config_of(video_dataset), "train")
+    item = windows[3]
+    assert not windows.info.has_actions
+    assert not item["action_mask"].any()
+    assert item["action"].eq(0).all()
+    assert item["time_shift"].gt(0).all()
+
+
+def test_a_dataset_from_elsewhere(dataset, tmp_path):
+    """No dataset.json, yaw (T, 1), splits in another folder."""
+    expected = rotated(poses_of(dataset, "a"), 2, 5)
+    (dataset / "dataset.json").unlink()
+    (dataset / "splits").rename(tmp_path / "lists")
+    for name in "abc":
+        poses = poses_of(dataset, name)
+        poses["yaw"] = poses["yaw"][:, None]
+        (dataset / name / POSES).write_bytes(pickle.dumps(poses, 2))
+    config = config_of(dataset, splits=str(tmp_path / "lists"), spacing=0.25)
+    windows = WindowDataset(config, "train")
+    assert (windows.info.fps, windows.info.spacing, windows.info.has_actions) == (4.0, 0.25, True)
+    assert windows.window(2, [3])["action"][0].tolist() == pytest.approx(expected, abs=1e-5)
+
+
+def test_config_overrides_the_description(dataset):
+    info = WindowDataset(config_of(dataset), "train").info
+    assert (info.fps, info.spacing) == (5.0, 0.5)
+    info = WindowDataset(config_of(dataset, fps=10.0, spacing=2.0), "train").info
+    assert (info.fps, info.spacing) == (10.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"min_history": 5},
+        {"min_history": 0},
+        {"context_frames": 0},
+        {"goals": 0},
+        {"max_offset": 0},
+        {"fps": 0.0},
+        {"spacing": -1.0},
+        {"cache_gb": -1.0},
+    ],
+    ids=str,
+)
+def test_values_out_of_range_are_named(dataset, values):
+    field = next(iter(values))
+    with pytest.raises(UserError, match=rf"data\.{field} is"):
+        WindowDataset(config_of(dataset, **values), "train")
+
+
+def test_problems_are_listed_and_cut_short(dataset):
+    names = [f"none{i}" for i in range(30)]
+    (dataset / "splits/train/traj_names.txt").write_text("\n".join(names))
+    with pytest.raises(DataError, match=r"and 10 more: python -m cdit\.data\.check") as error:
+        WindowDataset(config_of(dataset), "train")
+    assert "none19" in str(error.value)
+    assert "none20" not in str(error.value)
+
+
+def batches(dataset, workers: int):
+    config = DataConfig(folder=str(dataset), image_size=(12, 16), workers=workers)
+    windows = WindowDataset(config, "train", seed=4)
+    return list(loader(windows, KeyedBatchSampler(len(windows), 8, 4, 0, 3), config))
+
+
+def test_loader_gives_the_same_with_and_without_workers(dataset):
+    for alone, worker in zip(batches(dataset, 0), batches(dataset, 2), strict=True):
+        assert alone["context"].shape == (8, 4, 3, 12, 16)
+        assert all(torch.equal(alone[key], worker[key]) for key in alone)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_frame_is_a_plain_error_from_workers(dataset, workers):
+    file = dataset / "b" / "6.jpg"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(DataError) as error:
+        batches(dataset, workers)
+    assert str(error.value).startswith(str(file))
+    assert "\n" not in str(error.value)
+
+
+def test_data_does_not_import_the_model():
+    code = (
+        "import sys, cdit.data.loader, cdit.data.sampler, cdit.data.check, cdit.data.from_video;"
+        "print([m for m in sys.modules if m.startswith('cdit.') and m.split('.')[1] in "
+        "('model', 'attention', 'diffusion', 'codec', 'world_model', 'training')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
+    assert done.stdout.strip() == "[]"
