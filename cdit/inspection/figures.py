@@ -1,0 +1,201 @@
+"""Drawing attention maps over frames: one row a head, one column a past frame."""
+
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+CELL = 160  # frames are magnified, by whole numbers, to about this many pixels
+LARGEST = 256  # and shrunk to this many where they are larger
+GAP = 6
+LABEL_WIDTH = 92
+BAR_WIDTH = 132
+INK, FAINT, PAPER = (28, 28, 34), (120, 120, 130), (255, 255, 255)
+BAR, EXTRA_BAR = (203, 71, 71), (96, 108, 200)
+OUTLINE = (64, 240, 255)
+
+
+@dataclass
+class HeadMaps:
+    """Where each head looks."""
+
+    frames: Tensor
+    """(H, T, rows, columns) weights on the past frames, oldest first."""
+    extra: Tensor | None
+    """(H,) weight on the extra key; None where there is none."""
+
+
+@dataclass
+class Scene:
+    """The frames behind the maps."""
+
+    context: Tensor
+    """(T, 3, H, W) uint8, past frames, oldest first."""
+    context_mask: Tensor
+    """(T,) bool, True where the frame exists."""
+    target: Tensor
+    """(3, H, W) uint8."""
+    patch: tuple[int, int]
+    """Row and column of the chosen target patch."""
+
+
+def attention_figure(scene: Scene, chosen: HeadMaps, average: HeadMaps, title: str) -> Image.Image:
+    """One layer at one diffusion time.
+
+    From left to right: the target with the chosen patch outlined; on each past frame, where that patch looks (its own
+    place outlined), and the mass per frame; the same for the average over all target patches.
+
+    Maps are drawn blocky, one block a patch; frames are magnified to whole pixels. Colours of a row are scaled to the
+    largest weight in it, printed at its left, for the chosen patch and for the average apart.
+    """
+    heads, frames, rows, columns = chosen.frames.shape
+    size = _cell_size(*scene.target.shape[-2:])
+    width, height = size
+    names = [frame_name(i, frames) for i in range(frames)]
+    group_width = frames * (width + GAP) + BAR_WIDTH + GAP
+    top = 86
+    canvas = Image.new(
+        "RGB",
+        (LABEL_WIDTH + width + 4 * GAP + 2 * (group_width + 2 * GAP), top + heads * (height + GAP) + 2 * GAP),
+        PAPER,
+    )
+    draw = ImageDraw.Draw(canvas)
+    draw.text((2 * GAP, 10), title, INK, _font(17, bold=True))
+    box = _patch_box(scene.patch, (rows, columns), size)
+
+    target_left = LABEL_WIDTH
+    target = _frame(scene.target, size)
+    _outline(ImageDraw.Draw(target), box)
+    draw.text((target_left, top - 22), "target", INK, _font(13))
+    lefts = [target_left + width + 4 * GAP]
+    lefts.append(lefts[0] + group_width + 2 * GAP)
+    past = [_frame(frame, size) for frame in scene.context]
+    headings = (
+        f"where the outlined patch looks (row {scene.patch[0]}, column {scene.patch[1]})",
+        f"mean over all {rows * columns} target patches",
+    )
+    for left, heading in zip(lefts, headings, strict=True):
+        draw.text((left, top - 44), heading, INK, _font(14, bold=True))
+        for i, name in enumerate(names):
+            draw.text((left + i * (width + GAP), top - 22), f"frame {name}", INK, _font(13))
+        draw.text((left + frames * (width + GAP) + GAP, top - 22), "mass", INK, _font(13))
+    _colour_scale(draw, canvas.width - 2 * GAP, 12)
+
+    for head in range(heads):
+        y = top + head * (height + GAP)
+        peaks = [float(group.frames[head].max()) for group in (chosen, average)]
+        draw.text((2 * GAP, y + height // 2 - 26), f"head {head}", INK, _font(15, bold=True))
+        for line, (name, peak) in enumerate(zip(("patch", "mean"), peaks, strict=True)):
+            draw.text((2 * GAP, y + height // 2 - 4 + 15 * line), f"{name} ≤ {peak:.2g}", FAINT, _font(11))
+        canvas.paste(target, (target_left, y))
+        for group, peak, left in zip((chosen, average), peaks, lefts, strict=True):
+            for i in range(frames):
+                cell = _missing(size)
+                if scene.context_mask[i]:
+                    cell = _overlay(past[i], group.frames[head, i] / max(peak, 1e-30))
+                    if group is chosen:
+                        _outline(ImageDraw.Draw(cell), box, thin=True)
+                canvas.paste(cell, (left + i * (width + GAP), y))
+            masses = {
+                name: float(group.frames[head, i].sum()) if scene.context_mask[i] else None
+                for i, name in enumerate(names)
+            }
+            if group.extra is not None:
+                masses["extra"] = float(group.extra[head])
+            _bars(draw, left + frames * (width + GAP) + GAP, y, height, masses)
+    return canvas
+
+
+def frame_name(index: int, frames: int) -> str:
+    """Frames are named by their distance from the current one: …, −2, −1, 0."""
+    back = frames - 1 - index
+    return f"−{back}" if back else "0"
+
+
+def _cell_size(height: int, width: int) -> tuple[int, int]:
+    """(width, height) of a drawn frame."""
+    longest = max(height, width)
+    factor = max(1, round(CELL / longest)) if longest <= LARGEST else LARGEST / longest
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def _frame(frame: Tensor, size: tuple[int, int]) -> Image.Image:
+    image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
+    return image.resize(size, Image.Resampling.NEAREST if size[0] >= image.width else Image.Resampling.BOX)
+
+
+def _overlay(frame: Image.Image, heat: Tensor) -> Image.Image:
+    """The frame in grey, under a heat map (rows, columns) in [0, 1] that covers it the more the hotter it is."""
+    heat_image = Image.fromarray(heat.cpu().numpy().astype(np.float32)).resize(frame.size, Image.Resampling.NEAREST)
+    heat_HW = np.asarray(heat_image)
+    colour = matplotlib.colormaps["inferno"](0.15 + 0.85 * heat_HW)[..., :3]
+    grey = np.asarray(frame.convert("L"), dtype=np.float32)[..., None] / 255
+    cover = (0.35 + 0.5 * np.sqrt(heat_HW))[..., None]
+    return Image.fromarray(np.uint8(255 * ((1 - cover) * grey + cover * colour) + 0.5))
+
+
+def _missing(size: tuple[int, int]) -> Image.Image:
+    image = Image.new("RGB", size, (236, 236, 240))
+    draw = ImageDraw.Draw(image)
+    for x in range(-size[1], size[0], 12):
+        draw.line([(x, size[1]), (x + size[1], 0)], (216, 216, 222), 2)
+    draw.text((size[0] / 2, size[1] / 2), "missing", FAINT, _font(13), anchor="mm")
+    return image
+
+
+def _patch_box(patch: tuple[int, int], grid: tuple[int, int], size: tuple[int, int]) -> tuple[float, ...]:
+    """Left, top, right and bottom pixel of a patch."""
+    (row, column), (rows, columns), (width, height) = patch, grid, size
+    return (
+        round(column * width / columns),
+        round(row * height / rows),
+        round((column + 1) * width / columns) - 1,
+        round((row + 1) * height / rows) - 1,
+    )
+
+
+def _outline(draw: ImageDraw.ImageDraw, box: tuple[float, ...], thin: bool = False) -> None:
+    left, top, right, bottom = box
+    if not thin:
+        draw.rectangle((left - 3, top - 3, right + 3, bottom + 3), outline=(0, 0, 0))
+        draw.rectangle((left - 2, top - 2, right + 2, bottom + 2), outline=OUTLINE, width=2)
+    else:
+        draw.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=OUTLINE)
+
+
+def _bars(draw: ImageDraw.ImageDraw, left: int, top: int, height: int, masses: dict[str, float | None]) -> None:
+    """Horizontal bars from 0 to 1 with their values; None is a missing frame."""
+    step = min(22, height // len(masses))
+    font = _font(min(11, step))
+    top += (height - step * len(masses)) // 2
+    bar_left, bar_width = left + 34, BAR_WIDTH - 34 - 40
+    for line, (name, mass) in enumerate(masses.items()):
+        y = top + line * step
+        middle = y + step / 2
+        draw.text((bar_left - 5, middle), name, INK, font, anchor="rm")
+        draw.rectangle((bar_left, y + 2, bar_left + bar_width, y + step - 3), (238, 238, 242))
+        if mass:
+            colour = EXTRA_BAR if name == "extra" else BAR
+            draw.rectangle((bar_left, y + 2, bar_left + round(bar_width * mass), y + step - 3), colour)
+        value = "missing" if mass is None else f"{mass:.2f}"
+        draw.text((bar_left + bar_width + 4, middle), value, FAINT if mass is None else INK, font, anchor="lm")
+
+
+def _colour_scale(draw: ImageDraw.ImageDraw, right: int, top: int) -> None:
+    width = 120
+    draw.text((right, top), "row's largest", FAINT, _font(12), anchor="ra")
+    right -= 86
+    for x in range(width):
+        colour = matplotlib.colormaps["inferno"](0.15 + 0.85 * x / (width - 1), bytes=True)
+        draw.line([(right - width + x, top + 1), (right - width + x, top + 13)], tuple(int(c) for c in colour[:3]))
+    draw.text((right - width - 6, top), "0", FAINT, _font(12), anchor="ra")
+
+
+@cache
+def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size)
