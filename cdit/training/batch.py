@@ -1,0 +1,89 @@
+"""From a batch of windows to what the network is trained on, every random draw keyed by its sample.
+
+Shape suffixes: B contexts, G goals of each, T past frames.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cdit.diffusion import TIMESTEPS
+from cdit.pictures import to_float
+from cdit.world_model import WorldModel
+
+
+@dataclass
+class NoisyBatch:
+    """The arguments of `CDiT.forward`, and what its prediction is compared with."""
+
+    sample: Tensor
+    time: Tensor
+    action: Tensor
+    time_shift: Tensor
+    context: Tensor
+    context_mask: Tensor | None
+    action_mask: Tensor
+    clean: Tensor
+    noise: Tensor
+
+    def inputs(self) -> dict[str, Tensor | None]:
+        """Keyword arguments of `CDiT.forward`."""
+        return {
+            "sample": self.sample,
+            "timestep": self.time * TIMESTEPS,
+            "action": self.action,
+            "time_shift": self.time_shift,
+            "context": self.context,
+            "context_mask": self.context_mask,
+            "action_mask": self.action_mask,
+        }
+
+
+@torch.no_grad()
+def noisy_batch(
+    world: WorldModel,
+    items: dict[str, Tensor],
+    device: torch.device,
+    action_dropout: float = 0.0,
+    time: Tensor | None = None,
+) -> NoisyBatch:
+    """Encodes and noises a batch.
+
+    Args:
+        world: gives codec, units and objective.
+        items: stacked items of a `WindowDataset`, with `seed` (B,): the key of each sample's draws.
+        device: where to.
+        action_dropout: share of goals whose action is hidden.
+        time: (B, G) diffusion times in [0, 1]; drawn where not given.
+    """
+    # Asked on the CPU, where the answer costs no synchronisation; without masks faster kernels can be used.
+    context_mask = None if items["context_mask"].all() else items["context_mask"].to(device)
+    context = to_float(items["context"].to(device, non_blocking=True))
+    target = to_float(items["target"].to(device, non_blocking=True))
+    goals, past = target.shape[1], context.shape[1]
+
+    times, kept, noises, codec_noises = [], [], [], []
+    for seed in items["seed"].tolist():
+        generator = torch.Generator(device).manual_seed(seed)
+        times.append(world.flow.draw_time((goals,), generator))
+        kept.append(torch.rand(goals, generator=generator, device=device) >= action_dropout)
+        noises.append(torch.randn(goals, *world.latent_shape, generator=generator, device=device))
+        if world.codec.samples:
+            codec_noises.append(torch.randn(past + goals, *world.latent_shape, generator=generator, device=device))
+
+    frames = torch.cat((context, target), dim=1)
+    latents = world.codec.encode(frames, torch.stack(codec_noises) if codec_noises else None)
+    noise, time = torch.stack(noises), torch.stack(times) if time is None else time.to(device)
+    action, time_shift = world.description.units.normalize(items["action"].to(device), items["time_shift"].to(device))
+    return NoisyBatch(
+        sample=world.flow.add_noise(latents[:, past:], noise, time),
+        time=time,
+        action=action,
+        time_shift=time_shift,
+        context=latents[:, :past],
+        context_mask=context_mask,
+        action_mask=items["action_mask"].to(device) & torch.stack(kept),
+        clean=latents[:, past:],
+        noise=noise,
+    )

@@ -1,0 +1,87 @@
+"""Everything a run needs to be continued: <run>/checkpoints/step_00001000/."""
+
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from cdit.errors import UserError
+from cdit.training.ema import EMA
+
+STATE = "state.json"
+
+
+@dataclass
+class RunState:
+    """What of a run is neither weights nor optimizer state. Random draws are keyed by the step and need no state."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    best_loss: float = float("inf")
+    """Smallest validation loss so far."""
+    tracker_id: str | None = None
+    """Identity of the run at the tracker."""
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's complete checkpoints, oldest first."""
+    found = (run / "checkpoints").glob("step_*")
+    return sorted(p for p in found if re.fullmatch(r"step_\d{8}", p.name) and (p / STATE).is_file())
+
+
+def save_checkpoint(accelerator: Accelerator, ema: EMA, state: RunState, run: Path, keep: int) -> None:
+    """Writes a checkpoint, whole or not at all, and deletes all but the newest `keep`. Every process must call it."""
+    final = run / "checkpoints" / f"step_{state.step:08d}"
+    partial = final.with_name(f".{final.name}.partial")
+    if accelerator.is_main_process:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(partial))
+    if accelerator.is_main_process:
+        ema.save(partial / "ema.safetensors")
+        (partial / STATE).write_text(json.dumps(asdict(state)))
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(partial, final)
+        for old in checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, ema: EMA, folder: Path) -> RunState:
+    """Restores weights, optimizer, schedule and average from a checkpoint.
+
+    Raises:
+        UserError: the folder is no checkpoint, or one of another network.
+    """
+    try:
+        state = RunState(**json.loads((folder / STATE).read_text()))
+        accelerator.load_state(str(folder))
+        ema.load(folder / "ema.safetensors", state.step)
+    except Exception as error:  # missing files, foreign weights, broken archives: each library has its own exceptions
+        raise UserError(f"resume: {folder} cannot be continued from: {str(error).splitlines()[0]}") from error
+    return state
+
+
+def find_resume(resume: str, run: Path) -> Path | None:
+    """The checkpoint that the config's `resume` means; None to start afresh.
+
+    Raises:
+        UserError: the run would be overwritten, or the checkpoint is not there.
+    """
+    existing = checkpoints(run)
+    if resume == "no":
+        if existing:
+            raise UserError(
+                f"{run} already holds checkpoints: continue with --resume auto, choose another --name, or delete it"
+            )
+        return None
+    if resume == "auto":
+        return existing[-1] if existing else None
+    if not (Path(resume) / STATE).is_file():
+        raise UserError(f"resume is {resume!r}, expected no, auto, or a checkpoint folder (with {STATE})")
+    return Path(resume)

@@ -1,0 +1,201 @@
+"""The whole configuration of a training run. Sections that describe a part stand beside that part's code."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import yaml
+
+from cdit.codec import CodecConfig
+from cdit.data.windows import DataConfig
+from cdit.diffusion import FlowConfig, SamplerConfig
+from cdit.errors import UserError
+from cdit.inspection.probe import AttentionConfig
+from cdit.model import ModelConfig
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW and its learning-rate schedule."""
+
+    learning_rate: float = 3e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: a cosine to zero at the last step, or constant."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.99)
+    """Decay rates of AdamW's moments."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay, on matrices only."""
+    max_grad_norm: float = 1.0
+    """Global gradient norm is clipped to this."""
+
+
+@dataclass
+class EMAConfig:
+    """The running average of the weights that validation, probes and saved models use."""
+
+    decay: float = 0.9999
+    """Largest decay a step."""
+    warmup_power: float = 0.75
+    """The decay grows as 1 - (1 + step)^-power up to its largest value; 0 for a fixed decay from the start."""
+
+
+@dataclass
+class ValidationConfig:
+    """Loss on held-out windows, with the running average of the weights."""
+
+    every: int = 500
+    """Steps between validations; also validated at the end."""
+    samples: int = 256
+    """Number of windows, drawn once and kept for the whole run."""
+    time_bins: int = 5
+    """Equal bins of diffusion time in which the loss is reported."""
+
+
+@dataclass
+class ProbeConfig:
+    """What is sampled, measured and drawn during training, always from the same windows."""
+
+    every: int = 1000
+    """Steps between probes; 0: only at the end."""
+    samples: int = 32
+    """Windows measured at each probe."""
+    final_samples: int = 256
+    """Windows measured after the last step."""
+    offsets: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    """Frames ahead to predict directly."""
+    rows: int = 6
+    """Samples shown in each picture."""
+    rollouts: int = 2
+    """Autoregressive rollout videos."""
+    rollout_frames: int = 16
+    """Their length in frames; 0 for none."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    """Attention maps."""
+
+
+@dataclass
+class CheckpointConfig:
+    """What a run leaves on disk to be continued from."""
+
+    every: int = 1000
+    """Steps between checkpoints; one is always written at the end."""
+    keep: int = 2
+    """How many checkpoints are kept, the newest ones."""
+
+
+@dataclass
+class TrackingConfig:
+    """Where the run is shown, beside metrics.jsonl and the pictures in its folder."""
+
+    backend: Literal["wandb", "none"] = "wandb"
+    """Weights & Biases (offline when nobody is logged in), or nothing."""
+    project: str = "cdit"
+    """Project name there."""
+    every: int = 20
+    """Steps between logged training metrics."""
+
+
+@dataclass
+class TrainConfig:
+    """A training run."""
+
+    name: str = "quickstart"
+    """Name of the run; its folder is <output>/<name>."""
+    output: str = "runs"
+    """Folder of all runs."""
+    resume: str = "no"
+    """Continue an earlier run: auto (from its newest checkpoint, or from the start where there is none), or the path of
+    a checkpoint folder; no starts afresh and refuses a folder that holds checkpoints."""
+    seed: int = 0
+    """Key of all randomness: weights, batches, goals, noise, diffusion times."""
+    steps: int = 1000
+    """Optimizer steps of the whole run."""
+    stop_at: int | None = None
+    """Stop after this step, schedules unchanged, to train a run in pieces (see resume)."""
+    batch_size: int = 32
+    """Contexts (each with data.goals goals) per step, over all processes."""
+    micro_batch_size: int | None = None
+    """Contexts per process and forward pass; smaller ones accumulate gradients. None: the process's whole share."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
+    """Autocast precision."""
+    compile: bool = False
+    """Whether to compile the network (torch.compile); pays on a GPU and on long CPU runs."""
+    action_dropout: float = 0.0
+    """Share of goals whose action is hidden in training, for guidance on the action in sampling."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The dataset and its windows."""
+    codec: CodecConfig = field(default_factory=CodecConfig)
+    """What is denoised: pixels or latents."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    """The objective."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How frames are sampled, in probes and by default afterwards."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """The optimizer."""
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    """The average of the weights."""
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    """Loss on held-out windows."""
+    probe: ProbeConfig = field(default_factory=ProbeConfig)
+    """Samples, metrics and attention maps during training."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    """Weights & Biases."""
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.output) / self.name
+
+    def validate(self) -> None:
+        """Checks what types cannot say.
+
+        Raises:
+            UserError: a value is out of its range; the message names the field.
+        """
+        positive = {
+            "steps": self.steps,
+            "batch_size": self.batch_size,
+            "micro_batch_size": 1 if self.micro_batch_size is None else self.micro_batch_size,
+            "stop_at": 1 if self.stop_at is None else self.stop_at,
+            "sampler.steps": self.sampler.steps,
+            "optimizer.learning_rate": self.optimizer.learning_rate,
+            "optimizer.max_grad_norm": self.optimizer.max_grad_norm,
+            "validation.every": self.validation.every,
+            "validation.samples": self.validation.samples,
+            "validation.time_bins": self.validation.time_bins,
+            "probe.samples": self.probe.samples,
+            "probe.final_samples": self.probe.final_samples,
+            "checkpoint.every": self.checkpoint.every,
+            "checkpoint.keep": self.checkpoint.keep,
+            "tracking.every": self.tracking.every,
+        }
+        for name, value in positive.items():
+            if value <= 0:
+                raise UserError(f"{name} is {value}, expected a positive number")
+        for name, share in {"action_dropout": self.action_dropout, "model.dropout": self.model.dropout}.items():
+            if not 0 <= share < 1:
+                raise UserError(f"{name} is {share}, expected at least 0 and less than 1")
+        if not self.name or Path(self.name).name != self.name:
+            raise UserError(f"name is {self.name!r}, expected one path component")
+        if self.sampler.guidance != 1 and self.action_dropout == 0:
+            raise UserError(f"sampler.guidance is {self.sampler.guidance}, which needs action_dropout above 0")
+        if not self.probe.offsets or 0 in self.probe.offsets:
+            raise UserError(f"probe.offsets is {self.probe.offsets}, expected non-zero numbers of frames")
+
+    def save(self, path: Path) -> None:
+        """Writes the resolved config as YAML; `train.py --config` repeats the run from it."""
+        path.write_text(yaml.safe_dump(_plain(asdict(self)), sort_keys=False))
+
+
+def _plain(value: object) -> object:
+    """Tuples as lists, which YAML can say."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

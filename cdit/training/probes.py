@@ -1,0 +1,135 @@
+"""What a person looks at during training: predicted frames, metrics beside baselines, rollouts, attention maps."""
+
+from pathlib import Path
+
+import torch
+import wandb
+from accelerate import Accelerator
+
+from cdit.data.loader import collate
+from cdit.data.windows import WindowDataset
+from cdit.errors import UserError
+from cdit.evaluation.horizons import HorizonResult, evaluate_horizons, markdown_table
+from cdit.evaluation.metrics import load_metrics
+from cdit.inspection.probe import inspect_attention
+from cdit.pictures import comparison_grid, rollout_video, save_mp4, strip, to_float
+from cdit.randomness import generator, seed_of
+from cdit.training.config import TrainConfig
+from cdit.training.tracking import Tracker
+from cdit.world_model import WorldModel
+
+
+class Probes:
+    """Samples, measures and draws, always from the same windows and noise. The main process does it all.
+
+    Raises:
+        UserError: no window reaches as far ahead as `probe.offsets` or `probe.rollout_frames` ask.
+    """
+
+    def __init__(self, dataset: WindowDataset, config: TrainConfig, accelerator: Accelerator):
+        self.dataset, self.config, self.accelerator = dataset, config, accelerator
+        self.seed = seed_of(config.seed, 1)
+        self.windows = self._reaching(config.probe.offsets, "probe.offsets")
+        self.paths = []
+        if config.probe.rollout_frames:
+            self.paths = self._reaching([config.probe.rollout_frames], "probe.rollout_frames")
+        self.metrics = load_metrics(accelerator.device) if accelerator.is_main_process else {}
+
+    def run(self, world: WorldModel, tracker: Tracker, step: int, final: bool = False) -> None:
+        """Probes the world model as it is; every process must call it.
+
+        Args:
+            world: its network holds the weights to look at, in evaluation mode.
+            tracker: where to show what is found, beside <run>/probes/<step>/.
+            step: the training step.
+            final: measure more samples, and print the table.
+        """
+        if self.accelerator.is_main_process:
+            folder = self.config.folder / "probes" / f"step_{step:08d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            with self.accelerator.autocast():
+                self._predictions(world, tracker, step, final, folder)
+                self._rollouts(world, tracker, step, folder)
+                self._attention(world, tracker, step, folder)
+        self.accelerator.wait_for_everyone()
+
+    def _predictions(self, world: WorldModel, tracker: Tracker, step: int, final: bool, folder: Path) -> None:
+        probe = self.config.probe
+        windows = _spread(self.windows, probe.final_samples if final else probe.samples)
+        batch = collate([self.dataset.window(window, probe.offsets) for window in windows])
+        result = evaluate_horizons(world, batch, self.metrics, self.seed)
+        table = markdown_table(result.rows)
+        (folder / "horizons.md").write_text(f"{len(windows)} test windows, step {step}\n\n{table}")
+        tracker.log(_scalars(result), step)
+
+        shown = torch.tensor(_spread(range(len(windows)), probe.rows))
+        horizons = [f"{offset / self.dataset.info.fps:+g} s" for offset in probe.offsets]
+        grid = comparison_grid(batch["context"][shown], batch["target"][shown], result.predictions[shown], horizons)
+        grid.save(folder / "predictions.png")
+        rows = [[row.method, row.frames, row.seconds, row.metric, row.mean] for row in result.rows]
+        tracker.show(
+            {
+                "probe/predictions": wandb.Image(grid, caption=f"test windows, step {step}"),
+                "probe/horizons": wandb.Table(["method", "frames ahead", "seconds ahead", "metric", "mean"], rows),
+            },
+            step,
+        )
+        if final:
+            tracker.print(f"\n{len(windows)} test windows, {self.config.sampler.steps} denoising steps:\n\n{table}")
+
+    def _rollouts(self, world: WorldModel, tracker: Tracker, step: int, folder: Path) -> None:
+        length, fps = self.config.probe.rollout_frames, self.dataset.info.fps
+        if not length:
+            return
+        batch = collate(
+            [self.dataset.path(window, length) for window in _spread(self.paths, self.config.probe.rollouts)]
+        )
+        device = self.accelerator.device
+        prediction = world.rollout(
+            to_float(batch["context"].to(device)),
+            batch["action"].to(device)[:, None],
+            context_mask=batch["context_mask"].to(device),
+            generator=generator(self.seed),
+        )[:, 0].cpu()
+        for i, (context, truth) in enumerate(zip(batch["context"], batch["target"], strict=True)):
+            video, picture = folder / f"rollout_{i}.mp4", strip(context, truth, prediction[i], fps)
+            save_mp4(rollout_video(context, truth, prediction[i], fps), video, fps)
+            picture.save(folder / f"rollout_{i}.png")
+            caption = f"autoregressive rollout {i}, step {step}"
+            tracker.show(
+                {
+                    f"probe/rollout_{i}": wandb.Video(str(video), caption=caption, format="mp4"),
+                    f"probe/rollout_strip_{i}": wandb.Image(picture, caption=caption),
+                },
+                step,
+            )
+
+    def _attention(self, world: WorldModel, tracker: Tracker, step: int, folder: Path) -> None:
+        probe = self.config.probe
+        if not probe.attention.samples:
+            return
+        windows = _spread(self.windows, probe.attention.samples)
+        batch = collate([self.dataset.window(window, probe.offsets) for window in windows])
+        report = inspect_attention(world, batch, probe.attention, self.seed)
+        report.save(folder / "attention")
+        tracker.log(report.scalars, step)
+        tracker.show(report.to_wandb(), step)
+
+    def _reaching(self, offsets: list[int], field: str) -> list[int]:
+        windows = self.dataset.windows_with(offsets)
+        if not windows:
+            raise UserError(
+                f"{field} is {offsets}: no trajectory of split {self.config.data.test_split!r} is long enough for a "
+                "full context and these frames"
+            )
+        return windows
+
+
+def _spread(items: list[int] | range, count: int) -> list[int]:
+    """At most `count` items, evenly spaced over all."""
+    count = min(count, len(items))
+    return [items[round((i + 0.5) * len(items) / count - 0.5)] for i in range(count)]
+
+
+def _scalars(result: HorizonResult) -> dict[str, float]:
+    return {f"probe/{row.metric}/{row.method}/{row.frames}_frames": row.mean for row in result.rows}

@@ -1,0 +1,78 @@
+"""Builds what a run is made of from its config: the recorded data, the world model, the optimizer."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from cdit.codec import load_codec
+from cdit.data.windows import DataConfig, WindowDataset
+from cdit.errors import UserError
+from cdit.model import CDiT
+from cdit.training.config import OptimizerConfig, TrainConfig
+from cdit.world_model import Units, WorldDescription, WorldModel
+
+
+def prepare_data(config: DataConfig, accelerator: Accelerator) -> None:
+    """Runs the config's `prepare` command, once per machine, where the dataset is not there yet.
+
+    Raises:
+        UserError: the command failed.
+    """
+    description = Path(config.folder) / "dataset.json"
+    if config.prepare and not description.is_file() and accelerator.is_local_main_process:
+        print(f"{config.folder} is not there yet: python {config.prepare}", file=sys.stderr)
+        done = subprocess.run([sys.executable, *shlex.split(config.prepare)])
+        if done.returncode:
+            raise UserError(f"data.prepare: `python {config.prepare}` failed with exit code {done.returncode}")
+    accelerator.wait_for_everyone()
+
+
+def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
+    """The untrained world model: weights from the seed, units from the dataset.
+
+    An action is given to the network in units of the distance of the farthest goal at typical speed, and of π radians;
+    a time shift in units of the farthest goal's: numbers of about -1 to 1.
+
+    Raises:
+        UserError: sizes do not fit together.
+    """
+    codec = load_codec(config.codec)
+    height, width = config.data.image_size
+    if height % codec.downscale or width % codec.downscale:
+        raise UserError(f"data.image_size is {height}×{width}, expected multiples of the codec's {codec.downscale}")
+    torch.manual_seed(config.seed)
+    cdit = CDiT(
+        image_size=(height // codec.downscale, width // codec.downscale),
+        in_channels=codec.channels,
+        max_context=config.data.context_frames,
+        **config.model.arguments(),
+    )
+    farthest = max(abs(config.data.min_offset), abs(config.data.max_offset), 1)
+    distance = dataset.info.spacing * farthest
+    units = Units(
+        action_scale=(1 / distance, 1 / distance, 1 / torch.pi),
+        time_scale=dataset.info.fps / farthest,
+    )
+    description = WorldDescription(
+        image_size=(height, width), fps=dataset.info.fps, units=units, flow=config.flow, sampler=config.sampler
+    )
+    return WorldModel(cdit, codec, description)
+
+
+def build_optimizer(
+    network: nn.Module, config: OptimizerConfig, steps: int
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """AdamW with weight decay on matrices only, and its schedule over the run's steps."""
+    matrices = [p for p in network.parameters() if p.requires_grad and p.ndim >= 2]
+    others = [p for p in network.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+    name = {"cosine": "cosine", "constant": "constant_with_warmup"}[config.schedule]
+    return optimizer, get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)

@@ -1,0 +1,74 @@
+"""Where a run's numbers and pictures go: its own folder, and Weights & Biases through Accelerate's tracker."""
+
+import json
+import os
+import secrets
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import wandb
+from accelerate import Accelerator
+
+from cdit.training.checkpoints import RunState
+from cdit.training.config import TrainConfig
+
+METRICS = "metrics.jsonl"
+
+
+class Tracker:
+    """Writes metrics.jsonl, and shows the same numbers and more at the tracker. Only the main process writes."""
+
+    def __init__(self, accelerator: Accelerator, config: TrainConfig, state: RunState):
+        self.accelerator = accelerator
+        self.path = config.folder / METRICS
+        self.wandb = config.tracking.backend == "wandb"
+        if accelerator.is_main_process:
+            _drop_after(self.path, state.step)
+        if self.wandb:
+            state.tracker_id = state.tracker_id or secrets.token_hex(4)
+            self._start(config, state.tracker_id)
+
+    def _start(self, config: TrainConfig, run_id: str) -> None:
+        mode = os.environ.get("WANDB_MODE")
+        if mode is None and not wandb.login(prompt=False, verify=False):
+            mode = "offline"
+        settings = {
+            "name": config.name,
+            "id": run_id,
+            "resume": "allow",
+            "mode": mode,
+            "dir": str(config.folder),
+            "settings": wandb.Settings(silent=True, console="off"),
+        }
+        self.accelerator.init_trackers(config.tracking.project, config=asdict(config), init_kwargs={"wandb": settings})
+        if self.accelerator.is_main_process and wandb.run.settings.mode == "offline":
+            folder = Path(os.path.relpath(wandb.run.dir)).parent
+            self.print(f"W&B offline: to see the run, `wandb login` and then `wandb sync {folder}`")
+
+    def print(self, text: str) -> None:
+        """A line on the console, above the progress bar."""
+        self.accelerator.print(text)
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        """Numbers of a step, to metrics.jsonl and the tracker."""
+        if self.accelerator.is_main_process:
+            with self.path.open("a") as file:
+                file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.accelerator.log(metrics, step=step)
+
+    def show(self, media: dict[str, Any], step: int) -> None:
+        """Images, videos and tables (W&B objects) of a step, to the tracker."""
+        if self.wandb:
+            self.accelerator.log(media, step=step)
+
+    def finish(self) -> None:
+        """Ends the run at the tracker."""
+        self.accelerator.end_training()
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Removes the rows that a resumed run is going to write again."""
+    lines = path.read_text().splitlines() if path.is_file() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= step] if step else []
+    path.write_text("".join(line + "\n" for line in kept))

@@ -1,0 +1,55 @@
+"""Denoising loss on held-out windows: always the same windows, goals, noise and diffusion times."""
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from cdit.data.loader import collate
+from cdit.data.windows import WindowDataset, WindowKey
+from cdit.randomness import generator
+from cdit.training.batch import noisy_batch
+from cdit.training.config import ValidationConfig
+from cdit.world_model import WorldModel
+
+CHUNK = 32  # windows per forward pass
+
+
+class Validation:
+    """The held-out windows of a run.
+
+    Diffusion times are spread evenly over (0, 1), so that every bin holds equally many and no run is luckier than
+    another.
+    """
+
+    def __init__(self, dataset: WindowDataset, config: ValidationConfig, seed: int):
+        self.dataset, self.bins, goals = dataset, config.time_bins, dataset.config.goals
+        draws = generator(seed, 0)
+        windows = torch.randperm(len(dataset), generator=draws)[: config.samples].tolist()
+        self.keys = [WindowKey(window, 0, i) for i, window in enumerate(windows)]
+        order = torch.randperm(len(windows) * goals, generator=draws)
+        self.times = ((order + 0.5) / len(order)).reshape(len(windows), goals)
+
+    @torch.no_grad()
+    def run(self, world: WorldModel, network: nn.Module, accelerator: Accelerator) -> dict[str, float]:
+        """Mean loss, over all times and per bin of diffusion time. Every process must call it.
+
+        Args:
+            world: gives codec, units and objective.
+            network: the CDiT to call, in evaluation mode.
+            accelerator: the windows are shared out among its processes.
+        """
+        sums = torch.zeros(2, self.bins, dtype=torch.float64, device=accelerator.device)
+        mine = range(accelerator.process_index, len(self.keys), accelerator.num_processes)
+        for start in range(0, len(mine), CHUNK):
+            chosen = list(mine[start : start + CHUNK])
+            items = collate([self.dataset[self.keys[i]] for i in chosen])
+            batch = noisy_batch(world, items, accelerator.device, time=self.times[chosen])
+            loss = world.flow.loss(network(**batch.inputs()), batch.clean, batch.noise, batch.time).double().flatten()
+            bins = (batch.time * self.bins).long().clamp(max=self.bins - 1).flatten()
+            sums[0].index_add_(0, bins, loss)
+            sums[1].index_add_(0, bins, torch.ones_like(loss))
+        sums = accelerator.reduce(sums, "sum").cpu()
+        means = (sums[0] / sums[1].clamp(min=1)).tolist()
+        edges = [i / self.bins for i in range(self.bins + 1)]
+        named = {f"validation/loss_t{a:.2f}-{b:.2f}": m for a, b, m in zip(edges, edges[1:], means, strict=False)}
+        return {"validation/loss": float(sums[0].sum() / sums[1].sum()), **named}

@@ -1,0 +1,146 @@
+"""Trains a CDiT world model: `accelerate launch train.py --config configs/quickstart.yaml`."""
+
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from cdit.cli import parse_config, run
+from cdit.data.loader import loader
+from cdit.data.sampler import KeyedBatchSampler
+from cdit.data.windows import WindowDataset
+from cdit.errors import UserError
+from cdit.training.batch import noisy_batch
+from cdit.training.checkpoints import RunState, find_resume, load_checkpoint, save_checkpoint
+from cdit.training.config import TrainConfig
+from cdit.training.ema import EMA
+from cdit.training.probes import Probes
+from cdit.training.setup import build_optimizer, build_world, prepare_data
+from cdit.training.tracking import Tracker
+from cdit.training.validation import Validation
+
+QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
+
+
+def main() -> None:
+    """Config, data, model, the loop."""
+    config = parse_config(TrainConfig, __doc__, default_file=QUICKSTART)
+    config.validate()
+
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        dynamo_backend="inductor" if config.compile else "no",
+        log_with="wandb" if config.tracking.backend == "wandb" else None,
+    )
+    if accelerator.device.type == "cpu":  # the launcher leaves each process one thread
+        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
+    resume_from = find_resume(config.resume, config.folder)
+
+    # Data: recorded where missing, then windows of past frames and goals.
+    prepare_data(config.data, accelerator)
+    train_set = WindowDataset(config.data, config.data.train_split, config.seed)
+    test_set = WindowDataset(config.data, config.data.test_split, config.seed)
+    share = config.batch_size // accelerator.num_processes
+    accelerator.gradient_accumulation_steps = max(1, share // (config.micro_batch_size or share or 1))
+
+    # Model, optimizer, and the running average of the weights. `cdit` is the bare network, `network` what is trained.
+    world = build_world(config, train_set)
+    cdit = world.cdit
+    world.codec.to(accelerator.device)
+    optimizer, schedule = build_optimizer(cdit, config.optimizer, config.steps)
+    network, optimizer = accelerator.prepare(cdit, optimizer)
+    accelerator.register_for_checkpointing(schedule)
+    ema = EMA(cdit, config.ema)
+    state = load_checkpoint(accelerator, ema, resume_from) if resume_from else RunState()
+
+    sampler = KeyedBatchSampler(
+        len(train_set),
+        config.batch_size,
+        config.seed,
+        start_step=state.step,
+        steps=config.steps,
+        process_index=accelerator.process_index,
+        processes=accelerator.num_processes,
+        micro_batches=accelerator.gradient_accumulation_steps,
+    )
+    batches = iter(loader(train_set, sampler, config.data))
+    validation = Validation(test_set, config.validation, config.seed)
+    probes = Probes(test_set, config, accelerator)
+
+    if accelerator.is_main_process:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        config.save(config.folder / "config.yaml")
+    accelerator.wait_for_everyone()
+    tracker = Tracker(accelerator, config, state)
+
+    # The loop.
+    last_step = min(config.steps, config.stop_at or config.steps)
+    bar = tqdm(total=config.steps, initial=state.step, desc=config.name, disable=not accelerator.is_main_process)
+    losses, since = [], time.perf_counter()
+    network.train()
+    while state.step < last_step:
+        for _ in range(accelerator.gradient_accumulation_steps):
+            batch = noisy_batch(world, next(batches), accelerator.device, config.action_dropout)
+            with accelerator.accumulate(network):
+                prediction = network(**batch.inputs())
+                loss = world.flow.loss(prediction, batch.clean, batch.noise, batch.time).mean()
+                accelerator.backward(loss)
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            losses.append(loss.detach())
+        schedule.step()
+        ema.step()
+        state.step += 1
+        bar.update()
+
+        if state.step % config.tracking.every == 0 or state.step == last_step:
+            mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+            if not math.isfinite(mean_loss):
+                raise UserError(f"the loss is {mean_loss} at step {state.step}: try a lower optimizer.learning_rate")
+            steps = len(losses) / accelerator.gradient_accumulation_steps
+            rate = steps * config.batch_size * config.data.goals / (time.perf_counter() - since)
+            bar.set_postfix_str(f"loss {mean_loss:.4f}, {rate:.0f} samples/s")
+            tracker.log(
+                {
+                    "train/loss": mean_loss,
+                    "train/gradient_norm": norm.item(),
+                    "train/learning_rate": schedule.get_last_lr()[0],
+                    "train/samples_per_second": rate,
+                },
+                state.step,
+            )
+            losses, since = [], time.perf_counter()
+
+        ended, finished = state.step == last_step, state.step == config.steps
+        pause = time.perf_counter()
+        if state.step % config.validation.every == 0 or ended:
+            with ema.applied():
+                measured = validation.run(world, network, accelerator)
+                if measured["validation/loss"] < state.best_loss:
+                    state.best_loss = measured["validation/loss"]
+                    if accelerator.is_main_process:
+                        world.save_pretrained(config.folder / "best")
+            tracker.log(measured, state.step)
+        if finished or (config.probe.every and state.step % config.probe.every == 0):
+            with ema.applied():
+                probes.run(world, tracker, state.step, finished)
+        if state.step % config.checkpoint.every == 0 or ended:
+            save_checkpoint(accelerator, ema, state, config.folder, config.checkpoint.keep)
+        since += time.perf_counter() - pause
+
+    bar.close()
+    with ema.applied():
+        if accelerator.is_main_process:
+            world.save_pretrained(config.folder / "last")
+    tracker.finish()
+    accelerator.print(f"done: {config.folder} holds the world model, metrics.jsonl and pictures")
+
+
+if __name__ == "__main__":
+    run(main)
