@@ -1,0 +1,219 @@
+"""Pictures and videos of frames: labelled grids and strips as Pillow images, MP4 and GIF."""
+
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+CELL = 128
+"""Frames narrower than this are magnified, by a whole factor, to about this many pixels."""
+
+BACKGROUND, INK, FAINT, EMPTY = "#ffffff", "#1f2328", "#7d8590", "#f0f2f4"
+GAP, GROUP_GAP, MARGIN = 4, 16, 12
+
+
+def to_float(frames: Tensor) -> Tensor:
+    """Frames of uint8 (0…255) as float32 in [-1, 1], of the same shape."""
+    return frames.float() / 127.5 - 1
+
+
+def to_uint8(frames: Tensor) -> Tensor:
+    """Frames in [-1, 1] as uint8, rounded and clipped, of the same shape; uint8 stays as it is."""
+    if frames.dtype == torch.uint8:
+        return frames
+    return ((frames.detach().float() + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def to_image(frame: Tensor, scale: int | None = None) -> Image.Image:
+    """A frame (3, H, W), uint8 or float in [-1, 1], as an image magnified `scale` times (see `CELL`), pixels square."""
+    image = Image.fromarray(to_uint8(frame).permute(1, 2, 0).cpu().contiguous().numpy())
+    scale = scale or max(1, round(CELL / image.width))
+    return image if scale == 1 else image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
+
+
+def comparison_grid(
+    context: Tensor,
+    truth: Tensor | None,
+    prediction: Tensor,
+    horizons: Sequence[str],
+    rows: Sequence[str] = (),
+    scale: int | None = None,
+) -> Image.Image:
+    """Last context frame and, for every horizon, truth beside prediction; a row for each sample.
+
+    Args:
+        context: (B, T, 3, H, W), or (B, 3, H, W) for the last frames alone.
+        truth: (B, G, 3, H, W); None where it is not known.
+        prediction: (B, G, 3, H, W).
+        horizons: G labels, such as "1 s".
+        rows: B labels at the left, if any.
+        scale: see `to_image`.
+
+    Frames are uint8, or float in [-1, 1].
+    """
+    last = context[:, -1] if context.ndim == 5 else context
+    columns = [("", "last seen", last)]
+    for goal, horizon in enumerate(horizons):
+        columns += [] if truth is None else [(horizon, "truth", truth[:, goal])]
+        columns += [(horizon, "predicted", prediction[:, goal])]
+    cells = [[to_image(column[sample], scale) for *_, column in columns] for sample in range(len(prediction))]
+    return _table(cells, [group for group, *_ in columns], [label for _, label, _ in columns], rows)
+
+
+def strip(
+    context: Tensor,
+    truth: Tensor | None,
+    prediction: Tensor,
+    fps: float,
+    context_mask: Tensor | None = None,
+    columns: int = 8,
+    scale: int | None = None,
+) -> Image.Image:
+    """One future: the context, then truth above prediction.
+
+    Args:
+        context: (T, 3, H, W), oldest first.
+        truth: (L, 3, H, W) following the context; None where it is not known.
+        prediction: (L, 3, H, W).
+        fps: frames a second, for the labels.
+        context_mask: (T,), False where a context frame is missing and its cell stays empty.
+        columns: at most so many frames of the future are shown, evenly spaced, the last one included.
+        scale: see `to_image`.
+
+    Frames are uint8, or float in [-1, 1].
+    """
+    past, length = len(context), len(prediction)
+    shown = np.unique(np.linspace(length / min(columns, length), length, min(columns, length)).round().astype(int)) - 1
+    groups = ["past"] * past + ["future"] * len(shown)
+    headers = [_seconds((i - past + 1) / fps) for i in range(past)] + [_seconds((i + 1) / fps) for i in shown]
+    seen = [
+        to_image(frame, scale) if context_mask is None or context_mask[i] else None for i, frame in enumerate(context)
+    ]
+    futures = {"predicted": prediction} if truth is None else {"truth": truth, "predicted": prediction}
+    cells: list[list[Image.Image | None]] = []
+    for future in futures.values():
+        cells.append([*(seen if not cells else [None] * past), *(to_image(future[i], scale) for i in shown)])
+    return _table(cells, groups, headers, list(futures), blanks_are_empty=True)
+
+
+def rollout_video(
+    context: Tensor,
+    truth: Tensor | None,
+    prediction: Tensor,
+    fps: float,
+    scale: int | None = None,
+) -> list[Image.Image]:
+    """The frames of a video: the context, then truth beside prediction, with the time below.
+
+    Args:
+        context: (T, 3, H, W), the frames that exist, oldest first.
+        truth: (L, 3, H, W); None where it is not known, and the prediction stands alone.
+        prediction: (L, 3, H, W).
+        fps: frames a second, for the labels.
+        scale: see `to_image`; by default twice as large as in a grid.
+
+    Returns:
+        T + L images of one size. Frames are uint8, or float in [-1, 1].
+    """
+    scale = scale or max(1, round(2 * CELL / context.shape[-1]))
+    images = []
+    for i in range(len(context) + len(prediction)):
+        future = i - len(context)
+        if future < 0:
+            panels = [context[i]] * (1 if truth is None else 2)
+        else:
+            panels = [prediction[future]] if truth is None else [truth[future], prediction[future]]
+        headers = ["predicted"] if truth is None else ["truth", "predicted"]
+        time = f"{_seconds((future + 1) / fps)}{'  (given)' if future < 0 else ''}"
+        images.append(_table([[to_image(p, scale) for p in panels]], [], headers, [], footer=time))
+    return images
+
+
+def save_mp4(frames: Sequence[Image.Image] | Tensor, path: Path | str, fps: float) -> None:
+    """Writes an MP4 that browsers and W&B play: H.264, or MPEG-4 where FFmpeg was built without it.
+
+    Args:
+        frames: images of one size, or a tensor (T, 3, H, W), uint8 or float in [-1, 1]. An odd side gains a pixel.
+        path: the file.
+        fps: frames a second.
+    """
+    arrays = [np.asarray(frame.convert("RGB")) for frame in _images(frames)]
+    height, width = arrays[0].shape[:2]
+    pad = ((0, height % 2), (0, width % 2), (0, 0))  # chroma is stored at half the resolution
+    with av.open(str(path), "w", format="mp4") as container:
+        codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+        stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
+        stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
+        stream.options = {"crf": "16"} if codec == "libx264" else {"qscale": "2"}
+        for array in arrays:
+            for packet in stream.encode(av.VideoFrame.from_ndarray(np.pad(array, pad, "edge"), format="rgb24")):
+                container.mux(packet)
+        for packet in stream.encode():
+            container.mux(packet)
+
+
+def save_gif(frames: Sequence[Image.Image] | Tensor, path: Path | str, fps: float) -> None:
+    """Writes an endless GIF; arguments as for `save_mp4`. Its clock ticks in hundredths of a second."""
+    first, *rest = _images(frames)
+    first.save(path, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, disposal=1)
+
+
+def _images(frames: Sequence[Image.Image] | Tensor) -> list[Image.Image]:
+    return [to_image(frame, scale=1) for frame in frames] if isinstance(frames, Tensor) else list(frames)
+
+
+def _seconds(time: float) -> str:
+    return "now" if time == 0 else f"{time:+.2f}".rstrip("0").rstrip(".").replace("-", "−") + " s"
+
+
+def _table(
+    cells: Sequence[Sequence[Image.Image | None]],
+    groups: Sequence[str],
+    headers: Sequence[str],
+    rows: Sequence[str],
+    blanks_are_empty: bool = False,
+    footer: str = "",
+) -> Image.Image:
+    """Images of one size in rows and columns with headers; neighbouring columns of one group share its header.
+
+    A None is a cell without image: grey, or white where `blanks_are_empty` and the whole column's lower rows are blank.
+    """
+    cell = next(image for row in cells for image in row if image is not None)
+    size = 13 if cell.width >= 96 else 11
+    font, line = ImageFont.load_default(size), size + 7
+    starts_group = [bool(groups) and i > 0 and groups[i] != groups[i - 1] for i in range(len(headers))]
+    left = MARGIN + (10 + int(max(font.getlength(label) for label in rows)) if rows else 0)
+    xs, x = [], left
+    for starts in starts_group:
+        x += GROUP_GAP - GAP if starts else 0
+        xs.append(x)
+        x += cell.width + GAP
+    top = MARGIN + line * (2 if any(groups) else 1)
+    bottom = top + len(cells) * (cell.height + GAP) - GAP
+    image = Image.new("RGB", (x - GAP + MARGIN, bottom + (line if footer else 0) + MARGIN), BACKGROUND)
+    draw = ImageDraw.Draw(image)
+
+    for i, header in enumerate(headers):
+        draw.text((xs[i] + cell.width / 2, top - line / 2 - 1), header, FAINT if any(groups) else INK, font, "mm")
+        if any(groups) and groups[i] and (i == 0 or starts_group[i]):
+            last = next((j for j in range(i, len(groups)) if j + 1 == len(groups) or starts_group[j + 1]), i)
+            middle = (xs[i] + xs[last] + cell.width) / 2
+            draw.text((middle, MARGIN + line / 2 - 2), groups[i], INK, font, "mm")
+            draw.line((xs[i], MARGIN + line - 2, xs[last] + cell.width - 1, MARGIN + line - 2), "#d0d7de")
+    for r, row in enumerate(cells):
+        y = top + r * (cell.height + GAP)
+        if rows:
+            draw.text((MARGIN, y + cell.height / 2), rows[r], INK, font, "lm")
+        for x, content in zip(xs, row, strict=True):
+            if content is not None:
+                image.paste(content, (x, y))
+            elif not (blanks_are_empty and r):
+                draw.rectangle((x, y, x + cell.width - 1, y + cell.height - 1), EMPTY)
+    if footer:
+        draw.text((image.width / 2, bottom + line / 2 + 2), footer, FAINT, font, "mm")
+    return image
