@@ -1,0 +1,229 @@
+"""Makes a dataset of plain video, without actions: trainable on time shift alone.
+
+    python -m cdit.data.from_video VIDEO… --out FOLDER
+
+Each video is sampled at a fixed rate and cut into trajectories. Of several videos the last ones are the test split; of
+a single video, its last part. Run again after an interruption, it keeps the trajectories already made.
+"""
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+
+import av
+import numpy as np
+from tqdm import tqdm
+
+from cdit.cli import run
+from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
+from cdit.errors import DataError, UserError
+
+MIN_FRAMES = 16
+"""Shorter trajectories are not made; a rest this short at the end of a video is left out."""
+
+
+@dataclass(frozen=True)
+class VideoOptions:
+    """How videos become trajectories."""
+
+    fps: float = 4.0
+    """Frames a second; at each instant the frame that the video then shows."""
+    size: int = 256
+    """Pixels of the shorter side; smaller videos keep their size."""
+    quality: int = 95
+    """JPEG quality, 1 to 100."""
+    segment_seconds: float = 60.0
+    """Longest trajectory."""
+    test_fraction: float = 0.1
+    """Share of the videos, or of a single video's duration, that goes to the test split."""
+
+    @property
+    def segment_frames(self) -> int:
+        """Longest trajectory in frames."""
+        return int(self.segment_seconds * self.fps)
+
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: a value is out of its range; the message names the option.
+        """
+        requirements = {
+            "fps": (self.fps > 0, "positive"),
+            "size": (self.size >= 1, "at least 1"),
+            "quality": (1 <= self.quality <= 100, "1 to 100"),
+            "segment_seconds": (self.segment_frames >= MIN_FRAMES, f"at least {MIN_FRAMES} frames long"),
+            "test_fraction": (0 < self.test_fraction < 1, "between 0 and 1, both excluded"),
+        }
+        for name, (holds, expected) in requirements.items():
+            if not holds:
+                raise UserError(f"--{name} is {getattr(self, name)}, expected {expected}")
+
+
+def convert(videos: Sequence[Path], out: Path, options: VideoOptions) -> dict[str, list[str]]:
+    """Writes the dataset.
+
+    Args:
+        videos: the video files, any that FFmpeg reads; their names without suffix must differ.
+        out: the dataset folder; what an interrupted run with the same videos and options left there is kept.
+        options: how videos become trajectories.
+
+    Returns:
+        The trajectory names of the splits "train" and "test".
+
+    Raises:
+        UserError: an option is out of range, or `out` holds another dataset.
+        DataError: videos cannot be read, are slower than `options.fps` or too short; all such videos are listed.
+    """
+    options.validate()
+    frame_counts = _frame_counts(videos, options)
+    source = {"recipe": "cdit.data.from_video", "videos": [video.name for video in videos], **asdict(options)}
+    info = DatasetInfo(out.name, options.fps, has_actions=False, source=source)
+    if DatasetInfo.load(out) not in (None, info):
+        raise UserError(f"{out}: holds a dataset made from other videos or options; remove it or choose another --out")
+    info.save(out)
+    names: dict[str, list[str]] = {"train": [], "test": []}
+    first_test = len(videos) - max(1, round(len(videos) * options.test_fraction))
+    for i, (video, count) in enumerate(zip(videos, frame_counts, strict=True)):
+        if len(videos) == 1:
+            cut = count - max(MIN_FRAMES, round(count * options.test_fraction))
+        else:
+            cut = math.inf if i < first_test else 0
+        for name, start in _convert_video(video, out, options, count, cut):
+            names["train" if start < cut else "test"].append(name)
+    for split, split_names in names.items():
+        if not split_names:
+            raise DataError(f"{videos[-1]}: ends before the duration it states; too short for the {split} split")
+        write_split(out, split, split_names)
+    return names
+
+
+def _frame_counts(videos: Sequence[Path], options: VideoOptions) -> list[int]:
+    """How many frames each video gives, by the duration it states."""
+    problems = [f"{name}: {n} videos of this name" for name, n in Counter(v.stem for v in videos).items() if n > 1]
+    least = MIN_FRAMES * (2 if len(videos) == 1 else 1)
+    counts = []
+    for video in videos:
+        try:
+            with av.open(str(video)) as container:
+                if not container.streams.video:
+                    raise DataError(f"{video}: no video stream")
+                stream = container.streams.video[0]
+                if stream.duration is not None:
+                    duration = float(stream.duration * stream.time_base)
+                elif container.duration is not None:
+                    duration = container.duration / av.time_base
+                else:
+                    raise DataError(f"{video}: states no duration; `ffmpeg -i {video} -c copy NEW.mp4` adds one")
+                if stream.average_rate is not None and stream.average_rate < options.fps:
+                    rate = float(stream.average_rate)
+                    raise DataError(f"{video}: {rate:g} frames a second, fewer than --fps {options.fps:g}")
+            counts.append(int(duration * options.fps))
+            if counts[-1] < least:
+                raise DataError(f"{video}: too short, {counts[-1]} frames at --fps {options.fps:g}, expected {least}")
+        except (av.error.FFmpegError, DataError) as error:
+            problems.append(str(error) if isinstance(error, DataError) else f"{video}: not a readable video ({error})")
+    if problems:
+        raise DataError("\n  ".join(["videos cannot be used", *problems]))
+    return counts
+
+
+def _convert_video(video: Path, out: Path, options: VideoOptions, count: int, cut: float) -> list[tuple[str, int]]:
+    """Writes the trajectories of a video that are not there yet.
+
+    Args:
+        video: the file.
+        out: the dataset folder.
+        options: rate, size, quality, longest trajectory.
+        count: how many frames are expected, for the progress bar.
+        cut: a frame at which a new trajectory begins in any case.
+
+    Returns:
+        (name, first frame) of each trajectory, in time order.
+    """
+    made: list[tuple[str, int]] = []
+    start = 0
+    with tqdm(_sample(video, Fraction(options.fps)), total=count, desc=video.name, unit="frame") as bar:
+        frames = iter(bar)
+        while True:
+            length = options.segment_frames
+            if start < cut:
+                length = min(length, cut - start)
+            name = f"{video.stem}_{len(made):04d}"
+            part = islice(frames, length)
+            if (out / name).is_dir():
+                taken = sum(1 for _ in part)
+            else:
+                images = [_image(frame, options.size) for frame in part]
+                taken = len(images)
+                if taken >= MIN_FRAMES:
+                    write_trajectory(out, name, np.stack(images), quality=options.quality)
+            if taken >= MIN_FRAMES:
+                made.append((name, start))
+            start += taken
+            if taken < length:
+                return made
+
+
+def _sample(video: Path, fps: Fraction) -> Iterator[av.VideoFrame]:
+    """The frames that the video shows at 0, 1/fps, 2/fps, … seconds from its first frame."""
+    taken = 0
+    try:
+        with av.open(str(video)) as container:
+            stream = container.streams.video[0]
+            stream.thread_type = "AUTO"
+            shown = None
+            for frame in container.decode(stream):
+                if frame.pts is None:
+                    raise DataError(f"{video}: frames without time stamps")
+                time = frame.pts * frame.time_base
+                if shown is None:
+                    start = time
+                while start + taken / fps < time:
+                    yield shown
+                    taken += 1
+                shown = frame
+            if shown is not None and start + taken / fps == time:
+                yield shown
+    except av.error.FFmpegError as error:
+        raise DataError(f"{video}: cannot be decoded beyond {taken / float(fps):.1f} s ({error})") from error
+
+
+def _image(frame: av.VideoFrame, size: int) -> np.ndarray:
+    """The frame upright, (H, W, 3) uint8 RGB, its shorter side at most `size`."""
+    scale = min(1.0, size / min(frame.width, frame.height))
+    width, height = round(frame.width * scale), round(frame.height * scale)
+    image = frame.reformat(width, height, "rgb24", interpolation="AREA").to_ndarray()
+    return np.rot90(image, frame.rotation // 90)
+
+
+def main() -> None:
+    """The command line."""
+    defaults = VideoOptions()
+    parser = argparse.ArgumentParser(
+        prog="python -m cdit.data.from_video",
+        description="Makes a dataset of plain video, trainable on time shift alone. Of several videos the last ones "
+        "are the test split; of a single video, its last part.",
+    )
+    parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help="video files")
+    parser.add_argument("--out", required=True, type=Path, help="the dataset folder to make")
+    parser.add_argument("--fps", type=float, default=defaults.fps, help="frames a second")
+    parser.add_argument("--size", type=int, default=defaults.size, help="pixels of the shorter side")
+    parser.add_argument("--quality", type=int, default=defaults.quality, help="JPEG quality, 1 to 100")
+    parser.add_argument("--segment_seconds", type=float, default=defaults.segment_seconds, help="longest trajectory")
+    parser.add_argument("--test_fraction", type=float, default=defaults.test_fraction, help="share of the test split")
+    values = vars(parser.parse_args())
+    videos, out = values.pop("videos"), values.pop("out")
+    if all(split_file(out, split).is_file() for split in ("train", "test")):
+        raise UserError(f"{out}: holds a finished dataset; remove it or choose another --out")
+    names = convert(videos, out, VideoOptions(**values))
+    print(f"{out}: {len(names['train'])} trajectories for training, {len(names['test'])} for testing")
+
+
+if __name__ == "__main__":
+    run(main)
