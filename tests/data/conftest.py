@@ -9,11 +9,6 @@ from cdit.data.layout import DatasetInfo, write_split, write_trajectory
 LENGTHS = {"train": {"a": 20, "b": 13}, "test": {"c": 12}}
 
 
-def frame_value(name: str, time: int) -> int:
-    """Every pixel of a frame in the `dataset` fixture: names the frame."""
-    return 10 + 6 * time + {"a": 0, "b": 1, "c": 2}[name]
-
-
 @pytest.fixture
 def dataset(tmp_path: Path) -> Path:
     """Two trajectories to train on and one to test on, 24×32 frames of one grey each, poses of a random walk."""
@@ -30,7 +25,7 @@ def make_dataset(folder: Path, poses: bool = True) -> Path:
     random = np.random.default_rng(3)
     for split, lengths in LENGTHS.items():
         for name, length in lengths.items():
-            values = np.array([frame_value(name, time) for time in range(length)], np.uint8)
+            values = (10 + 6 * np.arange(length) + 2 * "abc".index(name)).astype(np.uint8)
             frames = np.broadcast_to(values[:, None, None, None], (length, 24, 32, 3))
             walk = random.normal(size=(length, 3)).cumsum(axis=0)
             pose = (walk[:, :2], walk[:, 2] * 2) if poses else ()

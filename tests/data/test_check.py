@@ -1,0 +1,158 @@
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cdit.data.check import main, problems
+from cdit.data.layout import POSES
+from cdit.data.windows import DataConfig, WindowDataset
+from cdit.errors import DataError
+
+
+def change_poses(trajectory: Path, **values: np.ndarray) -> None:
+    with open(trajectory / POSES, "rb") as file:
+        poses = pickle.load(file)
+    (trajectory / POSES).write_bytes(pickle.dumps(poses | values))
+
+
+def with_nan(shape: tuple[int, ...], value: float = np.nan) -> np.ndarray:
+    array = np.zeros(shape)
+    array[5] = value
+    return array
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-60])
+
+
+def resize(file: Path) -> None:
+    Image.new("RGB", (16, 16)).save(file)
+
+
+def keep_one_frame(trajectory: Path) -> None:
+    for time in range(1, 20):
+        (trajectory / f"{time}.jpg").unlink()
+    change_poses(trajectory, position=np.zeros((1, 2)), yaw=np.zeros(1))
+
+
+class Poison:
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
+# What is done to the dataset, and what must be said; whether it takes decoding to see it.
+CASES = {
+    "missing frame": (lambda d: (d / "a/7.jpg").unlink(), "a: 1 of 20 frames missing, the first is frame 7", False),
+    "first frame missing": (lambda d: (d / "a/0.jpg").unlink(), "a: 1 of 20 frames missing", False),
+    "last frame missing": (lambda d: (d / "a/19.jpg").unlink(), "a: 19 frames, but 20 poses", False),
+    "frame twice": (lambda d: shutil.copy(d / "a/7.jpg", d / "a/7.png"), "a: frame 7 is there twice", False),
+    "truncated frame": (lambda d: cut(d / "a/7.jpg"), "a/7.jpg: not a readable image", True),
+    "empty frame": (lambda d: (d / "a/7.jpg").write_bytes(b""), "a/7.jpg: not a readable image", True),
+    "frame of another size": (
+        lambda d: resize(d / "a/7.jpg"),
+        "a: frames of different sizes (0.jpg is 32×24, 7.",
+        True,
+    ),
+    "nan position": (lambda d: change_poses(d / "a", position=with_nan((20, 2))), "1 poses are not finite", False),
+    "infinite yaw": (lambda d: change_poses(d / "a", yaw=with_nan((20,), np.inf)), "the first at frame 5", False),
+    "fewer poses": (lambda d: change_poses(d / "a", position=np.zeros((9, 2)), yaw=np.zeros(9)), "but 9 poses", False),
+    "yaw of another length": (lambda d: change_poses(d / "a", yaw=np.zeros(19)), "not (20, 2) and (19,)", False),
+    "yaw of another shape": (lambda d: change_poses(d / "a", yaw=np.zeros((20, 2))), "not (20, 2) and (20, 2)", False),
+    "position in space": (
+        lambda d: change_poses(d / "a", position=np.zeros((20, 3))),
+        "expected position (T, 2)",
+        False,
+    ),
+    "poses of text": (lambda d: change_poses(d / "a", yaw=["east"] * 20), "not arrays of numbers", False),
+    "poses without yaw": (lambda d: (d / "a" / POSES).write_bytes(pickle.dumps({"position": 1})), "and 'yaw'", False),
+    "poses missing": (lambda d: (d / "a" / POSES).unlink(), f"a/{POSES}: not a readable pickle", False),
+    "poses cut short": (lambda d: cut(d / "a" / POSES), f"a/{POSES}: not a readable pickle", False),
+    "poisoned poses": (lambda d: (d / "a" / POSES).write_bytes(pickle.dumps(Poison())), ".system, and only", False),
+    "too short": (lambda d: keep_one_frame(d / "a"), "a: 1 frames, too few for a window, which takes 2", False),
+    "trajectory missing": (lambda d: shutil.rmtree(d / "a"), "a: listed in split 'train', but there is no such", False),
+    "listed twice": (lambda d: (d / "splits/train/traj_names.txt").write_text("a\nb\na\n"), "lists a 2 times", False),
+    "empty split": (lambda d: (d / "splits/train/traj_names.txt").write_text("\n \n"), "'train' is empty", False),
+    "missing split": (lambda d: shutil.rmtree(d / "splits/train"), "split 'train' cannot be read", False),
+    "split not text": (lambda d: (d / "splits/train/traj_names.txt").write_bytes(b"\xff"), "cannot be read", False),
+    "not json": (lambda d: (d / "dataset.json").write_text("{"), "dataset.json: not a dataset description", False),
+    "bad json": (lambda d: (d / "dataset.json").write_text('{"fps": "fast"}'), "dataset.json: not a dataset", False),
+    "newer format": (lambda d: (d / "dataset.json").write_text('{"name": "x", "version": 9}'), "version 9", False),
+    "no dataset": (shutil.rmtree, "no such dataset folder", False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_malformed_case_is_found_up_front_and_in_training(dataset, case):
+    spoil, expected, takes_decoding = CASES[case]
+    assert problems(dataset) == []
+    spoil(dataset)
+    found = problems(dataset)
+    assert len(found) == 1
+    assert expected in found[0]
+    assert str(dataset) in found[0]
+    if takes_decoding:
+        assert problems(dataset, decode=False) == []
+        if "size" not in case:  # frames of other sizes are resized in training
+            windows = WindowDataset(DataConfig(folder=str(dataset)), "train")
+            with pytest.raises(DataError, match=r"7\.jpg"):
+                [windows[index] for index in range(len(windows))]
+    else:
+        assert problems(dataset, decode=False) == found
+        with pytest.raises(DataError) as error:
+            WindowDataset(DataConfig(folder=str(dataset)), "train")
+        assert found[0] in str(error.value)
+
+
+def test_all_problems_at_once(dataset):
+    (dataset / "a" / "3.jpg").unlink()
+    change_poses(dataset / "a", yaw=with_nan((20,)))
+    cut(dataset / "b" / "4.jpg")
+    cut(dataset / "b" / "9.jpg")
+    (dataset / "splits/test/traj_names.txt").write_text("a\nc\nnone\n")
+    found = problems(dataset)
+    for expected in ("a: 1 of 20", "not finite", "b/4.jpg", "b/9.jpg", "more than one split (train, test)", "none"):
+        assert any(expected in line for line in found)
+
+
+def test_too_short_for_the_windows_asked_for(dataset):
+    config = DataConfig(folder=str(dataset), min_history=4, min_offset=10, max_offset=12)
+    with pytest.raises(DataError, match=r"b: 13 frames, too few for a window, which takes 14"):
+        WindowDataset(config, "train")
+
+
+def test_splits_by_name(dataset):
+    shutil.rmtree(dataset / "splits/test")
+    assert problems(dataset, ["train"]) == []
+    assert "split 'test'" in problems(dataset)[0]
+
+
+def test_video_without_poses_is_fine(video_dataset):
+    assert problems(video_dataset) == []
+
+
+def test_the_command_line_says_what_is_there(dataset, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["check", str(dataset)])
+    main()
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1
+    assert "train: 2 trajectories, 33 frames; test: 1 trajectories, 12 frames" in out
+    cut(dataset / "b" / "4.jpg")
+    monkeypatch.setattr(sys, "argv", ["check", str(dataset), "--splits", "train", "--fast"])
+    main()
+    assert "train: 2 trajectories, 33 frames)" in capsys.readouterr().out
+
+
+def test_the_command_line_fails_with_all_problems(dataset):
+    cut(dataset / "b" / "4.jpg")
+    (dataset / "a" / "3.jpg").unlink()
+    done = subprocess.run([sys.executable, "-m", "cdit.data.check", dataset], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "2 problems" in done.stderr
+    assert "b/4.jpg" in done.stderr
+    assert "Traceback" not in done.stderr
