@@ -18,7 +18,6 @@ from cdit.data.windows import DataConfig, WindowDataset, WindowKey
 from cdit.errors import DataError, UserError
 from cdit.randomness import seed_of
 
-
 LENGTHS = {"a": 20, "b": 13}  # of the trajectories to train on
 
 
