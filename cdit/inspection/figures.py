@@ -6,14 +6,14 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 CELL = 160  # frames are magnified, by whole numbers, to about this many pixels
 LARGEST = 256  # and shrunk to this many where they are larger
 GAP = 6
-LABEL_WIDTH = 92
-BAR_WIDTH = 132
+LABEL_WIDTH = 120
+BAR_WIDTH = 160
 INK, FAINT, PAPER = (28, 28, 34), (120, 120, 130), (255, 255, 255)
 BAR, EXTRA_BAR = (203, 71, 71), (96, 108, 200)
 OUTLINE = (64, 240, 255)
@@ -47,7 +47,8 @@ def attention_figure(scene: Scene, chosen: HeadMaps, average: HeadMaps, title: s
     """One layer at one diffusion time.
 
     From left to right: the target with the chosen patch outlined; on each past frame, where that patch looks (its own
-    place outlined), and the mass per frame; the same for the average over all target patches.
+    place outlined), and the mass per frame; the same for the average over all target patches. The first row shows the
+    frames as they are, each further row a head.
 
     Maps are drawn blocky, one block a patch; frames are magnified to whole pixels. Colours of a row are scaled to the
     largest weight in it, printed at its left, for the chosen patch and for the average apart.
@@ -55,12 +56,13 @@ def attention_figure(scene: Scene, chosen: HeadMaps, average: HeadMaps, title: s
     heads, frames, rows, columns = chosen.frames.shape
     size = _cell_size(*scene.target.shape[-2:])
     width, height = size
+    row_height = max(height, 14 * (frames + 1), 44) + GAP  # bars stay legible beside frames that are low
     names = [frame_name(i, frames) for i in range(frames)]
     group_width = frames * (width + GAP) + BAR_WIDTH + GAP
     top = 86
     canvas = Image.new(
         "RGB",
-        (LABEL_WIDTH + width + 4 * GAP + 2 * (group_width + 2 * GAP), top + heads * (height + GAP) + 2 * GAP),
+        (LABEL_WIDTH + width + 4 * GAP + 2 * (group_width + 2 * GAP), top + (heads + 1) * row_height + 2 * GAP),
         PAPER,
     )
     draw = ImageDraw.Draw(canvas)
@@ -82,15 +84,21 @@ def attention_figure(scene: Scene, chosen: HeadMaps, average: HeadMaps, title: s
         draw.text((left, top - 44), heading, INK, _font(14, bold=True))
         for i, name in enumerate(names):
             draw.text((left + i * (width + GAP), top - 22), f"frame {name}", INK, _font(13))
-        draw.text((left + frames * (width + GAP) + GAP, top - 22), "mass", INK, _font(13))
-    _colour_scale(draw, canvas.width - 2 * GAP, 12)
+            canvas.paste(past[i] if scene.context_mask[i] else _missing(size), (left + i * (width + GAP), top))
+        bars_left = left + frames * (width + GAP) + GAP
+        _colour_scale(draw, bars_left + 5, top + 4)
+        draw.text((bars_left + 5, top + row_height - GAP - 16), "attention mass", INK, _font(13))
+    draw.text((2 * GAP, top + height // 2 - 10), "frames", INK, _font(15, bold=True))
+    canvas.paste(target, (target_left, top))
 
     for head in range(heads):
-        y = top + head * (height + GAP)
+        y = top + (head + 1) * row_height
         peaks = [float(group.frames[head].max()) for group in (chosen, average)]
-        draw.text((2 * GAP, y + height // 2 - 26), f"head {head}", INK, _font(15, bold=True))
+        draw.text((2 * GAP, y + (row_height - GAP) // 2 - 26), f"head {head}", INK, _font(15, bold=True))
         for line, (name, peak) in enumerate(zip(("patch", "mean"), peaks, strict=True)):
-            draw.text((2 * GAP, y + height // 2 - 4 + 15 * line), f"{name} ≤ {peak:.2g}", FAINT, _font(11))
+            draw.text(
+                (2 * GAP, y + (row_height - GAP) // 2 - 4 + 15 * line), f"{name} max {peak:.2g}", FAINT, _font(11)
+            )
         canvas.paste(target, (target_left, y))
         for group, peak, left in zip((chosen, average), peaks, lefts, strict=True):
             for i in range(frames):
@@ -106,7 +114,7 @@ def attention_figure(scene: Scene, chosen: HeadMaps, average: HeadMaps, title: s
             }
             if group.extra is not None:
                 masses["extra"] = float(group.extra[head])
-            _bars(draw, left + frames * (width + GAP) + GAP, y, height, masses)
+            _bars(draw, left + frames * (width + GAP) + GAP, y, row_height - GAP, masses)
     return canvas
 
 
@@ -133,7 +141,7 @@ def _overlay(frame: Image.Image, heat: Tensor) -> Image.Image:
     heat_image = Image.fromarray(heat.cpu().numpy().astype(np.float32)).resize(frame.size, Image.Resampling.NEAREST)
     heat_HW = np.asarray(heat_image)
     colour = matplotlib.colormaps["inferno"](0.15 + 0.85 * heat_HW)[..., :3]
-    grey = np.asarray(frame.convert("L"), dtype=np.float32)[..., None] / 255
+    grey = np.asarray(ImageOps.autocontrast(frame.convert("L")), dtype=np.float32)[..., None] / 255
     cover = (0.35 + 0.5 * np.sqrt(heat_HW))[..., None]
     return Image.fromarray(np.uint8(255 * ((1 - cover) * grey + cover * colour) + 0.5))
 
@@ -185,14 +193,13 @@ def _bars(draw: ImageDraw.ImageDraw, left: int, top: int, height: int, masses: d
         draw.text((bar_left + bar_width + 4, middle), value, FAINT if mass is None else INK, font, anchor="lm")
 
 
-def _colour_scale(draw: ImageDraw.ImageDraw, right: int, top: int) -> None:
-    width = 120
-    draw.text((right, top), "row's largest", FAINT, _font(12), anchor="ra")
-    right -= 86
+def _colour_scale(draw: ImageDraw.ImageDraw, left: int, top: int) -> None:
+    draw.text((left, top), "0", FAINT, _font(11))
+    left, width = left + 12, 60
     for x in range(width):
         colour = matplotlib.colormaps["inferno"](0.15 + 0.85 * x / (width - 1), bytes=True)
-        draw.line([(right - width + x, top + 1), (right - width + x, top + 13)], tuple(int(c) for c in colour[:3]))
-    draw.text((right - width - 6, top), "0", FAINT, _font(12), anchor="ra")
+        draw.line([(left + x, top + 1), (left + x, top + 11)], tuple(int(c) for c in colour[:3]))
+    draw.text((left + width + 5, top), "row's largest", FAINT, _font(11))
 
 
 @cache
