@@ -53,9 +53,11 @@ def main() -> None:
     world.codec.to(accelerator.device)
     optimizer, schedule = build_optimizer(cdit, config.optimizer, config.steps)
     network, optimizer = accelerator.prepare(cdit, optimizer)
-    accelerator.register_for_checkpointing(schedule)
     ema = EMA(cdit, config.ema)
-    state = load_checkpoint(accelerator, ema, resume_from) if resume_from else RunState()
+    state = RunState()
+    if resume_from:
+        state = load_checkpoint(accelerator, ema, resume_from)
+        schedule.load_state_dict(state.schedule)
 
     sampler = KeyedBatchSampler(
         len(train_set),
@@ -131,6 +133,7 @@ def main() -> None:
             with ema.applied():
                 probes.run(world, tracker, state.step, finished)
         if state.step % config.checkpoint.every == 0 or ended:
+            state.schedule = schedule.state_dict()
             save_checkpoint(accelerator, ema, state, config.folder, config.checkpoint.keep)
         since += time.perf_counter() - pause
 

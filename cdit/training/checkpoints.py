@@ -4,8 +4,9 @@ import json
 import os
 import re
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -21,6 +22,8 @@ class RunState:
 
     step: int = 0
     """Optimizer steps done."""
+    schedule: dict[str, Any] = field(default_factory=dict)
+    """State of the learning-rate schedule."""
     best_loss: float = float("inf")
     """Smallest validation loss so far."""
     tracker_id: str | None = None

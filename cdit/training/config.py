@@ -179,6 +179,8 @@ class TrainConfig:
         for name, value in positive.items():
             if value <= 0:
                 raise UserError(f"{name} is {value}, expected a positive number")
+        if self.seed < 0:
+            raise UserError(f"seed is {self.seed}, expected at least 0")
         for name, share in {"action_dropout": self.action_dropout, "model.dropout": self.model.dropout}.items():
             if not 0 <= share < 1:
                 raise UserError(f"{name} is {share}, expected at least 0 and less than 1")
