@@ -5,6 +5,7 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -15,6 +16,7 @@ CELL = 128
 
 BACKGROUND, INK, FAINT, EMPTY = "#ffffff", "#1f2328", "#7d8590", "#f0f2f4"
 GAP, GROUP_GAP, MARGIN = 4, 16, 12
+FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 
 
 def to_float(frames: Tensor) -> Tensor:
@@ -184,8 +186,8 @@ def _table(
     A None is a cell without image: grey, or white where `blanks_are_empty` and the whole column's lower rows are blank.
     """
     cell = next(image for row in cells for image in row if image is not None)
-    size = 13 if cell.width >= 96 else 11
-    font, line = ImageFont.load_default(size), size + 7
+    size = 12 if cell.width >= 96 else 10
+    font, line = ImageFont.truetype(FONT, size), size + 8
     starts_group = [bool(groups) and i > 0 and groups[i] != groups[i - 1] for i in range(len(headers))]
     left = MARGIN + (10 + int(max(font.getlength(label) for label in rows)) if rows else 0)
     xs, x = [], left

@@ -36,18 +36,19 @@ def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
 def ssim(prediction: Tensor, truth: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) in [-1, 1], 1 for identical frames; higher is better.
 
-    The paper's Gaussian window (11 pixels, σ 1.5) and constants on intensities in [0, 1], averaged over the channels.
-    Frames are at least 11 pixels on each side.
+    The paper's Gaussian window (11 pixels, σ 1.5) and constants on intensities in [0, 1], averaged over the channels and
+    the whole frame, its border mirrored (torchmetrics'; others leave the border out). At least 6 pixels a side.
     """
     # Its luminance term compares means, so that intensities have to begin at 0.
     prediction, truth = (prediction.float() + 1) / 2, (truth.float() + 1) / 2
-    return structural_similarity_index_measure(prediction, truth, data_range=1.0, reduction="none").reshape(-1)
+    with torch.autocast(prediction.device.type, enabled=False):  # variances come out of differences of its convolutions
+        return structural_similarity_index_measure(prediction, truth, data_range=1.0, reduction="none").reshape(-1)
 
 
 class Lpips(nn.Module):
     """LPIPS v0.1 on AlexNet (Zhang et al. 2018, arXiv 1801.03924): perceptual distance from 0; lower is better.
 
-    Frames are at least 32 pixels on each side.
+    Frames have at least 32 pixels a side.
 
     Args:
         backbone: the weights of torchvision's AlexNet (`features.0.weight` …; others are not looked at).
@@ -64,7 +65,8 @@ class Lpips(nn.Module):
     @torch.no_grad()
     def forward(self, prediction: Tensor, truth: Tensor) -> Tensor:
         """Distances (N,) of frames (N, 3, H, W) in [-1, 1]."""
-        return self.net(prediction.float().clamp(-1, 1), truth.float().clamp(-1, 1)).reshape(-1)
+        with torch.autocast(prediction.device.type, enabled=False):
+            return self.net(prediction.float().clamp(-1, 1), truth.float().clamp(-1, 1)).reshape(-1)
 
 
 def load_lpips(device: torch.device | str = "cpu", timeout: float = 10.0) -> Lpips | None:
