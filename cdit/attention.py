@@ -121,11 +121,18 @@ class MultiHeadAttention(nn.Module):
         k_BHMK = self.k_norm(self._split(k_BMD)).to(k_BMD.dtype)
         return KeysValues(rotate(k_BHMK, rotation), self._split(v_BMD))
 
-    def attend(self, q_BHNK: Tensor, kv: KeysValues, mask: Tensor | None = None) -> Tensor:
-        """Attention of projected queries to projected keys, mixed by W_O: (B, N, D)."""
+    def attend(
+        self, q_BHNK: Tensor, kv: KeysValues, mask: Tensor | None = None, extra_rotation: Rotation | None = None
+    ) -> Tensor:
+        """Attention of projected queries to projected keys, mixed by W_O: (B, N, D).
+
+        Where queries are rotated, `extra_rotation` of a place that moves with them, (1, K / 2), keeps the extra key's
+        scores from following the queries' coordinates: only differences may matter.
+        """
         if self.extra_k is not None:
+            extra = (rotate(self.extra_k, extra_rotation), self.extra_v)
             kv = KeysValues(*(torch.cat((x, e.to(x.dtype).expand(x.shape[0], -1, -1, -1)), 2)
-                              for x, e in zip(kv, (self.extra_k, self.extra_v), strict=True)))  # fmt: skip
+                              for x, e in zip(kv, extra, strict=True)))  # fmt: skip
             if mask is not None:
                 mask = F.pad(mask.expand(*mask.shape[:-1], kv.k_BHMK.shape[2] - 1), (0, 1), value=True)
         out_BHNK = scaled_dot_product_attention(q_BHNK, kv, mask)

@@ -110,9 +110,9 @@ class Block(nn.Module):
             folded = x.reshape(keys_values.k_BHMK.shape[0], -1, x.shape[-1])
             repeats = folded.shape[1] // x.shape[1]
             folded_rotation = rotation and Rotation(*(angle.repeat(repeats, 1) for angle in rotation))
-            return self.cross_attn.attend(
-                self.cross_attn.project_q(folded, folded_rotation), keys_values, mask
-            ).view_as(x)
+            corner = rotation and Rotation(*(angle[:1] for angle in rotation))  # where the extra key stands
+            q_BHNK = self.cross_attn.project_q(folded, folded_rotation)
+            return self.cross_attn.attend(q_BHNK, keys_values, mask, corner).view_as(x)
 
         x_BND = self._residual(x_BND, for_self, self_attention)
         x_BND = self._residual(x_BND, for_cross, cross_attention)

@@ -1,0 +1,310 @@
+"""What a CDiT promises, dialect by dialect; its arithmetic as a whole is tested in test_reference.py."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dialects import BASE, DIALECTS, batch, build, masks
+
+from cdit.attention import MultiHeadAttention, Observation
+from cdit.errors import UserError
+from cdit.model import PRESETS, CDiT, ModelConfig
+from cdit.model.blocks import Block
+
+NAN = float("nan")
+PUSHABLE = [name for name, options in DIALECTS.items() if options.get("position") != "learned"]
+
+
+@pytest.fixture(autouse=True)
+def _no_grad():
+    with torch.no_grad():
+        yield
+
+
+# --- the context: encoded once, shared by goals, pushed ---
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_goals_of_a_cached_context_are_those_goals_alone_with_their_frames(dialect, masked):
+    model, data, mask = build(dialect), batch(), masks() if masked else {}
+    cache = model.encode_context(data["context"], mask.get("context_mask"))
+    others = {k: v for k, v in (data | mask).items() if k not in ("context", "context_mask")}
+    together = model(**others, context=cache)
+    for b in range(2):
+        frames = {k: v[b : b + 1] for k, v in (data | mask).items() if k in ("context", "context_mask")}
+        for g in range(3):
+            alone = model(**{k: v[b, g][None] for k, v in others.items()}, **frames)
+            torch.testing.assert_close(together[b, g], alone[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_repeated_contexts_are_goals_of_their_own(dialect):
+    model, data, mask = build(dialect), batch(), masks()
+    shared = model(**data, **mask)
+    cache = model.encode_context(data["context"], mask["context_mask"]).repeat_interleave(3)
+    assert cache.batch == 6
+    flat = {k: data[k].flatten(0, 1) for k in ("sample", "timestep", "action", "time_shift")}
+    apart = model(**flat, context=cache, action_mask=mask["action_mask"].flatten())
+    torch.testing.assert_close(apart.view_as(shared), shared, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("first", [1, 2, 3], ids=lambda n: f"from_{n}_frames")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dialect", PUSHABLE)
+def test_pushing_frames_is_encoding_the_new_window_afresh(dialect, masked, first):
+    """Eight pushes: windows grow to max_context, then slide; every old frame and its mask leave."""
+    model, data = build(dialect), batch(frames=3)
+    frames = torch.randn(2, first + 8, 2, 4, 6, generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(2, first + 8, dtype=torch.bool)
+    mask[1, : first - 1] = False
+    goal = {k: v for k, v in data.items() if k != "context"}
+    cache = model.encode_context(frames[:, :first], mask[:, :first] if masked else None)
+    for end in range(first + 1, first + 9):
+        cache = model.push_context(cache, frames[:, end - 1])
+        window = slice(max(0, end - 3), end)
+        assert len(cache.frame_T) == min(end, 3)
+        afresh = model(**goal, context=frames[:, window], context_mask=mask[:, window] if masked else None)
+        torch.testing.assert_close(model(**goal, context=cache), afresh, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dialect", sorted(set(DIALECTS) - set(PUSHABLE)))
+def test_learned_positions_cannot_be_pushed(dialect):
+    model = build(dialect)
+    assert not model.can_push
+    with pytest.raises(ValueError, match="learned positions cannot be pushed"):
+        model.push_context(model.encode_context(batch()["context"]), torch.zeros(2, 2, 4, 6))
+
+
+def test_only_modulated_contexts_are_kept_as_tokens():
+    for dialect, options in DIALECTS.items():
+        cache = build(dialect).encode_context(batch()["context"])
+        assert (cache.tokens_BMD is not None) == bool(options.get("context_modulation"))
+        assert len(cache.keys_values) == (0 if options.get("context_modulation") else 2)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_fewer_frames_are_a_full_window_whose_oldest_are_missing(dialect):
+    model, data = build(dialect), batch(frames=3)
+    expected = model(**data, context_mask=torch.tensor([[False, False, True]] * 2))
+    data["context"] = data["context"][:, -1:]
+    torch.testing.assert_close(model(**data), expected, atol=1e-5, rtol=0)
+
+
+def test_more_frames_than_max_context_are_refused():
+    with pytest.raises(ValueError, match="4 past frames, but max_context is 3"):
+        build("native").encode_context(batch(frames=4)["context"])
+
+
+# --- what is missing has no influence ---
+
+
+@pytest.mark.parametrize("fill", [NAN, math.inf, 1e6])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_what_missing_frames_and_unknown_actions_hold_is_not_looked_at(dialect, fill):
+    model, data, mask = build(dialect), batch(), masks()
+    expected = model(**data, **mask)
+    data["context"] = data["context"].masked_fill(~mask["context_mask"][:, :, None, None, None], fill)
+    data["action"] = data["action"].masked_fill(~mask["action_mask"][..., None], fill)
+    assert torch.equal(model(**data, **mask), expected)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_target_without_any_past_frame_is_finite(dialect):
+    data = batch() | {"context_mask": torch.zeros(2, 3, dtype=torch.bool)}
+    assert build(dialect)(**data).isfinite().all()
+
+
+def test_unknown_actions_become_the_learned_vector():
+    model, data = build("native"), batch()
+    unknown = model(**data, action_mask=torch.zeros(2, 3, dtype=torch.bool))
+    torch.testing.assert_close(model(**data | {"action": None}), unknown)
+    assert not torch.allclose(model(**data), unknown, atol=1e-3)
+    model.action_embed.unknown.add_(1)
+    assert not torch.allclose(model(**data | {"action": None}), unknown, atol=1e-3)
+
+
+# --- every input matters ---
+
+
+@pytest.mark.parametrize("name", ["sample", "timestep", "action", "time_shift", "context"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_every_input_matters_unless_the_config_says_otherwise(dialect, name):
+    model, data = build(dialect), batch()
+    before = model(**data)
+    changed = model(**data | {name: data[name] + 0.5})
+    unused = {"action": not model.config.use_action, "time_shift": not model.config.use_time_shift}
+    assert torch.equal(before, changed) == unused.get(name, False)
+
+
+def test_no_time_shift_is_needed_where_it_is_not_used():
+    data = batch()
+    torch.testing.assert_close(build("action_only")(**data | {"time_shift": None}), build("action_only")(**data))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_the_order_of_past_frames_matters(dialect):
+    model, data = build(dialect), batch()
+    assert not torch.allclose(model(**data), model(**data | {"context": data["context"].flip(1)}), atol=1e-4)
+
+
+# --- watching ---
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_recording_every_attention_leaves_the_output_bit_identical(dialect):
+    model, data, mask = build(dialect), batch(), masks()
+    expected = model(**data, **mask)
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MultiHeadAttention):
+            module.observer = lambda o, name=name: seen.setdefault(name, []).append((o, o.weights()))
+    assert torch.equal(model(**data, **mask), expected)
+
+    heads, extra = 2, int(model.config.extra_kv)
+    for i in range(2):
+        ((_, self_weights),) = seen[f"blocks.{i}.self_attn"]
+        assert self_weights.shape == (6, heads, 6, 6)  # six targets of six patches
+        ((cross, weights),) = seen[f"blocks.{i}.cross_attn"]
+        # A cached context folds its goals into queries: either way, goals in order, then patches.
+        assert weights.numel() == 6 * heads * 6 * (3 * 6 + extra)
+        assert isinstance(cross, Observation)
+        missing = weights.unflatten(0, (2, -1))[1, ..., : 2 * 6]
+        assert (missing == 0).all()
+        torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    assert len(seen) == 4 + model.config.context_depth
+
+
+# --- beginnings ---
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_the_untrained_network_is_the_identity_on_its_stream_and_predicts_zero(dialect, norm):
+    torch.manual_seed(0)
+    model = CDiT(**(BASE | DIALECTS[dialect] | {"norm": norm}))
+    streams = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda _, inputs, output: streams.append((inputs[0], output)))
+    out = model(**batch(), **masks())
+    assert len(streams) == 2
+    for before, after in streams:
+        assert torch.equal(before, after)
+        assert before.std() > 0.1
+    assert (out == 0).all()
+    assert out.shape == (2, 3, 4 if model.config.learn_variance else 2, 4, 6)
+
+
+def test_initial_weights():
+    """Xavier's bounds and variances, small embeddings, closed gates, zero biases."""
+    torch.manual_seed(0)
+    model = CDiT(image_size=(8, 8), hidden_size=192, depth=1, num_heads=6, position="learned", extra_kv=True)
+    for name, weight in model.named_parameters():
+        if name.endswith("bias") or "ada_ln" in name or name.startswith("final_layer"):
+            assert (weight == 0).all(), name
+        elif "embed" in name and "patch" not in name:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.1 if weight.numel() > 1000 else 0.3), name
+        elif "extra" in name:  # Xavier normal over (1, D)
+            assert weight.std().item() == pytest.approx((2 / (1 + 192)) ** 0.5, rel=0.3), name
+        else:  # Xavier uniform over (out, in)
+            fan_out, fan_in = weight.flatten(1).shape
+            bound = (6 / (fan_in + fan_out)) ** 0.5
+            assert 0.98 * bound < weight.abs().max() <= bound, name
+            assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05), name
+
+
+def test_seeds_reproduce_the_initial_weights():
+    def draw(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        return CDiT(**BASE, extra_kv=True).state_dict()
+
+    first, again, other = draw(1), draw(1), draw(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(first["blocks.0.mlp.fc1.weight"], other["blocks.0.mlp.fc1.weight"])
+
+
+# --- patches ---
+
+
+@pytest.mark.parametrize("patch_size", [1, 2, 3, 6])
+def test_unpatchify_inverts_unfold(patch_size):
+    model = CDiT(**BASE | {"image_size": (6, 12), "patch_size": patch_size})
+    frames = torch.randn(2, 2, 6, 12)
+    patches = F.unfold(frames, patch_size, stride=patch_size)  # (B, C·p·p, P), channels first
+    patches = patches.unflatten(1, (2, -1)).permute(0, 3, 2, 1).flatten(2)  # (B, P, p·p·C), channels last
+    assert torch.equal(model._unpatchify(patches), frames)
+    assert model.patch_embed(frames).shape == (2, patches.shape[1], 32)
+
+
+# --- mistakes, presets, files, precision ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": (4, 5)}, r"patch_size 2 .*\(4, 5\)"),
+        ({"patch_size": 4}, r"patch_size 4 .*\(4, 6\)"),
+        ({"num_heads": 3}, "hidden_size 32 must be a multiple of num_heads 3"),
+        ({"hidden_size": 30, "num_heads": 2}, "even width, not 15"),
+    ],
+)
+def test_sizes_that_do_not_divide_are_named(changes, message):
+    with pytest.raises(UserError, match=message):
+        CDiT(**BASE | changes)
+
+
+def test_heads_of_odd_width_are_fine_with_learned_positions():
+    data = batch()
+    assert CDiT(**BASE | {"hidden_size": 30, "position": "learned"})(**data).shape == data["sample"].shape
+
+
+def test_presets_can_be_overridden_field_by_field():
+    assert ModelConfig(preset="B").arguments()["hidden_size"] == 768
+    arguments = ModelConfig(preset="B", depth=3, num_heads=6).arguments()
+    assert (arguments["hidden_size"], arguments["depth"], arguments["num_heads"]) == (768, 3, 6)
+    assert "preset" not in arguments
+    with torch.device("meta"):
+        for preset in PRESETS:
+            model = CDiT(image_size=(8, 8), **ModelConfig(preset=preset).arguments())
+            assert len(model.blocks) == PRESETS[preset]["depth"]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_saved_network_comes_back_bit_equal(dialect, tmp_path: Path):
+    model, data = build(dialect), batch() | masks()
+    model.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
+    loaded = CDiT.from_pretrained(tmp_path, low_cpu_mem_usage=False)
+    assert torch.equal(loaded(**data), model(**data))
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_bfloat16_is_near_float32(dialect):
+    model, data = build(dialect), batch() | masks()
+    exact = model(**data)
+    halved = {k: v.bfloat16() if k in ("sample", "context") else v for k, v in data.items()}
+    out = model.bfloat16()(**halved)
+    assert out.dtype == torch.bfloat16
+    assert (out - exact).square().mean() < 3e-3 * exact.square().mean()
+
+
+def test_dropout_acts_in_training_only():
+    data = batch()
+    model = build("native", dropout=0.5)
+    assert torch.equal(model(**data), model(**data))
+    model.train()
+    assert not torch.equal(model(**data), model(**data))
+
+
+def test_blocks_fold_targets_into_queries_of_their_context():
+    """The keys of a context shared by several targets are not copied."""
+    torch.manual_seed(0)
+    block = Block(16, 2)
+    seen: list[Observation] = []
+    block.cross_attn.observer = seen.append
+    keys_values = block.cross_attn.project_kv(torch.randn(2, 5, 16))
+    block(torch.randn(6, 4, 16), torch.randn(6, 16), keys_values)
+    assert seen[0].kv.k_BHMK.data_ptr() == keys_values.k_BHMK.data_ptr()
+    assert seen[0].q_BHNK.shape == (2, 2, 3 * 4, 8)
