@@ -15,6 +15,7 @@ from cdit.inspection.measures import Layout
 from cdit.inspection.recording import record_attention, unwrap
 from cdit.inspection.report import AttentionReport
 from cdit.model import CDiT
+from cdit.pictures import to_float
 from cdit.randomness import generator
 from cdit.world_model import WorldModel
 
@@ -62,8 +63,8 @@ def inspect_attention(
     training = cdit.training
     cdit.eval()
     for i in range(len(context)):
-        cache = cdit.encode_context(world.codec.encode(_normalised(context[i : i + 1])), context_mask[i : i + 1])
-        clean = world.codec.encode(_normalised(batch["target"][i : i + 1]))
+        cache = cdit.encode_context(world.codec.encode(to_float(context[i : i + 1])), context_mask[i : i + 1])
+        clean = world.codec.encode(to_float(batch["target"][i : i + 1]))
         noise = torch.randn(clean.shape, generator=generator(seed, i)).to(clean)
         seconds = batch["time_shift"][i : i + 1]
         action, time_shift = world.description.units.normalize(batch["action"][i : i + 1], seconds)
@@ -119,11 +120,6 @@ def _chosen(cdit: CDiT, config: AttentionConfig) -> tuple[list[int], tuple[int, 
     if not (0 <= row < rows and 0 <= column < columns):
         raise UserError(f"attention patch: {[row, column]} is outside the {rows} × {columns} patches of a frame")
     return layers, (row, column)
-
-
-def _normalised(frames: Tensor) -> Tensor:
-    """uint8 to float32 in [-1, 1]."""
-    return frames.float() / 127.5 - 1
 
 
 def _summary(weights: Tensor, layout: Layout) -> Tensor:
