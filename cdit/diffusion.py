@@ -137,6 +137,7 @@ def sample(
         progress: whether to show a progress bar over the steps.
     """
     scheduler = make_scheduler(config)
+    scheduler.set_begin_index(0)  # else looked up by the timestep, which rounding can make ambiguous
     x = noise
     # A scheduler's timesteps may be rounded to integers; its sigmas are the flow's times exactly.
     pairs = list(zip(scheduler.timesteps, scheduler.sigmas[:-1].to(x.device), strict=True))
