@@ -58,13 +58,16 @@ def attention_figure(scene: Scene, chosen: HeadMaps, average: HeadMaps, title: s
     width, height = size
     row_height = max(height, 14 * (frames + 1), 44) + GAP  # bars stay legible beside frames that are low
     names = [frame_name(i, frames) for i in range(frames)]
-    group_width = frames * (width + GAP) + BAR_WIDTH + GAP
-    top = 86
-    canvas = Image.new(
-        "RGB",
-        (LABEL_WIDTH + width + 4 * GAP + 2 * (group_width + 2 * GAP), top + (heads + 1) * row_height + 2 * GAP),
-        PAPER,
+    headings = (
+        f"where the outlined patch looks ({scene.patch[0]}, {scene.patch[1]})",
+        f"mean over all {rows * columns} target patches",
     )
+    heading_width = max(round(_font(14, bold=True).getlength(heading)) for heading in headings)
+    group_width = max(frames * (width + GAP) + BAR_WIDTH, heading_width) + GAP
+    canvas_width = LABEL_WIDTH + width + 4 * GAP + 2 * (group_width + 2 * GAP)
+    title_width = round(_font(17, bold=True).getlength(title)) + 4 * GAP
+    top = 86
+    canvas = Image.new("RGB", (max(canvas_width, title_width), top + (heads + 1) * row_height + 2 * GAP), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((2 * GAP, 10), title, INK, _font(17, bold=True))
     box = _patch_box(scene.patch, (rows, columns), size)
@@ -76,10 +79,6 @@ def attention_figure(scene: Scene, chosen: HeadMaps, average: HeadMaps, title: s
     lefts = [target_left + width + 4 * GAP]
     lefts.append(lefts[0] + group_width + 2 * GAP)
     past = [_frame(frame, size) for frame in scene.context]
-    headings = (
-        f"where the outlined patch looks (row {scene.patch[0]}, column {scene.patch[1]})",
-        f"mean over all {rows * columns} target patches",
-    )
     for left, heading in zip(lefts, headings, strict=True):
         draw.text((left, top - 44), heading, INK, _font(14, bold=True))
         for i, name in enumerate(names):

@@ -21,7 +21,7 @@ def test_frames_are_named_by_their_distance_from_the_current_one():
 
 
 @pytest.mark.parametrize(
-    ("frames", "size", "grid"), [(1, (64, 64), (8, 8)), (4, (32, 224), (2, 14)), (8, (9, 7), (3, 7))]
+    ("frames", "size", "grid"), [(2, (64, 64), (8, 8)), (4, (32, 224), (2, 14)), (8, (9, 7), (3, 7))]
 )
 def test_figures_grow_with_frames_and_heads(frames, size, grid):
     sizes = [
@@ -70,3 +70,9 @@ def test_the_extra_key_has_a_bar_of_its_own():
             attention_figure(scene(1, (16, 16)), maps(1, 1, (1, 4), extra), maps(1, 1, (1, 4), extra), "")
         )
         assert (picture == bar).all(-1).any() == extra
+
+
+def test_headings_and_titles_fit_beside_few_narrow_frames():
+    few = attention_figure(scene(1, (160, 8)), maps(1, 1, (20, 1)), maps(1, 1, (20, 1)), "a long title " * 8)
+    assert few.width > 800
+    assert (np.asarray(few)[:, -figures.GAP :] == 255).all()
