@@ -2,8 +2,9 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
@@ -12,6 +13,15 @@ from cdit.errors import UserError
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 T = TypeVar("T")
+
+
+class _Parser(ArgumentParser):
+    """Names in every error the config file that was read."""
+
+    files: Sequence[str] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        super().error(message.rstrip() + "".join(f" (config file: {file})" for file in self.files), ex)
 
 
 def parse_config(
@@ -31,11 +41,13 @@ def parse_config(
     Unknown or ill-typed fields end the process with a message that names them and exit code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(description=description)
+    parser = _Parser(description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     parser.add_class_arguments(config_class, fail_untyped=True)
     if default_file is not None and not any(a == "--config" or a.startswith("--config=") for a in argv):
         argv = ["--config", str(default_file), *argv]
+    parser.files = [file for flag, file in pairwise(argv) if flag == "--config"]
+    parser.files += [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
     values = parser.parse_args(argv).as_dict()
     values.pop("config", None)
     return parser_instance(config_class, values)

@@ -10,7 +10,8 @@ import torch
 
 def seed_of(*key: int) -> int:
     """A well-mixed seed in [0, 2^63) for a key of non-negative integers, the same on every platform."""
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    # The length goes in because SeedSequence fills up with zeros: (1,) and (1, 0) would be one key.
+    return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1)
 
 
 def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
