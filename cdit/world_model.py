@@ -64,10 +64,10 @@ class Window(NamedTuple):
         """The window, `times` times for each context."""
         return Window(*(x if x is None else x.repeat_interleave(times, 0) for x in self))
 
-    def push(self, frame: Tensor) -> "Window":
-        """The window one frame later, its oldest frame gone."""
-        frames = torch.cat((self.frames[:, 1:], frame[:, None]), dim=1)
-        return Window(frames, None if self.mask is None else F.pad(self.mask[:, 1:], (0, 1), value=True))
+    def push(self, frame: Tensor, longest: int) -> "Window":
+        """The window one frame later; its oldest frame leaves when there are more than `longest`."""
+        frames = torch.cat((self.frames, frame[:, None]), dim=1)[:, -longest:]
+        return Window(frames, None if self.mask is None else F.pad(self.mask, (0, 1), value=True)[:, -longest:])
 
 
 class WorldModel(nn.Module):
@@ -115,7 +115,8 @@ class WorldModel(nn.Module):
 
         Args:
             context: (B, T, 3, H, W) past frames, or what `encode_context` made of them.
-            actions: (B, G, 3) from the last past frame to each goal; G goals, or candidates, share a context. None: unknown.
+            actions: (B, G, 3) from the last past frame to each goal; G goals, or candidates, share a context. None: all
+                unknown.
             time_shift: (B, G) from the last past frame to each goal.
             context_mask: (B, T), True where a past frame exists; with frames only.
             action_mask: (B, G), False where an action is unknown.
@@ -142,8 +143,8 @@ class WorldModel(nn.Module):
 
         Args:
             context: (B, T, 3, H, W) past frames.
-            actions: (B, G, L, 3) for G action sequences of L steps of 1 / fps seconds; the action of a step is the motion
-                during it, in the local frame at its start.
+            actions: (B, G, L, 3) for G action sequences of L steps of 1 / fps seconds; the action of a step is the
+                motion during it, in the local frame at its start.
             context_mask: (B, T), True where a past frame exists.
             sampler: scheduler, steps and guidance; by default those of training.
             generator: of the noise.
@@ -159,7 +160,7 @@ class WorldModel(nn.Module):
             if step and self.cdit.can_push:
                 cache = self.cdit.push_context(cache, self.codec.encode(frames[-1]))
             elif step:
-                window = window.push(frames[-1])
+                window = window.push(frames[-1], self.cdit.config.max_context)
                 cache = self.encode_context(*window)
             frames.append(self.predict(cache, actions[:, step], time_shift, sampler=sampler, generator=generator)[:, 0])
         return torch.stack(frames, dim=1).unflatten(0, (batch, candidates))

@@ -1,0 +1,126 @@
+"""Codecs against the autoencoders they wrap; tiny randomly initialised ones, saved and loaded by folder."""
+
+from pathlib import Path
+
+import diffusers
+import huggingface_hub.constants
+import pytest
+import torch
+
+from cdit.codec import AutoencoderCodec, CodecConfig, load_codec
+from cdit.errors import UserError
+
+
+def frames(*leading: int) -> torch.Tensor:
+    return torch.rand(*leading, 3, 16, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+def save_kl(folder: Path, shift: float | None = 0.3) -> diffusers.AutoencoderKL:
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        block_out_channels=(4, 8, 8),
+        norm_num_groups=2,
+        latent_channels=5,
+        scaling_factor=0.7,
+        shift_factor=shift,
+    ).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def save_tiny(folder: Path) -> diffusers.AutoencoderTiny:
+    torch.manual_seed(0)
+    model = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(4, 4, 4),
+        decoder_block_out_channels=(4, 4, 4),
+        num_encoder_blocks=(1, 1, 1),
+        num_decoder_blocks=(1, 1, 1),
+        latent_channels=6,
+        scaling_factor=1.5,
+    ).eval()
+    model.save_pretrained(folder)
+    return model
+
+
+def test_pixels_are_themselves_and_decode_clips():
+    codec = load_codec(CodecConfig())
+    x = frames(2, 3)
+    assert codec.encode(x, torch.ones_like(x)) is x
+    assert torch.equal(codec.decode(x), x)
+    assert codec.decode(torch.tensor([-3.0, 0.25, 1.5])).tolist() == [-1.0, 0.25, 1.0]
+    assert (codec.channels, codec.downscale) == (3, 1)
+
+
+@pytest.mark.parametrize("shift", [None, 0.3])
+@torch.no_grad()
+def test_kl_latents_are_the_posteriors_shifted_and_scaled(tmp_path, shift):
+    reference = save_kl(tmp_path, shift)
+    codec = load_codec(CodecConfig("kl", str(tmp_path)))
+    x = frames(2)
+    posterior = reference.encode(x).latent_dist
+    offset = shift or 0.0
+    torch.testing.assert_close(codec.encode(x), (posterior.mode() - offset) * 0.7)
+
+    draw = posterior.sample(torch.Generator().manual_seed(7))
+    noise = torch.randn(posterior.mean.shape, generator=torch.Generator().manual_seed(7))
+    torch.testing.assert_close(codec.encode(x, noise), (draw - offset) * 0.7)
+    assert not torch.allclose(draw, posterior.mean, atol=1e-3)
+
+    latents = torch.randn(2, 5, 4, 6)
+    expected = reference.decode(latents / 0.7 + offset).sample.clamp(-1, 1)
+    torch.testing.assert_close(codec.decode(latents), expected)
+    assert (codec.channels, codec.downscale) == (5, 4)
+
+
+@torch.no_grad()
+def test_tiny_latents_are_the_encoders_scaled(tmp_path):
+    reference = save_tiny(tmp_path)
+    codec = load_codec(CodecConfig("tiny", str(tmp_path)))
+    x = frames(2)
+    expected = reference.encode(x).latents * 1.5
+    torch.testing.assert_close(codec.encode(x), expected)
+    torch.testing.assert_close(codec.encode(x, torch.ones_like(expected)), expected)  # nothing is drawn
+    decoded = reference.decode(reference.encode(x).latents).sample.clamp(-1, 1)
+    torch.testing.assert_close(codec.decode(expected), decoded)
+    assert (codec.channels, codec.downscale) == (6, 4)
+
+
+@pytest.mark.parametrize(("kind", "save", "channels"), [("kl", save_kl, 5), ("tiny", save_tiny, 6)])
+def test_leading_dimensions_pass_through(kind, save, channels, tmp_path):
+    save(tmp_path)
+    codec = load_codec(CodecConfig(kind, str(tmp_path)))
+    x = frames(2, 3)
+    noise = torch.randn(2, 3, channels, 4, 6)
+    latents = codec.encode(x, noise)
+    assert latents.shape == (2, 3, channels, 4, 6)
+    torch.testing.assert_close(latents[1, 2], codec.encode(x[1, 2][None], noise[1, 2][None])[0], atol=1e-5, rtol=1e-4)
+    decoded = codec.decode(5 * latents)
+    assert decoded.shape == x.shape
+    assert decoded.abs().max() <= 1
+    torch.testing.assert_close(decoded[0, 1], codec.decode(5 * latents[0, 1][None])[0], atol=1e-5, rtol=1e-4)
+
+
+def test_autoencoders_are_frozen(tmp_path):
+    save_kl(tmp_path)
+    codec = load_codec(CodecConfig("kl", str(tmp_path)))
+    assert isinstance(codec, AutoencoderCodec)
+    assert not codec.autoencoder.training
+    assert not any(p.requires_grad for p in codec.parameters())
+    assert not codec.encode(frames(1).requires_grad_()).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["kl", "tiny"])
+def test_weights_that_cannot_be_had(kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=r"codec.name 'nobody/no-such-autoencoder': no Autoencoder\w+ weights from the"):
+        load_codec(CodecConfig(kind, "nobody/no-such-autoencoder"))
+    with pytest.raises(UserError, match="from that folder"):
+        load_codec(CodecConfig(kind, str(tmp_path)))
+
+
+def test_an_autoencoder_of_the_other_kind_is_refused(tmp_path):
+    save_tiny(tmp_path)
+    with pytest.raises(UserError, match=r"codec\.name"):
+        load_codec(CodecConfig("kl", str(tmp_path)))

@@ -1,0 +1,359 @@
+"""The world model against loops over its parts written out here, and one that learns its four samples by heart."""
+
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import diffusers
+import pytest
+import torch
+
+from cdit.codec import AutoencoderCodec, PixelCodec
+from cdit.diffusion import Flow, FlowConfig, SamplerConfig
+from cdit.errors import UserError
+from cdit.model import CDiT
+from cdit.world_model import Units, WorldDescription, WorldModel
+
+DIALECTS = {
+    "native": {"extra_kv": True},
+    "encoder": {"context_depth": 1},
+    "modulated": {"context_modulation": True},
+    "learned": {"position": "learned"},
+    "nwm": {"position": "learned", "context_modulation": True, "extra_kv": True},
+}
+UNITS = Units(action_scale=(2.0, 3.0, 0.5), action_offset=(-0.25, 0.0, 0.125), time_scale=0.0625)
+
+
+def autoencoder_codec() -> AutoencoderCodec:
+    return AutoencoderCodec(
+        "tiny",
+        diffusers.AutoencoderTiny(
+            encoder_block_out_channels=(4, 4),
+            decoder_block_out_channels=(4, 4),
+            num_encoder_blocks=(1, 1),
+            num_decoder_blocks=(1, 1),
+            latent_channels=3,
+        ),
+    )
+
+
+def build(dialect: str = "native", codec=None, **changes) -> WorldModel:
+    """A random network; frames of 8×12, three past ones at most, 4 a second."""
+    torch.manual_seed(0)
+    codec = codec or PixelCodec()
+    size = (8 // codec.downscale, 12 // codec.downscale)
+    cdit = CDiT(
+        **{
+            "image_size": size, "in_channels": 3, "max_context": 3, "patch_size": 2,
+            "hidden_size": 32, "depth": 2, "num_heads": 2, **DIALECTS[dialect],
+        }
+    )  # fmt: skip
+    for p in cdit.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    description = WorldDescription(
+        image_size=(8, 12), fps=4.0, units=UNITS, sampler=SamplerConfig(steps=3), flow=FlowConfig(prediction="clean")
+    )
+    return WorldModel(cdit, codec, replace(description, **changes)).eval()
+
+
+def inputs(contexts: int = 2, goals: int = 3, frames: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Past frames, actions in metres and radians, time shifts in seconds."""
+    generator = torch.Generator().manual_seed(1)
+    return (
+        torch.rand(contexts, frames, 3, 8, 12, generator=generator) * 2 - 1,
+        torch.randn(contexts, goals, 3, generator=generator),
+        torch.rand(contexts, goals, generator=generator) * 2,
+    )
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@contextmanager
+def spied(module: torch.nn.Module):
+    """Yields a list that grows by the arguments and output of every call."""
+    calls = []
+    handle = module.register_forward_hook(
+        lambda _, args, kwargs, out: calls.append(SimpleNamespace(args=args, kwargs=kwargs, out=out)), with_kwargs=True
+    )
+    yield calls
+    handle.remove()
+
+
+# --- predict ---
+
+
+def test_the_network_is_told_normalised_numbers():
+    world, (context, actions, seconds) = build(), inputs()
+    with spied(world.cdit) as calls:
+        world.predict(context, actions, seconds, generator=seeded())
+    assert len(calls) == 3
+    for call, t in zip(calls, [1.0, 2 / 3, 1 / 3], strict=True):
+        noisy, timestep, action, shift, _ = call.args
+        assert noisy.shape == (2, 3, 3, 8, 12)
+        torch.testing.assert_close(timestep, torch.full((2, 3), 1000 * t))
+        torch.testing.assert_close(action[..., 0], 2 * actions[..., 0] - 0.25)
+        torch.testing.assert_close(action[..., 1], 3 * actions[..., 1])
+        torch.testing.assert_close(action[..., 2], 0.5 * actions[..., 2] + 0.125)
+        torch.testing.assert_close(shift, seconds / 16)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@torch.no_grad()
+def test_predict_is_the_sampling_loop_written_out(dialect):
+    """Euler steps of the velocity (x - clean) / t, over frames given anew at every step."""
+    world, (context, actions, seconds) = build(dialect), inputs()
+    action = actions * torch.tensor([2.0, 3.0, 0.5]) + torch.tensor([-0.25, 0.0, 0.125])
+    x = torch.randn(2, 3, 3, 8, 12, generator=seeded())
+    for t in (1.0, 2 / 3, 1 / 3):
+        clean = world.cdit(x, torch.full((2, 3), 1000 * t), action, seconds / 16, context)
+        x = x - (x - clean) / t / 3
+    out = world.predict(context, actions, seconds, generator=seeded())
+    assert out.shape == (2, 3, 3, 8, 12)
+    torch.testing.assert_close(out, x.clamp(-1, 1), atol=1e-4, rtol=0)
+    assert x.std() > 0.1
+
+
+def test_the_generator_decides_the_noise():
+    world, args = build(), inputs()
+    first = world.predict(*args, generator=seeded(1))
+    torch.rand(3)
+    assert torch.equal(world.predict(*args, generator=seeded(1)), first)
+    assert not torch.equal(world.predict(*args, generator=seeded(2)), first)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_candidates_together_are_candidates_alone_with_the_same_noise(dialect, guidance):
+    world, (context, actions, seconds) = build(dialect), inputs(contexts=1, goals=4)
+    sampler = SamplerConfig(steps=3, guidance=guidance)
+    together = world.predict(context, actions, seconds, sampler=sampler, generator=seeded())
+    generator = seeded()  # noise of 288 numbers a candidate comes out the same in one draw or four
+    alone = [
+        world.predict(context, actions[:, g : g + 1], seconds[:, g : g + 1], sampler=sampler, generator=generator)
+        for g in range(4)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=1e-4, rtol=0)
+
+
+def test_an_encoded_context_serves_as_well_as_its_frames():
+    world, (context, actions, seconds) = build(), inputs()
+    mask = torch.tensor([[False, True, True], [True, True, True]])
+    expected = world.predict(context, actions, seconds, mask, generator=seeded())
+    cache = world.encode_context(context, mask)
+    assert torch.equal(world.predict(cache, actions, seconds, generator=seeded()), expected)
+
+
+def test_missing_frames_and_unknown_actions_are_not_looked_at():
+    world, (context, actions, seconds) = build(), inputs()
+    context_mask = torch.tensor([[False, True, True], [True, True, True]])
+    action_mask = torch.tensor([[True, False, True], [True, True, False]])
+
+    def predict() -> torch.Tensor:
+        return world.predict(context, actions, seconds, context_mask, action_mask, generator=seeded())
+
+    expected = predict()
+    context[0, 0], actions[0, 1], actions[1, 2] = float("nan"), float("nan"), 1e9
+    assert torch.equal(predict(), expected)
+    none_known = torch.zeros(2, 3, dtype=torch.bool)
+    assert torch.equal(
+        world.predict(context, None, seconds, context_mask, generator=seeded()),
+        world.predict(context, actions, seconds, context_mask, none_known, generator=seeded()),
+    )
+
+
+def test_only_the_last_frames_of_a_long_past_are_looked_at():
+    world, (context, actions, seconds) = build(), inputs(frames=5)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    mask[0, :3] = False
+    torch.testing.assert_close(
+        world.predict(context, actions, seconds, mask, generator=seeded()),
+        world.predict(context[:, 2:], actions, seconds, mask[:, 2:], generator=seeded()),
+    )
+
+
+# --- guidance ---
+
+
+def test_guidance_of_one_is_off_and_of_zero_unconditional():
+    world, (context, actions, seconds) = build(), inputs()
+
+    def predict(guidance: float, actions: torch.Tensor | None = actions) -> torch.Tensor:
+        sampler = SamplerConfig(steps=3, guidance=guidance)
+        return world.predict(context, actions, seconds, sampler=sampler, generator=seeded())
+
+    with spied(world.cdit) as calls:
+        predict(1.0)
+    assert all(call.args[0].shape[1] == 3 for call in calls)  # one call per goal, not two
+    torch.testing.assert_close(predict(0.0), predict(1.0, actions=None), atol=1e-5, rtol=0)
+    assert not torch.allclose(predict(0.0), predict(1.0), atol=1e-3)
+    torch.testing.assert_close(predict(3.0, actions=None), predict(1.0, actions=None))  # nothing to guide
+
+
+@torch.no_grad()
+def test_guidance_extrapolates_velocities():
+    world, (context, actions, seconds) = build(), inputs()
+    action, shift = UNITS.normalize(actions, seconds)
+    x = torch.randn(2, 3, 3, 8, 12, generator=seeded())
+    for t in (1.0, 0.5):
+        times = torch.full((2, 3), 1000 * t)
+        with_action, without = (
+            (x - world.cdit(x, times, told, shift, context)) / t for told in (action, None)
+        )  # of clean frames
+        x = x - 0.5 * (without + 2.5 * (with_action - without))
+    sampler = SamplerConfig(steps=2, guidance=2.5)
+    out = world.predict(context, actions, seconds, sampler=sampler, generator=seeded())
+    torch.testing.assert_close(out, x.clamp(-1, 1), atol=1e-4, rtol=0)
+
+
+# --- rollout ---
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_rollout_is_predictions_over_windows_encoded_afresh(dialect, masked, frames):
+    world, (context, _, _) = build(dialect), inputs(frames=frames)
+    actions = torch.randn(2, 2, 5, 3, generator=seeded(3))
+    mask = torch.ones(2, frames, dtype=torch.bool)
+    mask[1, :-1] = False
+    out = world.rollout(context, actions, mask if masked else None, generator=seeded())
+    assert out.shape == (2, 2, 5, 3, 8, 12)
+
+    window, window_mask = context.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
+    generator, quarter_second = seeded(), torch.full((4, 1), 0.25)
+    for step in range(5):
+        recent, recent_mask = window[:, -3:], window_mask[:, -3:] if masked else None
+        action = actions.flatten(0, 1)[:, step, None]
+        frame = world.predict(recent, action, quarter_second, recent_mask, generator=generator)
+        torch.testing.assert_close(out.flatten(0, 1)[:, step], frame[:, 0], atol=1e-4, rtol=0)
+        # Go on from the very frame of the rollout, so that differences do not pile up.
+        window = torch.cat((window, out.flatten(0, 1)[:, step, None]), dim=1)
+        window_mask = torch.cat((window_mask, torch.ones(4, 1, dtype=torch.bool)), dim=1)
+
+
+@pytest.mark.parametrize("dialect", ["native", "nwm"])
+def test_a_rollout_through_an_autoencoder_encodes_its_own_frames(dialect):
+    torch.manual_seed(1)
+    world, (context, _, _) = build(dialect, autoencoder_codec()), inputs(contexts=1)
+    actions = torch.randn(1, 1, 3, 3, generator=seeded(3))
+    out = world.rollout(context, actions, generator=seeded())
+    generator, window = seeded(), context
+    for step in range(3):
+        frame = world.predict(window[:, -3:], actions[:, :, step], torch.full((1, 1), 0.25), generator=generator)
+        torch.testing.assert_close(out[:, :, step], frame, atol=1e-4, rtol=0)
+        window = torch.cat((window, out[:, 0, step, None]), dim=1)
+
+
+# --- files ---
+
+
+@pytest.mark.parametrize("codec", [PixelCodec, autoencoder_codec])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_saved_world_model_comes_back_bit_equal(dialect, codec, tmp_path: Path):
+    world, args = build(dialect, codec()), inputs()
+    world.save_pretrained(tmp_path)
+    loaded = WorldModel.from_pretrained(tmp_path)
+    assert loaded.description == world.description
+    assert not loaded.training
+    assert torch.equal(loaded.predict(*args, generator=seeded()), world.predict(*args, generator=seeded()))
+    weights = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".json"]
+    assert weights
+    assert all(p.suffix == ".safetensors" for p in weights)
+
+
+def test_a_runs_folder_gives_its_best_model_else_its_last(tmp_path: Path):
+    build(fps=1.0).save_pretrained(tmp_path / "last")
+    assert WorldModel.from_pretrained(str(tmp_path)).description.fps == 1.0
+    build(fps=2.0).save_pretrained(tmp_path / "best")
+    assert WorldModel.from_pretrained(tmp_path).description.fps == 2.0
+
+
+def not_json(folder: Path) -> None:
+    (folder / "world_model.json").write_text("{")
+
+
+def lacks_fps(folder: Path) -> None:
+    text = (folder / "world_model.json").read_text()
+    (folder / "world_model.json").write_text(text.replace('"fps"', '"speed"'))
+
+
+def network_missing(folder: Path) -> None:
+    for path in (folder / "cdit").iterdir():
+        path.unlink()
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / "cdit" / "diffusion_pytorch_model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def codec_missing(folder: Path) -> None:
+    text = (folder / "world_model.json").read_text()
+    (folder / "world_model.json").write_text(text.replace('"pixels"', '"kl"'))
+
+
+@pytest.mark.parametrize(
+    "spoil", [not_json, lacks_fps, network_missing, cut_short, codec_missing], ids=lambda f: f.__name__
+)
+def test_broken_folders_are_named(spoil, tmp_path: Path):
+    build().save_pretrained(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(UserError, match=str(tmp_path)):
+        WorldModel.from_pretrained(tmp_path)
+
+
+def test_a_folder_without_a_world_model_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match=r"nowhere: no world model here \(expected world_model.json"):
+        WorldModel.from_pretrained(tmp_path / "nowhere")
+
+
+# --- learning ---
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prediction", ["clean", "velocity"])
+@pytest.mark.parametrize("dialect", ["native", "nwm"])
+def test_four_samples_are_learnt_by_heart_and_reproduced(dialect, prediction):
+    """Two contexts, two actions each: the same past must lead to different futures by the action alone."""
+    torch.manual_seed(0)
+    generator = seeded(5)
+    context = torch.rand(2, 2, 3, 16, 16, generator=generator) * 2 - 1
+    targets = torch.rand(2, 2, 3, 16, 16, generator=generator) * 1.6 - 0.8
+    actions = torch.tensor([[[0.5, 0.0, 0.4], [0.5, 0.0, -0.4]]] * 2)
+    seconds = torch.full((2, 2), 0.25)
+    cdit = CDiT((16, 16), 3, 2, patch_size=4, hidden_size=96, depth=2, num_heads=4, **DIALECTS[dialect])
+    flow = FlowConfig(prediction=prediction)
+    world = WorldModel(cdit, PixelCodec(), WorldDescription((16, 16), fps=4.0, flow=flow))
+    objective = Flow(flow)
+
+    def loss(draws: int) -> torch.Tensor:
+        """Mean over `draws` noises and times of each of the four samples."""
+        clean = targets.repeat_interleave(draws, 1)
+        noise = torch.randn(clean.shape, generator=generator)
+        time = objective.draw_time(clean.shape[:2], generator)
+        told = (actions.repeat_interleave(draws, 1), seconds.repeat_interleave(draws, 1))
+        out = cdit(objective.add_noise(clean, noise, time), time * 1000, *told, context)
+        return objective.loss(out, clean, noise, time).mean()
+
+    optimizer = torch.optim.AdamW(cdit.parameters(), 2e-3, weight_decay=0.0)
+    steps = 400
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, steps)
+    with torch.no_grad():
+        first = loss(16).item()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(4).backward()
+        torch.nn.utils.clip_grad_norm_(cdit.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        last = loss(16).item()
+    world.eval()
+    out = world.predict(context, actions, seconds, sampler=SamplerConfig(steps=16), generator=seeded())
+    psnr = -10 * ((out - targets) / 2).square().mean(dim=(-3, -2, -1)).log10()
+    print(f"loss {first:.4f} -> {last:.5f}, PSNR {psnr.flatten().tolist()}")
+    assert last < 0.02 * first
+    assert psnr.min() > 30
