@@ -67,7 +67,7 @@ def record_dataset(folder: Path, info: DatasetInfo, jobs: list[Job], workers: in
         for job, frames in _record_all(folder, missing, workers):
             bar.update(job.length)
             bar.set_postfix_str(f"{job.name}: {frames}", refresh=False)
-    for split in ("train", "test", "unknown"):
+    for split in dict.fromkeys(job.split for job in jobs):
         write_split(folder, split, [job.name for job in jobs if job.split == split])
     info.save(folder)
     _claim_file(folder).unlink(missing_ok=True)
@@ -96,7 +96,10 @@ def _record_all(folder: Path, jobs: list[Job], workers: int) -> Iterator[tuple[J
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(stop,)) as pool:
+        # Ctrl-C is for this process alone: what it starts inherits that it is ignored, and is told by `stop`.
+        on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         futures = {pool.submit(_record_job, folder, job): job for job in jobs}
+        signal.signal(signal.SIGINT, on_interrupt)
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
@@ -114,10 +117,8 @@ _open: tuple[Engine, MapGeometry] | None = None
 
 
 def _begin_worker(stop: Event) -> None:
-    """Leaves Ctrl-C to the parent, which lets trajectories that are being written be finished."""
     global _stop
     _stop = stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     util.Finalize(None, _close_engine, exitpriority=1)
 
 

@@ -22,17 +22,17 @@ TICS_PER_SECOND = 35
 
 UNITS_PER_METRE = 32.0
 PIXEL_STRETCH = 1.2
-"""The renderer draws a vertical map unit 1.2 times as tall as a horizontal one (on a 4:3 screen of square pixels, as 320x200
-did on the monitors of 1993). The picture is exactly that of a pinhole camera in a world with 32 / 1.2 vertical units a
-metre, so that is what we call a metre of height."""
+"""The renderer draws a vertical map unit 1.2 times as tall as a horizontal one (on a 4:3 screen of square pixels, as
+320x200 did on the monitors of 1993). The picture is exactly that of a pinhole camera in a world with 32 / 1.2 vertical
+units a metre, so that is what we call a metre of height."""
 HEIGHT_UNITS_PER_METRE = UNITS_PER_METRE / PIXEL_STRETCH
 EYE_HEIGHT = 41 / HEIGHT_UNITS_PER_METRE
 
 RENDER_WIDTH, RENDER_HEIGHT = 512, 384
 RENDER_FOV = math.radians(90)
 
-DEPTH_UNITS_PER_LEVEL, DEPTH_UNITS_AT_ZERO = 7.7, 10.0
-"""The 8-bit depth buffer in map units: measured against walls at known distances."""
+DEPTH_UNITS_PER_LEVEL, DEPTH_UNITS_AT_ZERO = 7.13, 14.5
+"""The 8-bit depth buffer in map units: a straight line through walls at known distances, off by 6 units at most."""
 
 # Doom adds thrust * move to the velocity every tic and keeps 29/32 of it, so a steady speed is thrust * move * 32 / 3.
 UNITS_PER_TIC_OF_MOVE_1 = 2048 / 65536 * 32 / 3
@@ -54,7 +54,7 @@ class Observation:
     frame: np.ndarray
     """(size, size, 3) uint8 RGB."""
     depth: np.ndarray
-    """(size, size) float32: distance along the optical axis in metres, in steps of about 0.24 m, at most about 61 m."""
+    """(size, size) float32: distance along the optical axis in metres, in steps of about 0.22 m, at most about 57 m."""
     position: np.ndarray
     """(2,) float64: world position in metres."""
     yaw: float
@@ -125,7 +125,7 @@ class Engine:
         Args:
             forward: speed along the heading in m/s, reached with a lag of about 0.3 s as Doom's players have weight.
             left: speed to the left in m/s, likewise.
-            turn: yaw rate in rad/s, counter-clockwise, held exactly.
+            turn: yaw rate in rad/s, counter-clockwise, held from the first tic on (to 0.3 %, the engine rounds angles).
             use: whether to press "use", which opens doors and works switches.
 
         Returns:

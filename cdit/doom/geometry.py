@@ -52,6 +52,11 @@ class MapGeometry:
         np.savez_compressed(partial, **asdict(self))
         os.replace(partial, path)
 
+    @property
+    def has_doors(self) -> bool:
+        """Whether there are sectors too low to pass, as closed doors are."""
+        return bool((self.ceiling - self.floor < PLAYER_HEIGHT).any())
+
     def sector_at(self, point: np.ndarray) -> int | None:
         """Index of the sector around a (2,) point in metres; None in the void."""
         (x, y), (x1, y1, x2, y2) = point, self.segments.T

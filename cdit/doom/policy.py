@@ -7,6 +7,11 @@ import numpy as np
 
 from cdit.doom.engine import FPS, Observation
 
+DOOR_FRAMES = 6
+"""Doors take 1.8 s to rise; after 1.5 s one sees through."""
+REACH = 6.0
+"""Free distances beyond this many metres attract alike."""
+
 
 @dataclass(frozen=True)
 class Command:
@@ -26,7 +31,7 @@ class Command:
 class PolicyConfig:
     """How the explorer walks."""
 
-    speed: tuple[float, float] = (0.9, 1.8)
+    speed: tuple[float, float] = (1.0, 1.8)
     """Walking speeds in m/s, drawn anew every few seconds."""
     strafe: float = 0.35
     """Typical sideways speed in m/s while strafing."""
@@ -40,12 +45,30 @@ class PolicyConfig:
     """Yaw rates of deliberate turns in rad/s, drawn per turn."""
     turn_acceleration: float = math.radians(200)
     """Bound on the change of the yaw rate in rad/s^2."""
-    near: float = 1.3
+    near: float = 1.6
     """Free distance ahead in metres below which the explorer turns away."""
-    clear: float = 2.6
+    clear: float = 2.8
     """Free distance ahead in metres at which such a turn may end."""
-    use_share: float = 0.3
-    """Chance to press "use" when something is in the way: it may be a door."""
+    door_share: float = 0.0
+    """Chance that the explorer takes what is in its way for a door: it presses "use" and waits whether it opens."""
+
+
+@dataclass
+class Stretch:
+    """What the explorer is about for some frames."""
+
+    frames: int
+    """Frames left."""
+    speed: float = 0.0
+    """Forward speed in m/s where there is room."""
+    strafe: float = 0.0
+    """Speed to the left in m/s where there is room."""
+    turn: float | None = None
+    """Yaw rate in rad/s; None steers into the open."""
+    evades: bool = False
+    """Whether it goes on until the way ahead is clear."""
+    use: bool = False
+    """Whether it begins by pressing "use"."""
 
 
 class ExploringPolicy:
@@ -59,77 +82,77 @@ class ExploringPolicy:
 
     def __init__(self, horizontal_fov: float, rng: np.random.Generator, config: PolicyConfig | None = None):
         self.config = config or PolicyConfig()
-        self.rng = rng
-        self.half_width = math.tan(horizontal_fov / 2)
-        self.turn = self.wobble = 0.0
-        self.frames_left = 0
-        self.escape: float | None = None
-        self.escape_frames = 0
-        self.last_position: np.ndarray | None = None
-        self.blocked_frames = 0
-        self.wanted_forward = 0.0
+        self._rng = rng
+        self._half_width = math.tan(horizontal_fov / 2)
+        self._stretch = Stretch(frames=0)
+        self._turn = self._wobble = self._forward = 0.0
+        self._last_position: np.ndarray | None = None
+        self._frames_stuck = 0
 
     def __call__(self, seen: Observation) -> Command:
         """The command for the next frame."""
-        config, rng = self.config, self.rng
-        angles, free = free_distance(seen.depth, self.half_width)
-        ahead = free[np.abs(angles) < math.radians(16)].min()
-        if self.frames_left <= 0:
-            self._begin_stretch()
-        self.frames_left -= 1
-        use = False
-        if self._is_stuck(seen.position) or (self.escape is None and ahead < config.near):
-            use = self._begin_escape(angles, free)
-        elif self.escape is not None:
-            self.escape_frames -= 1
-            if self.escape_frames <= 0 and ahead > config.clear:
-                self.escape = None
+        angles, free = free_distance(seen.depth, self._half_width)
+        ahead = float(free[np.abs(angles) < math.radians(16)].min())
+        stretch = self._stretch = self._choose_stretch(seen.position, angles, free, ahead)
+        use = stretch.use
+        stretch.frames -= 1
+        stretch.use = False
 
-        self.wobble += -0.3 * self.wobble + config.wobble * math.sqrt(1 - 0.7**2) * rng.normal()
-        if self.escape is not None:
-            wanted_turn = self.escape
-        elif self.speed == 0:
-            wanted_turn = self.look_around
-        else:
-            wanted_turn = 1.2 * open_direction(angles, free, self.reach) + self.wobble
-        limit = config.turn_speed[1]
-        change = config.turn_acceleration / FPS
-        self.turn += float(np.clip(np.clip(wanted_turn, -limit, limit) - self.turn, -change, change))
-        room = float(np.clip((ahead - 0.5 * config.near) / config.near, 0.0, 1.0))
-        self.wanted_forward = self.speed * room
-        return Command(self.wanted_forward, self.strafe * room, self.turn, use)
+        room = float(np.clip((ahead - self.config.near / 2) / self.config.near, 0.0, 1.0))
+        self._forward = stretch.speed * room
+        self._turn = self._approach(self._wobbling_turn(angles, free) if stretch.turn is None else stretch.turn)
+        return Command(self._forward, stretch.strafe * room, self._turn, use)
 
-    def _begin_stretch(self) -> None:
-        """Draws a way of walking for the next seconds."""
-        config, rng = self.config, self.rng
-        stands = rng.random() < config.stand_share
-        self.frames_left = int(rng.integers(3, 8) if stands else rng.integers(6, 24))
-        self.speed = 0.0 if stands else rng.uniform(*config.speed)
-        self.strafe = rng.normal() * config.strafe if not stands and rng.random() < config.strafe_share else 0.0
-        self.look_around = rng.choice([-1, 1]) * rng.uniform(*config.turn_speed)
-        self.reach = rng.uniform(2.0, 8.0)
+    def _choose_stretch(self, position: np.ndarray, angles: np.ndarray, free: np.ndarray, ahead: float) -> Stretch:
+        """Goes on with the present stretch, or begins another."""
+        now = self._stretch
+        if now.frames > 0 and now.turn is not None:
+            return now
+        if self._is_stuck(position) or (ahead < self.config.near and not now.evades):
+            return self._evasion(angles, free)
+        overtime = max(0, -now.frames)
+        clear = max(self.config.near, self.config.clear - 0.1 * overtime)  # in a small dead end, less must do
+        if now.frames > 0 or (now.evades and ahead < clear):
+            return now
+        return self._walk()
 
-    def _begin_escape(self, angles: np.ndarray, free: np.ndarray) -> bool:
-        """Starts a turn to the more open side; returns whether to try whether it is a door."""
-        config, rng = self.config, self.rng
-        lead = free[angles > 0].mean() - free[angles < 0].mean()
-        side = math.copysign(1.0, lead + rng.normal() * 0.5)
-        self.escape = side * rng.uniform(*config.turn_speed)
-        self.escape_frames = int(rng.integers(2, 6))
-        if self.speed == 0:
-            self.frames_left = 0
-        return bool(rng.random() < config.use_share)
+    def _walk(self) -> Stretch:
+        """A way of walking, or of standing and looking around, for the next seconds."""
+        config, rng = self.config, self._rng
+        if rng.random() < config.stand_share:
+            return Stretch(int(rng.integers(3, 8)), turn=rng.choice([-1, 1]) * rng.uniform(*config.turn_speed))
+        strafe = rng.normal() * config.strafe if rng.random() < config.strafe_share else 0.0
+        return Stretch(int(rng.integers(6, 24)), speed=rng.uniform(*config.speed), strafe=strafe)
+
+    def _evasion(self, angles: np.ndarray, free: np.ndarray) -> Stretch:
+        """A turn to the side that seems more open, until the way is clear; or an attempt to open a door."""
+        config, rng = self.config, self._rng
+        if rng.random() < config.door_share:
+            return Stretch(DOOR_FRAMES, turn=0.0, use=True)
+        lead = free[angles > 0].mean() - free[angles < 0].mean() + 0.5 * rng.normal()
+        turn = math.copysign(rng.uniform(*config.turn_speed), lead)
+        return Stretch(int(rng.integers(2, 6)), speed=rng.uniform(*config.speed), turn=turn, evades=True)
 
     def _is_stuck(self, position: np.ndarray) -> bool:
-        """Whether it has wanted to walk for several frames and got nowhere."""
-        if self.last_position is not None:
-            moved = float(np.linalg.norm(position - self.last_position))
-            self.blocked_frames = self.blocked_frames + 1 if moved < 0.3 * self.wanted_forward / FPS else 0
-        self.last_position = position
-        stuck = self.blocked_frames >= 2
-        if stuck:
-            self.blocked_frames = 0
-        return stuck
+        """Whether it has wanted to walk for two frames and got nowhere."""
+        if self._last_position is not None:
+            speed = float(np.linalg.norm(position - self._last_position)) * FPS
+            self._frames_stuck = self._frames_stuck + 1 if speed < 0.3 * (self._forward - 0.3) else 0
+        self._last_position = position
+        if self._frames_stuck < 2:
+            return False
+        self._frames_stuck = 0
+        return True
+
+    def _wobbling_turn(self, angles: np.ndarray, free: np.ndarray) -> float:
+        """The yaw rate that leads into the open, with slow noise (an Ornstein-Uhlenbeck process) on top."""
+        self._wobble = 0.7 * self._wobble + self.config.wobble * math.sqrt(1 - 0.7**2) * self._rng.normal()
+        return 1.2 * open_direction(angles, free) + self._wobble
+
+    def _approach(self, turn: float) -> float:
+        """The next yaw rate on the way to a wanted one."""
+        limit, change = self.config.turn_speed[1], self.config.turn_acceleration / FPS
+        return float(np.clip(np.clip(turn, -limit, limit), self._turn - change, self._turn + change))
 
 
 def free_distance(depth: np.ndarray, half_width: float) -> tuple[np.ndarray, np.ndarray]:
@@ -148,13 +171,13 @@ def free_distance(depth: np.ndarray, half_width: float) -> tuple[np.ndarray, np.
     return np.arctan(tangents), band.min(0) * np.sqrt(1 + tangents**2)
 
 
-def open_direction(angles: np.ndarray, free: np.ndarray, reach: float) -> float:
+def open_direction(angles: np.ndarray, free: np.ndarray) -> float:
     """The direction in radians towards the open: the mean angle, weighted by the square of the free distance.
 
-    Distances beyond `reach` metres count as `reach`, and each direction as its neighbours allow, for one has width.
+    Each direction counts as its neighbours allow, for one has width, and distances beyond `REACH` count the same.
     """
     window = max(1, len(free) // 8)
-    padded = np.pad(np.minimum(free, reach), window, mode="edge")
+    padded = np.pad(np.minimum(free, REACH), window, mode="edge")
     passable = np.lib.stride_tricks.sliding_window_view(padded, 2 * window + 1).min(1)
     weights = passable**2
     return float((weights * angles).sum() / weights.sum())

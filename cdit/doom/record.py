@@ -8,7 +8,7 @@ import numpy as np
 
 from cdit.doom.engine import FPS, Engine, Observation, camera
 from cdit.doom.geometry import MapGeometry
-from cdit.doom.policy import ExploringPolicy
+from cdit.doom.policy import ExploringPolicy, PolicyConfig
 
 MAX_STEP = 3.0 / FPS
 """Nobody walks farther than this between two frames, in metres: it was a teleport."""
@@ -16,6 +16,10 @@ MAX_TURN_ERROR = math.radians(3)
 """A heading that differs by more from the commanded turn, in radians: it was a teleport."""
 STILL_FRAMES, STILL_RADIUS = 40, 1.0
 """Staying within this many metres for this many frames means being locked in or stuck."""
+VOID_DEPTH, VOID_SHARE = 20.0, 0.25
+"""So much of the picture's lowest quarter deeper than this many metres: sky below, outside of what was built."""
+DOOR_SHARE = 0.2
+"""The policy's `door_share` on maps with doors."""
 ATTEMPTS = 200
 
 
@@ -41,7 +45,7 @@ def record(
     min_length: int,
     tick: Callable[[], None] = lambda: None,
 ) -> Recording:
-    """Walks from a random place until `length` frames, a teleport, the map's exit, or until stuck.
+    """Walks from a random place for `length` frames, or until a teleport, death, the map's exit, its edge, or stuck.
 
     Walks shorter than `min_length` frames are thrown away and another place is tried.
 
@@ -73,12 +77,13 @@ def _walk(
 ) -> list[Observation]:
     x, y = geometry.random_free_point(rng)
     seen = [engine.reset(int(rng.integers(2**31)), x, y, rng.uniform(0, 2 * math.pi))]
-    policy = ExploringPolicy(camera(engine.size).horizontal_fov, rng)
+    config = PolicyConfig(door_share=DOOR_SHARE if geometry.has_doors else 0.0)
+    policy = ExploringPolicy(camera(engine.size).horizontal_fov, rng, config)
     while len(seen) < length:
         tick()
         command = policy(seen[-1])
         after = engine.step(command.forward, command.left, command.turn, command.use)
-        if after is None or is_discontinuous(seen[-1], after, command.turn):
+        if after is None or is_discontinuous(seen[-1], after, command.turn) or sees_void(after):
             break
         seen.append(after)
         if is_still(seen):
@@ -92,6 +97,11 @@ def is_discontinuous(before: Observation, after: Observation, turn: float) -> bo
     yaw_error = math.remainder(after.yaw - before.yaw - turn / FPS, 2 * math.pi)
     moved = np.linalg.norm(after.position - before.position)
     return bool(moved > MAX_STEP or abs(yaw_error) > MAX_TURN_ERROR + tic_error)
+
+
+def sees_void(seen: Observation) -> bool:
+    """Whether there is sky where the floor should be: the camera is somewhere outside, where nobody was meant to go."""
+    return bool((seen.depth[-len(seen.depth) // 4 :] > VOID_DEPTH).mean() > VOID_SHARE)
 
 
 def is_still(seen: list[Observation]) -> bool:
