@@ -36,7 +36,7 @@ def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
 def ssim(prediction: Tensor, truth: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) in [-1, 1], 1 for identical frames; higher is better.
 
-    The paper's Gaussian window (11 pixels, σ 1.5) and constants on intensities in [0, 1], averaged over the channels and
+    Window (Gaussian, 11 pixels, σ 1.5) and constants of the paper on intensities in [0, 1], averaged over channels and
     the whole frame, its border mirrored (torchmetrics'; others leave the border out). At least 6 pixels a side.
     """
     # Its luminance term compares means, so that intensities have to begin at 0.

@@ -1,0 +1,88 @@
+"""What command lines that use a trained model have in common: device, model, sampler, test windows."""
+
+import sys
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from cdit.data.frames import Crop
+from cdit.data.layout import DatasetInfo
+from cdit.data.windows import DataConfig, WindowDataset
+from cdit.diffusion import SamplerConfig
+from cdit.errors import UserError
+from cdit.world_model import WorldModel
+
+
+@dataclass
+class SamplerOptions:
+    """How frames are sampled; what is not given is the model's own."""
+
+    scheduler: Literal["euler", "heun", "dpm", "unipc"] | None = None
+    """Flow Euler, flow Heun (two network calls a step), DPM-Solver++ (2M) or UniPC, of diffusers."""
+    steps: int | None = None
+    """Number of denoising steps."""
+    shift: float | None = None
+    """Moves the steps towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
+    guidance: float | None = None
+    """Classifier-free guidance on the action: 1 is off. Needs a model trained with data.action_dropout."""
+
+    def over(self, sampler: SamplerConfig) -> SamplerConfig:
+        """The sampler with these options put over it.
+
+        Raises:
+            UserError: a value is out of its range.
+        """
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"sampler.steps is {self.steps}, expected at least 1")
+        if self.shift is not None and self.shift <= 0:
+            raise UserError(f"sampler.shift is {self.shift}, expected more than 0")
+        return replace(sampler, **{name: value for name, value in asdict(self).items() if value is not None})
+
+
+def load_world(checkpoint: str, device: str) -> WorldModel:
+    """A trained world model on a device; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: no such device, or no world model in the folder.
+    """
+    try:
+        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device!r} is not to be had here ({str(error).splitlines()[0]})") from error
+    return WorldModel.from_pretrained(checkpoint).to(chosen)
+
+
+def windows_for(world: WorldModel, folder: str, split: str, crop: Crop = "aspect") -> WindowDataset:
+    """The windows of a split as the model takes them: its frame size, its context, its frames a second.
+
+    Says so on stderr where the dataset's own frames a second differ.
+
+    Raises:
+        UserError: the dataset cannot be used.
+    """
+    description = world.description
+    config = DataConfig(
+        folder=folder,
+        image_size=tuple(description.image_size),
+        crop=crop,
+        context_frames=world.cdit.config.max_context,
+        fps=description.fps,
+        workers=0,
+    )
+    recorded = DatasetInfo.load(Path(folder))
+    if recorded is not None and abs(recorded.fps - description.fps) > 1e-6:
+        tqdm.write(
+            f"{folder}: dataset.json says {recorded.fps:g} frames a second; taken for the model's {description.fps:g}",
+            file=sys.stderr,
+        )
+    return WindowDataset(config, split)
+
+
+def spread(items: list[int], count: int) -> list[int]:
+    """At most `count` of the items, evenly spaced over all of them."""
+    count = min(count, len(items))
+    return [items[round((i + 0.5) * len(items) / count - 0.5)] for i in range(count)]
