@@ -1,0 +1,308 @@
+"""Samples futures from a trained world model.
+
+    python sample.py --checkpoint runs/quickstart --data data/doom/quickstart --out samples
+    python sample.py --checkpoint runs/quickstart --image photo.jpg --actions "forward*8,turn_left(10)*8" --out samples
+
+For every sample OUT gets a video (.mp4 and .gif) and a strip (.png: context, truth, prediction) of its rollout, frame
+by frame; direct.png shows all samples again, each future predicted in one jump; samples.json says what was sampled.
+"""
+
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cdit.actions import DEFAULT_STEP, compose, read_actions
+from cdit.cli import parse_config, run
+from cdit.data.frames import Crop, crop_and_resize, decode
+from cdit.data.layout import DatasetInfo
+from cdit.data.loader import collate
+from cdit.errors import UserError
+from cdit.evaluation.loading import SamplerOptions, load_world, spread, windows_for
+from cdit.evaluation.metrics import psnr
+from cdit.inspection.probe import AttentionConfig, inspect_attention
+from cdit.inspection.report import AttentionReport
+from cdit.pictures import comparison_grid, rollout_video, save_gif, save_mp4, strip, to_float, to_uint8
+from cdit.randomness import generator
+from cdit.world_model import WorldModel
+
+
+@dataclass
+class SampleConfig:
+    """What to sample, and from what."""
+
+    checkpoint: str
+    """A training run's folder, or a world model's."""
+    out: str
+    """Folder for the results. Files of the same names are replaced, others stay."""
+    data: str | None = None
+    """A dataset folder: contexts from it, with the truth beside the predictions."""
+    split: str = "test"
+    """Split of the dataset."""
+    image: str | None = None
+    """In place of data, an image file as the only past frame; then actions have to be given."""
+    history: Literal["missing", "still"] = "missing"
+    """What was before the image: nothing, which a model knows if it was trained with data.min_history below
+    data.context_frames; or the same view, the camera standing still."""
+    samples: int = 4
+    """How many: contexts spread over the split, or futures of the one image that differ in their noise."""
+    length: int = 16
+    """Frames to predict; of no account where actions are given."""
+    actions: str | None = None
+    """What to do, a frame each, in place of the recorded actions: words such as forward*8,turn_left*4 or a file.
+    Words: forward, back, left, right (in metres; forward(0.5); by default the dataset's metric_waypoint_spacing, or
+    0.3), turn_left, turn_right (in degrees; turn_left(30); by default 15), stay; forward+turn_left(5)*8 does both at
+    once. Files: .csv, .json or .npy with rows dx, dy, dyaw in metres and radians (x forward, y left, yaw
+    counter-clockwise)."""
+    horizons: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    """Frames ahead of the predictions in one jump; those beyond the length are left out. Best within the offsets that
+    the model was trained on (data.max_offset)."""
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
+    """How frames are sampled."""
+    crop: Crop = "aspect"
+    """Centre crop that the model was trained with (data.crop)."""
+    fps: float | None = None
+    """Frames a second at which videos play; by default the model's, which is real time."""
+    attention: bool = False
+    """Also write where each head looks while the first frame is predicted, to OUT/attention."""
+    inspect: AttentionConfig = field(default_factory=AttentionConfig)
+    """With attention: what of it."""
+    seed: int = 0
+    """Of the noise; the same seed gives the same files."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1 …"""
+
+
+@dataclass
+class Scenes:
+    """N contexts and what is done in each."""
+
+    names: list[str]
+    """For files and labels."""
+    context: Tensor
+    """(N, T, 3, H, W) uint8, oldest first."""
+    context_mask: Tensor
+    """(N, T), True where a frame exists."""
+    actions: Tensor | None
+    """(N, L, 3), the motion of each step in metres and radians; None where it is unknown."""
+    truth: Tensor | None
+    """(N, L, 3, H, W) uint8; None where nobody knows."""
+    length: int
+    """L."""
+
+
+def main() -> None:
+    """Reads contexts and actions, predicts, draws."""
+    title, _, results = __doc__.split("\n\n")
+    config = parse_config(SampleConfig, f"{title} {results}", argv=bare_flags(sys.argv[1:], "--attention"))
+    check(config)
+    world = load_world(config.checkpoint, config.device)
+    world.description.sampler = config.sampler.over(world.description.sampler)
+    scenes = scenes_of_image(config, world) if config.image else scenes_of_dataset(config, world)
+    horizons = [h for h in config.horizons if h <= scenes.length]
+
+    with finished_folder(Path(config.out)) as folder:
+        rollout = predict_rollout(world, scenes, config.seed)
+        direct = predict_direct(world, scenes, horizons, config.seed)
+        if config.attention:
+            inspect_first_frame(world, scenes, rollout, config).save(folder / "attention")
+        write_rollouts(folder, scenes, rollout, config.fps or world.description.fps, world.description.fps)
+        if horizons:
+            truth = None if scenes.truth is None else scenes.truth[:, [h - 1 for h in horizons]]
+            labels = [f"{h / world.description.fps:+g} s in one jump" for h in horizons]
+            comparison_grid(scenes.context, truth, direct, labels, rows=scenes.names).save(folder / "direct.png")
+        write_summary(folder, scenes, rollout, config, world)
+    print(f"{len(scenes.names)} futures of {scenes.length} frames: {config.out}/{scenes.names[0]}.mp4, …")
+
+
+def check(config: SampleConfig) -> None:
+    """Finds mistakes before anything is loaded.
+
+    Raises:
+        UserError: naming the field.
+    """
+    if (config.data is None) == (config.image is None):
+        raise UserError("give either data, a dataset folder, or image, an image file")
+    if config.image is not None and config.actions is None:
+        raise UserError('an image has no recorded actions: give actions, such as --actions "forward*8"')
+    for name in ("samples", "length"):
+        if getattr(config, name) < 1:
+            raise UserError(f"{name} is {getattr(config, name)}, expected at least 1")
+    if config.fps is not None and config.fps <= 0:
+        raise UserError(f"fps is {config.fps:g}, expected more than 0")
+    if any(horizon < 1 for horizon in config.horizons):
+        raise UserError(f"horizons is {config.horizons}, expected numbers of frames from 1 up")
+
+
+def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
+    """Contexts spread over the split; the actions are the recorded ones, and then the truth is known, or the given."""
+    given = None
+    if config.actions is not None:
+        info = DatasetInfo.load(Path(config.data))
+        given = read_actions(config.actions, step=(info and info.metric_waypoint_spacing) or DEFAULT_STEP)
+    dataset = windows_for(world, config.data, config.split, config.crop)
+    recorded = config.length if given is None else 0  # frames of the trajectory that are needed after the context
+    windows = spread(dataset.windows_with([recorded]), config.samples)
+    if not windows:
+        raise UserError(
+            f"length is {recorded}: no trajectory of split {config.split!r} of {config.data} has "
+            f"{dataset.config.context_frames} past frames and so many after them"
+        )
+    items = collate([dataset.path(window, recorded) for window in windows])
+    names = []
+    for i, window in enumerate(windows):
+        trajectory, now = dataset.locate(window)
+        names.append(f"{i:02}_{Path(dataset.trajectories[trajectory].name).name}_{now:04}")
+    if given is not None:
+        actions, truth = torch.from_numpy(given).expand(len(windows), -1, -1), None
+    else:
+        actions, truth = items["action"] if dataset.info.has_actions else None, items["target"]
+    length = recorded if given is None else len(given)
+    return Scenes(names, items["context"], items["context_mask"], actions, truth, length)
+
+
+def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
+    """The same image and actions for every sample."""
+    actions = torch.from_numpy(read_actions(config.actions))
+    frame = crop_and_resize(decode(Path(config.image)), tuple(world.description.image_size), config.crop)
+    past = world.cdit.config.max_context
+    mask = torch.ones(past, dtype=torch.bool) if config.history == "still" else torch.arange(past) == past - 1
+    context = torch.where(mask[:, None, None, None], frame, torch.zeros_like(frame))
+    return Scenes(
+        names=[f"{i:02}_{Path(config.image).stem}" for i in range(config.samples)],
+        context=context.expand(config.samples, -1, -1, -1, -1),
+        context_mask=mask.expand(config.samples, -1),
+        actions=actions.expand(config.samples, -1, -1),
+        truth=None,
+        length=len(actions),
+    )
+
+
+def predict_rollout(world: WorldModel, scenes: Scenes, seed: int) -> Tensor:
+    """Frame by frame, each prediction joining the past: (N, L, 3, H, W) in [-1, 1] on the CPU."""
+    device = next(world.parameters()).device
+    noise, context, mask = generator(seed), to_float(scenes.context.to(device)), scenes.context_mask.to(device)
+    if scenes.actions is not None:
+        actions = scenes.actions.to(device)[:, None]
+        return world.rollout(context, actions, context_mask=mask, generator=noise, progress=True)[:, 0].cpu()
+    frames = []
+    for _ in tqdm(range(scenes.length), desc="rollout", leave=False):
+        time_shift = torch.full((len(context), 1), 1 / world.description.fps, device=device)
+        frame = world.predict(context, None, time_shift, context_mask=mask, generator=noise)
+        frames.append(frame.cpu())
+        context = torch.cat((context, frame), dim=1)[:, 1:]
+        mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)[:, 1:]
+    return torch.cat(frames, dim=1)
+
+
+def predict_direct(world: WorldModel, scenes: Scenes, horizons: list[int], seed: int) -> Tensor:
+    """Each horizon in one jump: (N, G, 3, H, W) in [-1, 1] on the CPU."""
+    device = next(world.parameters()).device
+    if not horizons:
+        return torch.zeros(len(scenes.names), 0)
+    actions = None
+    if scenes.actions is not None:
+        motions = np.stack([compose(steps) for steps in scenes.actions.numpy()])
+        actions = torch.from_numpy(motions)[:, [h - 1 for h in horizons]].to(device)
+    time_shift = torch.tensor(horizons, device=device).expand(len(scenes.names), -1) / world.description.fps
+    return world.predict(
+        to_float(scenes.context.to(device)),
+        actions,
+        time_shift,
+        context_mask=scenes.context_mask.to(device),
+        generator=generator(seed, 1),
+        progress=True,
+    ).cpu()
+
+
+def inspect_first_frame(world: WorldModel, scenes: Scenes, rollout: Tensor, config: SampleConfig) -> AttentionReport:
+    """Attention while the first future frame is denoised: the true one, or the predicted where there is no truth."""
+    count = len(scenes.names)
+    batch = {
+        "context": scenes.context,
+        "context_mask": scenes.context_mask,
+        "target": to_uint8(rollout[:, :1]) if scenes.truth is None else scenes.truth[:, :1],
+        "action": torch.zeros(count, 1, 3) if scenes.actions is None else scenes.actions[:, :1],
+        "action_mask": torch.full((count, 1), scenes.actions is not None),
+        "time_shift": torch.full((count, 1), 1 / world.description.fps),
+    }
+    return inspect_attention(world, batch, config.inspect, config.seed)
+
+
+def write_rollouts(folder: Path, scenes: Scenes, rollout: Tensor, play_fps: float, fps: float) -> None:
+    """A strip and a video, in both formats, for every sample.
+
+    Args:
+        folder: where to.
+        scenes: what was predicted from.
+        rollout: (N, L, 3, H, W) in [-1, 1].
+        play_fps: at which the videos play.
+        fps: of the frames, for the labels.
+    """
+    for i, name in enumerate(tqdm(scenes.names, desc="writing", unit="sample", leave=False)):
+        context, mask = scenes.context[i], scenes.context_mask[i]
+        truth = None if scenes.truth is None else scenes.truth[i]
+        strip(context, truth, rollout[i], fps, context_mask=mask).save(folder / f"{name}.png")
+        video = rollout_video(context[mask], truth, rollout[i], fps)
+        save_mp4(video, folder / f"{name}.mp4", play_fps)
+        save_gif(video, folder / f"{name}.gif", play_fps)
+
+
+def write_summary(folder: Path, scenes: Scenes, rollout: Tensor, config: SampleConfig, world: WorldModel) -> None:
+    """samples.json: how and what was sampled, with the PSNR of every frame of a rollout whose truth is known."""
+    samples: list[dict] = []
+    for i, name in enumerate(scenes.names):
+        sample: dict = {"name": name, "actions": None if scenes.actions is None else scenes.actions[i].tolist()}
+        if scenes.truth is not None:
+            sample["psnr"] = [round(value, 3) for value in psnr(rollout[i], to_float(scenes.truth[i])).tolist()]
+        samples.append(sample)
+    how = {**asdict(config), "sampler": asdict(world.description.sampler), "fps": world.description.fps}
+    del how["out"]
+    (folder / "samples.json").write_text(json.dumps({"config": how, "samples": samples}, indent=2) + "\n")
+
+
+@contextmanager
+def finished_folder(out: Path) -> Iterator[Path]:
+    """A folder to write to; its files move to `out` when all is done, so that nothing is there half.
+
+    Raises:
+        UserError: `out` cannot be written to.
+    """
+    is_new = not out.exists()
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=".partial_", dir=out))
+    except OSError as error:
+        raise UserError(f"out is {out}: not a folder that can be written to ({error.strerror})") from error
+    try:
+        yield partial
+        for file in sorted(path for path in partial.rglob("*") if path.is_file()):
+            target = out / file.relative_to(partial)
+            target.parent.mkdir(exist_ok=True)
+            file.replace(target)
+    finally:
+        shutil.rmtree(partial)
+        if is_new and not any(out.iterdir()):
+            out.rmdir()
+
+
+def bare_flags(argv: list[str], *flags: str) -> list[str]:
+    """Arguments in which a flag without a value says true."""
+    after = [*argv[1:], "--"]
+    return [
+        f"{arg}=true" if arg in flags and then.startswith("--") else arg for arg, then in zip(argv, after, strict=True)
+    ]
+
+
+if __name__ == "__main__":
+    run(main)
