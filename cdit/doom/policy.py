@@ -41,8 +41,10 @@ class PolicyConfig:
     """Share of the stretches that stand and look around."""
     wobble: float = math.radians(18)
     """Standard deviation of the random yaw rate in rad/s while walking."""
-    turn_speed: tuple[float, float] = (math.radians(35), math.radians(90))
-    """Yaw rates of deliberate turns in rad/s, drawn per turn."""
+    look_speed: tuple[float, float] = (math.radians(30), math.radians(80))
+    """Yaw rates in rad/s while looking around, drawn each time."""
+    evade_speed: tuple[float, float] = (math.radians(55), math.radians(90))
+    """Yaw rates in rad/s of turns away from what is near, drawn each time: brisk, as walls are dull."""
     turn_acceleration: float = math.radians(200)
     """Bound on the change of the yaw rate in rad/s^2."""
     near: float = 1.6
@@ -120,7 +122,7 @@ class ExploringPolicy:
         """A way of walking, or of standing and looking around, for the next seconds."""
         config, rng = self.config, self._rng
         if rng.random() < config.stand_share:
-            return Stretch(int(rng.integers(3, 8)), turn=rng.choice([-1, 1]) * rng.uniform(*config.turn_speed))
+            return Stretch(int(rng.integers(3, 8)), turn=rng.choice([-1, 1]) * rng.uniform(*config.look_speed))
         strafe = rng.normal() * config.strafe if rng.random() < config.strafe_share else 0.0
         return Stretch(int(rng.integers(6, 24)), speed=rng.uniform(*config.speed), strafe=strafe)
 
@@ -130,7 +132,7 @@ class ExploringPolicy:
         if rng.random() < config.door_share:
             return Stretch(DOOR_FRAMES, turn=0.0, use=True)
         lead = free[angles > 0].mean() - free[angles < 0].mean() + 0.5 * rng.normal()
-        turn = math.copysign(rng.uniform(*config.turn_speed), lead)
+        turn = math.copysign(rng.uniform(*config.evade_speed), lead)
         return Stretch(int(rng.integers(2, 6)), speed=rng.uniform(*config.speed), turn=turn, evades=True)
 
     def _is_stuck(self, position: np.ndarray) -> bool:
@@ -151,7 +153,7 @@ class ExploringPolicy:
 
     def _approach(self, turn: float) -> float:
         """The next yaw rate on the way to a wanted one."""
-        limit, change = self.config.turn_speed[1], self.config.turn_acceleration / FPS
+        limit, change = self.config.evade_speed[1], self.config.turn_acceleration / FPS
         return float(np.clip(np.clip(turn, -limit, limit), self._turn - change, self._turn + change))
 
 

@@ -78,7 +78,7 @@ def test_yaw_rate_is_bounded_and_smooth():
     config = PolicyConfig()
     policy, rng = ExploringPolicy(FOV, np.random.default_rng(1), config), np.random.default_rng(2)
     turns = np.array([policy(observation(room(*rng.uniform(0.3, 9, 2)))).turn for _ in range(500)])
-    assert np.abs(turns).max() <= config.turn_speed[1] + 1e-9
+    assert np.abs(turns).max() <= config.evade_speed[1] + 1e-9
     assert np.abs(np.diff(turns)).max() <= config.turn_acceleration / FPS + 1e-9
     assert np.std(np.abs(turns)) > math.radians(10)
 
