@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from cdit.data.layout import Camera
-from cdit.doom.maps import find_map
+from cdit.doom.maps import MapFile, find_map
 from cdit.errors import UserError
 
 try:
@@ -37,6 +37,9 @@ DEPTH_UNITS_PER_LEVEL, DEPTH_UNITS_AT_ZERO = 7.13, 14.5
 # Doom adds thrust * move to the velocity every tic and keeps 29/32 of it, so a steady speed is thrust * move * 32 / 3.
 UNITS_PER_TIC_OF_MOVE_1 = 2048 / 65536 * 32 / 3
 
+SETTLING_TICS = 20
+"""Enough for a warped player to stand on the floor and for the start's freeze to pass."""
+
 PACIFIST_PATCH = """Patch File for DeHackEd v3.0
 Doom version = 19
 Patch format = 6
@@ -61,6 +64,17 @@ class Observation:
     """Heading in radians, in [0, 2 pi): 0 along +x, growing counter-clockwise."""
 
 
+def engine_version() -> str:
+    """The version of ViZDoom.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    if vizdoom is None:
+        raise UserError("recording Doom needs ViZDoom: pip install 'cdit[doom]'")
+    return vizdoom.__version__
+
+
 def camera(size: int) -> Camera:
     """The camera of `Engine(map, size)`: the central square of a 4:3 picture 90 degrees wide, with pitch 0."""
     half_width = math.tan(RENDER_FOV / 2) * RENDER_HEIGHT / RENDER_WIDTH
@@ -80,8 +94,7 @@ class Engine:
 
     def __init__(self, map_name: str, size: int):
         map_file = find_map(map_name)
-        if vizdoom is None:
-            raise UserError("recording Doom needs ViZDoom: pip install 'cdit[doom]'")
+        engine_version()
         self.map_name = map_name
         self.size = size
         self._scratch = tempfile.TemporaryDirectory(prefix="cdit-doom-")
@@ -167,7 +180,7 @@ class Engine:
         return [int(m) for m in moves]
 
     @staticmethod
-    def _open(map_file, scratch: Path):
+    def _open(map_file: MapFile, scratch: Path) -> "vizdoom.DoomGame":
         package = Path(vizdoom.__file__).parent
         game = vizdoom.DoomGame()
         game.set_doom_game_path(str(package / map_file.game))
@@ -206,10 +219,6 @@ class Engine:
         game.add_game_args(f"-nomonsters +sv_cheats 1 +movebob 0 +stillbob 0 -deh {patch}")
         game.init()
         return game
-
-
-SETTLING_TICS = 20
-"""Enough for a warped player to stand on the floor and for the start's freeze to pass."""
 
 
 def _central_square(picture: np.ndarray) -> np.ndarray:

@@ -9,6 +9,7 @@ import numpy as np
 from cdit.doom.engine import FPS, Engine, Observation, camera
 from cdit.doom.geometry import MapGeometry
 from cdit.doom.policy import ExploringPolicy, PolicyConfig
+from cdit.errors import UserError
 
 MAX_STEP = 3.0 / FPS
 """Nobody walks farther than this between two frames, in metres: it was a teleport."""
@@ -58,7 +59,7 @@ def record(
         tick: called before every frame; what it raises ends the recording.
 
     Raises:
-        RuntimeError: no place of the map allowed a walk of `min_length` frames.
+        UserError: no place of the map allowed a walk of `min_length` frames.
     """
     for _ in range(ATTEMPTS):
         seen = _walk(engine, geometry, rng, length, tick)
@@ -69,7 +70,7 @@ def record(
                 yaw=np.unwrap([s.yaw for s in seen]),
                 depth=np.stack([s.depth for s in seen]).astype(np.float16),
             )
-    raise RuntimeError(f"{engine.map_name}: no walk of {min_length} frames in {ATTEMPTS} attempts")
+    raise UserError(f"{engine.map_name}: no walk of min_length ({min_length}) frames in {ATTEMPTS} attempts")
 
 
 def _walk(

@@ -11,13 +11,12 @@ the number of workers; a recording that was interrupted goes on where it stopped
 import math
 import os
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 
 from cdit.cli import parse_config, run
 from cdit.data.layout import DatasetInfo
 from cdit.doom.dataset import RECORDER_VERSION, WAYPOINT_SPACING, Job, record_dataset
-from cdit.doom.engine import FPS, RENDER_HEIGHT, camera
+from cdit.doom.engine import FPS, RENDER_HEIGHT, camera, engine_version
 from cdit.doom.maps import find_maps
 from cdit.errors import UserError
 
@@ -73,7 +72,7 @@ def main() -> None:
             "maps": maps,
             "unknown_maps": unknown,
             **{key: getattr(config, key) for key in RECORDED},
-            "vizdoom": version("vizdoom"),
+            "vizdoom": engine_version(),
         },
     )
     record_dataset(config.out, info, jobs, config.workers)

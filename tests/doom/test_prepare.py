@@ -147,6 +147,13 @@ def test_wrong_options_are_named(tmp_path, monkeypatch, options, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_missing_vizdoom_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr("cdit.doom.engine.vizdoom", None)
+    with pytest.raises(UserError, match=r"pip install 'cdit\[doom\]'"):
+        call_main(monkeypatch, "--config", str(SMOKE), "--out", str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("preset", "counts"),
     [("quickstart", (99, 11, 6)), ("freedoom", (840, 120, 32)), ("smoke", (3, 1, 1))],

@@ -6,6 +6,7 @@ import pytest
 
 from cdit.doom.engine import FPS, Observation
 from cdit.doom.record import STILL_FRAMES, is_discontinuous, is_still, record, sees_void
+from cdit.errors import UserError
 
 
 @pytest.fixture(scope="module")
@@ -62,5 +63,5 @@ def test_walks_stay_among_the_walls(walk, maze_geometry):
 def test_a_map_without_room_to_walk_ends_in_an_error(maze, maze_geometry, monkeypatch):
     monkeypatch.setattr("cdit.doom.record.ATTEMPTS", 2)
     monkeypatch.setattr("cdit.doom.record._walk", lambda *_: [HERE])
-    with pytest.raises(RuntimeError, match=r"my_way_home: no walk of 100 frames in 2 attempts"):
+    with pytest.raises(UserError, match=r"my_way_home: no walk of min_length \(100\) frames in 2 attempts"):
         record(maze, maze_geometry, np.random.default_rng(0), length=200, min_length=100)
