@@ -1,0 +1,170 @@
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import av
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from cdit.cli import run
+from cdit.codec import PixelCodec
+from cdit.data.layout import DatasetInfo, write_split, write_trajectory
+from cdit.diffusion import SamplerConfig
+from cdit.model import CDiT
+from cdit.world_model import WorldDescription, WorldModel
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds tiny worlds with random weights, a dataset with poses and one without, and an image."""
+    place = tmp_path_factory.mktemp("place")
+    torch.manual_seed(0)
+    for name, position in (("world", "rotary"), ("slots", "learned")):
+        cdit = CDiT((16, 24), max_context=3, patch_size=8, hidden_size=16, depth=1, num_heads=2, position=position)
+        for parameter in cdit.parameters():
+            nn.init.normal_(parameter, std=0.1)
+        description = WorldDescription((16, 24), fps=5.0, sampler=SamplerConfig(steps=2))
+        WorldModel(cdit, PixelCodec(), description).save_pretrained(place / name / "best")
+    random = np.random.default_rng(0)
+    for name in ("walks", "video"):
+        for trajectory, length in (("a", 12), ("b", 9)):
+            frames = random.integers(256, size=(length, 20, 30, 3), dtype=np.uint8)
+            poses = (random.normal(size=(length, 2)), random.normal(size=length)) if name == "walks" else ()
+            write_trajectory(place / name, trajectory, frames, *poses)
+        write_split(place / name, "test", ["a", "b"])
+        DatasetInfo(name, fps=5.0, metric_waypoint_spacing=0.5, has_actions=name == "walks").save(place / name)
+    Image.fromarray(random.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(place / "view.png")
+    return place
+
+
+class Done(NamedTuple):
+    returncode: int
+    stderr: str
+
+
+@pytest.fixture
+def sample(place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> Callable[..., Done]:
+    """Runs sample.py with these arguments, in this process for speed."""
+    spec = importlib.util.spec_from_file_location("sample", ROOT / "sample.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "sample", module)
+    spec.loader.exec_module(module)
+    monkeypatch.chdir(place)
+
+    def call(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["sample.py", *arguments])
+        try:
+            run(module.main)
+        except SystemExit as end:
+            return Done(end.code, capsys.readouterr().err)
+        return Done(0, capsys.readouterr().err)
+
+    return call
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def frame_count(path: Path) -> int:
+    with av.open(str(path)) as container:
+        return len(list(container.decode(video=0)))
+
+
+def test_dataset_to_videos_and_pictures_twice_the_same(place: Path, sample):
+    arguments = ["--checkpoint", "world", "--data", "walks", "--samples", "2", "--length", "4", "--horizons", "[1,4,8]"]
+    command = [sys.executable, str(ROOT / "sample.py"), *arguments, "--out", "one/below", "--attention"]
+    subprocess.run(command, cwd=place, check=True, timeout=120)
+    assert sample(*arguments, "--out", "two", "--attention").returncode == 0
+    written = files(place / "two")
+    assert written == files(place / "one/below")
+    names = [taken["name"] for taken in json.loads(written["samples.json"])["samples"]]
+    assert len(names) == 2
+    assert {"direct.png", *(f"{n}.{kind}" for n in names for kind in ("mp4", "gif", "png"))} < set(written)
+    assert any(name.startswith("attention/") and name.endswith(".png") for name in written)
+    for name in names:
+        assert frame_count(place / "two" / f"{name}.mp4") == 3 + 4  # context and future
+        with Image.open(place / "two" / f"{name}.gif") as gif:
+            assert gif.n_frames == 7
+    summary = json.loads(written["samples.json"])
+    assert summary["config"]["sampler"]["steps"] == 2
+    assert [len(taken["psnr"]) for taken in summary["samples"]] == [4, 4]
+
+
+@pytest.mark.parametrize(("checkpoint", "history"), [("world", "missing"), ("slots", "still")])
+def test_one_image_and_actions(place: Path, sample, checkpoint: str, history: str):
+    out = f"image_{history}"
+    chosen = ["--image", "view.png", "--actions", "forward*2,turn_left(30)", "--samples", "2", "--history", history]
+    done = sample("--checkpoint", checkpoint, *chosen, "--out", out, "--sampler.steps=1", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((place / out / "samples.json").read_text())
+    expected = [[0.3, 0, 0], [0.3, 0, 0], [0, 0, np.pi / 6]]
+    for taken in summary["samples"]:
+        np.testing.assert_allclose(taken["actions"], expected, rtol=1e-6)
+    assert summary["config"]["sampler"]["steps"] == 1
+    videos = [(place / out / f"0{i}_view.mp4").read_bytes() for i in range(2)]
+    assert videos[0] != videos[1]
+    assert frame_count(place / out / "00_view.mp4") == (1 if history == "missing" else 3) + 3
+
+
+def test_given_actions_take_their_step_from_the_dataset(place: Path, sample):
+    done = sample("--checkpoint", "world", "--data", "walks", "--actions", "forward*20", "--out", "given")
+    assert done.returncode == 0, done.stderr
+    taken = json.loads((place / "given/samples.json").read_text())["samples"]
+    assert len(taken) == 4
+    assert taken[0]["actions"] == [[0.5, 0, 0]] * 20
+    assert "psnr" not in taken[0]
+
+
+def test_a_dataset_without_poses(place: Path, sample):
+    chosen = ["--data", "video", "--samples", "1", "--length", "2", "--out", "no_poses"]
+    done = sample("--checkpoint", "world", *chosen)
+    assert done.returncode == 0, done.stderr
+    (taken,) = json.loads((place / "no_poses/samples.json").read_text())["samples"]
+    assert taken["actions"] is None
+    assert len(taken["psnr"]) == 2
+
+
+WALKS = ["--checkpoint", "world", "--data", "walks"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--checkpoint", "world"], "either data"),
+        (["--checkpoint", "walks", "--data", "walks"], "no world model here"),
+        (["--checkpoint", "world", "--image", "view.png"], "actions"),
+        ([*WALKS, "--actions", "hop*3"], "'hop*3'"),
+        ([*WALKS, "--actions", "rows.csv"], "rows.csv"),
+        ([*WALKS, "--length", "11"], "length is 11"),
+        ([*WALKS, "--length", "many"], '"length"'),
+        ([*WALKS, "--split", "valid"], "'valid'"),
+        ([*WALKS, "--sampler.steps", "0"], "sampler.steps is 0"),
+        ([*WALKS, "--horizons", "[0]"], "horizons is [0]"),
+        ([*WALKS, "--fps", "0"], "fps is 0"),
+        ([*WALKS, "--device", "abacus"], "'abacus'"),
+        ([*WALKS, "--attention", "--inspect.layers", "[5]", "--length", "1"], "5 is not between"),
+        ([*WALKS, "--lenght", "3"], "--lenght"),
+    ],
+)
+def test_mistakes_end_with_one_message_and_nothing_written(place: Path, sample, arguments: list[str], message: str):
+    done = sample(*arguments, "--out", "mistake")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (place / "mistake").exists()
+
+
+def test_out_that_is_a_file(place: Path, sample):
+    done = sample(*WALKS, "--length", "1", "--out", "view.png")
+    assert done.returncode == 2
+    assert "out is view.png" in done.stderr
