@@ -125,7 +125,7 @@ def evaluate_horizons(
                 )
                 measure(method, prediction, part["target"])
                 if method == "model":
-                    predictions.append(prediction.cpu())
+                    predictions.append(prediction.float().cpu())
                     measure("copy_last", to_float(part["context"][:, -1:]).expand_as(prediction), part["target"])
                 bar.update()
 

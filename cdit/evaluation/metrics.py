@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from http.client import HTTPException
 from pathlib import Path
 
 import safetensors.torch
@@ -94,8 +95,9 @@ def load_lpips(device: torch.device | str = "cpu", timeout: float = 10.0) -> Lpi
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout)
     try:
-        return Lpips(AlexNet_Weights.DEFAULT.get_state_dict(progress=False, check_hash=True)).to(device)
-    except OSError as error:
+        weights = AlexNet_Weights.DEFAULT.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        return Lpips(weights).to(device)
+    except (OSError, RuntimeError, HTTPException) as error:  # not reached, not whole, cut short
         print(
             f"LPIPS is left out: AlexNet could not be downloaded ({error}). Connect once, or set {BACKBONE_VARIABLE} "
             "to a safetensors file with torchvision's features.0.weight … features.10.bias.",
