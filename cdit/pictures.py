@@ -127,12 +127,13 @@ def rollout_video(
     for i in range(len(context) + len(prediction)):
         future = i - len(context)
         if future < 0:
-            panels = [context[i]] * (1 if truth is None else 2)
+            panels, headers = [context[i]] * (1 if truth is None else 2), ["given"] * (1 if truth is None else 2)
+        elif truth is None:
+            panels, headers = [prediction[future]], ["predicted"]
         else:
-            panels = [prediction[future]] if truth is None else [truth[future], prediction[future]]
-        headers = ["predicted"] if truth is None else ["truth", "predicted"]
-        time = f"{_seconds((future + 1) / fps)}{'  (given)' if future < 0 else ''}"
-        images.append(_table([[to_image(p, scale) for p in panels]], [], headers, [], footer=time))
+            panels, headers = [truth[future], prediction[future]], ["truth", "predicted"]
+        cells = [[to_image(panel, scale) for panel in panels]]
+        images.append(_table(cells, [], headers, [], footer=_seconds((future + 1) / fps)))
     return images
 
 
