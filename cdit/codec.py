@@ -27,6 +27,7 @@ class PixelCodec(nn.Module):
     kind = "pixels"
     channels = 3
     downscale = 1
+    samples = False  # whether encode draws
 
     def encode(self, frames: Tensor, noise: Tensor | None = None) -> Tensor:
         """Frames unchanged; the noise is not used."""
@@ -45,6 +46,7 @@ class AutoencoderCodec(nn.Module):
         self.kind = kind
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         config = autoencoder.config
+        self.samples = kind == "kl"
         self.channels: int = config.latent_channels
         blocks = config.block_out_channels if kind == "kl" else config.encoder_block_out_channels
         self.downscale: int = 2 ** (len(blocks) - 1)
