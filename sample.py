@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from cdit.actions import DEFAULT_STEP, compose, read_actions
 from cdit.cli import parse_config, run
-from cdit.data.frames import Crop, crop_and_resize, decode
+from cdit.data.frames import crop_and_resize, decode
 from cdit.data.layout import DatasetInfo
 from cdit.data.loader import collate
 from cdit.errors import UserError
@@ -69,8 +69,6 @@ class SampleConfig:
     the model was trained on (data.max_offset)."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     """How frames are sampled."""
-    crop: Crop = "aspect"
-    """Centre crop that the model was trained with (data.crop)."""
     fps: float | None = None
     """Frames a second at which videos play; by default the model's, which is real time."""
     attention: bool = False
@@ -150,7 +148,7 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
     if config.actions is not None:
         info = DatasetInfo.load(Path(config.data))
         given = read_actions(config.actions, step=(info and info.metric_waypoint_spacing) or DEFAULT_STEP)
-    dataset = windows_for(world, config.data, config.split, config.crop)
+    dataset = windows_for(world, config.data, config.split)
     recorded = config.length if given is None else 0  # frames of the trajectory that are needed after the context
     windows = spread(dataset.windows_with([recorded]), config.samples)
     if not windows:
@@ -174,7 +172,7 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
 def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
     """The same image and actions for every sample."""
     actions = torch.from_numpy(read_actions(config.actions))
-    frame = crop_and_resize(decode(Path(config.image)), tuple(world.description.image_size), config.crop)
+    frame = crop_and_resize(decode(Path(config.image)), tuple(world.description.image_size), world.description.crop)
     past = world.cdit.config.max_context
     mask = torch.ones(past, dtype=torch.bool) if config.history == "still" else torch.arange(past) == past - 1
     context = torch.where(mask[:, None, None, None], frame, torch.zeros_like(frame))
@@ -191,18 +189,15 @@ def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
 def predict_rollout(world: WorldModel, scenes: Scenes, seed: int) -> Tensor:
     """Frame by frame, each prediction joining the past: (N, L, 3, H, W) in [-1, 1] on the CPU."""
     device = next(world.parameters()).device
-    noise, context, mask = generator(seed), to_float(scenes.context.to(device)), scenes.context_mask.to(device)
-    if scenes.actions is not None:
-        actions = scenes.actions.to(device)[:, None]
-        return world.rollout(context, actions, context_mask=mask, generator=noise, progress=True)[:, 0].cpu()
-    frames = []
-    for _ in tqdm(range(scenes.length), desc="rollout", leave=False):
-        time_shift = torch.full((len(context), 1), 1 / world.description.fps, device=device)
-        frame = world.predict(context, None, time_shift, context_mask=mask, generator=noise)
-        frames.append(frame.cpu())
-        context = torch.cat((context, frame), dim=1)[:, 1:]
-        mask = torch.cat((mask, torch.ones_like(mask[:, :1])), dim=1)[:, 1:]
-    return torch.cat(frames, dim=1)
+    rollout = world.rollout(
+        to_float(scenes.context.to(device)),
+        None if scenes.actions is None else scenes.actions.to(device)[:, None],
+        context_mask=scenes.context_mask.to(device),
+        length=scenes.length,
+        generator=generator(seed),
+        progress=True,
+    )
+    return rollout[:, 0].cpu()
 
 
 def predict_direct(world: WorldModel, scenes: Scenes, horizons: list[int], seed: int) -> Tensor:

@@ -32,7 +32,8 @@ def attention_weights(q_BHNK: Tensor, k_BHMK: Tensor, mask: Tensor | None = None
 
     Masked scores are -inf before the softmax, so their weights are exactly 0; a row without any key is all zeros.
     """
-    scores_BHNM = (q_BHNK.float() * q_BHNK.shape[-1] ** -0.5) @ k_BHMK.float().transpose(-1, -2)
+    with torch.autocast(q_BHNK.device.type, enabled=False):
+        scores_BHNM = (q_BHNK.float() * q_BHNK.shape[-1] ** -0.5) @ k_BHMK.float().transpose(-1, -2)
     if mask is None:
         return scores_BHNM.softmax(-1)
     scores_BHNM = torch.where(mask, scores_BHNM, -torch.inf)

@@ -1,8 +1,10 @@
 """WorldModel: a codec, a CDiT and a sampler that together predict future frames, in metres, radians and seconds."""
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
@@ -12,6 +14,7 @@ from tqdm import tqdm
 
 from cdit.cli import parser_instance
 from cdit.codec import AutoencoderCodec, Codec, CodecConfig, load_codec
+from cdit.data.frames import Crop
 from cdit.diffusion import TIMESTEPS, Flow, FlowConfig, SamplerConfig, sample
 from cdit.errors import UserError
 from cdit.model import CDiT, ContextCache
@@ -44,6 +47,8 @@ class WorldDescription:
     """Height and width of a frame in pixels."""
     fps: float
     """Frames a second of the past frames, and of a rollout."""
+    crop: Crop = "aspect"
+    """How recorded frames were brought to that size (see cdit.data.frames.crop_and_resize)."""
     units: Units = field(default_factory=Units)
     """Normalisation of actions and times."""
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -133,8 +138,9 @@ class WorldModel(nn.Module):
     def rollout(
         self,
         context: Tensor,
-        actions: Tensor,
+        actions: Tensor | None,
         context_mask: Tensor | None = None,
+        length: int | None = None,
         sampler: SamplerConfig | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
@@ -144,35 +150,45 @@ class WorldModel(nn.Module):
         Args:
             context: (B, T, 3, H, W) past frames.
             actions: (B, G, L, 3) for G action sequences of L steps of 1 / fps seconds; the action of a step is the
-                motion during it, in the local frame at its start.
+                motion during it, in the local frame at its start. None: all unknown, G = 1.
             context_mask: (B, T), True where a past frame exists.
+            length: L, where there are no actions.
             sampler: scheduler, steps and guidance; by default those of training.
             generator: of the noise.
             progress: whether to show a progress bar over the L steps.
         """
-        batch, candidates, length = actions.shape[:3]
-        actions = actions.flatten(0, 1)[:, :, None]  # every candidate gets a past of its own: (B·G, L, 1, 3)
-        time_shift = actions.new_full((batch * candidates, 1), 1 / self.description.fps)
+        batch, candidates, steps = (len(context), 1, [None] * (length or 0))
+        if actions is not None:  # every candidate gets a past of its own: L times (B·G, 1, 3)
+            batch, candidates, steps = *actions.shape[:2], actions.flatten(0, 1)[:, :, None].unbind(1)
+        time_shift = context.new_full((batch * candidates, 1), 1 / self.description.fps)
         cache = self.encode_context(context, context_mask).repeat_interleave(candidates)
         window = Window(context, context_mask).repeat_interleave(candidates)
         frames = []
-        for step in tqdm(range(length), desc="rollout", disable=not progress, leave=False):
-            if step and self.cdit.can_push:
+        for action in tqdm(steps, desc="rollout", disable=not progress, leave=False):
+            if frames and self.cdit.can_push:
                 cache = self.cdit.push_context(cache, self.codec.encode(frames[-1]))
-            elif step:
+            elif frames:
                 window = window.push(frames[-1], self.cdit.config.max_context)
                 cache = self.encode_context(*window)
-            frames.append(self.predict(cache, actions[:, step], time_shift, sampler=sampler, generator=generator)[:, 0])
+            frames.append(self.predict(cache, action, time_shift, sampler=sampler, generator=generator)[:, 0])
         return torch.stack(frames, dim=1).unflatten(0, (batch, candidates))
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Writes the folder that `from_pretrained` reads: world_model.json, cdit/ and, for an autoencoder, codec/."""
+        """Writes what `from_pretrained` reads: world_model.json, cdit/ and, for an autoencoder, codec/.
+
+        An older model in the folder is replaced when the new one is written in full.
+        """
         folder = Path(folder)
-        self.cdit.save_pretrained(folder / "cdit")
-        if isinstance(self.codec, AutoencoderCodec):
-            self.codec.autoencoder.save_pretrained(folder / "codec")
-        description = {"codec": self.codec.kind, **asdict(self.description)}
-        (folder / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".partial_", dir=folder) as partial:
+            self.cdit.save_pretrained(Path(partial) / "cdit")
+            if isinstance(self.codec, AutoencoderCodec):
+                self.codec.autoencoder.save_pretrained(Path(partial) / "codec")
+            description = {"codec": self.codec.kind, **asdict(self.description)}
+            (Path(partial) / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+            for part in Path(partial).iterdir():
+                shutil.rmtree(folder / part.name, ignore_errors=True)
+                part.replace(folder / part.name)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "WorldModel":

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from cdit.data.frames import Crop
 from cdit.data.layout import DatasetInfo
 from cdit.data.windows import DataConfig, WindowDataset
 from cdit.diffusion import SamplerConfig
@@ -56,8 +55,8 @@ def load_world(checkpoint: str, device: str) -> WorldModel:
     return WorldModel.from_pretrained(checkpoint).to(chosen)
 
 
-def windows_for(world: WorldModel, folder: str, split: str, crop: Crop = "aspect") -> WindowDataset:
-    """The windows of a split as the model takes them: its frame size, its context, its frames a second.
+def windows_for(world: WorldModel, folder: str, split: str) -> WindowDataset:
+    """The windows of a split as the model takes them: its frame size and crop, its context, its frames a second.
 
     Says so on stderr where the dataset's own frames a second differ.
 
@@ -68,7 +67,7 @@ def windows_for(world: WorldModel, folder: str, split: str, crop: Crop = "aspect
     config = DataConfig(
         folder=folder,
         image_size=tuple(description.image_size),
-        crop=crop,
+        crop=description.crop,
         context_frames=world.cdit.config.max_context,
         fps=description.fps,
         workers=0,

@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cdit.cli import parse_config, run
-from cdit.data.frames import Crop
 from cdit.data.loader import collate
 from cdit.data.motion import local_motion
 from cdit.data.windows import WindowDataset
@@ -43,8 +42,6 @@ class TurningConfig:
     """How many contexts, spread over the split."""
     turns: list[float] = field(default_factory=lambda: [5.0, 10.0, 15.0, 20.0])
     """Turns within one frame, in degrees; each is tried to the left and to the right."""
-    crop: Crop = "aspect"
-    """Centre crop that the model was trained with (data.crop)."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     """How frames are sampled."""
     seed: int = 0
@@ -82,10 +79,10 @@ def main() -> None:
     if config.out is not None and not Path(config.out).parent.is_dir():
         raise UserError(f"out is {config.out}, but there is no folder {Path(config.out).parent}")
     world = load_world(config.checkpoint, config.device)
-    dataset = windows_for(world, config.data, config.split, config.crop)
+    dataset = windows_for(world, config.data, config.split)
     if dataset.info.camera is None:
         raise UserError(f"{config.data}/dataset.json has no camera, so that the size of a turn is not known in pixels")
-    focal = focal_lengths(dataset.info.camera, dataset.config.image_size, config.crop)
+    focal = focal_lengths(dataset.info.camera, dataset.config.image_size, dataset.config.crop)
     half_view = math.degrees(math.atan(dataset.config.image_size[1] / 2 / focal[0]))
     if not config.turns or not all(0 < turn < half_view for turn in config.turns):
         raise UserError(

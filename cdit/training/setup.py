@@ -61,7 +61,12 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         time_scale=dataset.info.fps / farthest,
     )
     description = WorldDescription(
-        image_size=(height, width), fps=dataset.info.fps, units=units, flow=config.flow, sampler=config.sampler
+        image_size=(height, width),
+        fps=dataset.info.fps,
+        crop=config.data.crop,
+        units=units,
+        flow=config.flow,
+        sampler=config.sampler,
     )
     return WorldModel(cdit, codec, description)
 
