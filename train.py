@@ -14,6 +14,7 @@ from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import WindowDataset
 from cdit.errors import UserError
+from cdit.randomness import seed_of
 from cdit.training.batch import noisy_batch
 from cdit.training.checkpoints import RunState, find_resume, load_checkpoint, save_checkpoint
 from cdit.training.config import TrainConfig
@@ -45,7 +46,13 @@ def main() -> None:
     train_set = WindowDataset(config.data, config.data.train_split, config.seed)
     test_set = WindowDataset(config.data, config.data.test_split, config.seed)
     share = config.batch_size // accelerator.num_processes
-    accelerator.gradient_accumulation_steps = max(1, share // (config.micro_batch_size or share or 1))
+    micro_batch_size = min(config.micro_batch_size or share, share)
+    if share == 0 or config.batch_size % accelerator.num_processes or share % micro_batch_size:
+        raise UserError(
+            f"batch_size is {config.batch_size}, expected a multiple of processes × micro_batch_size = "
+            f"{accelerator.num_processes} × {config.micro_batch_size or 1}"
+        )
+    accelerator.gradient_accumulation_steps = share // micro_batch_size
 
     # Model, optimizer, and the running average of the weights. `cdit` is the bare network, `network` what is trained.
     world = build_world(config, train_set)
@@ -71,7 +78,7 @@ def main() -> None:
     )
     batches = iter(loader(train_set, sampler, config.data))
     validation = Validation(test_set, config.validation, config.seed)
-    probes = Probes(test_set, config, accelerator)
+    probes = Probes(test_set, cdit, config, accelerator)
 
     if accelerator.is_main_process:
         config.folder.mkdir(parents=True, exist_ok=True)
@@ -85,8 +92,10 @@ def main() -> None:
     losses, since = [], time.perf_counter()
     network.train()
     while state.step < last_step:
-        for _ in range(accelerator.gradient_accumulation_steps):
+        for micro_batch in range(accelerator.gradient_accumulation_steps):
             batch = noisy_batch(world, next(batches), accelerator.device, config.action_dropout)
+            part = micro_batch * accelerator.num_processes + accelerator.process_index  # of the step's batch
+            torch.manual_seed(seed_of(config.seed, state.step, part, 1))  # what model.dropout draws from
             with accelerator.accumulate(network):
                 prediction = network(**batch.inputs())
                 loss = world.flow.loss(prediction, batch.clean, batch.noise, batch.time).mean()

@@ -66,7 +66,9 @@ def load_checkpoint(accelerator: Accelerator, ema: EMA, folder: Path) -> RunStat
         accelerator.load_state(str(folder))
         ema.load(folder / "ema.safetensors", state.step)
     except Exception as error:  # missing files, foreign weights, broken archives: each library has its own exceptions
-        raise UserError(f"resume: {folder} cannot be continued from: {str(error).splitlines()[0]}") from error
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise UserError(f"resume: {folder} cannot be continued from: {reason}") from error
+    accelerator.step = 0  # its count of micro-batches, of which a step may now have another number
     return state
 
 
@@ -87,4 +89,9 @@ def find_resume(resume: str, run: Path) -> Path | None:
         return existing[-1] if existing else None
     if not (Path(resume) / STATE).is_file():
         raise UserError(f"resume is {resume!r}, expected no, auto, or a checkpoint folder (with {STATE})")
+    if existing and existing[-1].resolve() != Path(resume).resolve():
+        raise UserError(
+            f"resume is {resume!r}, but {run} already holds checkpoints up to {existing[-1].name}: "
+            "continue with --resume auto, choose another --name, or delete them"
+        )
     return Path(resume)

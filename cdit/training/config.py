@@ -39,7 +39,8 @@ class EMAConfig:
     decay: float = 0.9999
     """Largest decay a step."""
     warmup_power: float = 0.75
-    """The decay grows as 1 - (1 + step)^-power up to its largest value; 0 for a fixed decay from the start."""
+    """The decay grows as 1 - (1 + step)^-power up to its largest value; 0 for a fixed decay. The first step
+    is copied either way, so that the initial weights leave no trace."""
 
 
 @dataclass
@@ -167,6 +168,8 @@ class TrainConfig:
             "sampler.steps": self.sampler.steps,
             "optimizer.learning_rate": self.optimizer.learning_rate,
             "optimizer.max_grad_norm": self.optimizer.max_grad_norm,
+            "flow.min_time": self.flow.min_time,
+            "sampler.shift": self.sampler.shift,
             "validation.every": self.validation.every,
             "validation.samples": self.validation.samples,
             "validation.time_bins": self.validation.time_bins,
@@ -174,17 +177,44 @@ class TrainConfig:
             "probe.final_samples": self.probe.final_samples,
             "checkpoint.every": self.checkpoint.every,
             "checkpoint.keep": self.checkpoint.keep,
+            "probe.rows": self.probe.rows,
             "tracking.every": self.tracking.every,
+            **{
+                f"model.{name}": value
+                for name, value in asdict(self.model).items()
+                if name in ("hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio") and value is not None
+            },
         }
         for name, value in positive.items():
-            if value <= 0:
+            if not value > 0:
                 raise UserError(f"{name} is {value}, expected a positive number")
-        if self.seed < 0:
-            raise UserError(f"seed is {self.seed}, expected at least 0")
-        for name, share in {"action_dropout": self.action_dropout, "model.dropout": self.model.dropout}.items():
-            if not 0 <= share < 1:
-                raise UserError(f"{name} is {share}, expected at least 0 and less than 1")
-        if not self.name or Path(self.name).name != self.name:
+        not_negative = {
+            "seed": self.seed,
+            "model.context_depth": self.model.context_depth,
+            "flow.time_std": self.flow.time_std,
+            "optimizer.warmup_steps": self.optimizer.warmup_steps,
+            "optimizer.weight_decay": self.optimizer.weight_decay,
+            "ema.warmup_power": self.ema.warmup_power,
+            "probe.every": self.probe.every,
+            "probe.rollouts": self.probe.rollouts,
+            "probe.rollout_frames": self.probe.rollout_frames,
+            "probe.attention.samples": self.probe.attention.samples,
+        }
+        for name, value in not_negative.items():
+            if not value >= 0:
+                raise UserError(f"{name} is {value}, expected at least 0")
+        shares = {
+            "action_dropout": [self.action_dropout],
+            "model.dropout": [self.model.dropout],
+            "optimizer.betas": self.optimizer.betas,
+        }
+        for name, values in shares.items():
+            if not all(0 <= value < 1 for value in values):
+                shown = ", ".join(map(str, values))
+                raise UserError(f"{name} is {shown}, expected at least 0 and less than 1")
+        if not 0 <= self.ema.decay <= 1:
+            raise UserError(f"ema.decay is {self.ema.decay}, expected between 0 and 1")
+        if self.name in ("", "..") or Path(self.name).name != self.name:
             raise UserError(f"name is {self.name!r}, expected one path component")
         if self.sampler.guidance != 1 and self.action_dropout == 0:
             raise UserError(f"sampler.guidance is {self.sampler.guidance}, which needs action_dropout above 0")

@@ -11,7 +11,8 @@ from cdit.data.windows import WindowDataset
 from cdit.errors import UserError
 from cdit.evaluation.horizons import HorizonResult, evaluate_horizons, markdown_table
 from cdit.evaluation.metrics import load_metrics
-from cdit.inspection.probe import inspect_attention
+from cdit.inspection.probe import AttentionConfig, inspect_attention
+from cdit.model import CDiT
 from cdit.pictures import comparison_grid, rollout_video, save_mp4, strip, to_float
 from cdit.randomness import generator, seed_of
 from cdit.training.config import TrainConfig
@@ -23,16 +24,19 @@ class Probes:
     """Samples, measures and draws, always from the same windows and noise. The main process does it all.
 
     Raises:
-        UserError: no window reaches as far ahead as `probe.offsets` or `probe.rollout_frames` ask.
+        UserError: no window reaches as far ahead as `probe.offsets` or `probe.rollout_frames` ask, or the network has
+            no such layer or patch as `probe.attention` names.
     """
 
-    def __init__(self, dataset: WindowDataset, config: TrainConfig, accelerator: Accelerator):
+    def __init__(self, dataset: WindowDataset, cdit: CDiT, config: TrainConfig, accelerator: Accelerator):
         self.dataset, self.config, self.accelerator = dataset, config, accelerator
         self.seed = seed_of(config.seed, 1)
         self.windows = self._reaching(config.probe.offsets, "probe.offsets")
         self.paths = []
-        if config.probe.rollout_frames:
+        if config.probe.rollouts and config.probe.rollout_frames:
             self.paths = self._reaching([config.probe.rollout_frames], "probe.rollout_frames")
+        if config.probe.attention.samples:
+            _check_attention(config.probe.attention, cdit)
         self.metrics = load_metrics(accelerator.device) if accelerator.is_main_process else {}
 
     def run(self, world: WorldModel, tracker: Tracker, step: int, final: bool = False) -> None:
@@ -79,7 +83,7 @@ class Probes:
 
     def _rollouts(self, world: WorldModel, tracker: Tracker, step: int, folder: Path) -> None:
         length, fps = self.config.probe.rollout_frames, self.dataset.info.fps
-        if not length:
+        if not self.paths:
             return
         batch = collate(
             [self.dataset.path(window, length) for window in _spread(self.paths, self.config.probe.rollouts)]
@@ -129,6 +133,20 @@ def _spread(items: list[int] | range, count: int) -> list[int]:
     """At most `count` items, evenly spaced over all."""
     count = min(count, len(items))
     return [items[round((i + 0.5) * len(items) / count - 0.5)] for i in range(count)]
+
+
+def _check_attention(attention: AttentionConfig, cdit: CDiT) -> None:
+    """Before the training that a mistake would cost, not at the first probe."""
+    depth, (rows, columns) = len(cdit.blocks), cdit.grid
+    row, column = attention.patch or (0, 0)
+    requirements = {
+        "layers": (all(0 <= layer < depth for layer in attention.layers or []), f"numbers from 0 to {depth - 1}"),
+        "times": (all(0 < time < 1 for time in attention.times), "numbers between 0 and 1"),
+        "patch": (0 <= row < rows and 0 <= column < columns, f"one of the {rows} × {columns} patches of a frame"),
+    }
+    for name, (holds, expected) in requirements.items():
+        if not holds:
+            raise UserError(f"probe.attention.{name} is {getattr(attention, name)}, expected {expected}")
 
 
 def _scalars(result: HorizonResult) -> dict[str, float]:

@@ -68,7 +68,14 @@ class Tracker:
 
 
 def _drop_after(path: Path, step: int) -> None:
-    """Removes the rows that a resumed run is going to write again."""
+    """Removes the rows that a resumed run is going to write again, and what a killed one left half-written."""
     lines = path.read_text().splitlines() if path.is_file() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= step] if step else []
+    kept = [line for line in lines if _step_of(line) <= step] if step else []
     path.write_text("".join(line + "\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

@@ -49,7 +49,8 @@ class Validation:
             sums[0].index_add_(0, bins, loss)
             sums[1].index_add_(0, bins, torch.ones_like(loss))
         sums = accelerator.reduce(sums, "sum").cpu()
-        means = (sums[0] / sums[1].clamp(min=1)).tolist()
-        edges = [i / self.bins for i in range(self.bins + 1)]
-        named = {f"validation/loss_t{a:.2f}-{b:.2f}": m for a, b, m in zip(edges, edges[1:], means, strict=False)}
+        named = {}
+        for i, (total, count) in enumerate(sums.T.tolist()):
+            if count:
+                named[f"validation/loss_t{i / self.bins:.2f}-{(i + 1) / self.bins:.2f}"] = total / count
         return {"validation/loss": float(sums[0].sum() / sums[1].sum()), **named}
