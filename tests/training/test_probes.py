@@ -1,0 +1,119 @@
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+
+from cdit.data.windows import WindowDataset
+from cdit.errors import UserError
+from cdit.training.config import TrainConfig
+from cdit.training.probes import Probes
+from cdit.world_model import WorldModel
+
+
+def files(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.slow
+def test_every_probe_leaves_its_pictures(offline: tuple[subprocess.CompletedProcess, Path]):
+    probes = offline[1] / "probes"
+    assert sorted(p.name for p in probes.iterdir()) == [f"step_{step:08d}" for step in (2, 4, 6)]
+    for folder in probes.iterdir():
+        found = files(folder)
+        assert {"predictions.png", "horizons.md", "rollout_0.mp4", "rollout_0.png"} <= found
+        assert "attention/layer01_t0.5_sample0.png" in found
+        for picture in folder.rglob("*.png"):
+            assert np.asarray(Image.open(picture).convert("RGB")).std() > 5  # something is drawn
+
+
+@pytest.mark.slow
+def test_a_rollout_shows_past_and_future(offline: tuple[subprocess.CompletedProcess, Path]):
+    with av.open(str(offline[1] / "probes/step_00000006/rollout_0.mp4")) as video:
+        stream = video.streams.video[0]
+        assert stream.average_rate == 5
+        assert len(list(video.decode(stream))) == 3 + 3  # context_frames + rollout_frames
+
+
+@pytest.mark.slow
+def test_the_table_says_what_was_measured(
+    offline: tuple[subprocess.CompletedProcess, Path], rows: Callable[..., list[dict[str, float]]]
+):
+    """Three windows on the way and four at the end; the numbers of metrics.jsonl, two horizons at 5 frames a second."""
+    done, run = offline
+    for step, windows in {2: 3, 4: 3, 6: 4}.items():
+        text = (run / f"probes/step_{step:08d}/horizons.md").read_text()
+        assert text.startswith(f"{windows} test windows, step {step}\n")
+        logged = next(row for row in rows(run, "probe/psnr/model/1_frames") if row["step"] == step)
+        for method, label in {"model": "model", "copy_last": "last context frame"}.items():
+            line = next(line for line in text.splitlines() if line.startswith(f"| {label} |"))
+            shown = [float(number) for number in re.findall(r"\d+\.\d+", line)]
+            expected = [logged[f"probe/psnr/{method}/{frames}_frames"] for frames in (1, 2)]
+            assert shown == pytest.approx(expected, abs=0.006)
+    assert "| PSNR ↑ | 0.2 s | 0.4 s |" in text
+    assert text.partition("\n\n")[2].strip() in done.stdout  # the last one is printed, too
+
+
+@pytest.mark.slow
+def test_the_copied_frame_scores_what_it_should(
+    offline: tuple[subprocess.CompletedProcess, Path],
+    test_set: WindowDataset,
+    rows: Callable[..., list[dict[str, float]]],
+):
+    """The baseline needs no model: over windows of full context, evenly spread, it can be computed by hand."""
+    windows = [
+        (trajectory, now)
+        for trajectory, length in enumerate((13, 11))
+        for now in range(2, length - 2)  # two frames before for the context, two after for the goals
+    ]
+    chosen = [windows[round((i + 0.5) * len(windows) / 4 - 0.5)] for i in range(4)]
+    last = rows(offline[1], "probe/psnr/model/1_frames")[-1]
+    for ahead in (1, 2):
+        scores = []
+        for trajectory, now in chosen:
+            a, b = test_set.frames.read(trajectory, [now, now + ahead]).double().unbind()
+            scores.append(10 * np.log10(255**2 / (a - b).square().mean().item()))
+        assert last[f"probe/psnr/copy_last/{ahead}_frames"] == pytest.approx(np.mean(scores), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "absent"),
+    [
+        (["--probe.rollout_frames", "0", "--probe.attention.samples", "0"], ["rollout_0.mp4", "attention"]),
+        (["--probe.rollouts", "0"], ["rollout_0.mp4"]),
+    ],
+)
+def test_probes_that_are_not_wanted(train: Callable[..., Path], tmp_path: Path, options: list[str], absent: list[str]):
+    run = train(tmp_path, "--steps", "1", *options)
+    names = {path.name for path in (run / "probes/step_00000001").iterdir()}
+    assert "predictions.png" in names
+    assert not names & set(absent)
+    assert ("attention" in names) is ("attention" not in absent)
+
+
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        (["--probe.offsets", "[1, 40]"], r"probe\.offsets is \[1, 40\].*'test'"),
+        (["--probe.offsets", "[-40]"], r"probe\.offsets is \[-40\]"),
+        (["--probe.rollout_frames", "40"], r"probe\.rollout_frames"),
+        (["--probe.attention.layers", "[0, 2]"], r"probe\.attention\.layers"),
+        (["--probe.attention.times", "[1.0]"], r"probe\.attention\.times"),
+        (["--probe.attention.patch", "[0, 4]"], r"probe\.attention\.patch.*4 × 4"),
+    ],
+)
+def test_what_cannot_be_probed_is_named_at_the_start(
+    config: Callable[..., TrainConfig],
+    test_set: WindowDataset,
+    world: WorldModel,
+    accelerator: Accelerator,
+    options: list[str],
+    field: str,
+):
+    with pytest.raises(UserError, match=field):
+        Probes(test_set, world.cdit, config(*options), accelerator)

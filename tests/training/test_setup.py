@@ -1,0 +1,104 @@
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from cdit.data.windows import DataConfig, WindowDataset
+from cdit.errors import UserError
+from cdit.training.config import OptimizerConfig, TrainConfig
+from cdit.training.setup import build_optimizer, build_world, prepare_data
+from cdit.world_model import WorldModel
+
+
+def test_weight_decay_shrinks_matrices_and_leaves_vectors(world: WorldModel):
+    config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, warmup_steps=0, schedule="constant")
+    before = {name: p.detach().clone() for name, p in world.cdit.named_parameters()}
+    optimizer, _ = build_optimizer(world.cdit, config, 10)
+    for parameter in world.cdit.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moved = {name: p for name, p in world.cdit.named_parameters() if not torch.equal(p, before[name])}
+    assert set(moved) == {name for name, p in before.items() if p.ndim >= 2}
+    assert 0 < len(moved) < len(before)
+    for name, parameter in moved.items():
+        torch.testing.assert_close(parameter, before[name] * (1 - 0.1 * 0.5))
+
+
+def learning_rates(config: OptimizerConfig, steps: int) -> list[float]:
+    """The rate that each optimizer step is taken with."""
+    optimizer, schedule = build_optimizer(torch.nn.Linear(2, 2), config, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append({group["lr"] for group in optimizer.param_groups})
+        optimizer.step()
+        schedule.step()
+    assert all(len(rate) == 1 for rate in rates)
+    return [rate.pop() for rate in rates]
+
+
+def test_cosine_after_a_linear_warm_up():
+    rates = learning_rates(OptimizerConfig(learning_rate=2e-3, warmup_steps=4), 12)
+    assert rates[:4] == pytest.approx([0, 0.5e-3, 1e-3, 1.5e-3])
+    assert rates[4:] == pytest.approx([2e-3 * 0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)])
+    assert rates[8] == pytest.approx(1e-3)  # half way
+
+
+def test_constant_after_a_linear_warm_up():
+    rates = learning_rates(OptimizerConfig(learning_rate=2e-3, warmup_steps=2, schedule="constant"), 6)
+    assert rates == pytest.approx([0, 1e-3, 2e-3, 2e-3, 2e-3, 2e-3])
+
+
+def test_weights_are_a_function_of_the_seed(config: Callable[..., TrainConfig], train_set: WindowDataset):
+    first = build_world(config(), train_set).cdit.state_dict()
+    torch.rand(3)
+    again = build_world(config(), train_set).cdit.state_dict()
+    other = build_world(config("--seed", "1"), train_set).cdit.state_dict()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "named"),
+    [
+        (["--data.image_size", "[32, 36]"], "patch_size"),
+        (["--model.hidden_size", "33"], "hidden_size"),
+        (["--model.num_heads", "3"], "num_heads"),
+        (["--codec.kind", "tiny", "--codec.name", "nowhere"], "codec.name"),
+    ],
+)
+def test_sizes_that_do_not_fit(
+    config: Callable[..., TrainConfig],
+    train_set: WindowDataset,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    named: str,
+):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=named):
+        build_world(config(*overrides), train_set)
+
+
+def test_a_missing_dataset_is_prepared_once(tmp_path: Path, accelerator: Accelerator):
+    folder, script = tmp_path / "new set", tmp_path / "make it.py"
+    script.write_text(
+        "import pathlib, sys\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "folder.mkdir(exist_ok=True)\n"
+        "(folder / 'dataset.json').write_text('{}')\n"
+        "(folder / 'runs').open('a').write(sys.executable + '\\n')\n"
+    )
+    config = DataConfig(folder=str(folder), prepare=f"'{script}' '{folder}'")
+    prepare_data(config, accelerator)
+    prepare_data(config, accelerator)
+    assert (folder / "runs").read_text().split("\n") == [sys.executable, ""]
+
+
+def test_a_failing_preparation_names_field_and_command(tmp_path: Path, accelerator: Accelerator):
+    script = tmp_path / "fails.py"
+    script.write_text("raise SystemExit(7)")
+    with pytest.raises(UserError, match=r"data\.prepare.*fails\.py.*7"):
+        prepare_data(DataConfig(folder=str(tmp_path / "none"), prepare=str(script)), accelerator)

@@ -1,0 +1,275 @@
+"""train.py as a whole, on a tiny dataset."""
+
+import json
+import math
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cdit.world_model import WorldModel
+
+TRAIN = Path(__file__).parents[2] / "train.py"
+WEIGHTS = "cdit/diffusion_pytorch_model.safetensors"
+
+Rows = Callable[..., list[dict[str, float]]]
+Run = Callable[..., Path]
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    a, b = load_file(a), load_file(b)
+    assert set(a) == set(b)
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# The same seed, the same numbers.
+
+
+@pytest.mark.slow
+def test_a_run_is_repeated_from_its_saved_config(
+    offline: tuple[subprocess.CompletedProcess, Path],
+    launch: Callable[..., subprocess.CompletedProcess],
+    rows: Rows,
+    tmp_path: Path,
+):
+    first = offline[1]
+    options = ("--name", "again", "--output", tmp_path, "--tracking.backend", "none")
+    done = launch(TRAIN, "--config", first / "config.yaml", *options)
+    assert done.returncode == 0, done.stderr
+    again = tmp_path / "again"
+    assert rows(again) == rows(first)
+    assert len(rows(first, "train/loss")) == 6
+    assert same_weights(again / "last" / WEIGHTS, first / "last" / WEIGHTS)
+
+
+def test_probes_change_nothing(train: Run, straight: Path, rows: Rows, tmp_path: Path):
+    """A probe after every step, against a run that has none on the way."""
+    run = train(tmp_path, "--probe.every", "1", "--stop_at", "4")
+    assert len(list((run / "probes").iterdir())) == 4
+    for field, steps in {"train/loss": 4, "validation/loss": 2}.items():
+        assert rows(run, field) == rows(straight, field)[:steps]
+    for file in ("model.safetensors", "ema.safetensors"):
+        assert same_weights(*(r / "checkpoints/step_00000004" / file for r in (run, straight)))
+
+
+@pytest.mark.parametrize("options", [["--micro_batch_size", "1"], ["--micro_batch_size", "2", "--data.workers", "2"]])
+def test_micro_batches_and_workers_do_not_change_losses(
+    train: Run, straight: Path, rows: Rows, tmp_path: Path, options: list[str]
+):
+    run = train(tmp_path, *options, "--stop_at", "4")
+    for field, steps in {"train/loss": 4, "validation/loss": 2}.items():
+        for measured, expected in zip(rows(run, field), rows(straight, field)[:steps], strict=True):
+            assert measured == pytest.approx(expected, rel=1e-4)
+
+
+def test_another_seed_is_another_run(train: Run, straight: Path, rows: Rows, tmp_path: Path):
+    run = train(tmp_path, "--seed", "1", "--stop_at", "1")
+    assert rows(run, "train/loss")[0]["train/loss"] != rows(straight, "train/loss")[0]["train/loss"]
+
+
+# Resuming.
+
+
+@pytest.fixture(scope="session")
+def whole(train: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from start to end whose network draws random numbers of its own."""
+    return train(tmp_path_factory.mktemp("whole"), "--model.dropout", "0.2")
+
+
+@pytest.fixture(scope="session")
+def half(train: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, stopped half way."""
+    return train(tmp_path_factory.mktemp("half"), "--model.dropout", "0.2", "--stop_at", "3")
+
+
+@pytest.fixture
+def stopped(half: Path, tmp_path: Path) -> Path:
+    """A copy of the stopped run, to go on from."""
+    return shutil.copytree(half, tmp_path / "tiny")
+
+
+def test_dropout_draws_belong_to_the_step(whole: Path, straight: Path, rows: Rows):
+    assert rows(whole, "train/loss") != rows(straight, "train/loss")
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not(train: Run, whole: Path, stopped: Path, rows: Rows):
+    assert [row["step"] for row in rows(stopped, "train/loss")] == [1, 2, 3]
+    run = train(stopped.parent, "--model.dropout", "0.2", "--resume", "auto")
+    assert run == stopped
+    # What stopping adds is a validation at that step.
+    assert [row for row in rows(run) if row["step"] != 3 or "train/loss" in row] == rows(whole)
+    assert [row["train/learning_rate"] for row in rows(run, "train/learning_rate")] == [
+        row["train/learning_rate"] for row in rows(whole, "train/learning_rate")
+    ]
+    assert same_weights(run / "last" / WEIGHTS, whole / "last" / WEIGHTS)
+    for file in ("ema.safetensors", "model.safetensors"):
+        assert same_weights(*(r / "checkpoints/step_00000006" / file for r in (run, whole)))
+
+
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(train: Run, whole: Path, stopped: Path, rows: Rows):
+    """Rows after that checkpoint are written anew; a checkpoint half-written is not looked at."""
+    partial = stopped / "checkpoints" / ".step_00000003.partial"
+    (stopped / "checkpoints" / "step_00000003").rename(partial)
+    (partial / "state.json").unlink()
+    run = train(stopped.parent, "--model.dropout", "0.2", "--resume", "auto")
+    assert rows(run) == rows(whole)
+    assert same_weights(run / "last" / WEIGHTS, whole / "last" / WEIGHTS)
+
+
+def test_other_micro_batches_from_here_on(train: Run, straight: Path, rows: Rows, tmp_path: Path):
+    """What a machine with less memory needs."""
+    train(tmp_path, "--stop_at", "3", "--micro_batch_size", "4")
+    run = train(tmp_path, "--resume", "auto", "--micro_batch_size", "2", "--stop_at", "5")
+    for measured, expected in zip(rows(run, "train/loss"), rows(straight, "train/loss")[:5], strict=True):
+        assert measured == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_finished_run_stays_as_it_is(train: Run, whole: Path, tmp_path: Path):
+    shutil.copytree(whole, tmp_path / "tiny")
+    run = train(tmp_path, "--model.dropout", "0.2", "--resume", "auto")
+    before, after = contents(whole), contents(run)
+    assert set(after) == set(before)
+    assert {name for name in after if after[name] != before[name]} <= {"config.yaml"}
+
+
+def test_auto_starts_afresh_where_there_is_nothing(train: Run, straight: Path, rows: Rows, tmp_path: Path):
+    run = train(tmp_path, "--resume", "auto", "--stop_at", "2")
+    assert rows(run, "train/loss") == rows(straight, "train/loss")[:2]
+
+
+def test_another_run_goes_on_from_a_checkpoint(train: Run, whole: Path, rows: Rows, tmp_path: Path):
+    options = ("--model.dropout", "0.2", "--stop_at", "5")
+    run = train(tmp_path, *options, "--resume", str(whole / "checkpoints/step_00000004"), name="branch")
+    assert rows(run, "train/loss") == rows(whole, "train/loss")[4:5]
+
+
+# The best and the last.
+
+
+def test_best_is_the_one_of_the_smallest_validation_loss(train: Run, rows: Rows, tmp_path: Path):
+    """A learning rate that soon is too large, and a stop after that: neither later nor resumed steps replace it."""
+    options = ["--steps", "11", "--optimizer.warmup_steps", "8", "--optimizer.learning_rate", "0.2", "--ema.decay", "0"]
+    options += ["--validation.every", "1", "--checkpoint.keep", "20"]
+    train(tmp_path, *options, "--stop_at", "8")
+    run = train(tmp_path, *options, "--stop_at", "10", "--resume", "auto")
+    losses = {row["step"]: row["validation/loss"] for row in rows(run, "validation/loss")}
+    best = min(losses, key=losses.get)
+    assert sorted(losses) == list(range(1, 11))
+    assert 1 < best < 8
+    assert losses[9] > losses[best]
+    ema = load_file(run / f"checkpoints/step_{best:08d}/ema.safetensors")
+    saved = load_file(run / "best" / WEIGHTS)
+    assert all(torch.equal(saved[name], value) for name, value in ema.items())
+    assert json.loads((run / "checkpoints/step_00000010/state.json").read_text())["best_loss"] == losses[best]
+
+
+def test_what_is_saved_is_the_average(straight: Path):
+    ema = load_file(straight / "checkpoints/step_00000006/ema.safetensors")
+    for name in ("best", "last"):  # the losses of this run only fall
+        saved = load_file(straight / name / WEIGHTS)
+        assert all(torch.equal(saved[key], value) for key, value in ema.items())
+    assert not same_weights(straight / "last" / WEIGHTS, straight / "checkpoints/step_00000006/model.safetensors")
+    world = WorldModel.from_pretrained(straight)
+    assert world.description.image_size == (32, 32)
+    assert world.description.fps == 5
+    assert world.description.units.time_scale == pytest.approx(5 / 4)
+    assert world.description.units.action_scale == pytest.approx((1 / 0.8, 1 / 0.8, 1 / math.pi))
+
+
+# Mistakes.
+
+
+def refused(train: Run, capsys: pytest.CaptureFixture[str], output: Path, *options: str) -> str:
+    """The message on stderr of a run that ends with code 2: one line, and below it what is wrong with the data."""
+    with pytest.raises(SystemExit) as ended:
+        train(output, *options)
+    assert ended.value.code == 2
+    message = capsys.readouterr().err.strip()
+    assert message.startswith("error: ")
+    assert all(line.startswith("  ") for line in message.splitlines()[1:])
+    return message
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--steps", "0"], "steps"),
+        (["--micro_batch_size", "3"], "batch_size is 4"),
+        (["--data.image_size", "[32, 36]"], "patch_size"),
+        (["--model.hidden_size", "33"], "hidden_size"),
+        (["--data.folder", "nowhere"], "nowhere"),
+        (["--data.test_split", "holdout"], "holdout"),
+        (["--probe.offsets", "[1, 40]"], "probe.offsets"),
+        (["--probe.rollout_frames", "40"], "probe.rollout_frames"),
+        (["--probe.attention.layers", "[5]"], "probe.attention.layers"),
+        (["--probe.attention.patch", "[0, 9]"], "probe.attention.patch"),
+        (["--probe.attention.times", "[1.5]"], "probe.attention.times"),
+        (["--resume", "nowhere"], "resume"),
+    ],
+)
+def test_a_mistake_leaves_no_run_behind(
+    train: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str], named: str
+):
+    assert named in refused(train, capsys, tmp_path / "runs", *options)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_empty_split_is_named(train: Run, capsys: pytest.CaptureFixture[str], dataset: Path, tmp_path: Path):
+    shutil.copytree(dataset / "splits", tmp_path / "splits")
+    empty = tmp_path / "splits/test/traj_names.txt"
+    empty.write_text("")
+    assert str(empty) in refused(train, capsys, tmp_path / "runs", "--data.splits", str(tmp_path / "splits"))
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_failing_preparation_as_a_person_sees_it(
+    launch: Callable[..., subprocess.CompletedProcess], tiny: Path, tmp_path: Path
+):
+    (tmp_path / "prepare.py").write_text("raise SystemExit('the disk is full')")
+    data = ("--data.folder", tmp_path / "none", "--data.prepare", str(tmp_path / "prepare.py"))
+    done = launch(TRAIN, "--config", tiny, "--output", tmp_path / "runs", *data)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "the disk is full" in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("error: data.prepare")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_is_not_overwritten(train: Run, capsys: pytest.CaptureFixture[str], stopped: Path):
+    before = contents(stopped)
+    message = refused(train, capsys, stopped.parent, "--model.dropout", "0.2")
+    assert "--resume auto" in message
+    assert contents(stopped) == before
+
+
+def test_a_broken_checkpoint_is_one_clear_line(train: Run, capsys: pytest.CaptureFixture[str], stopped: Path):
+    weights = stopped / "checkpoints/step_00000003/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    before = contents(stopped)
+    message = refused(train, capsys, stopped.parent, "--model.dropout", "0.2", "--resume", "auto")
+    assert str(weights.parent) in message
+    assert contents(stopped) == before
+
+
+def test_another_networks_checkpoint_is_refused(train: Run, capsys: pytest.CaptureFixture[str], stopped: Path):
+    before = contents(stopped)
+    message = refused(train, capsys, stopped.parent, "--model.hidden_size", "48", "--resume", "auto")
+    assert "step_00000003" in message
+    assert contents(stopped) == before
+
+
+def test_a_loss_that_is_no_number_ends_the_run(train: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path):
+    rate = ["--optimizer.learning_rate", "1e30", "--optimizer.warmup_steps", "0", "--validation.every", "100"]
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, *rate)
+    assert ended.value.code == 2
+    assert "optimizer.learning_rate" in capsys.readouterr().err.strip().splitlines()[-1]
