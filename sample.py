@@ -105,6 +105,8 @@ def main() -> None:
     config = parse_config(SampleConfig, f"{title} {results}", argv=bare_flags(sys.argv[1:], "--attention"))
     check(config)
     world = load_world(config.checkpoint, config.device)
+    if config.attention:
+        config.inspect.resolve(world.cdit, "inspect")
     world.description.sampler = config.sampler.over(world.description.sampler)
     scenes = scenes_of_image(config, world) if config.image else scenes_of_dataset(config, world)
     horizons = [h for h in config.horizons if h <= scenes.length]

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Frequencies run from 1 to 1/THETA radians a patch. Grids here are tens of patches wide, not the thousands of tokens
-# of a text, for which 10000 is usual.
-THETA = 100.0
+# Frequencies run from 1 to 1/THETA radians a patch: wavelengths of 6 to 63 patches, as wide as the grids here. With the
+# 10000 that is usual for texts of thousands of tokens, most channels would hardly turn.
+THETA = 10.0
 
 
 class Rotation(NamedTuple):

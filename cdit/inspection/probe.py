@@ -33,6 +33,29 @@ class AttentionConfig:
     patch: tuple[int, int] | None = None
     """Row and column of the target patch whose attention is drawn, from 0 at the top left; by default the centre."""
 
+    def resolve(self, cdit: CDiT, field: str = "attention") -> tuple[list[int], tuple[int, int]]:
+        """The layers and the patch that this means for a network.
+
+        Args:
+            cdit: the network.
+            field: what messages call this config.
+
+        Raises:
+            UserError: the network has no such layer or patch, or a time is outside (0, 1); the message names the field.
+        """
+        depth, (rows, columns) = len(cdit.blocks), cdit.grid
+        layers = sorted({0, depth // 2, depth - 1} if self.layers is None else set(self.layers))
+        row, column = (rows // 2, columns // 2) if self.patch is None else self.patch
+        requirements = {
+            "layers": (all(0 <= layer < depth for layer in layers), f"numbers from 0 to {depth - 1}"),
+            "times": (all(0 < time < 1 for time in self.times), "numbers between 0 and 1"),
+            "patch": (0 <= row < rows and 0 <= column < columns, f"one of the {rows} × {columns} patches of a frame"),
+        }
+        for name, (holds, expected) in requirements.items():
+            if not holds:
+                raise UserError(f"{field}.{name} is {getattr(self, name)}, expected {expected}")
+        return layers, (row, column)
+
 
 @torch.no_grad()
 def inspect_attention(
@@ -52,7 +75,7 @@ def inspect_attention(
         UserError: a layer or patch that the model does not have, or a time outside (0, 1).
     """
     cdit = unwrap(world.cdit)
-    layers, patch = _chosen(cdit, config)
+    layers, patch = config.resolve(cdit)
     batch = {name: value.to(next(cdit.parameters()).device) for name, value in batch.items()}
     context = batch["context"][:, -cdit.config.max_context :]
     context_mask = batch["context_mask"][:, -cdit.config.max_context :]
@@ -104,22 +127,6 @@ def inspect_attention(
         for head, values in enumerate(heads.tolist())
     ]
     return AttentionReport(images, ["layer", "head", "time", *names], rows, scalars)
-
-
-def _chosen(cdit: CDiT, config: AttentionConfig) -> tuple[list[int], tuple[int, int]]:
-    """The layers and the patch, checked."""
-    depth, (rows, columns) = len(cdit.blocks), cdit.grid
-    layers = sorted({0, depth // 2, depth - 1}) if config.layers is None else sorted(set(config.layers))
-    for layer in layers:
-        if not 0 <= layer < depth:
-            raise UserError(f"attention layers: {layer} is not between 0 and {depth - 1}")
-    for time in config.times:
-        if not 0 < time < 1:
-            raise UserError(f"attention times: {time} is not between 0 and 1")
-    row, column = (rows // 2, columns // 2) if config.patch is None else config.patch
-    if not (0 <= row < rows and 0 <= column < columns):
-        raise UserError(f"attention patch: {[row, column]} is outside the {rows} × {columns} patches of a frame")
-    return layers, (row, column)
 
 
 def _summary(weights: Tensor, layout: Layout) -> Tensor:

@@ -121,18 +121,14 @@ class CDiT(ModelMixin, ConfigMixin):
 
     def initialize_weights(self) -> None:
         """Draws the initial weights from torch's global generator."""
-        for module in self.modules():  # Xavier: keeps the scale of a token through a linear map
+        for module in self.modules():  # Xavier: keeps the scale of a token, or of a condition, through a linear map
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # the convolution is a linear map of a patch
         nn.init.zeros_(self.patch_embed.proj.bias)
-        for embedding in (self.time_embed, self.shift_embed, *(self.action_embed.parts if self.action_embed else ())):
-            if embedding is not None:  # small, so that no condition drowns another at the start
-                nn.init.normal_(embedding.mlp.fc1.weight, std=0.02)
-                nn.init.normal_(embedding.mlp.fc2.weight, std=0.02)
         if self.action_embed is not None:
-            nn.init.normal_(self.action_embed.unknown, std=0.02)
+            nn.init.normal_(self.action_embed.unknown, std=0.4)  # as large as the embeddings of known actions
         if self.pos_embed is not None:
             nn.init.normal_(self.pos_embed, std=0.02)
         for block in self.blocks:

@@ -10,8 +10,9 @@ from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset
 from cdit.errors import UserError
 from cdit.evaluation.horizons import HorizonResult, evaluate_horizons, markdown_table
+from cdit.evaluation.loading import spread
 from cdit.evaluation.metrics import load_metrics
-from cdit.inspection.probe import AttentionConfig, inspect_attention
+from cdit.inspection.probe import inspect_attention
 from cdit.model import CDiT
 from cdit.pictures import comparison_grid, rollout_video, save_mp4, strip, to_float
 from cdit.randomness import generator, seed_of
@@ -36,7 +37,7 @@ class Probes:
         if config.probe.rollouts and config.probe.rollout_frames:
             self.paths = self._reaching([config.probe.rollout_frames], "probe.rollout_frames")
         if config.probe.attention.samples:
-            _check_attention(config.probe.attention, cdit)
+            config.probe.attention.resolve(cdit, "probe.attention")  # here, before the training that a mistake costs
         self.metrics = load_metrics(accelerator.device) if accelerator.is_main_process else {}
 
     def run(self, world: WorldModel, tracker: Tracker, step: int, final: bool = False) -> None:
@@ -59,14 +60,14 @@ class Probes:
 
     def _predictions(self, world: WorldModel, tracker: Tracker, step: int, final: bool, folder: Path) -> None:
         probe = self.config.probe
-        windows = _spread(self.windows, probe.final_samples if final else probe.samples)
+        windows = spread(self.windows, probe.final_samples if final else probe.samples)
         batch = collate([self.dataset.window(window, probe.offsets) for window in windows])
         result = evaluate_horizons(world, batch, self.metrics, self.seed)
         table = markdown_table(result.rows)
         (folder / "horizons.md").write_text(f"{len(windows)} test windows, step {step}\n\n{table}")
         tracker.log(_scalars(result), step)
 
-        shown = torch.tensor(_spread(range(len(windows)), probe.rows))
+        shown = torch.tensor(spread(list(range(len(windows))), probe.rows))
         horizons = [f"{offset / self.dataset.info.fps:+g} s" for offset in probe.offsets]
         grid = comparison_grid(batch["context"][shown], batch["target"][shown], result.predictions[shown], horizons)
         grid.save(folder / "predictions.png")
@@ -86,7 +87,7 @@ class Probes:
         if not self.paths:
             return
         batch = collate(
-            [self.dataset.path(window, length) for window in _spread(self.paths, self.config.probe.rollouts)]
+            [self.dataset.path(window, length) for window in spread(self.paths, self.config.probe.rollouts)]
         )
         device = self.accelerator.device
         prediction = world.rollout(
@@ -112,7 +113,7 @@ class Probes:
         probe = self.config.probe
         if not probe.attention.samples:
             return
-        windows = _spread(self.windows, probe.attention.samples)
+        windows = spread(self.windows, probe.samples)
         batch = collate([self.dataset.window(window, probe.offsets) for window in windows])
         report = inspect_attention(world, batch, probe.attention, self.seed)
         report.save(folder / "attention")
@@ -127,26 +128,6 @@ class Probes:
                 "full context and these frames"
             )
         return windows
-
-
-def _spread(items: list[int] | range, count: int) -> list[int]:
-    """At most `count` items, evenly spaced over all."""
-    count = min(count, len(items))
-    return [items[round((i + 0.5) * len(items) / count - 0.5)] for i in range(count)]
-
-
-def _check_attention(attention: AttentionConfig, cdit: CDiT) -> None:
-    """Before the training that a mistake would cost, not at the first probe."""
-    depth, (rows, columns) = len(cdit.blocks), cdit.grid
-    row, column = attention.patch or (0, 0)
-    requirements = {
-        "layers": (all(0 <= layer < depth for layer in attention.layers or []), f"numbers from 0 to {depth - 1}"),
-        "times": (all(0 < time < 1 for time in attention.times), "numbers between 0 and 1"),
-        "patch": (0 <= row < rows and 0 <= column < columns, f"one of the {rows} × {columns} patches of a frame"),
-    }
-    for name, (holds, expected) in requirements.items():
-        if not holds:
-            raise UserError(f"probe.attention.{name} is {getattr(attention, name)}, expected {expected}")
 
 
 def _scalars(result: HorizonResult) -> dict[str, float]:
