@@ -1,0 +1,66 @@
+"""What only a GPU can show; the rest of the suite runs on the CPU. Training on one: tests/training/test_gpu.py."""
+
+import pytest
+import torch
+
+from cdit.attention import KeysValues, attention_weights, scaled_dot_product_attention
+from cdit.codec import PixelCodec
+from cdit.diffusion import SamplerConfig
+from cdit.inspection.recording import record_attention
+from cdit.model import CDiT
+from cdit.world_model import WorldDescription, WorldModel
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def randomised_world() -> WorldModel:
+    torch.manual_seed(0)
+    cdit = CDiT((32, 32), 3, 4, patch_size=4, hidden_size=96, depth=2, num_heads=4, extra_kv=True)
+    for parameter in cdit.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return WorldModel(cdit, PixelCodec(), WorldDescription((32, 32), 4.0)).eval()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)])
+def test_fused_kernels_agree_with_the_weights_on_masked_rows(dtype: torch.dtype, tolerance: float):
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (torch.randn(3, 4, 33, 32, generator=generator, device="cuda").to(dtype) for _ in range(3))
+    mask = torch.rand(3, 1, 33, 33, generator=generator, device="cuda") > 0.5
+    mask[0] = False
+    mask[1, :, 5] = False
+    mask[..., 7] = False
+    k[..., 7, :] = torch.nan
+    out = scaled_dot_product_attention(q.requires_grad_(), KeysValues(k, v), mask)
+    expected = attention_weights(q, k.nan_to_num(), mask) @ v.float()
+    assert (out.float() - expected).abs().max() < tolerance
+    assert torch.equal(out[0], torch.zeros_like(out[0]))
+    out.float().sum().backward()
+    assert q.grad.isfinite().all()
+
+
+def test_predictions_agree_with_the_cpu():
+    world = randomised_world()
+    context = torch.rand(2, 4, 3, 32, 32) * 2 - 1
+    mask = torch.tensor([[False, True, True, True], [True] * 4])
+    actions, shift = torch.randn(2, 3, 3), torch.rand(2, 3)
+
+    def predict(device: str) -> torch.Tensor:
+        noise = torch.Generator().manual_seed(0)
+        inputs = (x.to(device) for x in (context, actions, shift))
+        world.to(device)
+        sampler = SamplerConfig(steps=2)
+        return world.predict(*inputs, context_mask=mask.to(device), sampler=sampler, generator=noise).cpu()
+
+    assert (predict("cpu") - predict("cuda")).abs().max() < 1e-2
+
+
+def test_recording_leaves_the_output_bit_identical_under_autocast():
+    world = randomised_world().to("cuda")
+    frames = torch.rand(2, 4, 3, 32, 32, device="cuda")
+    inputs = (frames[:, :1], torch.full((2, 1), 500.0, device="cuda"), None, torch.ones(2, 1, device="cuda"), frames)
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
+        plain = world.cdit(*inputs)
+        with record_attention(world.cdit, [0, 1]) as recorded:
+            watched = world.cdit(*inputs)
+    assert torch.equal(plain, watched)
+    assert recorded[1].sum(-1).sub(1).abs().max() < 1e-5
