@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ class Modulation:
 
 def modulate(x_BND: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x·(1 + scale) + shift."""
-    return x_BND * (1 + scale) + shift
+    return torch.addcmul(shift, x_BND, 1 + scale)
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
@@ -123,7 +124,7 @@ class Block(nn.Module):
             y_BND = branch(modulate(self.norm(x_BND), m.shift, m.scale))
         else:
             y_BND = self.norm(branch(modulate(x_BND, m.shift, m.scale)))
-        return x_BND + m.gate * self.dropout(y_BND)
+        return torch.addcmul(x_BND, m.gate, self.dropout(y_BND))
 
 
 class ContextBlock(nn.Module):
