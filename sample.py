@@ -49,11 +49,13 @@ class SampleConfig:
     """A dataset folder: contexts from it, with the truth beside the predictions."""
     split: str = "test"
     """Split of the dataset."""
+    splits: str | None = None
+    """Folder with <split>/traj_names.txt, where that is not <data>/splits."""
     image: str | None = None
     """In place of data, an image file as the only past frame; then actions have to be given."""
-    history: Literal["missing", "still"] = "missing"
-    """What was before the image: nothing, which a model knows if it was trained with data.min_history below
-    data.context_frames; or the same view, the camera standing still."""
+    history: Literal["auto", "missing", "still"] = "auto"
+    """What was before the image: nothing (missing); the same view, the camera standing still; or auto: missing for a
+    model that was trained with data.min_history 1, else still."""
     samples: int = 4
     """How many: contexts spread over the split, or futures of the one image that differ in their noise."""
     length: int = 16
@@ -107,7 +109,9 @@ def main() -> None:
     world = load_world(config.checkpoint, config.device)
     if config.attention:
         config.inspect.resolve(world.cdit, "inspect")
-    world.description.sampler = config.sampler.over(world.description.sampler)
+    world.description.sampler = config.sampler.over(world.description)
+    if config.actions is not None and not world.description.has_actions:
+        raise UserError(f"{config.checkpoint} was trained without actions: leave actions out")
     scenes = scenes_of_image(config, world) if config.image else scenes_of_dataset(config, world)
     horizons = [h for h in config.horizons if h <= scenes.length]
 
@@ -150,7 +154,7 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
     if config.actions is not None:
         info = DatasetInfo.load(Path(config.data))
         given = read_actions(config.actions, step=(info and info.metric_waypoint_spacing) or DEFAULT_STEP)
-    dataset = windows_for(world, config.data, config.split)
+    dataset = windows_for(world, config.data, config.split, config.splits)
     recorded = config.length if given is None else 0  # frames of the trajectory that are needed after the context
     windows = spread(dataset.windows_with([recorded]), config.samples)
     if not windows:
@@ -176,7 +180,8 @@ def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
     actions = torch.from_numpy(read_actions(config.actions))
     frame = crop_and_resize(decode(Path(config.image)), tuple(world.description.image_size), world.description.crop)
     past = world.cdit.config.max_context
-    mask = torch.ones(past, dtype=torch.bool) if config.history == "still" else torch.arange(past) == past - 1
+    still = config.history == "still" or (config.history == "auto" and world.description.min_history > 1)
+    mask = torch.ones(past, dtype=torch.bool) if still else torch.arange(past) == past - 1
     context = torch.where(mask[:, None, None, None], frame, torch.zeros_like(frame))
     return Scenes(
         names=[f"{i:02}_{Path(config.image).stem}" for i in range(config.samples)],

@@ -24,8 +24,8 @@ from cdit.codec import PixelCodec
 from cdit.diffusion import TIMESTEPS, Flow, FlowConfig, SamplerConfig
 from cdit.errors import UserError
 from cdit.model import CDiT, ContextCache, ModelConfig
-from cdit.model.__main__ import flops
 from cdit.model.blocks import ContextBlock
+from cdit.model.describe import flops
 from cdit.world_model import WorldDescription, WorldModel
 
 

@@ -48,7 +48,7 @@ class SamplerConfig:
     shift: float = 1.0
     """Moves the steps towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
     guidance: float = 1.0
-    """Classifier-free guidance on the action: 1 is off. Needs training with data.action_dropout."""
+    """Classifier-free guidance on the action: 1 is off. Needs training with action_dropout."""
 
 
 class Flow:
@@ -98,7 +98,12 @@ class Flow:
         return error.square().mean(dim=(-3, -2, -1))
 
     def velocity(self, prediction: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """The velocity that the network's prediction means."""
+        """The velocity that the network's prediction means, for sampling, where t > 0.
+
+        Not clamped for a clean frame: the last step, however small its t, has to end at the predicted frame.
+        """
+        if self.config.prediction == "clean":
+            return (noisy - prediction.float()) / _spread(time, noisy)
         return self.convert(prediction.float(), self.config.prediction, "velocity", noisy, time)
 
 

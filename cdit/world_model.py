@@ -20,6 +20,7 @@ from cdit.errors import UserError
 from cdit.model import CDiT, ContextCache
 
 DESCRIPTION = "world_model.json"
+VERSION = 1
 
 
 @dataclass
@@ -49,13 +50,19 @@ class WorldDescription:
     """Frames a second of the past frames, and of a rollout."""
     crop: Crop = "aspect"
     """How recorded frames were brought to that size (see cdit.data.frames.crop_and_resize)."""
+    has_actions: bool = True
+    """Whether it was trained with actions; without, it knows time shifts alone."""
+    action_dropout: float = 0.0
+    """Share of actions hidden in training; guidance on the action needs some."""
+    min_history: int = 1
+    """Fewest past frames it was trained with."""
     units: Units = field(default_factory=Units)
     """Normalisation of actions and times."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """What the network predicts."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How frames are sampled where a call does not say."""
-    version: int = 1
+    version: int = VERSION
     """Version of this format."""
 
 
@@ -186,9 +193,14 @@ class WorldModel(nn.Module):
                 self.codec.autoencoder.save_pretrained(Path(partial) / "codec")
             description = {"codec": self.codec.kind, **asdict(self.description)}
             (Path(partial) / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-            for part in Path(partial).iterdir():
-                shutil.rmtree(folder / part.name, ignore_errors=True)
-                part.replace(folder / part.name)
+            (folder / DESCRIPTION).unlink(
+                missing_ok=True
+            )  # without it the folder is no world model, until all is there
+            for name in ("cdit", "codec"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+                if (Path(partial) / name).is_dir():
+                    (Path(partial) / name).replace(folder / name)
+            (Path(partial) / DESCRIPTION).replace(folder / DESCRIPTION)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "WorldModel":
@@ -206,6 +218,8 @@ class WorldModel(nn.Module):
             values = json.loads((found / DESCRIPTION).read_text())
             codec = load_codec(CodecConfig(values.pop("codec"), str(found / "codec")))
             description = parser_instance(WorldDescription, values)
+            if description.version > VERSION:
+                raise UserError(f"{found}: format version {description.version}, but this code reads up to {VERSION}")
             cdit = CDiT.from_pretrained(found / "cdit", low_cpu_mem_usage=False)
         except UserError:
             raise

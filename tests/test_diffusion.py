@@ -107,6 +107,16 @@ def test_times_follow_the_generator_and_nothing_else(distribution):
 # --- samplers ---
 
 
+@pytest.mark.parametrize("steps", [1, 50, 100])
+@pytest.mark.parametrize("scheduler", ["euler", "heun", "dpm", "unipc"])
+def test_a_perfect_clean_predictor_is_believed_to_the_last_step(scheduler, steps):
+    """The clamp of training must not leave noise in a sample, however small the last steps are."""
+    flow = Flow(FlowConfig(prediction="clean", min_time=0.05))
+    point = torch.linspace(-1, 1, 48).view(1, 3, 4, 4)
+    out = sample(lambda x, t: flow.velocity(point, x, t.expand(1)), draw(1, 3, 4, 4), SamplerConfig(scheduler, steps))
+    torch.testing.assert_close(out, point, atol=1e-3, rtol=0)
+
+
 def gaussian_velocity(mean: float, std: float):
     """E[ε - x0 | x_t] for data N(mean, std²): x_t is N((1-t)·mean, (1-t)²·std² + t²)."""
 

@@ -28,11 +28,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds tiny worlds with random weights, a dataset with poses and one without, and an image."""
     place = tmp_path_factory.mktemp("place")
     torch.manual_seed(0)
-    for name, position in (("world", "rotary"), ("slots", "learned")):
+    for name, position in (("world", "rotary"), ("slots", "learned"), ("blind", "rotary")):
         cdit = CDiT((16, 24), max_context=3, patch_size=8, hidden_size=16, depth=1, num_heads=2, position=position)
         for parameter in cdit.parameters():
             nn.init.normal_(parameter, std=0.1)
-        description = WorldDescription((16, 24), fps=5.0, sampler=SamplerConfig(steps=2))
+        description = WorldDescription((16, 24), fps=5.0, sampler=SamplerConfig(steps=2), has_actions=name != "blind")
         WorldModel(cdit, PixelCodec(), description).save_pretrained(place / name / "best")
     random = np.random.default_rng(0)
     for name in ("walks", "video"):
@@ -149,10 +149,12 @@ WALKS = ["--checkpoint", "world", "--data", "walks"]
         ([*WALKS, "--length", "many"], '"length"'),
         ([*WALKS, "--split", "valid"], "'valid'"),
         ([*WALKS, "--sampler.steps", "0"], "sampler.steps is 0"),
+        ([*WALKS, "--sampler.guidance", "2"], "without action_dropout"),
+        (["--checkpoint", "blind", "--data", "walks", "--actions", "forward*3"], "without actions"),
         ([*WALKS, "--horizons", "[0]"], "horizons is [0]"),
         ([*WALKS, "--fps", "0"], "fps is 0"),
         ([*WALKS, "--device", "abacus"], "'abacus'"),
-        ([*WALKS, "--attention", "--inspect.layers", "[5]", "--length", "1"], "5 is not between"),
+        ([*WALKS, "--attention", "--inspect.layers", "[5]", "--length", "1"], "inspect.layers is [5]"),
         ([*WALKS, "--lenght", "3"], "--lenght"),
     ],
 )

@@ -271,6 +271,47 @@ def test_a_runs_folder_gives_its_best_model_else_its_last(tmp_path: Path):
     assert WorldModel.from_pretrained(tmp_path).description.fps == 2.0
 
 
+def test_a_newer_model_replaces_an_older_one(tmp_path: Path):
+    build("native", autoencoder_codec()).save_pretrained(tmp_path)
+    (tmp_path / "mine.txt").write_text("kept")
+    world = build(fps=3.0)
+    world.save_pretrained(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cdit", "mine.txt", "world_model.json"]
+    assert WorldModel.from_pretrained(tmp_path).description == world.description
+
+
+def test_a_half_written_model_is_none_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Killed while the parts are put in place: best/ must not mix two models, and last/ is read in its stead."""
+    build(fps=1.0).save_pretrained(tmp_path / "last")
+    build(fps=2.0).save_pretrained(tmp_path / "best")
+    replace = Path.replace
+
+    def killed(path: Path, target: Path) -> Path:
+        if path.name == "world_model.json":
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        build(fps=3.0).save_pretrained(tmp_path / "best")
+    assert WorldModel.from_pretrained(tmp_path).description.fps == 1.0
+
+
+def test_a_rollout_without_actions_is_told_none(tmp_path: Path):
+    world, (context, *_) = build(), inputs(goals=1)
+    nothing = torch.zeros(2, 1, 2, 3)
+    rolled = world.rollout(context, None, length=2, generator=seeded())
+    first = world.predict(context, None, torch.full((2, 1), 1 / world.description.fps), generator=seeded())
+    assert rolled.shape[:3] == (2, 1, 2)
+    torch.testing.assert_close(rolled[:, :, 0], first)
+    assert not torch.allclose(rolled, world.rollout(context, nothing, generator=seeded()))
+
+
+def from_the_future(folder: Path) -> None:
+    text = (folder / "world_model.json").read_text()
+    (folder / "world_model.json").write_text(text.replace('"version": 1', '"version": 2'))
+
+
 def not_json(folder: Path) -> None:
     (folder / "world_model.json").write_text("{")
 
@@ -296,7 +337,7 @@ def codec_missing(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "spoil", [not_json, lacks_fps, network_missing, cut_short, codec_missing], ids=lambda f: f.__name__
+    "spoil", [from_the_future, not_json, lacks_fps, network_missing, cut_short, codec_missing], ids=lambda f: f.__name__
 )
 def test_broken_folders_are_named(spoil, tmp_path: Path):
     build().save_pretrained(tmp_path)

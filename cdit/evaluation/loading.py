@@ -12,7 +12,7 @@ from cdit.data.layout import DatasetInfo
 from cdit.data.windows import DataConfig, WindowDataset
 from cdit.diffusion import SamplerConfig
 from cdit.errors import UserError
-from cdit.world_model import WorldModel
+from cdit.world_model import WorldDescription, WorldModel
 
 
 @dataclass
@@ -26,10 +26,10 @@ class SamplerOptions:
     shift: float | None = None
     """Moves the steps towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
     guidance: float | None = None
-    """Classifier-free guidance on the action: 1 is off. Needs a model trained with data.action_dropout."""
+    """Classifier-free guidance on the action: 1 is off. Needs a model trained with action_dropout."""
 
-    def over(self, sampler: SamplerConfig) -> SamplerConfig:
-        """The sampler with these options put over it.
+    def over(self, description: WorldDescription) -> SamplerConfig:
+        """The model's sampler with these options put over it.
 
         Raises:
             UserError: a value is out of its range.
@@ -38,7 +38,10 @@ class SamplerOptions:
             raise UserError(f"sampler.steps is {self.steps}, expected at least 1")
         if self.shift is not None and self.shift <= 0:
             raise UserError(f"sampler.shift is {self.shift}, expected more than 0")
-        return replace(sampler, **{name: value for name, value in asdict(self).items() if value is not None})
+        if self.guidance not in (None, 1.0) and not description.action_dropout:
+            raise UserError(f"sampler.guidance is {self.guidance}, but the model was trained without action_dropout")
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        return replace(description.sampler, **given)
 
 
 def load_world(checkpoint: str, device: str) -> WorldModel:
@@ -55,8 +58,14 @@ def load_world(checkpoint: str, device: str) -> WorldModel:
     return WorldModel.from_pretrained(checkpoint).to(chosen)
 
 
-def windows_for(world: WorldModel, folder: str, split: str) -> WindowDataset:
+def windows_for(world: WorldModel, folder: str, split: str, splits: str | None = None) -> WindowDataset:
     """The windows of a split as the model takes them: its frame size and crop, its context, its frames a second.
+
+    Args:
+        world: the model.
+        folder: the dataset.
+        split: name of the split.
+        splits: folder with <split>/traj_names.txt, where that is not <folder>/splits.
 
     Says so on stderr where the dataset's own frames a second differ.
 
@@ -66,6 +75,7 @@ def windows_for(world: WorldModel, folder: str, split: str) -> WindowDataset:
     description = world.description
     config = DataConfig(
         folder=folder,
+        splits=splits,
         image_size=tuple(description.image_size),
         crop=description.crop,
         context_frames=world.cdit.config.max_context,

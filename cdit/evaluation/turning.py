@@ -38,6 +38,8 @@ class TurningConfig:
     """The dataset folder; its dataset.json must hold the camera."""
     split: str = "test"
     """Split the contexts are from."""
+    splits: str | None = None
+    """Folder with <split>/traj_names.txt, where that is not <data>/splits."""
     contexts: int = 128
     """How many contexts, spread over the split."""
     turns: list[float] = field(default_factory=lambda: [5.0, 10.0, 15.0, 20.0])
@@ -79,7 +81,7 @@ def main() -> None:
     if config.out is not None and not Path(config.out).parent.is_dir():
         raise UserError(f"out is {config.out}, but there is no folder {Path(config.out).parent}")
     world = load_world(config.checkpoint, config.device)
-    dataset = windows_for(world, config.data, config.split)
+    dataset = windows_for(world, config.data, config.split, config.splits)
     if dataset.info.camera is None:
         raise UserError(f"{config.data}/dataset.json has no camera, so that the size of a turn is not known in pixels")
     focal = focal_lengths(dataset.info.camera, dataset.config.image_size, dataset.config.crop)
@@ -90,6 +92,12 @@ def main() -> None:
         )
 
     windows = spread(dataset.windows_with([1]), config.contexts)
+    if not windows:
+        raise UserError(
+            f"{config.data}: no trajectory of split {config.split!r} has a full context and a frame after it"
+        )
+    if not world.description.has_actions:
+        raise UserError(f"{config.checkpoint}: trained without actions, so it cannot be asked to turn")
     turns = [*true_turns(dataset, focal), *predicted_turns(world, dataset, windows, focal, config)]
     table = f"{len(windows)} contexts of {config.data}, split {config.split}; turns within one frame\n\n"
     table += markdown_table(turns, focal[0])
@@ -127,7 +135,7 @@ def predicted_turns(
 ) -> list[Turn]:
     """The turns in predicted frames, for each of `config.turns` both ways."""
     device = next(world.parameters()).device
-    sampler = config.sampler.over(world.description.sampler)
+    sampler = config.sampler.over(world.description)
     asked = torch.tensor([sign * math.radians(turn) for turn in config.turns for sign in (1, -1)])
     actions = torch.stack((torch.zeros_like(asked), torch.zeros_like(asked), asked), dim=-1).to(device)
     noise, measured = generator(config.seed), []

@@ -198,16 +198,18 @@ def test_the_untrained_network_is_the_identity_on_its_stream_and_predicts_zero(d
 
 
 def test_initial_weights():
-    """Xavier's bounds and variances, small embeddings, closed gates, zero biases."""
+    """Xavier's bounds and variances, a small position table, closed gates, zero biases."""
     torch.manual_seed(0)
     model = CDiT(image_size=(8, 8), hidden_size=192, depth=1, num_heads=6, position="learned", extra_kv=True)
     for name, weight in model.named_parameters():
         if name.endswith("bias") or "ada_ln" in name or name.startswith("final_layer"):
             assert (weight == 0).all(), name
-        elif "embed" in name and "patch" not in name:
+        elif name == "action_embed.unknown":
+            assert weight.std().item() == pytest.approx(0.4, rel=0.3), name
+        elif name == "pos_embed":
             assert weight.std().item() == pytest.approx(0.02, rel=0.1 if weight.numel() > 1000 else 0.3), name
-        elif "extra" in name:  # Xavier normal over (1, D)
-            assert weight.std().item() == pytest.approx((2 / (1 + 192)) ** 0.5, rel=0.3), name
+        elif "extra" in name:  # Xavier normal over (1, 1, D), as bias_k of torch.nn.MultiheadAttention
+            assert weight.std().item() == pytest.approx((2 / (192 + 192)) ** 0.5, rel=0.3), name
         else:  # Xavier uniform over (out, in)
             fan_out, fan_in = weight.flatten(1).shape
             bound = (6 / (fan_in + fan_out)) ** 0.5

@@ -10,7 +10,8 @@ from dialects import DIALECTS, build
 from cdit.codec import CodecConfig
 from cdit.errors import UserError
 from cdit.model import PRESETS, CDiT
-from cdit.model.__main__ import describe, flops, latent_shape, main, parameters, table
+from cdit.model.__main__ import main
+from cdit.model.describe import describe, flops, latent_shape, parameters, table
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)

@@ -1,0 +1,131 @@
+"""Parameters, tokens and FLOPs of a network, without memory for its weights where it is on the meta device."""
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from cdit.codec import CodecConfig
+from cdit.errors import UserError
+from cdit.model.cdit import CDiT
+
+# The first pattern that a parameter's name matches says which part of the network it belongs to.
+PARTS = {
+    r"patch_embed": "patch embedding",
+    r"pos_embed": "position table",
+    r"time_embed": "diffusion time embedding",
+    r"shift_embed": "time shift embedding",
+    r"action_embed": "action embedding",
+    r"context_blocks": "context blocks",
+    r"(self|cross)_attn\.q\.": r"\1-attention Q",
+    r"(self|cross)_attn\.kv\.": r"\1-attention K, V",
+    r"(self|cross)_attn\.out\.": r"\1-attention O",
+    r"(self|cross)_attn\.[qk]_norm": r"\1-attention q, k norm",
+    r"(self|cross)_attn\.extra_": r"\1-attention extra key, value",
+    r"\.mlp\.": "MLP",
+    r"blocks\.\d+\.ada_ln": "AdaLN",
+    r"final_layer": "final layer",
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A number of the description."""
+
+    group: str
+    """parameters, tokens or FLOPs."""
+    name: str
+    """What is counted."""
+    value: int
+    """How many."""
+
+
+def parameters(cdit: CDiT) -> dict[str, int]:
+    """Parameters of each part, in the order in which the network has them; K and V, made by one map, are halved."""
+    count: Counter[str] = Counter()
+    for name, parameter in cdit.named_parameters():
+        match = next(m for m in (re.search(pattern, name) for pattern in PARTS) if m)
+        part = match.expand(PARTS[match.re.pattern])
+        if part.endswith("K, V"):
+            for half in ("K", "V"):
+                count[part.replace("K, V", half)] += parameter.numel() // 2
+        else:
+            count[part] += parameter.numel()
+    return dict(count)
+
+
+def flops(cdit: CDiT, context_frames: int, goals: int) -> dict[str, int]:
+    """FLOPs (2 per multiply-add) for one context: encoding it, and the forward of its goals.
+
+    Where K and V follow the condition there is little to encode beforehand, and the forward makes them.
+
+    Args:
+        cdit: a network; its weights are not touched when it is on the meta device.
+        context_frames: past frames.
+        goals: targets, all of the one context.
+    """
+    device = next(cdit.parameters()).device
+    frame = (cdit.config.in_channels, *cdit.config.image_size)
+    context = torch.zeros(1, context_frames, *frame, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as encoding:
+        cache = cdit.encode_context(context)
+    each = torch.zeros(1, goals, device=device)
+    with torch.no_grad(), FlopCounterMode(display=False) as forward:
+        cdit(torch.zeros(1, goals, *frame, device=device), each, each[..., None].expand(1, goals, 3), each, cache)
+    encoded, denoised = encoding.get_total_flops(), forward.get_total_flops()
+    return {
+        "encoding the context, once": encoded,
+        "forward with the cached context": denoised,
+        "forward, context included": encoded + denoised,
+    }
+
+
+def describe(cdit: CDiT, context_frames: int, goals: int) -> list[Row]:
+    """Parameters per part, tokens, and FLOPs for one context with its goals (see `flops`)."""
+    counts = parameters(cdit)
+    patches = cdit.grid[0] * cdit.grid[1]
+    return [
+        *(Row("parameters", name, count) for name, count in counts.items()),
+        Row("parameters", "total", sum(counts.values())),
+        Row("tokens", "target", patches),
+        Row("tokens", "context", patches * context_frames),
+        *(Row("FLOPs", name, count) for name, count in flops(cdit, context_frames, goals).items()),
+    ]
+
+
+def table(rows: list[Row]) -> str:
+    """The rows as aligned text, shares of all parameters beside each."""
+    total = next(row.value for row in rows if (row.group, row.name) == ("parameters", "total"))
+    width = max(len(row.name) for row in rows)
+    lines = []
+    for row, before in zip(rows, (None, *rows), strict=False):
+        if before is None or row.group != before.group:
+            lines += [f"\n{row.group}"]
+        line = f"  {row.name:<{width}}  {row.value:>20,}"
+        if row.group == "parameters":
+            line += f"  {row.value / total:6.1%}"
+        elif row.group == "FLOPs":
+            line += f"  {row.value / 1e9:10.4g} G"
+        lines.append(line)
+    return "\n".join(lines).strip("\n")
+
+
+def latent_shape(codec: CodecConfig, image_size: tuple[int, int]) -> tuple[int, int, int]:
+    """(C, H, W) of what is denoised, without loading an autoencoder's weights.
+
+    Raises:
+        UserError: the frame's size is no multiple of the codec's.
+    """
+    channels, downscale = (3, 1) if codec.kind == "pixels" else (4, 8)
+    said = Path(codec.name) / "config.json"
+    if codec.kind != "pixels" and said.is_file():
+        values = json.loads(said.read_text())
+        blocks = values["block_out_channels" if codec.kind == "kl" else "encoder_block_out_channels"]
+        channels, downscale = values["latent_channels"], 2 ** (len(blocks) - 1)
+    if any(side % downscale for side in image_size):
+        raise UserError(f"data.image_size {image_size}: expected multiples of {downscale}, the codec's downscaling")
+    return channels, image_size[0] // downscale, image_size[1] // downscale
