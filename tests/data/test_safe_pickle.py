@@ -1,6 +1,8 @@
 import os
 import pickle
 import pickletools
+import resource
+import struct
 
 import numpy as np
 import pytest
@@ -17,6 +19,8 @@ VALUES = {
     "flags": np.array([True, False]),
     "names": np.array(["one", "three"]),
     "strided": np.arange(10)[::2],
+    "empty": np.zeros((0, 2)),
+    "of no dimension": np.array(1.5),
     "scalar": np.float64(2.5),
     "count": np.int32(7),
     "plain": {
@@ -119,6 +123,133 @@ def test_a_dtype_cannot_pass_bytes_as_object_pointers(tmp_path):
     read = safe_pickle.load(path)
     assert not read.dtype.hasobject
     np.testing.assert_array_equal(read, [0.0, 1.0])
+
+
+def named(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def argument(*values) -> bytes:
+    """What pushes a tuple; bytes are code that pushes a value."""
+    code = [value if isinstance(value, bytes) else pickle.dumps(value, 3)[2:-1] for value in values]
+    return b"(" + b"".join(code) + b"t"
+
+
+def literal(value) -> bytes:
+    """What pushes a value."""
+    return pickle.dumps(value, 3)[2:-1]
+
+
+NDARRAY = named("numpy", "ndarray")
+DTYPE = named("numpy", "dtype")
+RECONSTRUCT = named("numpy.core.multiarray", "_reconstruct")
+SCALAR = named("numpy.core.multiarray", "scalar")
+FROMBUFFER = named("numpy.core.numeric", "_frombuffer")
+ENCODE = named("_codecs", "encode")
+EMPTY = RECONSTRUCT + argument(NDARRAY, (0,), literal(b"b")) + b"R"
+F8 = DTYPE + argument("f8", False, True) + b"R"
+
+
+def array_state(shape, dtype: bytes, data: bytes) -> bytes:
+    return argument(1, shape, dtype, False, literal(data))
+
+
+def dtype_of(code) -> bytes:
+    return DTYPE + argument(code, False, True) + b"R"
+
+
+ATTACKS = {
+    "ndarray called": NDARRAY + argument((1,), "O", literal(bytes(8))) + b"R",
+    "ndarray called, float": NDARRAY + argument((4,), "f8", literal(bytes(8)), 0, (0,)) + b"R",
+    "ndarray called, strides of bytearray": NDARRAY + argument((1,), "f8", bytearray(64), 8, (-8,)) + b"R",
+    "ndarray called, structured": NDARRAY + argument((1,), [("a", "O")], literal(bytes(8))) + b"R",
+    "ndarray called, huge": NDARRAY + argument((2**40,), "b1") + b"R",
+    "ndarray NEWOBJ": NDARRAY + argument((1,), "O", literal(bytes(8))) + b"\x81",
+    "ndarray NEWOBJ_EX": NDARRAY + argument((1,)) + literal({"dtype": "O"}) + b"\x92",
+    "ndarray OBJ": b"(" + NDARRAY + literal((1,)) + literal("O") + b"o",
+    "ndarray INST": b"(" + literal((1,)) + literal("O") + b"inumpy\nndarray\n",
+    "ndarray BUILD": NDARRAY + array_state((1,), F8, bytes(8)) + b"b",
+    "ndarray BUILD of slots": NDARRAY + argument(None, {"_function": 1}) + b"b",
+    "dtype NEWOBJ": DTYPE + argument("O") + b"\x81",
+    "dtype BUILD": DTYPE + literal({"numpy": "O"}) + b"b",
+    "function BUILD": ENCODE + literal({"changed": 1}) + b"b",
+    "set BUILD": named("builtins", "set") + literal({"add": 1}) + b"b",
+    "dtype of objects": dtype_of("O8"),
+    "dtype of records": dtype_of([("a", "O")]),
+    "dtype of void": dtype_of("V8"),
+    "dtype of text": dtype_of("f8,O"),
+    "dtype of nothing": dtype_of("S0"),
+    "dtype of times": dtype_of("M8"),
+    "dtype built from a dict": F8 + literal({"numpy": "O"}) + b"b",
+    "dtype in an unknown order": F8 + literal((3, "O", None, None, None, -1, -1, 63)) + b"b",
+    "array of another class": RECONSTRUCT + argument(DTYPE, (0,), literal(b"b")) + b"R",
+    "array of a dtype's name": EMPTY + array_state((1,), literal("O"), bytes(8)) + b"b",
+    "array without dtype": EMPTY + array_state((1,), DTYPE, bytes(8)) + b"b",
+    "array of a list": EMPTY + argument(1, (1,), F8, False, [1.0]) + b"b",
+    "array built from a dict": EMPTY + literal({"dtype": "O"}) + b"b",
+    "array larger than its data": EMPTY + array_state((2,), F8, bytes(8)) + b"b",
+    "array smaller than its data": EMPTY + array_state((1,), F8, bytes(16)) + b"b",
+    "array of negative shape": EMPTY + array_state((-1, -1), F8, bytes(8)) + b"b",
+    "array of inferred shape": EMPTY + array_state((-1,), F8, bytes(8)) + b"b",
+    "array of overflowing shape": EMPTY + array_state((2**32, 2**32), F8, b"") + b"b",
+    "array of infinite shape": EMPTY + array_state((2**70, 0), F8, b"") + b"b",
+    "array of unmeasured shape": EMPTY + array_state((1.0,), F8, bytes(8)) + b"b",
+    "array filled twice": EMPTY + 2 * (array_state((1,), F8, bytes(8)) + b"b"),
+    "buffer larger than its data": FROMBUFFER + argument(literal(bytes(8)), F8, (2**40,), "C") + b"R",
+    "buffer of inferred shape": FROMBUFFER + argument(literal(bytes(8)), F8, (-1,), "C") + b"R",
+    "buffer of an array": FROMBUFFER + argument(EMPTY, F8, (0,), "C") + b"R",
+    "buffer of a dtype's name": FROMBUFFER + argument(literal(bytes(8)), "O", (1,), "C") + b"R",
+    "buffer BUILD": FROMBUFFER
+    + argument(literal(bytes(8)), F8, (1,), "C")
+    + b"R"
+    + array_state((1,), F8, bytes(8))
+    + b"b",
+    "scalar of a dtype's name": SCALAR + argument("O", literal(bytes(8))) + b"R",
+    "scalar of too few bytes": SCALAR + argument(F8, literal(bytes(4))) + b"R",
+    "scalar of an object": SCALAR + argument(dtype_of("O8"), 1) + b"R",
+    "codec": ENCODE + argument("x", "rot13") + b"R",
+    "codec of an array": ENCODE + argument(EMPTY, "latin1") + b"R",
+    "bytes bomb": named("builtins", "bytes") + argument(2**40) + b"R",
+    "set of text": named("builtins", "set") + argument("text") + b"R",
+    "text bomb": b"\x8d" + struct.pack("<Q", 2**62),
+    "bytes length bomb": b"\x8e" + struct.pack("<Q", 2**62),
+    "frame bomb": b"\x95" + struct.pack("<Q", 2**62),
+    "extension": b"\x82\x01",
+    "persistent": b"Ptext\n",
+}
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_forged_pickles_are_refused(tmp_path, attack):
+    (tmp_path / "forged.pkl").write_bytes(b"\x80\x05" + ATTACKS[attack] + b".")
+    with pytest.raises(DataError, match=r"forged\.pkl: not a readable pickle"):
+        safe_pickle.load(tmp_path / "forged.pkl")
+
+
+def test_the_parts_of_the_forgeries_are_read_where_they_are_honest(tmp_path):
+    path = tmp_path / "honest.pkl"
+    for code in (
+        EMPTY + array_state((1,), F8, np.ones(1).tobytes()) + b"b",
+        FROMBUFFER + argument(literal(np.ones(1).tobytes()), F8, (1,), "C") + b"R",
+    ):
+        path.write_bytes(b"\x80\x05" + code + b".")
+        np.testing.assert_array_equal(safe_pickle.load(path), [1.0])
+
+
+def test_no_memory_is_taken_for_memo_entries_that_are_not_there(tmp_path):
+    (tmp_path / "memo.pkl").write_bytes(b"\x80\x05Nr" + struct.pack("<I", 2**32 - 1) + b".")
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert safe_pickle.load(tmp_path / "memo.pkl") is None
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 100_000  # kB; the C unpickler takes 64 GiB
+
+
+def test_a_pickle_cannot_change_how_the_next_one_is_read(tmp_path):
+    path = tmp_path / "forged.pkl"
+    for name in safe_pickle._ADMITTED:
+        for state in ({"x": 1}, (None, {"_function": 1})):
+            path.write_bytes(b"\x80\x05" + named(*name.rsplit(".", 1)) + pickle.dumps(state, 3)[2:-1] + b"b.")
+            with pytest.raises(DataError, match="altering"):
+                safe_pickle.load(path)
 
 
 @pytest.mark.parametrize("data", [b"", b"not a pickle", pickle.dumps(VALUES)[:-20]], ids=["empty", "text", "cut short"])
