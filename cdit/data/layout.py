@@ -25,6 +25,7 @@ from cdit.errors import DataError
 
 FORMAT_VERSION = 1
 POSES = "traj_data.pkl"
+DESCRIPTION = "dataset.json"
 
 
 @dataclass
@@ -67,21 +68,21 @@ class DatasetInfo:
     version: int = FORMAT_VERSION
     """Version of this format."""
 
-    def save(self, folder: Path) -> None:
-        """Writes `<folder>/dataset.json`, whole or not at all."""
+    def save(self, folder: Path, name: str = DESCRIPTION) -> None:
+        """Writes `<folder>/dataset.json` (or the file `name` there), whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / "dataset.json.partial"
+        partial = folder / f"{name}.partial"
         partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(partial, folder / "dataset.json")
+        os.replace(partial, folder / name)
 
     @classmethod
-    def load(cls, folder: Path) -> "DatasetInfo | None":
-        """Reads `<folder>/dataset.json`; None where there is none.
+    def load(cls, folder: Path, name: str = DESCRIPTION) -> "DatasetInfo | None":
+        """Reads `<folder>/dataset.json` (or the file `name` there); None where there is none.
 
         Raises:
             DataError: the file is not JSON, has unknown or ill-typed fields, or a newer version.
         """
-        path = Path(folder) / "dataset.json"
+        path = Path(folder) / name
         if not path.is_file():
             return None
         try:

@@ -5,7 +5,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from multiprocessing import util
 from multiprocessing.synchronize import Event
 from pathlib import Path
@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cdit.data.layout import POSES, DatasetInfo, write_split, write_trajectory
+from cdit.data.layout import DESCRIPTION, POSES, DatasetInfo, write_split, write_trajectory
 from cdit.doom.engine import Engine
 from cdit.doom.geometry import MapGeometry
 from cdit.doom.maps import MAPS, file_name
 from cdit.doom.record import record
-from cdit.errors import UserError
+from cdit.errors import DataError, UserError
 from cdit.randomness import seed_of
 
 RECORDER_VERSION = 1
@@ -26,6 +26,10 @@ RECORDER_VERSION = 1
 
 WAYPOINT_SPACING = 0.3
 """Metres between consecutive frames at the explorer's usual 1.2 m/s: a constant, so that all recordings agree."""
+
+
+CLAIM = "recording.json"
+"""What `dataset.json` will be, while the recording is not whole."""
 
 
 @dataclass(frozen=True)
@@ -70,25 +74,27 @@ def record_dataset(folder: Path, info: DatasetInfo, jobs: list[Job], workers: in
     for split in dict.fromkeys(job.split for job in jobs):
         write_split(folder, split, [job.name for job in jobs if job.split == split])
     info.save(folder)
-    _claim_file(folder).unlink(missing_ok=True)
-
-
-def _claim_file(folder: Path) -> Path:
-    return folder / "recording.json"
+    (folder / CLAIM).unlink(missing_ok=True)
 
 
 def _claim(folder: Path, info: DatasetInfo) -> None:
     """Marks a folder as this recording's; refuses one that was begun with other options."""
-    marked = folder / "dataset.json" if (folder / "dataset.json").is_file() else _claim_file(folder)
-    if marked.is_file():
-        before, now = json.loads(marked.read_text())["source"], json.loads(json.dumps(info.source))
-        differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-        if differing:
-            changes = ", ".join(f"{key} was {before.get(key)!r}, is {now.get(key)!r}" for key in differing)
-            raise UserError(f"{marked}: recorded with other options ({changes}); choose another --out or delete it")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        _claim_file(folder).write_text(json.dumps(asdict(info), indent=2) + "\n")
+    name = DESCRIPTION if (folder / DESCRIPTION).is_file() else CLAIM
+    marked = folder / name
+    try:
+        before = DatasetInfo.load(folder, name)
+    except DataError as error:
+        raise UserError(f"{error}; choose another --out or delete {folder}") from error
+    if before is None:
+        info.save(folder, CLAIM)
+        return
+    now = json.loads(json.dumps(info.source))
+    if before.source.get("recipe") != now["recipe"]:
+        raise UserError(f"{marked}: not a recording of {now['recipe']}; choose another --out")
+    differing = sorted(key for key in before.source.keys() | now.keys() if before.source.get(key) != now.get(key))
+    if differing:
+        changes = ", ".join(f"{key} was {before.source.get(key)!r}, is {now.get(key)!r}" for key in differing)
+        raise UserError(f"{marked}: recorded with other options ({changes}); choose another --out or delete it")
 
 
 def _record_all(folder: Path, jobs: list[Job], workers: int) -> Iterator[tuple[Job, int]]:

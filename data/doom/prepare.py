@@ -2,7 +2,10 @@
 
     python data/doom/prepare.py                                    # quickstart: about a minute on two cores
     python data/doom/prepare.py --config data/doom/freedoom.yaml   # all maps of Freedoom
-    python data/doom/prepare.py --out data/doom/mine --maps freedoom1/E1M1,freedoom2/MAP07 --frames 5000 --size 128
+    python data/doom/prepare.py --out data/doom/mine --maps freedoom1/E1M2,freedoom2/MAP07 --frames 5000 --size 128
+
+Options that are not given are those of the quickstart, or of --config where that is given: `--unknown_maps` too, and
+no map can be trained on and unknown at once.
 
 No monsters, HUD, weapon or damage; 4 frames a second at walking speed. The same options give the same bytes, whatever
 the number of workers; a recording that was interrupted goes on where it stopped.
@@ -28,18 +31,17 @@ class Config:
     out: Path = Path("data/doom/quickstart")
     """Folder of the dataset."""
     maps: list[str] | str = "my_way_home"
-    """Maps of the splits train and test, or "freedoom1", "freedoom2" for all maps of a game but the unknown ones;
-    on the command line separated by commas."""
+    """Maps of the splits train and test, or "freedoom1", "freedoom2" for all maps of a game but the unknown ones; on the command line separated by commas."""
     frames: int = 28_000
-    """Frames per map of train and test together."""
+    """At most how many frames per map of train and test together, rounded up to whole trajectories."""
     test_share: float = 0.1
     """Share of the trajectories of each map that go to the split test."""
     unknown_maps: list[str] | str = field(default_factory=list)
     """Maps of the split unknown, never trained on."""
     unknown_frames: int = 1000
-    """Frames per map of the split unknown."""
+    """At most how many frames per map of the split unknown, rounded up to whole trajectories."""
     length: int = 256
-    """Frames of a trajectory; teleports and exits end some earlier."""
+    """At most how many frames a trajectory has; teleports and exits end some earlier."""
     min_length: int = 64
     """Shorter walks are thrown away and recorded anew from another place."""
     size: int = 128
@@ -59,6 +61,8 @@ def main() -> None:
     check(config)
     unknown = find_maps(config.unknown_maps)
     maps = [name for name in find_maps(config.maps) if name not in unknown]
+    if not maps:
+        raise UserError("maps: all of them are unknown_maps, too; none is left to train on")
     jobs = [job for name in maps for job in jobs_of(config, name, config.frames, "train", "test")]
     jobs += [job for name in unknown for job in jobs_of(config, name, config.unknown_frames, "unknown", "unknown")]
     info = DatasetInfo(
@@ -101,6 +105,16 @@ def jobs_of(config: Config, map_name: str, frames: int, split: str, last_split: 
     ]
 
 
+def as_list(maps: list[str] | str) -> list[str]:
+    """The names as given, in either way to give them."""
+    return maps.split(",") if isinstance(maps, str) else maps
+
+
+def named_maps(maps: list[str] | str) -> set[str]:
+    """The maps named one by one, not by their game."""
+    return {name for name in as_list(maps) if find_maps([name]) == [name]}
+
+
 def check(config: Config) -> None:
     """Refuses values that make no sense.
 
@@ -110,6 +124,13 @@ def check(config: Config) -> None:
     for name in ("frames", "unknown_frames", "min_length", "workers"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} must be at least 1, not {getattr(config, name)}")
+    both = named_maps(config.maps) & set(find_maps(config.unknown_maps))
+    if both:
+        raise UserError(
+            f"maps names {', '.join(sorted(both))}, and so does unknown_maps "
+            f"({', '.join(as_list(config.unknown_maps))}; "
+            "given or by default): a map is either trained on or unknown"
+        )
     if config.seed < 0:
         raise UserError(f"seed must not be negative, not {config.seed}")
     if config.length < config.min_length:

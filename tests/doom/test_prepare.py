@@ -112,6 +112,29 @@ def test_other_options_over_a_recording_are_refused(recording):
     assert contents(recording) == before
 
 
+@pytest.mark.parametrize("name", ["recording.json", "dataset.json"])
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [('{"name": "smo', "not a dataset description"), ('{"name": "mine"}', "not a recording"), ("[]", "not a")],
+    ids=["cut short", "without source", "another thing"],
+)
+def test_a_description_that_is_not_ours_is_refused(tmp_path, monkeypatch, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{name}: {message}.*another --out"):
+        call_main(monkeypatch, "--config", str(SMOKE), "--out", str(tmp_path))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, content)]
+
+
+def test_the_claim_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    def killed(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        call_main(monkeypatch, "--config", str(SMOKE), "--out", str(tmp_path))
+    assert not (tmp_path / "recording.json").exists()
+
+
 @pytest.mark.slow
 def test_ctrl_c_leaves_nothing_half_written(tmp_path):
     out = tmp_path / "long"
@@ -139,6 +162,9 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path):
         (["--size", "9999"], "size"),
         (["--test_share", "1.5"], "test_share"),
         (["--workers", "0"], "workers"),
+        (["--maps", "freedoom2/MAP01,my_way_home"], "maps names freedoom2/MAP01, and so does unknown_maps"),
+        (["--maps", "freedoom2/MAP02", "--unknown_maps", "freedoom2"], "maps names freedoom2/MAP02, and so does"),
+        (["--maps", "freedoom2", "--unknown_maps", "freedoom2"], "none is left"),
     ],
 )
 def test_wrong_options_are_named(tmp_path, monkeypatch, options, message):
@@ -169,6 +195,20 @@ def test_presets(preset, counts, monkeypatch):
     assert maps["train"] == maps["test"]
     assert not maps["train"] & maps["unknown"]
     assert len({job.name for job in jobs}) == len(jobs)
+
+
+@pytest.mark.parametrize(
+    "command", [line.split("#")[0] for line in RECIPE.read_text().splitlines() if line.startswith("    python ")]
+)
+def test_the_examples_train_on_the_maps_they_name(command, monkeypatch):
+    recorded = []
+    monkeypatch.setattr("cdit.doom.dataset.record_dataset", lambda *arguments: recorded.append(arguments))
+    monkeypatch.chdir(ROOT)
+    options = command.split()[2:]
+    call_main(monkeypatch, *options)
+    [(_, info, _, _)] = recorded
+    if "--maps" in options:
+        assert info.source["maps"] == options[options.index("--maps") + 1].split(",")
 
 
 def call_main(monkeypatch, *options: str) -> None:
