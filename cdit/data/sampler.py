@@ -6,6 +6,7 @@ import numpy as np
 
 from cdit.data.windows import WindowKey
 from cdit.errors import UserError
+from cdit.randomness import seed_of
 
 
 class KeyedBatchSampler:
@@ -71,4 +72,4 @@ class KeyedBatchSampler:
                 yield keys
 
     def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng((self.seed, epoch)).permutation(self.windows)
+        return np.random.default_rng(seed_of(self.seed, epoch)).permutation(self.windows)

@@ -164,9 +164,10 @@ class WindowDataset(Dataset):
         trajectory, now = self.locate(window)
         past, future = now, len(self.trajectories[trajectory]) - 1 - now
         low, high = max(self.config.min_offset, -past), min(self.config.max_offset, future)
-        draws = np.random.default_rng((self.seed, step, sample))
+        seed = seed_of(self.seed, step, sample)
+        draws = np.random.default_rng(seed)
         item = self.window(window, draws.integers(low, high, size=self.config.goals, endpoint=True).tolist())
-        return item | {"seed": torch.tensor(seed_of(self.seed, step, sample))}
+        return item | {"seed": torch.tensor(seed)}
 
     def locate(self, window: int) -> tuple[int, int]:
         """Index of the window's trajectory in `trajectories`, and its current time there in frames."""

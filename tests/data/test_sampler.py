@@ -1,9 +1,11 @@
 import itertools
 
+import numpy as np
 import pytest
 
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.errors import UserError
+from cdit.randomness import seed_of
 
 
 def keys(windows=37, batch_size=12, seed=1, start_step=0, steps=10, **share):
@@ -43,6 +45,13 @@ def test_resuming_gives_the_batches_that_were_left():
 
 def test_seeds_differ():
     assert keys(seed=1) != keys(seed=2)
+
+
+def test_an_epoch_is_keyed_apart_from_a_sample():
+    """Numpy takes (seed, epoch) for the same key as (seed, epoch, 0)."""
+    order = [key.window for key in keys(batch_size=37, seed=3, steps=3)[2]]
+    assert order != np.random.default_rng((3, 2, 0)).permutation(37).tolist()
+    assert order == np.random.default_rng(seed_of(3, 2)).permutation(37).tolist()
 
 
 def test_length():

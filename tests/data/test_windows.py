@@ -137,6 +137,13 @@ def test_the_key_alone_decides_the_draws(dataset):
     assert any(not torch.equal(one[key]["time_shift"], reseeded[key]["time_shift"]) for key in keys)
 
 
+def test_goals_are_keyed_by_seed_step_and_sample(dataset):
+    windows = WindowDataset(config_of(dataset, goals=16), "train", seed=5)
+    offsets = (windows[WindowKey(3, 2, 0)]["time_shift"] * 5).round().int().tolist()
+    assert offsets != np.random.default_rng((5, 2)).integers(1, 8, size=16, endpoint=True).tolist()
+    assert offsets == np.random.default_rng(seed_of(5, 2, 0)).integers(1, 8, size=16, endpoint=True).tolist()
+
+
 def test_window_with_given_offsets(dataset):
     windows = WindowDataset(config_of(dataset), "train")
     for index in windows.windows_with([-3, 6]):
