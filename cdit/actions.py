@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from cdit.data.motion import wrap_angle
 from cdit.errors import UserError
 
 DEFAULT_STEP = 0.3
@@ -62,7 +63,7 @@ def parse_actions(text: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_T
 
 
 def read_actions(source: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_TURN) -> np.ndarray:
-    """Reads a sequence from a file, if there is one of this name, else from words (see `parse_actions`).
+    """Reads a sequence from a file, if it ends in .csv, .json or .npy, else from words (see `parse_actions`).
 
     Files hold one row dx, dy, dyaw (metres, metres, radians) per frame: `.csv` (a header line may stand first), `.json`
     (a list of rows) or `.npy`.
@@ -104,7 +105,7 @@ def compose(actions: np.ndarray) -> np.ndarray:
     before = yaw - steps[:, 2]
     x = np.cumsum(np.cos(before) * steps[:, 0] - np.sin(before) * steps[:, 1])
     y = np.cumsum(np.sin(before) * steps[:, 0] + np.cos(before) * steps[:, 1])
-    return np.stack((x, y, (yaw + np.pi) % (2 * np.pi) - np.pi), axis=1).astype(np.float32)
+    return np.stack((x, y, wrap_angle(yaw)), axis=1).astype(np.float32)
 
 
 def _action(word: str, part: str, step: float, turn: float) -> np.ndarray:

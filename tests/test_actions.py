@@ -71,6 +71,14 @@ def test_broken_files_are_the_users_mistake(tmp_path: Path, name: str, content: 
     assert name in str(raised.value)
 
 
+def test_the_suffix_decides_not_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    Path("forward").write_text("1,2,3\n")
+    np.testing.assert_allclose(read_actions("forward", step=0.5), [[0.5, 0, 0]])
+    with pytest.raises(UserError, match="No such file"):
+        read_actions("back.csv")
+
+
 def test_a_pickle_is_not_loaded(tmp_path: Path):
     np.save(tmp_path / "a.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(UserError, match=r"a\.npy"):
