@@ -72,11 +72,6 @@ def check(
     return findings
 
 
-def problems(folder: Path | str, splits: Iterable[str] | None = None, decode: bool = True) -> list[str]:
-    """The problems `check` finds, one line each; empty where the dataset is fine."""
-    return check(folder, splits, decode).problems
-
-
 def _frame_problems(trajectories: Iterable[Trajectory]) -> list[str]:
     problems = []
     total = sum(map(len, trajectories))

@@ -9,10 +9,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cdit.data.check import main, problems
+from cdit.data.check import check, main
 from cdit.data.layout import POSES
+from cdit.data.trajectory import read_split
 from cdit.data.windows import DataConfig, WindowDataset
 from cdit.errors import DataError
+
+
+def problems(folder: Path, splits: list[str] | None = None, decode: bool = True) -> list[str]:
+    return check(folder, splits, decode).problems
 
 
 def change_poses(trajectory: Path, **values: np.ndarray) -> None:
@@ -124,6 +129,17 @@ def test_too_short_for_the_windows_asked_for(dataset):
     config = DataConfig(folder=str(dataset), min_history=4, min_offset=10, max_offset=12)
     with pytest.raises(DataError, match=r"b: 13 frames, too few for a window, which takes 14"):
         WindowDataset(config, "train")
+
+
+def test_what_a_killed_recording_left_is_ignored(dataset):
+    before = [trajectory.name for trajectory in read_split(dataset, "train")[0]]
+    shutil.copytree(dataset / "a", dataset / ".d.partial")
+    cut(dataset / ".d.partial/3.jpg")
+    (dataset / ".d.partial" / POSES).unlink()
+    (dataset / "dataset.json.partial").write_text("{")
+    assert problems(dataset) == []
+    trajectories, found = read_split(dataset, "train")
+    assert ([trajectory.name for trajectory in trajectories], found) == (before, [])
 
 
 def test_splits_by_name(dataset):
