@@ -25,6 +25,9 @@ BACKBONE_VARIABLE = "CDIT_LPIPS_BACKBONE"
 MAX_PSNR = 100.0
 """What identical frames score, in dB, so that means stay finite; half a step of 8 bits everywhere scores 54."""
 
+MIN_SIDE = {"ssim": 6, "lpips": 32}
+"""How many pixels a side of a frame must have."""
+
 HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
 
 
@@ -108,7 +111,17 @@ def load_lpips(device: torch.device | str = "cpu", timeout: float = 10.0) -> Lpi
         socket.setdefaulttimeout(before)
 
 
-def load_metrics(device: torch.device | str = "cpu") -> dict[str, Metric]:
-    """The metrics by name: psnr, ssim and, where its weights are to be had, lpips."""
-    lpips = load_lpips(device)
-    return {"psnr": psnr, "ssim": ssim} | ({"lpips": lpips} if lpips is not None else {})
+def load_metrics(device: torch.device | str = "cpu", image_size: tuple[int, int] | None = None) -> dict[str, Metric]:
+    """The metrics by name: psnr, ssim and, where its weights are to be had, lpips.
+
+    Args:
+        device: where to compute.
+        image_size: height and width of the frames; what they are too small for is left out with one line on stderr.
+    """
+    too_small = [name for name, side in MIN_SIDE.items() if image_size and min(image_size) < side]
+    if too_small:
+        needs = ", ".join(f"{name.upper()} needs {MIN_SIDE[name]}" for name in too_small)
+        print(f"left out for frames of {image_size[0]}×{image_size[1]} pixels: {needs} a side", file=sys.stderr)
+    lpips = None if "lpips" in too_small else load_lpips(device)
+    found = {"psnr": psnr, "ssim": ssim, "lpips": lpips}
+    return {name: metric for name, metric in found.items() if metric is not None and name not in too_small}

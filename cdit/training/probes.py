@@ -38,7 +38,9 @@ class Probes:
             self.paths = self._reaching([config.probe.rollout_frames], "probe.rollout_frames")
         if config.probe.attention.samples:
             config.probe.attention.resolve(cdit, "probe.attention")  # here, before the training that a mistake costs
-        self.metrics = load_metrics(accelerator.device) if accelerator.is_main_process else {}
+        self.metrics = {}
+        if accelerator.is_main_process:
+            self.metrics = load_metrics(accelerator.device, config.data.image_size)
 
     def run(self, world: WorldModel, tracker: Tracker, step: int, final: bool = False) -> None:
         """Probes the world model as it is; every process must call it.
@@ -118,7 +120,7 @@ class Probes:
         report = inspect_attention(world, batch, probe.attention, self.seed)
         report.save(folder / "attention")
         tracker.log(report.scalars, step)
-        tracker.show(report.to_wandb(), step)
+        tracker.show({name: value for name, value in report.to_wandb().items() if name not in report.scalars}, step)
 
     def _reaching(self, offsets: list[int], field: str) -> list[int]:
         windows = self.dataset.windows_with(offsets)

@@ -144,3 +144,26 @@ def test_without_weights_lpips_is_left_out_with_one_line(monkeypatch: pytest.Mon
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert "CDIT_LPIPS_BACKBONE" in said
+
+
+@pytest.mark.parametrize(
+    ("size", "left"), [((5, 40), ["psnr"]), ((6, 31), ["psnr", "ssim"]), ((32, 32), ["psnr", "ssim", "lpips"])]
+)
+def test_what_frames_are_too_small_for_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys, size: tuple[int, int], left: list[str]
+):
+    monkeypatch.setattr(metrics, "load_lpips", lambda device: Lpips.__new__(Lpips))
+    found = load_metrics(image_size=size)
+    assert list(found) == left
+    said = capsys.readouterr().err
+    assert said.count("\n") == (len(left) < 3)
+    assert ("LPIPS needs 32" in said) is ("lpips" not in left)
+    assert ("SSIM needs 6" in said) is ("ssim" not in left)
+    a, b = frames(0, size=size), frames(1, size=size)
+    for name in set(left) - {"lpips"}:
+        assert found[name](a, b).isfinite().all()
+
+
+def test_lpips_takes_the_smallest_frames_that_it_is_offered(lpips: Lpips):
+    side = metrics.MIN_SIDE["lpips"]
+    assert lpips(frames(0, size=(side, side)), frames(1, size=(side, side))).isfinite().all()

@@ -11,6 +11,7 @@ from PIL import Image
 
 from cdit.data.windows import WindowDataset
 from cdit.errors import UserError
+from cdit.evaluation.metrics import psnr
 from cdit.training.config import TrainConfig
 from cdit.training.probes import Probes
 from cdit.world_model import WorldModel
@@ -117,3 +118,48 @@ def test_what_cannot_be_probed_is_named_at_the_start(
 ):
     with pytest.raises(UserError, match=field):
         Probes(test_set, world.cdit, config(*options), accelerator)
+
+
+class Recorder:
+    """A tracker that keeps the names that it is given."""
+
+    def __init__(self):
+        self.logged, self.shown = [], []
+
+    def log(self, metrics: dict[str, float], step: int) -> None:
+        self.logged += metrics
+
+    def show(self, media: dict[str, object], step: int) -> None:
+        self.shown += media
+
+    def print(self, text: str) -> None:
+        """Not looked at."""
+
+
+def test_nothing_is_tracked_twice(
+    config: Callable[..., TrainConfig],
+    test_set: WindowDataset,
+    world: WorldModel,
+    accelerator: Accelerator,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr("cdit.training.probes.load_metrics", lambda *_: {"psnr": psnr})
+    tracker = Recorder()
+    Probes(test_set, world.cdit, config(), accelerator).run(world, tracker, 1)
+    names = tracker.logged + tracker.shown
+    assert len(set(names)) == len(names)
+    assert any(name.startswith("attention/") for name in tracker.logged)
+    assert any(name.startswith("attention/") for name in tracker.shown)
+
+
+def test_metrics_are_those_that_the_frames_are_large_enough_for(
+    config: Callable[..., TrainConfig],
+    test_set: WindowDataset,
+    world: WorldModel,
+    accelerator: Accelerator,
+    capsys: pytest.CaptureFixture[str],
+):
+    settings = config("--data.image_size", "[24, 64]")
+    probes = Probes(test_set, world.cdit, settings, accelerator)
+    assert set(probes.metrics) == {"psnr", "ssim"}
+    assert capsys.readouterr().err == "left out for frames of 24×64 pixels: LPIPS needs 32 a side\n"
