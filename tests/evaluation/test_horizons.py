@@ -88,6 +88,30 @@ def test_a_model_that_ignores_actions_does_not_lose_by_wrong_ones(batch: dict[st
         assert result.mean("shuffled_contexts", metric) != result.mean("model", metric)
 
 
+def test_masks_stay_with_what_they_mask(batch: dict[str, Tensor]):
+    """Samples without history and actions that are unknown, wherever they are shuffled to."""
+    batch["context_mask"][:2, 0] = False
+    batch["action_mask"][1, 0] = batch["action_mask"][4, 1:] = False
+    seen = []
+
+    class Looking(Fake):
+        def predict(self, context, actions, time_shift, context_mask, action_mask, sampler, generator) -> Tensor:
+            for b in range(len(context)):
+                whose = int((to_float(batch["context"]) == context[b]).flatten(1).all(1).nonzero())
+                assert torch.equal(context_mask[b], batch["context_mask"][whose])
+                whose_actions = int((batch["action"] == actions[b]).flatten(1).all(1).nonzero())
+                assert torch.equal(action_mask[b], batch["action_mask"][whose_actions])
+                seen.append((whose, whose_actions))
+            return context[:, -1:].expand(-1, G, -1, -1, -1)
+
+    evaluate_horizons(Looking(None), batch, METRICS, seed=0, chunk=2)
+    assert len(seen) == 3 * B
+    own, actions, contexts = seen[:B], seen[B : 2 * B], seen[2 * B :]
+    assert own == [(b, b) for b in range(B)]
+    assert all(context == b != other for b, (context, other) in enumerate(actions))
+    assert all(context != b == other for b, (context, other) in enumerate(contexts))
+
+
 def test_methods_that_cannot_be(batch: dict[str, Tensor]):
     def methods(batch: dict[str, Tensor]) -> set[str]:
         return {row.method for row in evaluate_horizons(fake, batch, METRICS, seed=0).rows}
