@@ -38,17 +38,18 @@ class Validation:
             network: the CDiT to call, in evaluation mode.
             accelerator: the windows are shared out among its processes.
         """
-        sums = torch.zeros(2, self.bins, dtype=torch.float64, device=accelerator.device)
+        sums = torch.zeros(2, self.bins, dtype=torch.float64)  # on the CPU: not every device has float64
         mine = range(accelerator.process_index, len(self.keys), accelerator.num_processes)
         for start in range(0, len(mine), CHUNK):
             chosen = list(mine[start : start + CHUNK])
             items = collate([self.dataset[self.keys[i]] for i in chosen])
             batch = noisy_batch(world, items, accelerator.device, time=self.times[chosen])
-            loss = world.flow.loss(network(**batch.inputs()), batch.clean, batch.noise, batch.time).double().flatten()
-            bins = (batch.time * self.bins).long().clamp(max=self.bins - 1).flatten()
+            loss = world.flow.loss(network(**batch.inputs()), batch.clean, batch.noise, batch.time)
+            loss = loss.float().cpu().double().flatten()
+            bins = (self.times[chosen] * self.bins).long().clamp(max=self.bins - 1).flatten()
             sums[0].index_add_(0, bins, loss)
             sums[1].index_add_(0, bins, torch.ones_like(loss))
-        sums = accelerator.reduce(sums, "sum").cpu()
+        sums = accelerator.reduce(sums.to(accelerator.device, torch.float32), "sum").cpu().double()
         named = {}
         for i, (total, count) in enumerate(sums.T.tolist()):
             if count:

@@ -97,3 +97,13 @@ def test_measuring_again_gives_the_same(world: WorldModel, test_set: WindowDatas
 def test_a_bin_that_holds_nothing_is_not_reported(world: WorldModel, test_set: WindowDataset, accelerator: Accelerator):
     result = Validation(test_set, ValidationConfig(samples=1, time_bins=4), seed=0).run(world, world.cdit, accelerator)
     assert set(result) == {"validation/loss", "validation/loss_t0.25-0.50", "validation/loss_t0.75-1.00"}
+
+
+def test_no_device_needs_float64(
+    world: WorldModel, test_set: WindowDataset, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+):
+    """Apple's has none. What is reduced is on the device."""
+    reduced = []
+    monkeypatch.setattr(accelerator, "reduce", lambda tensor, how: reduced.append(tensor) or tensor)
+    Validation(test_set, ValidationConfig(samples=5), seed=0).run(world, world.cdit, accelerator)
+    assert [(tensor.dtype, tensor.device) for tensor in reduced] == [(torch.float32, accelerator.device)]
