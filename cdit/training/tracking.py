@@ -1,6 +1,7 @@
 """Where a run's numbers and pictures go: its own folder, and Weights & Biases through Accelerate's tracker."""
 
 import json
+import math
 import os
 import secrets
 from dataclasses import asdict
@@ -51,10 +52,11 @@ class Tracker:
         self.accelerator.print(text)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Numbers of a step, to metrics.jsonl and the tracker."""
+        """Numbers of a step, to metrics.jsonl (null where not finite, which JSON cannot say) and the tracker."""
         if self.accelerator.is_main_process:
+            row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             with self.path.open("a") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
+                file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
         self.accelerator.log(metrics, step=step)
 
     def show(self, media: dict[str, Any], step: int) -> None:

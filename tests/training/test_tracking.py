@@ -99,3 +99,10 @@ def test_a_row_cut_short_by_a_kill_is_dropped(track: Callable[[int], Tracker]):
     again = track(1)
     again.log({"value": 2.0}, 2)
     assert [json.loads(line)["value"] for line in again.path.read_text().splitlines()] == [1.0, 2.0]
+
+
+def test_what_is_not_finite_is_null(track: Callable[[int], Tracker]):
+    """JSON has no other word for it."""
+    tracker = track(0)
+    tracker.log({"a": float("inf"), "b": float("nan"), "c": 1.5}, 1)
+    assert tracker.path.read_text() == '{"step": 1, "a": null, "b": null, "c": 1.5}\n'
