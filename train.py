@@ -6,7 +6,6 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from cdit.cli import parse_config, run
@@ -16,11 +15,18 @@ from cdit.data.windows import WindowDataset
 from cdit.errors import UserError
 from cdit.randomness import seed_of
 from cdit.training.batch import noisy_batch
-from cdit.training.checkpoints import RunState, find_resume, load_checkpoint, save_checkpoint
+from cdit.training.checkpoints import RunState, check_config, find_resume, load_checkpoint, save_checkpoint
 from cdit.training.config import TrainConfig
 from cdit.training.ema import EMA
 from cdit.training.probes import Probes
-from cdit.training.setup import build_optimizer, build_world, prepare_data
+from cdit.training.setup import (
+    build_accelerator,
+    build_optimizer,
+    build_world,
+    micro_batches,
+    prepare_data,
+    resume_schedule,
+)
 from cdit.training.tracking import Tracker
 from cdit.training.validation import Validation
 
@@ -31,28 +37,20 @@ def main() -> None:
     """Config, data, model, the loop."""
     config = parse_config(TrainConfig, __doc__, default_file=QUICKSTART)
     config.validate()
+    config.check_folder()
 
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        dynamo_backend="inductor" if config.compile else "no",
-        log_with="wandb" if config.tracking.backend == "wandb" else None,
-    )
+    accelerator = build_accelerator(config)
+    accelerator.gradient_accumulation_steps = micro_batches(config, accelerator.num_processes)
     if accelerator.device.type == "cpu":  # the launcher leaves each process one thread
         torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
     resume_from = find_resume(config.resume, config.folder)
+    if resume_from:
+        check_config(config, resume_from)
 
     # Data: recorded where missing, then windows of past frames and goals.
     prepare_data(config.data, accelerator)
     train_set = WindowDataset(config.data, config.data.train_split, config.seed)
     test_set = WindowDataset(config.data, config.data.test_split, config.seed)
-    share = config.batch_size // accelerator.num_processes
-    micro_batch_size = min(config.micro_batch_size or share, share)
-    if share == 0 or config.batch_size % accelerator.num_processes or share % micro_batch_size:
-        raise UserError(
-            f"batch_size is {config.batch_size}, expected a multiple of processes × micro_batch_size = "
-            f"{accelerator.num_processes} × {config.micro_batch_size or 1}"
-        )
-    accelerator.gradient_accumulation_steps = share // micro_batch_size
 
     # Model, optimizer, and the running average of the weights. `cdit` is the bare network, `network` what is trained.
     world = build_world(config, train_set)
@@ -63,8 +61,8 @@ def main() -> None:
     ema = EMA(cdit, config.ema)
     state = RunState()
     if resume_from:
-        state = load_checkpoint(accelerator, ema, resume_from)
-        schedule.load_state_dict(state.schedule)
+        state = load_checkpoint(accelerator, ema, resume_from, config.folder)
+        resume_schedule(schedule, state.schedule)
 
     sampler = KeyedBatchSampler(
         len(train_set),
@@ -89,9 +87,11 @@ def main() -> None:
     # The loop.
     last_step = min(config.steps, config.stop_at or config.steps)
     bar = tqdm(total=config.steps, initial=state.step, desc=config.name, disable=not accelerator.is_main_process)
-    losses, since = [], time.perf_counter()
+    losses = list(torch.tensor(state.losses, device=accelerator.device))  # of the steps since the last row
+    timed_from, since = state.step, time.perf_counter()
     network.train()
     while state.step < last_step:
+        parts = []
         for micro_batch in range(accelerator.gradient_accumulation_steps):
             batch = noisy_batch(world, next(batches), accelerator.device, config.action_dropout)
             part = micro_batch * accelerator.num_processes + accelerator.process_index  # of the step's batch
@@ -104,17 +104,19 @@ def main() -> None:
                     norm = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
-            losses.append(loss.detach())
+            parts.append(loss.detach())
+        losses.append(torch.stack(parts).mean())
         schedule.step()
         ema.step()
         state.step += 1
         bar.update()
 
-        if state.step % config.tracking.every == 0 or state.step == last_step:
-            mean_loss = accelerator.reduce(torch.stack(losses).mean(), "mean").item()
+        ended, finished = state.step == last_step, state.step == config.steps
+        if state.step % config.tracking.every == 0 or finished:
+            mean_loss = accelerator.reduce(torch.stack(losses), "mean").mean().item()
             if not math.isfinite(mean_loss):
                 raise UserError(f"the loss is {mean_loss} at step {state.step}: try a lower optimizer.learning_rate")
-            steps = len(losses) / accelerator.gradient_accumulation_steps
+            steps = state.step - timed_from
             rate = steps * config.batch_size * config.data.goals / (time.perf_counter() - since)
             bar.set_postfix_str(f"loss {mean_loss:.4f}, {rate:.0f} samples/s")
             tracker.log(
@@ -126,11 +128,15 @@ def main() -> None:
                 },
                 state.step,
             )
-            losses, since = [], time.perf_counter()
+            losses, timed_from, since = [], state.step, time.perf_counter()
 
-        ended, finished = state.step == last_step, state.step == config.steps
+        validating = ended or state.step % config.validation.every == 0
+        probing = finished or (config.probe.every and state.step % config.probe.every == 0)
+        saving = ended or state.step % config.checkpoint.every == 0
+        if (validating or probing or saving) and not all(p.isfinite().all() for p in cdit.parameters()):
+            raise UserError(f"weights are not finite at step {state.step}: try a lower optimizer.learning_rate")
         pause = time.perf_counter()
-        if state.step % config.validation.every == 0 or ended:
+        if validating:
             with ema.applied():
                 measured = validation.run(world, network, accelerator)
                 if measured["validation/loss"] < state.best_loss:
@@ -138,12 +144,13 @@ def main() -> None:
                     if accelerator.is_main_process:
                         world.save_pretrained(config.folder / "best")
             tracker.log(measured, state.step)
-        if finished or (config.probe.every and state.step % config.probe.every == 0):
+        if probing:
             with ema.applied():
                 probes.run(world, tracker, state.step, finished)
-        if state.step % config.checkpoint.every == 0 or ended:
+        if saving:
             state.schedule = schedule.state_dict()
-            save_checkpoint(accelerator, ema, state, config.folder, config.checkpoint.keep)
+            state.losses = accelerator.reduce(torch.stack(losses), "mean").tolist() if losses else []
+            save_checkpoint(accelerator, ema, state, config)
         since += time.perf_counter() - pause
 
     bar.close()

@@ -8,12 +8,20 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from accelerate import Accelerator
 
 from cdit.errors import UserError
+from cdit.training.config import TrainConfig, flat
 from cdit.training.ema import EMA
 
 STATE = "state.json"
+CONFIG = "config.yaml"
+MAY_DIFFER = re.compile(
+    r"(name|output|resume|steps|stop_at|micro_batch_size|compile|mixed_precision"
+    r"|data\.(folder|prepare|splits|workers|cache_gb)|(validation|probe|checkpoint|tracking|sampler)\..*)"
+)
+"""Fields that a continued run may have other values of than the run had that it continues."""
 
 
 @dataclass
@@ -28,6 +36,8 @@ class RunState:
     """Smallest validation loss so far."""
     tracker_id: str | None = None
     """Identity of the run at the tracker."""
+    losses: list[float] = field(default_factory=list)
+    """Of the steps since the last row of training metrics, which the next one is to tell of, too."""
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -36,9 +46,9 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(p for p in found if re.fullmatch(r"step_\d{8}", p.name) and (p / STATE).is_file())
 
 
-def save_checkpoint(accelerator: Accelerator, ema: EMA, state: RunState, run: Path, keep: int) -> None:
-    """Writes a checkpoint, whole or not at all, and deletes all but the newest `keep`. Every process must call it."""
-    final = run / "checkpoints" / f"step_{state.step:08d}"
+def save_checkpoint(accelerator: Accelerator, ema: EMA, state: RunState, config: TrainConfig) -> None:
+    """Writes a checkpoint, whole or not at all, and deletes the oldest ones. Every process must call it."""
+    final = config.folder / "checkpoints" / f"step_{state.step:08d}"
     partial = final.with_name(f".{final.name}.partial")
     if accelerator.is_main_process:
         shutil.rmtree(partial, ignore_errors=True)
@@ -47,16 +57,19 @@ def save_checkpoint(accelerator: Accelerator, ema: EMA, state: RunState, run: Pa
     accelerator.save_state(str(partial))
     if accelerator.is_main_process:
         ema.save(partial / "ema.safetensors")
+        config.save(partial / CONFIG)
         (partial / STATE).write_text(json.dumps(asdict(state)))
         shutil.rmtree(final, ignore_errors=True)
         os.replace(partial, final)
-        for old in checkpoints(run)[:-keep]:
+        for old in checkpoints(config.folder)[: -config.checkpoint.keep]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
 
 
-def load_checkpoint(accelerator: Accelerator, ema: EMA, folder: Path) -> RunState:
-    """Restores weights, optimizer, schedule and average from a checkpoint.
+def load_checkpoint(accelerator: Accelerator, ema: EMA, folder: Path, run: Path) -> RunState:
+    """Restores weights, optimizer and average from a checkpoint.
+
+    Where it is not one of `run`, that run becomes one of its own: another at the tracker, its best still to come.
 
     Raises:
         UserError: the folder is no checkpoint, or one of another network.
@@ -68,8 +81,31 @@ def load_checkpoint(accelerator: Accelerator, ema: EMA, folder: Path) -> RunStat
     except Exception as error:  # missing files, foreign weights, broken archives: each library has its own exceptions
         reason = str(error).strip().partition("\n")[0] or type(error).__name__
         raise UserError(f"resume: {folder} cannot be continued from: {reason}") from error
+    if run.resolve() not in folder.resolve().parents:
+        state.tracker_id, state.best_loss = None, float("inf")
     accelerator.step = 0  # its count of micro-batches, of which a step may now have another number
     return state
+
+
+def check_config(config: TrainConfig, folder: Path) -> None:
+    """Compares the config with the one that the checkpoint was made with.
+
+    Raises:
+        UserError: something differs that cannot change on the way; the message names field, old and new value.
+    """
+    try:
+        saved = flat(yaml.safe_load((folder / CONFIG).read_text()))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"resume: {folder} cannot be continued from: its {CONFIG}: {reason}") from error
+    before = {**flat(TrainConfig().plain()), **saved}  # what was not a field yet was as it is by default
+    changed = [
+        f"{name} is {value}, was {before[name]}"
+        for name, value in flat(config.plain()).items()
+        if not MAY_DIFFER.fullmatch(name) and value != before[name]
+    ]
+    if changed:
+        raise UserError(f"resume: {folder} cannot be continued with another config: {'; '.join(changed)}")
 
 
 def find_resume(resume: str, run: Path) -> Path | None:

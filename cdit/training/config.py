@@ -1,8 +1,9 @@
 """The whole configuration of a training run. Sections that describe a part stand beside that part's code."""
 
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 
@@ -109,11 +110,12 @@ class TrainConfig:
     """Folder of all runs."""
     resume: str = "no"
     """Continue an earlier run: auto (from its newest checkpoint, or from the start where there is none), or the path of
-    a checkpoint folder; no starts afresh and refuses a folder that holds checkpoints."""
+    a checkpoint folder; no starts afresh and refuses a folder that holds checkpoints. What the weights were learned
+    with cannot change on the way."""
     seed: int = 0
     """Key of all randomness: weights, batches, goals, noise, diffusion times."""
     steps: int = 1000
-    """Optimizer steps of the whole run."""
+    """Optimizer steps of the whole run. Where another number is given on resuming, a cosine follows it from there."""
     stop_at: int | None = None
     """Stop after this step, schedules unchanged, to train a run in pieces (see resume)."""
     batch_size: int = 32
@@ -221,9 +223,32 @@ class TrainConfig:
         if not self.probe.offsets or 0 in self.probe.offsets:
             raise UserError(f"probe.offsets is {self.probe.offsets}, expected non-zero numbers of frames")
 
+    def check_folder(self) -> None:
+        """Checks that the run's folder can be made, or written to.
+
+        Raises:
+            UserError: it cannot.
+        """
+        there = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            what = "may not be written to" if there.is_dir() else "is no folder"
+            raise UserError(f"output is {self.output!r}, but {there} {what}")
+
+    def plain(self) -> dict[str, Any]:
+        """The config as YAML has it: dictionaries, lists and plain values."""
+        return _plain(asdict(self))
+
     def save(self, path: Path) -> None:
         """Writes the resolved config as YAML; `train.py --config` repeats the run from it."""
-        path.write_text(yaml.safe_dump(_plain(asdict(self)), sort_keys=False))
+        path.write_text(yaml.safe_dump(self.plain(), sort_keys=False))
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, its names joined by dots as on the command line."""
+    found = {}
+    for name, value in values.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
 
 
 def _plain(value: object) -> object:

@@ -3,13 +3,16 @@
 import shlex
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from diffusers.optimization import get_scheduler
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from cdit.codec import load_codec
 from cdit.data.windows import DataConfig, WindowDataset
@@ -17,6 +20,47 @@ from cdit.errors import UserError
 from cdit.model import CDiT
 from cdit.training.config import OptimizerConfig, TrainConfig
 from cdit.world_model import Units, WorldDescription, WorldModel
+
+PATIENCE = timedelta(hours=24)
+"""How long processes wait for one that records data, or probes."""
+
+
+def build_accelerator(config: TrainConfig) -> Accelerator:
+    """Device, processes, precision and tracker.
+
+    Raises:
+        UserError: the device does not have that precision.
+    """
+    try:
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            dynamo_backend="inductor" if config.compile else "no",
+            log_with="wandb" if config.tracking.backend == "wandb" else None,
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+        )
+    except ValueError as error:
+        if config.mixed_precision in str(error):
+            raise UserError(f"mixed_precision is {config.mixed_precision}: {error}") from error
+        raise
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate trains in full precision
+        raise UserError("mixed_precision is fp16, expected no or bf16 on a CPU")
+    return accelerator
+
+
+def micro_batches(config: TrainConfig, processes: int) -> int:
+    """Into how many parts each process cuts its share of a batch.
+
+    Raises:
+        UserError: they would not be equal.
+    """
+    share = config.batch_size // processes
+    size = min(config.micro_batch_size or share, share)
+    if share == 0 or config.batch_size % processes or share % size:
+        raise UserError(
+            f"batch_size is {config.batch_size}, expected a multiple of processes × micro_batch_size = "
+            f"{processes} × {config.micro_batch_size or 1}"
+        )
+    return share // size
 
 
 def prepare_data(config: DataConfig, accelerator: Accelerator) -> None:
@@ -74,9 +118,7 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
     return WorldModel(cdit, codec, description)
 
 
-def build_optimizer(
-    network: nn.Module, config: OptimizerConfig, steps: int
-) -> tuple[torch.optim.Optimizer, LRScheduler]:
+def build_optimizer(network: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """AdamW with weight decay on matrices only, and its schedule over the run's steps."""
     matrices = [p for p in network.parameters() if p.requires_grad and p.ndim >= 2]
     others = [p for p in network.parameters() if p.requires_grad and p.ndim < 2]
@@ -84,3 +126,12 @@ def build_optimizer(
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
     name = {"cosine": "cosine", "constant": "constant_with_warmup"}[config.schedule]
     return optimizer, get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
+
+
+def resume_schedule(schedule: LambdaLR, state: dict[str, Any]) -> None:
+    """Goes on from the schedule's `state_dict`, with the rate that its own number of steps, maybe another, asks for."""
+    schedule.load_state_dict(state)
+    for group, rate, factor in zip(
+        schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
+    ):
+        group["lr"] = rate * factor(schedule.last_epoch)

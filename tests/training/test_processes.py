@@ -127,5 +127,6 @@ def test_two_processes_train_as_one(
         assert len(measured) == {"train/loss": 6, "validation/loss": 3}[field]
         for a, b in zip(measured, expected, strict=True):
             assert a == pytest.approx(b, rel=1e-4)
+    assert all("train/gradient_norm" in row for row in rows(run, "train/loss"))
     ours, theirs = (load_file(r / "last/cdit/diffusion_pytorch_model.safetensors") for r in (run, straight))
     assert distance(ours, theirs) < 1e-3

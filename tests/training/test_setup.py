@@ -10,7 +10,14 @@ from accelerate import Accelerator
 from cdit.data.windows import DataConfig, WindowDataset
 from cdit.errors import UserError
 from cdit.training.config import OptimizerConfig, TrainConfig
-from cdit.training.setup import build_optimizer, build_world, prepare_data
+from cdit.training.setup import (
+    build_accelerator,
+    build_optimizer,
+    build_world,
+    micro_batches,
+    prepare_data,
+    resume_schedule,
+)
 from cdit.world_model import WorldModel
 
 
@@ -102,3 +109,42 @@ def test_a_failing_preparation_names_field_and_command(tmp_path: Path, accelerat
     script.write_text("raise SystemExit(7)")
     with pytest.raises(UserError, match=r"data\.prepare.*fails\.py.*7"):
         prepare_data(DataConfig(folder=str(tmp_path / "none"), prepare=str(script)), accelerator)
+
+
+def test_a_cosine_over_another_number_of_steps_is_followed_from_there():
+    def begin(steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        return build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(learning_rate=2e-3, warmup_steps=4), steps)
+
+    expected = learning_rates(OptimizerConfig(learning_rate=2e-3, warmup_steps=4), 16)
+    optimizer, schedule = begin(12)
+    for _ in range(8):
+        optimizer.step()
+        schedule.step()
+    later_optimizer, later_schedule = begin(16)
+    later_optimizer.load_state_dict(optimizer.state_dict())
+    resume_schedule(later_schedule, schedule.state_dict())
+    for rate in expected[8:]:
+        assert {group["lr"] for group in later_optimizer.param_groups} == {rate}
+        later_optimizer.step()
+        later_schedule.step()
+
+
+def test_processes_wait_for_the_one_that_records(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    assert build_accelerator(config()).init_handler.timeout.total_seconds() >= 12 * 3600
+
+
+@pytest.mark.parametrize(
+    ("batch", "micro", "processes", "parts"), [(8, None, 1, 1), (8, None, 2, 1), (8, 2, 2, 2), (8, 99, 2, 1)]
+)
+def test_parts_of_a_share(
+    config: Callable[..., TrainConfig], batch: int, micro: int | None, processes: int, parts: int
+):
+    options = [] if micro is None else ["--micro_batch_size", str(micro)]
+    assert micro_batches(config("--batch_size", str(batch), *options), processes) == parts
+
+
+@pytest.mark.parametrize(("batch", "micro", "processes"), [(8, 3, 1), (8, 3, 2), (7, 1, 2), (1, 1, 2)])
+def test_parts_that_are_not_equal(config: Callable[..., TrainConfig], batch: int, micro: int, processes: int):
+    with pytest.raises(UserError, match=f"batch_size is {batch}, .*{processes} × {micro}"):
+        micro_batches(config("--batch_size", str(batch), "--micro_batch_size", str(micro)), processes)

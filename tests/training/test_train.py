@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -149,6 +150,38 @@ def test_another_run_goes_on_from_a_checkpoint(train: Run, whole: Path, rows: Ro
     options = ("--model.dropout", "0.2", "--stop_at", "5")
     run = train(tmp_path, *options, "--resume", str(whole / "checkpoints/step_00000004"), name="branch")
     assert rows(run, "train/loss") == rows(whole, "train/loss")[4:5]
+    assert (run / "best" / WEIGHTS).is_file()
+
+
+def test_open_losses_are_told_of_after_going_on(train: Run, rows: Rows, tmp_path: Path):
+    """Rows of two steps' losses, from checkpoints after every third."""
+    options = ["--tracking.every", "2", "--checkpoint.every", "3"]
+    run, cut = train(tmp_path / "a", *options), train(tmp_path / "b", *options, "--stop_at", "3")
+    expected = rows(run, "train/loss")
+    assert [row["step"] for row in expected] == [2, 4, 6]
+    assert [row["step"] for row in rows(cut, "train/loss")] == [2]
+    train(tmp_path / "b", *options, "--micro_batch_size", "4", "--resume", "auto")
+    assert rows(cut, "train/loss") == expected
+    shutil.rmtree(run / "checkpoints/step_00000006")  # as if killed
+    train(tmp_path / "a", *options, "--resume", "auto")
+    assert rows(run, "train/loss") == expected
+
+
+def test_the_gradient_norm_does_not_depend_on_micro_batches(train: Run, rows: Rows, tmp_path: Path):
+    """AdamW hides a factor of the gradient, all the more where it is clipped."""
+    options = ["--optimizer.max_grad_norm", "1e9", "--stop_at", "3"]
+    norms = [
+        [
+            row["train/gradient_norm"]
+            for row in rows(train(tmp_path / size, *options, "--micro_batch_size", size))
+            if "train/gradient_norm" in row
+        ]
+        for size in ("4", "2", "1")
+    ]
+    assert len(norms[0]) == 3
+    assert len(set(norms[0])) == 3
+    for others in norms[1:]:
+        assert others == pytest.approx(norms[0], rel=1e-4)
 
 
 # The best and the last.
@@ -213,6 +246,7 @@ def refused(train: Run, capsys: pytest.CaptureFixture[str], output: Path, *optio
         (["--probe.attention.patch", "[0, 9]"], "probe.attention.patch"),
         (["--probe.attention.times", "[1.5]"], "probe.attention.times"),
         (["--resume", "nowhere"], "resume"),
+        (["--mixed_precision", "fp16"], "mixed_precision is fp16"),
     ],
 )
 def test_a_mistake_leaves_no_run_behind(
@@ -262,8 +296,10 @@ def test_a_broken_checkpoint_is_one_clear_line(train: Run, capsys: pytest.Captur
 
 def test_another_networks_checkpoint_is_refused(train: Run, capsys: pytest.CaptureFixture[str], stopped: Path):
     before = contents(stopped)
-    message = refused(train, capsys, stopped.parent, "--model.hidden_size", "48", "--resume", "auto")
+    options = ("--model.dropout", "0.2", "--model.hidden_size", "48", "--data.max_offset", "5", "--resume", "auto")
+    message = refused(train, capsys, stopped.parent, *options)
     assert "step_00000003" in message
+    assert "data.max_offset is 5, was 4; model.hidden_size is 48, was 32" in message
     assert contents(stopped) == before
 
 
@@ -273,3 +309,39 @@ def test_a_loss_that_is_no_number_ends_the_run(train: Run, capsys: pytest.Captur
         train(tmp_path, *rate)
     assert ended.value.code == 2
     assert "optimizer.learning_rate" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("due", ["checkpoint", "validation"])
+def test_weights_that_are_no_numbers_are_not_kept(
+    train: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, due: str
+):
+    """Whatever else happens at that step; the loss is looked at later."""
+    every = {"checkpoint": "100", "validation": "100", "tracking": "100", due: "1"}
+    options = [part for name, steps in every.items() for part in (f"--{name}.every", steps)]
+    options += ["--optimizer.learning_rate", ".inf", "--optimizer.warmup_steps", "0"]
+    with pytest.raises(SystemExit) as ended:
+        train(tmp_path, *options)
+    assert ended.value.code == 2
+    assert "not finite at step 1" in capsys.readouterr().err.strip().splitlines()[-1]
+    assert not (tmp_path / "tiny" / "checkpoints").exists()
+    assert not (tmp_path / "tiny" / "best").exists()
+
+
+@pytest.mark.parametrize("place", ["runs", "runs/tiny"])
+def test_an_output_that_is_a_file_is_named_before_data_is_recorded(
+    train: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, place: str
+):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("")
+    prepare = ("--data.folder", str(tmp_path / "none"), "--data.prepare", str(tmp_path / "missing.py"))
+    message = refused(train, capsys, tmp_path / "runs", *prepare)
+    assert "output" in message
+    assert str(tmp_path / place) in message
+
+
+def test_an_output_that_may_not_be_written_to(
+    train: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))  # root may all
+    assert f"{tmp_path} may not be written to" in refused(train, capsys, tmp_path / "runs")
