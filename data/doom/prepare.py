@@ -31,7 +31,8 @@ class Config:
     out: Path = Path("data/doom/quickstart")
     """Folder of the dataset."""
     maps: list[str] | str = "my_way_home"
-    """Maps of the splits train and test, or "freedoom1", "freedoom2" for all maps of a game but the unknown ones; on the command line separated by commas."""
+    """Maps of the splits train and test, or "freedoom1", "freedoom2" for all maps of a game but the unknown ones;
+    on the command line separated by commas."""
     frames: int = 28_000
     """At most how many frames per map of train and test together, rounded up to whole trajectories."""
     test_share: float = 0.1
