@@ -141,10 +141,10 @@ def _read_poses(path: Path) -> tuple[np.ndarray, np.ndarray]:
     poses = safe_pickle.load(path)
     if not isinstance(poses, dict) or not {"position", "yaw"} <= poses.keys():
         raise DataError(f"{path}: expected a dict with 'position' and 'yaw'")
-    try:
-        position, yaw = np.asarray(poses["position"], np.float64), np.asarray(poses["yaw"], np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{path}: position and yaw are not arrays of numbers ({error})") from error
+    # Not lists: a few that hold each other many times over would unfold to more than any memory.
+    if not all(isinstance(poses[key], np.ndarray) and poses[key].dtype.kind in "iuf" for key in ("position", "yaw")):
+        raise DataError(f"{path}: position and yaw are not arrays of numbers")
+    position, yaw = np.asarray(poses["position"], np.float64), np.asarray(poses["yaw"], np.float64)
     length = len(position) if position.ndim else 0
     if position.shape != (length, 2) or yaw.shape not in ((length,), (length, 1)):
         raise DataError(f"{path}: expected position (T, 2) and yaw (T,), not {position.shape} and {yaw.shape}")

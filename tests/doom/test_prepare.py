@@ -27,7 +27,13 @@ def start(out: Path, *options: str, config: Path = SMOKE) -> subprocess.Popen:
     command = [sys.executable, str(RECIPE), "--config", str(config), "--out", str(out), *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # shells make background jobs ignore Ctrl-C
     )
 
 

@@ -121,9 +121,9 @@ def test_a_wrapped_model_is_looked_at_as_it_is(make_world, make_batch, tmp_path)
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (AttentionConfig(layers=[0, 7]), "layers: 7 is not between 0 and 2"),
-        (AttentionConfig(times=[0.5, 1.0]), "times: 1.0 is not between 0 and 1"),
-        (AttentionConfig(patch=(4, 0)), r"patch: \[4, 0\] is outside the 4 × 6 patches"),
+        (AttentionConfig(layers=[0, 7]), r"attention\.layers is .* numbers from 0 to 2"),
+        (AttentionConfig(times=[0.5, 1.0]), r"attention\.times is .*1\.0.*between 0 and 1"),
+        (AttentionConfig(patch=(4, 0)), r"attention\.patch is \(4, 0\).*4 × 6 patches"),
     ],
 )
 def test_mistakes_are_named(make_world, make_batch, config, message):
