@@ -169,7 +169,8 @@ class WorldModel(nn.Module):
             batch, candidates, steps = *actions.shape[:2], actions.flatten(0, 1)[:, :, None].unbind(1)
         time_shift = context.new_full((batch * candidates, 1), 1 / self.description.fps)
         cache = self.encode_context(context, context_mask).repeat_interleave(candidates)
-        window = Window(context, context_mask).repeat_interleave(candidates)
+        if not self.cdit.can_push:
+            window = Window(context, context_mask).repeat_interleave(candidates)
         frames = []
         for action in tqdm(steps, desc="rollout", disable=not progress, leave=False):
             if frames and self.cdit.can_push:

@@ -67,8 +67,7 @@ def record_attention(
 
     @torch.no_grad()
     def observe(layer: int, observation: Observation) -> None:
-        with torch.autocast(observation.q_BHNK.device.type, enabled=False):
-            weights = observation.weights()
+        weights = observation.weights()
         # Goals are folded into the queries or, where keys follow the condition, into the batch.
         weights = weights.unflatten(2, (-1, patches)).transpose(1, 2)
         weights = weights.reshape(*leading, *weights.shape[2:])

@@ -1,7 +1,9 @@
 import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -163,3 +165,26 @@ def test_metrics_are_those_that_the_frames_are_large_enough_for(
     probes = Probes(test_set, world.cdit, settings, accelerator)
     assert set(probes.metrics) == {"psnr", "ssim"}
     assert capsys.readouterr().err == "left out for frames of 24×64 pixels: LPIPS needs 32 a side\n"
+
+
+def test_a_rollout_without_poses_is_told_no_actions(
+    config: Callable[..., TrainConfig], world: WorldModel, test_set: WindowDataset, accelerator: Accelerator,
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+):  # fmt: skip
+    """An unknown action is not a known one of zero, which would say that the camera stands still."""
+    told = []
+    rollout = world.rollout
+
+    def spy(context, actions, **options):
+        told.append(actions)
+        return rollout(context, actions, **options)
+
+    monkeypatch.setattr(world, "rollout", spy)
+    shown = SimpleNamespace(show=lambda media, step: None)
+    probes = Probes(test_set, world.cdit, config(), accelerator)
+    probes._rollouts(world, shown, 1, tmp_path)
+    test_set.info = replace(test_set.info, has_actions=False)
+    probes._rollouts(world, shown, 1, tmp_path)
+    assert told[0] is not None
+    assert told[1] is None
+    assert (tmp_path / "rollout_0.mp4").is_file()
