@@ -71,6 +71,8 @@ class SampleConfig:
     the model was trained on (data.max_offset)."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     """How frames are sampled."""
+    spacing: float | None = None
+    """Metres between frames, for models trained on datasets of different spacings; by default the dataset's."""
     fps: float | None = None
     """Frames a second at which videos play; by default the model's, which is real time."""
     attention: bool = False
@@ -99,6 +101,8 @@ class Scenes:
     """(N, L, 3, H, W) uint8; None where nobody knows."""
     length: int
     """L."""
+    spacing: Tensor | None
+    """(N,) metres between frames, for models that ask for it."""
 
 
 def main() -> None:
@@ -154,7 +158,7 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
     if config.actions is not None:
         info = DatasetInfo.load(Path(config.data))
         given = read_actions(config.actions, step=(info and info.metric_waypoint_spacing) or DEFAULT_STEP)
-    dataset = windows_for(world, config.data, config.split, config.splits)
+    dataset = windows_for(world, config.data, config.split, config.splits, config.spacing)
     recorded = config.length if given is None else 0  # frames of the trajectory that are needed after the context
     windows = spread(dataset.windows_with([recorded]), config.samples)
     if not windows:
@@ -172,7 +176,7 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
     else:
         actions, truth = items["action"] if dataset.info.has_actions else None, items["target"]
     length = recorded if given is None else len(given)
-    return Scenes(names, items["context"], items["context_mask"], actions, truth, length)
+    return Scenes(names, items["context"], items["context_mask"], actions, truth, length, items["spacing"])
 
 
 def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
@@ -190,6 +194,7 @@ def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
         actions=actions.expand(config.samples, -1, -1),
         truth=None,
         length=len(actions),
+        spacing=None if config.spacing is None else torch.full((config.samples,), config.spacing),
     )
 
 
@@ -201,6 +206,7 @@ def predict_rollout(world: WorldModel, scenes: Scenes, seed: int) -> Tensor:
         None if scenes.actions is None else scenes.actions.to(device)[:, None],
         context_mask=scenes.context_mask.to(device),
         length=scenes.length,
+        spacing=scenes.spacing,
         generator=generator(seed),
         progress=True,
     )
@@ -222,6 +228,7 @@ def predict_direct(world: WorldModel, scenes: Scenes, horizons: list[int], seed:
         actions,
         time_shift,
         context_mask=scenes.context_mask.to(device),
+        spacing=scenes.spacing,
         generator=generator(seed, 1),
         progress=True,
     ).cpu()
@@ -237,6 +244,7 @@ def inspect_first_frame(world: WorldModel, scenes: Scenes, rollout: Tensor, conf
         "action": torch.zeros(count, 1, 3) if scenes.actions is None else scenes.actions[:, :1],
         "action_mask": torch.full((count, 1), scenes.actions is not None),
         "time_shift": torch.full((count, 1), 1 / world.description.fps),
+        "spacing": torch.ones(count) if scenes.spacing is None else scenes.spacing,
     }
     return inspect_attention(world, batch, config.inspect, config.seed)
 

@@ -98,7 +98,7 @@ def main() -> None:
             torch.manual_seed(seed_of(config.seed, state.step, part, 1))  # what model.dropout draws from
             with accelerator.accumulate(network):
                 prediction = network(**batch.inputs())
-                loss = world.flow.loss(prediction, batch.clean, batch.noise, batch.time).mean()
+                loss = world.objective.loss(prediction, batch.clean, batch.noise, batch.time).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)

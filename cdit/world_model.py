@@ -15,7 +15,7 @@ from tqdm import tqdm
 from cdit.cli import parser_instance
 from cdit.codec import AutoencoderCodec, Codec, CodecConfig, load_codec
 from cdit.data.frames import Crop
-from cdit.diffusion import TIMESTEPS, Flow, FlowConfig, SamplerConfig, sample
+from cdit.diffusion import DDPMConfig, FlowConfig, ObjectiveName, SamplerConfig, make_objective
 from cdit.errors import UserError
 from cdit.model import CDiT, ContextCache
 
@@ -25,19 +25,41 @@ VERSION = 1
 
 @dataclass
 class Units:
-    """How physical actions and times become the normalised numbers that the network sees: value·scale + offset."""
+    """How physical actions and times become the normalised numbers that the network sees.
+
+    dx and dy are divided by the spacing, then all three are multiplied by a scale, and an offset is added.
+    """
 
     action_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """For dx, dy (per metre) and dyaw (per radian)."""
+    """For dx, dy (per spacing) and dyaw (per radian)."""
     action_offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
     """For dx, dy and dyaw."""
     time_scale: float = 1.0
     """Per second."""
+    spacing: float | None = 1.0
+    """Metres between consecutive frames. None: the model was trained on datasets of different spacings, each in units
+    of its own, and has to be told the one at hand."""
 
-    def normalize(self, action: Tensor, time_shift: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions (…, 3) in metres and radians, time shifts (…) in seconds, to normalised numbers."""
+    def normalize(
+        self, action: Tensor, time_shift: Tensor, spacing: Tensor | float | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Actions (B, G, 3) in metres and radians, time shifts (B, G) in seconds, to normalised numbers.
+
+        Args:
+            action: dx, dy, dyaw.
+            time_shift: from the last past frame.
+            spacing: (B,) or one number, metres; looked at only where the units have none of their own.
+
+        Raises:
+            UserError: neither the units nor the call have a spacing.
+        """
+        spacing = spacing if self.spacing is None else self.spacing
+        if spacing is None:
+            raise UserError("this model was trained on datasets of different spacings: give the spacing of this one")
+        unit = action.new_ones(len(action), 1, 3)
+        unit[..., :2] = torch.as_tensor(spacing, dtype=action.dtype, device=action.device).reshape(-1, 1, 1)
         scale, offset = action.new_tensor(self.action_scale), action.new_tensor(self.action_offset)
-        return action * scale + offset, time_shift * self.time_scale
+        return action / unit * scale + offset, time_shift * self.time_scale
 
 
 @dataclass
@@ -58,8 +80,12 @@ class WorldDescription:
     """Fewest past frames it was trained with."""
     units: Units = field(default_factory=Units)
     """Normalisation of actions and times."""
+    objective: ObjectiveName = "flow"
+    """What the network was trained for."""
     flow: FlowConfig = field(default_factory=FlowConfig)
-    """What the network predicts."""
+    """What the network of a flow predicts."""
+    ddpm: DDPMConfig = field(default_factory=DDPMConfig)
+    """What the network of a DDPM predicts."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How frames are sampled where a call does not say."""
     version: int = VERSION
@@ -92,7 +118,7 @@ class WorldModel(nn.Module):
     def __init__(self, cdit: CDiT, codec: Codec, description: WorldDescription):
         super().__init__()
         self.cdit, self.codec, self.description = cdit, codec, description
-        self.flow = Flow(description.flow)
+        self.objective = make_objective(description.objective, description.flow, description.ddpm)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -119,6 +145,7 @@ class WorldModel(nn.Module):
         time_shift: Tensor,
         context_mask: Tensor | None = None,
         action_mask: Tensor | None = None,
+        spacing: Tensor | float | None = None,
         sampler: SamplerConfig | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
@@ -132,6 +159,8 @@ class WorldModel(nn.Module):
             time_shift: (B, G) from the last past frame to each goal.
             context_mask: (B, T), True where a past frame exists; with frames only.
             action_mask: (B, G), False where an action is unknown.
+            spacing: (B,) or one number, metres between consecutive frames; looked at only by models that were trained
+                on datasets of different spacings (see `Units`).
             sampler: scheduler, steps and guidance; by default those of training.
             generator: of the noise.
             progress: whether to show a progress bar.
@@ -139,7 +168,8 @@ class WorldModel(nn.Module):
         if isinstance(context, Tensor):
             context = self.encode_context(context, context_mask)
         sampler = sampler or self.description.sampler
-        return self.codec.decode(self._sample(context, actions, time_shift, action_mask, sampler, generator, progress))
+        conditions = self._normalized(actions, time_shift, action_mask, spacing)
+        return self.codec.decode(self._sample(context, *conditions, sampler, generator, progress))
 
     @torch.no_grad()
     def rollout(
@@ -147,7 +177,10 @@ class WorldModel(nn.Module):
         context: Tensor,
         actions: Tensor | None,
         context_mask: Tensor | None = None,
+        action_mask: Tensor | None = None,
         length: int | None = None,
+        fps: float | None = None,
+        spacing: Tensor | float | None = None,
         sampler: SamplerConfig | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
@@ -159,26 +192,37 @@ class WorldModel(nn.Module):
             actions: (B, G, L, 3) for G action sequences of L steps of 1 / fps seconds; the action of a step is the
                 motion during it, in the local frame at its start. None: all unknown, G = 1.
             context_mask: (B, T), True where a past frame exists.
+            action_mask: (B, G, L), False where an action is unknown.
             length: L, where there are no actions.
+            fps: steps a second, by default the model's frames a second. At fewer, predictions that lie further apart
+                join the past frames, as in the published protocol.
+            spacing: see `predict`.
             sampler: scheduler, steps and guidance; by default those of training.
             generator: of the noise.
             progress: whether to show a progress bar over the L steps.
         """
-        batch, candidates, steps = (len(context), 1, [None] * (length or 0))
-        if actions is not None:  # every candidate gets a past of its own: L times (B·G, 1, 3)
-            batch, candidates, steps = *actions.shape[:2], actions.flatten(0, 1)[:, :, None].unbind(1)
-        time_shift = context.new_full((batch * candidates, 1), 1 / self.description.fps)
+        batch, candidates, steps = len(context), 1, [(None, None)] * (length or 0)
+        if actions is not None:  # every candidate gets a past of its own: L times (B·G, 1, 3) and (B·G, 1)
+            batch, candidates = actions.shape[:2]
+            known = actions.new_ones(actions.shape[:3], dtype=torch.bool) if action_mask is None else action_mask
+            steps = list(zip(*(x.flatten(0, 1)[:, :, None].unbind(1) for x in (actions, known)), strict=True))
+        time_shift = context.new_full((batch * candidates, 1), 1 / (fps or self.description.fps))
+        if isinstance(spacing, Tensor) and spacing.ndim:
+            spacing = spacing.repeat_interleave(candidates)
         cache = self.encode_context(context, context_mask).repeat_interleave(candidates)
         if not self.cdit.can_push:
             window = Window(context, context_mask).repeat_interleave(candidates)
         frames = []
-        for action in tqdm(steps, desc="rollout", disable=not progress, leave=False):
+        for action, mask in tqdm(steps, desc="rollout", disable=not progress, leave=False):
             if frames and self.cdit.can_push:
                 cache = self.cdit.push_context(cache, self.codec.encode(frames[-1]))
             elif frames:
                 window = window.push(frames[-1], self.cdit.config.max_context)
                 cache = self.encode_context(*window)
-            frames.append(self.predict(cache, action, time_shift, sampler=sampler, generator=generator)[:, 0])
+            predicted = self.predict(
+                cache, action, time_shift, action_mask=mask, spacing=spacing, sampler=sampler, generator=generator
+            )
+            frames.append(predicted[:, 0])
         return torch.stack(frames, dim=1).unflatten(0, (batch, candidates))
 
     def save_pretrained(self, folder: Path | str) -> None:
@@ -228,6 +272,18 @@ class WorldModel(nn.Module):
             raise UserError(f"{found}: not a readable world model ({error})") from error
         return cls(cdit, codec, description).eval()
 
+    def _normalized(
+        self,
+        action: Tensor | None,
+        time_shift: Tensor,
+        action_mask: Tensor | None,
+        spacing: Tensor | float | None,
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Action, time shift and action mask as the network takes them."""
+        if action is None:
+            return None, time_shift * self.description.units.time_scale, None
+        return *self.description.units.normalize(action, time_shift, spacing), action_mask
+
     def _sample(
         self,
         context: ContextCache,
@@ -239,25 +295,22 @@ class WorldModel(nn.Module):
         progress: bool,
     ) -> Tensor:
         goals = time_shift.shape[1]
-        if action is None:
-            action = time_shift.new_zeros(*time_shift.shape, 3)
-            action_mask = torch.zeros_like(time_shift, dtype=torch.bool)
-        action, time_shift = self.description.units.normalize(action, time_shift)
-        guided = config.guidance != 1 and (action_mask is None or bool(action_mask.any()))
+        guided = config.guidance != 1 and action is not None and (action_mask is None or bool(action_mask.any()))
         if guided:  # the second half of the goals is told no action
             known = torch.ones_like(time_shift, dtype=torch.bool) if action_mask is None else action_mask
             action_mask = torch.cat((known, torch.zeros_like(known)), dim=1)
             action, time_shift = torch.cat((action, action), dim=1), torch.cat((time_shift, time_shift), dim=1)
 
-        def velocity(noisy: Tensor, time: Tensor) -> Tensor:
+        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             if guided:
                 noisy = torch.cat((noisy, noisy), dim=1)
-            times = time.expand(noisy.shape[:2])
-            prediction = self.cdit(noisy, times * TIMESTEPS, action, time_shift, context, action_mask=action_mask)
-            v = self.flow.velocity(prediction, noisy, times)
-            return torch.lerp(v[:, goals:], v[:, :goals], config.guidance) if guided else v
+            timesteps = timestep.expand(noisy.shape[:2])
+            prediction = self.cdit(noisy, timesteps, action, time_shift, context, action_mask=action_mask)
+            if not guided:
+                return prediction
+            return self.objective.guide(prediction[:, goals:], prediction[:, :goals], config.guidance)
 
         device = time_shift.device
         shape = (context.batch, goals, *self.latent_shape)
         noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
-        return sample(velocity, noise, config, progress)
+        return self.objective.sample(predict, noise, config, generator, progress)

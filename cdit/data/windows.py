@@ -1,7 +1,7 @@
 """Windows over trajectories: past frames, goals before or after them, and the motion and time from one to the other."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -10,21 +10,21 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdit.data.frames import Crop, FrameStore
-from cdit.data.layout import Camera, DatasetInfo
 from cdit.data.motion import local_motion
-from cdit.data.trajectory import read_split
-from cdit.errors import DataError, UserError
+from cdit.data.sources import Source, read_sources
+from cdit.errors import UserError
 from cdit.randomness import seed_of
-
-LISTED_PROBLEMS = 20
 
 
 @dataclass
 class DataConfig:
     """Which dataset, and what a training sample is made of."""
 
-    folder: str = "data/doom/quickstart"
+    folder: str | None = None
     """The dataset folder (layout in cdit/data/layout.py)."""
+    mix: list[Source] = field(default_factory=list)
+    """In place of folder, several datasets, each with folder, splits, fps and spacing: all their windows are equally
+    likely. Those without poses teach the model by the time shift alone."""
     prepare: str | None = None
     """Command line that makes the dataset, run once when the folder is missing."""
     splits: str | None = None
@@ -48,6 +48,8 @@ class DataConfig:
     """Smallest goal offset in frames; negative goals lie in the past."""
     max_offset: int = 8
     """Largest goal offset in frames, included."""
+    min_future: int = 0
+    """Windows end where at least this many frames follow the current one (the NWM release: 64)."""
     fps: float | None = None
     """Frames a second; by default what dataset.json says, or 4 where there is none."""
     spacing: float | None = None
@@ -69,6 +71,7 @@ class DataConfig:
             "min_history": (1 <= self.min_history <= self.context_frames, "between 1 and context_frames"),
             "goals": (self.goals >= 1, "at least 1"),
             "max_offset": (self.max_offset >= self.min_offset, "at least min_offset"),
+            "min_future": (self.min_future >= 0, "at least 0"),
             "fps": (self.fps is None or self.fps > 0, "positive"),
             "spacing": (self.spacing is None or self.spacing > 0, "positive"),
             "cache_gb": (self.cache_gb >= 0, "at least 0"),
@@ -77,6 +80,16 @@ class DataConfig:
         for name, (holds, expected) in requirements.items():
             if not holds:
                 raise UserError(f"data.{name} is {getattr(self, name)}, expected {expected}")
+        if (self.folder is None) == (not self.mix):
+            raise UserError("give either data.folder, a dataset folder, or data.mix, several")
+        alone = [name for name in ("prepare", "splits", "fps", "spacing") if getattr(self, name) is not None]
+        if self.mix and alone:
+            raise UserError(f"data.{alone[0]} goes with data.folder; with data.mix give it there, for each dataset")
+
+    @property
+    def sources(self) -> list[Source]:
+        """The datasets: those of the mix, or the one."""
+        return self.mix or [Source(self.folder, self.splits, self.fps, self.spacing)]
 
 
 class WindowKey(NamedTuple):
@@ -88,20 +101,6 @@ class WindowKey(NamedTuple):
     """Training step."""
     sample: int
     """Index of the sample in the step's global batch."""
-
-
-@dataclass(frozen=True)
-class WindowInfo:
-    """What all windows of a dataset have in common."""
-
-    fps: float
-    """Frames a second."""
-    spacing: float
-    """Metres between consecutive frames, the unit of normalised actions."""
-    has_actions: bool
-    """Whether poses, and so actions, are known."""
-    camera: Camera | None
-    """The camera of the recorded frames (before crop and resize), where it is known."""
 
 
 class WindowDataset(Dataset):
@@ -116,6 +115,7 @@ class WindowDataset(Dataset):
                                             and dy left in metres, dyaw ccw in [-π, π); zeros where unknown
         action_mask   (G,) bool             True where the action is known
         time_shift    (G,) float32          seconds to the goal, negative in the past
+        spacing       () float32            metres between consecutive frames of the window's dataset
         seed          () int64              seed of the sample's further draws: `seed_of(seed, step, sample)`
 
     Args:
@@ -134,21 +134,9 @@ class WindowDataset(Dataset):
         self.seed = seed
         # The current times of a trajectory of length T run from `first` to T - 1 - `reserved`.
         self._first = max(config.min_history - 1, -config.max_offset)
-        self._reserved = max(config.min_offset, 0)
+        self._reserved = max(config.min_offset, config.min_future)
         min_frames = self._first + self._reserved + 1
-        self.trajectories, problems = read_split(config.folder, split, config.splits, min_frames)
-        if problems:
-            lines = problems[:LISTED_PROBLEMS]
-            if len(problems) > len(lines):
-                lines.append(f"… and {len(problems) - len(lines)} more: python -m cdit.data.check {config.folder}")
-            raise DataError(f"{config.folder}: split {split!r} cannot be used\n  " + "\n  ".join(lines))
-        info = DatasetInfo.load(config.folder) or DatasetInfo(name=config.folder)
-        self.info = WindowInfo(
-            fps=config.fps or info.fps,
-            spacing=config.spacing or info.metric_waypoint_spacing or 1.0,
-            has_actions=self.trajectories[0].position is not None,
-            camera=info.camera,
-        )
+        self.trajectories, self._spacing, self.info = read_sources(config.sources, split, min_frames)
         self._starts = np.cumsum([0, *(len(trajectory) - min_frames + 1 for trajectory in self.trajectories)])
         self.frames = FrameStore(self.trajectories, config.image_size, config.crop, config.cache_gb)
 
@@ -220,7 +208,7 @@ class WindowDataset(Dataset):
         context = torch.zeros(size, *frames.shape[1:], dtype=torch.uint8)
         context[size - len(history) :] = frames[: len(history)]
         action = np.zeros((len(goals), 3))
-        if self.info.has_actions:
+        if trajectory.position is not None:
             position, yaw = trajectory.position, trajectory.yaw
             action = local_motion(position[origins], yaw[origins], position[goals], yaw[goals])
         return {
@@ -228,6 +216,7 @@ class WindowDataset(Dataset):
             "context_mask": torch.arange(size) >= size - len(history),
             "target": frames[len(history) :],
             "action": torch.tensor(action, dtype=torch.float32),
-            "action_mask": torch.full((len(goals),), self.info.has_actions),
+            "action_mask": torch.full((len(goals),), trajectory.position is not None),
             "time_shift": torch.tensor(np.subtract(goals, origins) / self.info.fps, dtype=torch.float32),
+            "spacing": torch.tensor(self._spacing[index], dtype=torch.float32),
         }

@@ -76,8 +76,8 @@ def evaluate_horizons(
         world: the model, on the device where all is computed.
         batch: stacked items of `WindowDataset.window(index, offsets)` with the same G offsets: context
             (B, T, 3, H, W) uint8, context_mask (B, T), target (B, G, 3, H, W) uint8, action (B, G, 3) in metres and
-            radians, action_mask (B, G), time_shift (B, G) in seconds. Take samples from all over the dataset: another's
-            actions and context are those of the sample half a batch away.
+            radians, action_mask (B, G), time_shift (B, G) in seconds, spacing (B,) in metres. Take
+            samples from all over the dataset: another's actions and context are those of the sample half a batch away.
         metrics: what to measure, by name; see `cdit.evaluation.metrics`.
         seed: of the noise.
         sampler: scheduler, steps and guidance; by default those of training.
@@ -120,6 +120,7 @@ def evaluate_horizons(
                     part["time_shift"],
                     context_mask=part["context_mask"],
                     action_mask=part["action_mask"],
+                    spacing=part["spacing"],
                     sampler=sampler,
                     generator=noise,
                 )

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from cdit.data.layout import DatasetInfo
 from cdit.data.windows import DataConfig, WindowDataset
-from cdit.diffusion import SamplerConfig
+from cdit.diffusion import SamplerConfig, check_scheduler
 from cdit.errors import UserError
 from cdit.world_model import WorldDescription, WorldModel
 
@@ -19,12 +19,13 @@ from cdit.world_model import WorldDescription, WorldModel
 class SamplerOptions:
     """How frames are sampled; what is not given is the model's own."""
 
-    scheduler: Literal["euler", "heun", "dpm", "unipc"] | None = None
-    """Flow Euler, flow Heun (two network calls a step), DPM-Solver++ (2M) or UniPC, of diffusers."""
+    scheduler: Literal["euler", "heun", "dpm", "unipc", "ddpm", "ddim"] | None = None
+    """DPM-Solver++ (2M) or UniPC; for a flow also Euler or Heun (two network calls a step), for a DDPM also ancestral
+    sampling (ddpm) or DDIM."""
     steps: int | None = None
     """Number of denoising steps."""
     shift: float | None = None
-    """Moves the steps towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
+    """Moves the steps of a flow towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
     guidance: float | None = None
     """Classifier-free guidance on the action: 1 is off. Needs a model trained with action_dropout."""
 
@@ -41,7 +42,9 @@ class SamplerOptions:
         if self.guidance not in (None, 1.0) and not description.action_dropout:
             raise UserError(f"sampler.guidance is {self.guidance}, but the model was trained without action_dropout")
         given = {name: value for name, value in asdict(self).items() if value is not None}
-        return replace(description.sampler, **given)
+        config = replace(description.sampler, **given)
+        check_scheduler(description.objective, config.scheduler)
+        return config
 
 
 def load_world(checkpoint: str, device: str) -> WorldModel:
@@ -58,7 +61,9 @@ def load_world(checkpoint: str, device: str) -> WorldModel:
     return WorldModel.from_pretrained(checkpoint).to(chosen)
 
 
-def windows_for(world: WorldModel, folder: str, split: str, splits: str | None = None) -> WindowDataset:
+def windows_for(
+    world: WorldModel, folder: str, split: str, splits: str | None = None, spacing: float | None = None
+) -> WindowDataset:
     """The windows of a split as the model takes them: its frame size and crop, its context, its frames a second.
 
     Args:
@@ -66,6 +71,7 @@ def windows_for(world: WorldModel, folder: str, split: str, splits: str | None =
         folder: the dataset.
         split: name of the split.
         splits: folder with <split>/traj_names.txt, where that is not <folder>/splits.
+        spacing: metres between consecutive frames, by default what dataset.json says.
 
     Says so on stderr where the dataset's own frames a second differ.
 
@@ -80,6 +86,7 @@ def windows_for(world: WorldModel, folder: str, split: str, splits: str | None =
         crop=description.crop,
         context_frames=world.cdit.config.max_context,
         fps=description.fps,
+        spacing=spacing,
         workers=0,
     )
     recorded = DatasetInfo.load(Path(folder))

@@ -144,9 +144,9 @@ def predicted_turns(
             chosen = windows[start : start + config.batch_size]
             context = to_float(torch.stack([dataset.window(i, [1])["context"] for i in chosen]).to(device))
             shift = torch.full((len(chosen), len(asked)), 1 / world.description.fps, device=device)
-            frames = world.predict(
-                context, actions.expand(len(chosen), -1, -1), shift, sampler=sampler, generator=noise
-            )
+            told = actions.expand(len(chosen), -1, -1)
+            spacing = dataset.info.spacing
+            frames = world.predict(context, told, shift, spacing=spacing, sampler=sampler, generator=noise)
             before = context[:, -1:].expand_as(frames).flatten(0, 1)
             measured.append(measured_turn(before, frames.flatten(0, 1), focal).unflatten(0, shift.shape).cpu())
             bar.update(shift.numel())

@@ -7,7 +7,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cdit.diffusion import TIMESTEPS
 from cdit.errors import UserError
 from cdit.inspection import measures
 from cdit.inspection.figures import HeadMaps, Scene, attention_figure, frame_name
@@ -90,7 +89,9 @@ def inspect_attention(
         clean = world.codec.encode(to_float(batch["target"][i : i + 1]))
         noise = torch.randn(clean.shape, generator=generator(seed, i)).to(clean)
         seconds = batch["time_shift"][i : i + 1]
-        action, time_shift = world.description.units.normalize(batch["action"][i : i + 1], seconds)
+        action, time_shift = world.description.units.normalize(
+            batch["action"][i : i + 1], seconds, batch["spacing"][i : i + 1]
+        )
         scene = Scene(context[i].cpu(), context_mask[i].cpu(), batch["target"][i, 0].cpu(), patch)
         for time in config.times:
 
@@ -104,8 +105,8 @@ def inspect_attention(
             times = torch.full_like(seconds, time)
             with record_attention(cdit, layers, on_weights=look):
                 cdit(
-                    world.flow.add_noise(clean, noise, times),
-                    times * TIMESTEPS,
+                    world.objective.add_noise(clean, noise, times),
+                    world.objective.timestep(times),
                     action,
                     time_shift,
                     cache,

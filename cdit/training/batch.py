@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cdit.diffusion import TIMESTEPS
 from cdit.pictures import to_float
 from cdit.world_model import WorldModel
 
@@ -18,6 +17,7 @@ class NoisyBatch:
     """The arguments of `CDiT.forward`, and what its prediction is compared with."""
 
     sample: Tensor
+    timestep: Tensor
     time: Tensor
     action: Tensor
     time_shift: Tensor
@@ -31,7 +31,7 @@ class NoisyBatch:
         """Keyword arguments of `CDiT.forward`."""
         return {
             "sample": self.sample,
-            "timestep": self.time * TIMESTEPS,
+            "timestep": self.timestep,
             "action": self.action,
             "time_shift": self.time_shift,
             "context": self.context,
@@ -66,7 +66,7 @@ def noisy_batch(
     times, kept, noises, codec_noises = [], [], [], []
     for seed in items["seed"].tolist():
         generator = torch.Generator(device).manual_seed(seed)
-        times.append(world.flow.draw_time((goals,), generator))
+        times.append(world.objective.draw_time((goals,), generator))
         kept.append(torch.rand(goals, generator=generator, device=device) >= action_dropout)
         noises.append(torch.randn(goals, *world.latent_shape, generator=generator, device=device))
         if world.codec.samples:
@@ -75,9 +75,12 @@ def noisy_batch(
     frames = torch.cat((context, target), dim=1)
     latents = world.codec.encode(frames, torch.stack(codec_noises) if codec_noises else None)
     noise, time = torch.stack(noises), torch.stack(times) if time is None else time.to(device)
-    action, time_shift = world.description.units.normalize(items["action"].to(device), items["time_shift"].to(device))
+    action, time_shift = world.description.units.normalize(
+        items["action"].to(device), items["time_shift"].to(device), items["spacing"]
+    )
     return NoisyBatch(
-        sample=world.flow.add_noise(latents[:, past:], noise, time),
+        sample=world.objective.add_noise(latents[:, past:], noise, time),
+        timestep=world.objective.timestep(time),
         time=time,
         action=action,
         time_shift=time_shift,

@@ -9,7 +9,7 @@ import yaml
 
 from cdit.codec import CodecConfig
 from cdit.data.windows import DataConfig
-from cdit.diffusion import FlowConfig, SamplerConfig
+from cdit.diffusion import DDPMConfig, FlowConfig, ObjectiveName, SamplerConfig, check_scheduler
 from cdit.errors import UserError
 from cdit.inspection.probe import AttentionConfig
 from cdit.model import ModelConfig
@@ -134,8 +134,14 @@ class TrainConfig:
     """What is denoised: pixels or latents."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
+    objective: ObjectiveName = "flow"
+    """Rectified flow, or the DDPM of DiT and NWM."""
     flow: FlowConfig = field(default_factory=FlowConfig)
-    """The objective."""
+    """The flow."""
+    ddpm: DDPMConfig = field(default_factory=DDPMConfig)
+    """The DDPM."""
+    units: Literal["farthest_goal", "nwm"] = "farthest_goal"
+    """How actions and time shifts are normalised: in units of the farthest goal's, or as in the NWM release."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How frames are sampled, in probes and by default afterwards."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -162,6 +168,8 @@ class TrainConfig:
         Raises:
             UserError: a value is out of its range; the message names the field.
         """
+        self.data.validate()
+        check_scheduler(self.objective, self.sampler.scheduler)
         positive = {
             "steps": self.steps,
             "batch_size": self.batch_size,

@@ -94,9 +94,10 @@ class Probes:
         device = self.accelerator.device
         prediction = world.rollout(
             to_float(batch["context"].to(device)),
-            batch["action"].to(device)[:, None] if self.dataset.info.has_actions else None,
+            batch["action"].to(device)[:, None],
             context_mask=batch["context_mask"].to(device),
-            length=length,
+            action_mask=batch["action_mask"].to(device)[:, None],
+            spacing=batch["spacing"],
             generator=generator(self.seed),
         )[:, 0].cpu()
         for i, (context, truth) in enumerate(zip(batch["context"], batch["target"], strict=True)):

@@ -18,6 +18,7 @@ from cdit.codec import load_codec
 from cdit.data.windows import DataConfig, WindowDataset
 from cdit.errors import UserError
 from cdit.model import CDiT
+from cdit.nwm.normalization import normalization
 from cdit.training.config import OptimizerConfig, TrainConfig
 from cdit.world_model import Units, WorldDescription, WorldModel
 
@@ -69,8 +70,8 @@ def prepare_data(config: DataConfig, accelerator: Accelerator) -> None:
     Raises:
         UserError: the command failed.
     """
-    description = Path(config.folder) / "dataset.json"
-    if config.prepare and not description.is_file() and accelerator.is_local_main_process:
+    missing = config.prepare and not Path(config.folder, "dataset.json").is_file()
+    if missing and accelerator.is_local_main_process:
         print(f"{config.folder} is not there yet: python {config.prepare}", file=sys.stderr)
         done = subprocess.run([sys.executable, *shlex.split(config.prepare)])
         if done.returncode:
@@ -96,14 +97,16 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         image_size=(height // codec.downscale, width // codec.downscale),
         in_channels=codec.channels,
         max_context=config.data.context_frames,
+        learn_variance=config.objective == "ddpm" and config.ddpm.learn_variance,
         **config.model.arguments(),
     )
     farthest = max(abs(config.data.min_offset), abs(config.data.max_offset), 1)
-    distance = dataset.info.spacing * farthest
     units = Units(
-        action_scale=(1 / distance, 1 / distance, 1 / torch.pi),
-        time_scale=dataset.info.fps / farthest,
+        action_scale=(1 / farthest, 1 / farthest, 1 / torch.pi), time_scale=dataset.info.fps / farthest, spacing=None
     )
+    if config.units == "nwm":
+        units = normalization(dataset.info.fps)
+    units.spacing = dataset.info.spacing
     description = WorldDescription(
         image_size=(height, width),
         fps=dataset.info.fps,
@@ -112,7 +115,9 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         action_dropout=config.action_dropout,
         min_history=config.data.min_history,
         units=units,
+        objective=config.objective,
         flow=config.flow,
+        ddpm=config.ddpm,
         sampler=config.sampler,
     )
     return WorldModel(cdit, codec, description)

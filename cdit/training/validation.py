@@ -44,7 +44,7 @@ class Validation:
             chosen = list(mine[start : start + CHUNK])
             items = collate([self.dataset[self.keys[i]] for i in chosen])
             batch = noisy_batch(world, items, accelerator.device, time=self.times[chosen])
-            loss = world.flow.loss(network(**batch.inputs()), batch.clean, batch.noise, batch.time)
+            loss = world.objective.loss(network(**batch.inputs()), batch.clean, batch.noise, batch.time)
             loss = loss.float().cpu().double().flatten()
             bins = (self.times[chosen] * self.bins).long().clamp(max=self.bins - 1).flatten()
             sums[0].index_add_(0, bins, loss)

@@ -125,9 +125,17 @@ def test_all_problems_at_once(dataset):
         assert any(expected in line for line in found)
 
 
-def test_too_short_for_the_windows_asked_for(dataset):
+def test_trajectories_too_short_for_a_window_are_left_out_and_counted(dataset, capsys):
     config = DataConfig(folder=str(dataset), min_history=4, min_offset=10, max_offset=12)
-    with pytest.raises(DataError, match=r"b: 13 frames, too few for a window, which takes 14"):
+    windows = WindowDataset(config, "train")
+    assert [trajectory.name for trajectory in windows.trajectories] == ["a"]
+    assert len(windows) == 20 - 3 - 10
+    assert "1 of 2 trajectories of split 'train' have fewer than 14 frames" in capsys.readouterr().err
+
+
+def test_a_split_of_nothing_but_short_trajectories(dataset):
+    config = DataConfig(folder=str(dataset), min_offset=20, max_offset=24)
+    with pytest.raises(DataError, match=r"no trajectory of split 'train' .* takes 21 frames; the longest has 20"):
         WindowDataset(config, "train")
 
 

@@ -57,6 +57,7 @@ def test_item_shapes_and_types(dataset):
         "action": ((4, 3), torch.float32),
         "action_mask": ((4,), torch.bool),
         "time_shift": ((4,), torch.float32),
+        "spacing": ((), torch.float32),
         "seed": ((), torch.int64),
     }
 

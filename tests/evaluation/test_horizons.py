@@ -24,7 +24,7 @@ class Fake(nn.Module):
         self.answer, self.anchor = answer, nn.Parameter(torch.zeros(()))
         self.description = SimpleNamespace(fps=4.0)
 
-    def predict(self, context, actions, time_shift, context_mask, action_mask, sampler, generator) -> Tensor:
+    def predict(self, context, actions, time_shift, context_mask, action_mask, spacing, sampler, generator) -> Tensor:
         return self.answer(context, actions, time_shift)
 
 
@@ -40,6 +40,7 @@ def batch() -> dict[str, Tensor]:
         "action": torch.randn(B, G, 3, generator=random),
         "action_mask": torch.ones(B, G, dtype=torch.bool),
         "time_shift": torch.tensor([0.25, 0.5, 2.0]).expand(B, G).clone(),
+        "spacing": torch.ones(B),
     }
 
 
@@ -95,7 +96,7 @@ def test_masks_stay_with_what_they_mask(batch: dict[str, Tensor]):
     seen = []
 
     class Looking(Fake):
-        def predict(self, context, actions, time_shift, context_mask, action_mask, sampler, generator) -> Tensor:
+        def predict(self, context, actions, time_shift, context_mask, action_mask, spacing, sampler, generator) -> Tensor:
             for b in range(len(context)):
                 whose = int((to_float(batch["context"]) == context[b]).flatten(1).all(1).nonzero())
                 assert torch.equal(context_mask[b], batch["context_mask"][whose])

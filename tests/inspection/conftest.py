@@ -85,6 +85,7 @@ def make_batch() -> Callable[..., dict[str, Tensor]]:
             "action": torch.randn(samples, goals, 3, generator=generator),
             "action_mask": torch.ones(samples, goals, dtype=torch.bool),
             "time_shift": torch.rand(samples, goals, generator=generator) + 0.25,
+            "spacing": torch.ones(samples),
             "seed": torch.arange(samples),
         }
 

@@ -55,7 +55,7 @@ def test_numbers_are_means_over_the_batch(make_world, make_batch):
     frames = {name: batch[name].float() / 127.5 - 1 for name in ("context", "target")}
     noise = torch.cat([torch.randn((1, *frames["target"].shape[1:]), generator=generator(5, i)) for i in range(2)])
     times = torch.full((2, 2), 0.4)
-    noisy = world.flow.add_noise(frames["target"], noise, times)
+    noisy = world.objective.add_noise(frames["target"], noise, times)
     with record_attention(world.cdit, [1]) as recording:
         world.cdit(noisy, times * 1000, batch["action"], batch["time_shift"], frames["context"], batch["context_mask"])
     layout = Layout(3, 4, 6)

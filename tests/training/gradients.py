@@ -62,7 +62,7 @@ def main(config_file: str, out: str, *cases: str) -> None:
             batch = noisy_batch(world, items, accelerator.device, config.action_dropout)
             with accelerator.accumulate(network):
                 prediction = network(**batch.inputs())
-                loss = world.flow.loss(prediction, batch.clean, batch.noise, batch.time).mean()
+                loss = world.objective.loss(prediction, batch.clean, batch.noise, batch.time).mean()
                 accelerator.backward(loss)
                 losses.append(loss.detach())
         assert accelerator.sync_gradients

@@ -99,6 +99,7 @@ def test_share_of_hidden_actions(world: WorldModel, share: float):
         "action": torch.ones(many, goals, 3),
         "action_mask": torch.ones(many, goals, dtype=torch.bool),
         "time_shift": torch.ones(many, goals),
+        "spacing": torch.ones(many),
         "seed": torch.arange(many) * 7919,
     }
     items["action_mask"][0] = False
@@ -133,9 +134,9 @@ def test_units_of_actions_and_times(config: Callable[..., TrainConfig], train_se
 
 def test_the_farthest_goal_may_lie_in_the_past(config: Callable[..., TrainConfig], train_set: WindowDataset):
     units = build_world(config("--data.min_offset", "-8"), train_set).description.units
-    action, time = units.normalize(torch.tensor([-1.6, 0.8, -math.pi]), torch.tensor(-1.6))
-    torch.testing.assert_close(action, torch.tensor([-1.0, 0.5, -1.0]))
-    torch.testing.assert_close(time, torch.tensor(-1.0))
+    action, time = units.normalize(torch.tensor([[[-1.6, 0.8, -math.pi]]]), torch.tensor([[-1.6]]))
+    torch.testing.assert_close(action, torch.tensor([[[-1.0, 0.5, -1.0]]]))
+    torch.testing.assert_close(time, torch.tensor([[-1.0]]))
 
 
 def test_latents_are_drawn_from_the_posterior(latent_world: WorldModel, train_set: WindowDataset):

@@ -33,7 +33,7 @@ def joint(
         items = collate([train_set[key] for key in keys[part]])
         batch = noisy_batch(world, items, torch.device("cpu"), settings.action_dropout)
         world.cdit.zero_grad()
-        loss = world.flow.loss(world.cdit(**batch.inputs()), batch.clean, batch.noise, batch.time).mean()
+        loss = world.objective.loss(world.cdit(**batch.inputs()), batch.clean, batch.noise, batch.time).mean()
         loss.backward()
         return loss.item(), {name: p.grad.clone() for name, p in world.cdit.named_parameters()}
 

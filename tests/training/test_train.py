@@ -214,7 +214,8 @@ def test_what_is_saved_is_the_average(straight: Path):
     assert world.description.image_size == (32, 32)
     assert world.description.fps == 5
     assert world.description.units.time_scale == pytest.approx(5 / 4)
-    assert world.description.units.action_scale == pytest.approx((1 / 0.8, 1 / 0.8, 1 / math.pi))
+    assert world.description.units.action_scale == pytest.approx((1 / 4, 1 / 4, 1 / math.pi))
+    assert world.description.units.spacing == pytest.approx(0.2)
 
 
 # Mistakes.

@@ -27,7 +27,9 @@ def one_by_one(world: WorldModel, measured: Validation, dataset: WindowDataset, 
                 prediction = world.cdit(
                     noisy[None].float(),
                     torch.tensor([1000 * t]),
-                    item["action"][:, goal] * torch.tensor(units.action_scale),
+                    item["action"][:, goal]
+                    * torch.tensor(units.action_scale)
+                    / torch.tensor([units.spacing, units.spacing, 1.0]),
                     item["time_shift"][:, goal] * units.time_scale,
                     context,
                     context_mask=item["context_mask"],

@@ -1,10 +1,9 @@
-"""Rectified flow (Liu et al. 2022, arXiv 2209.03003; Esser et al. 2024, arXiv 2403.03206) and its sampling loop.
+"""Rectified flow (Liu et al. 2022, arXiv 2209.03003; Esser et al. 2024, arXiv 2403.03206).
 
 A noisy frame at time t in [0, 1] is x_t = (1 - t)·x0 + t·ε; its velocity is v = ε - x0. The network is told t·1000.
 Tensors are (…, C, H, W) with times (…): any leading dimensions.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,9 +11,8 @@ import diffusers
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-TIMESTEPS = 1000
+from cdit.diffusion.sampling import TIMESTEPS, Predict, SamplerConfig, denoise, spread
 
 Quantity = Literal["clean", "velocity", "noise"]
 
@@ -37,22 +35,11 @@ class FlowConfig:
     """Conversions never divide by a t or 1 - t smaller than this; they are exact where both are larger."""
 
 
-@dataclass
-class SamplerConfig:
-    """How frames are sampled."""
-
-    scheduler: Literal["euler", "heun", "dpm", "unipc"] = "euler"
-    """Flow Euler, flow Heun (two network calls a step), DPM-Solver++ (2M) or UniPC, of diffusers."""
-    steps: int = 8
-    """Number of denoising steps."""
-    shift: float = 1.0
-    """Moves the steps towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
-    guidance: float = 1.0
-    """Classifier-free guidance on the action: 1 is off. Needs training with action_dropout."""
-
-
 class Flow:
     """The rectified-flow objective."""
+
+    learn_variance = False
+    schedulers = ("euler", "heun", "dpm", "unipc")
 
     def __init__(self, config: FlowConfig):
         self.config = config
@@ -64,9 +51,13 @@ class Flow:
         logit = torch.randn(shape, generator=generator, device=generator.device)
         return torch.sigmoid(logit * self.config.time_std + self.config.time_mean)
 
+    def timestep(self, time: Tensor) -> Tensor:
+        """What the network is told of a diffusion time: 0 to 1000."""
+        return time * TIMESTEPS
+
     def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """x_t = (1 - t)·x0 + t·ε."""
-        t = _spread(time, clean)
+        t = spread(time, clean)
         return (1 - t) * clean + t * noise
 
     def convert(self, value: Tensor, source: Quantity, target: Quantity, noisy: Tensor, time: Tensor) -> Tensor:
@@ -76,7 +67,7 @@ class Flow:
         """
         if source == target:
             return value
-        t = _spread(time, value)
+        t = spread(time, value)
         if source == "clean":
             velocity = (noisy - value) / t.clamp(min=self.config.min_time)
         elif source == "noise":
@@ -103,8 +94,37 @@ class Flow:
         Not clamped for a clean frame: the last step, however small its t, has to end at the predicted frame.
         """
         if self.config.prediction == "clean":
-            return (noisy - prediction.float()) / _spread(time, noisy)
+            return (noisy - prediction.float()) / spread(time, noisy)
         return self.convert(prediction.float(), self.config.prediction, "velocity", noisy, time)
+
+    def guide(self, unknown: Tensor, known: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance (Ho & Salimans 2022): from the prediction without the action past that with it."""
+        return torch.lerp(unknown, known, scale)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        predict: Predict,
+        noise: Tensor,
+        config: SamplerConfig,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Follows the flow from noise to a clean frame.
+
+        Args:
+            predict: the network's prediction for a noisy sample at a scalar timestep (0 to 1000).
+            noise: (…, C, H, W), standard normal.
+            config: scheduler and number of steps.
+            generator: not used: the flow draws nothing on its way.
+            progress: whether to show a progress bar over the steps.
+        """
+
+        def velocity(noisy: Tensor, timestep: Tensor, sigma: Tensor) -> Tensor:
+            # A scheduler's timesteps may be rounded to integers; its sigmas are the flow's times exactly.
+            return self.velocity(predict(noisy, sigma * TIMESTEPS), noisy, sigma.expand(noisy.shape[:-3]))
+
+        return denoise(make_scheduler(config), velocity, noise, progress)
 
 
 def make_scheduler(config: SamplerConfig) -> diffusers.SchedulerMixin:
@@ -124,33 +144,3 @@ def make_scheduler(config: SamplerConfig) -> diffusers.SchedulerMixin:
         )
     scheduler.set_timesteps(config.steps)
     return scheduler
-
-
-@torch.no_grad()
-def sample(
-    velocity: Callable[[Tensor, Tensor], Tensor],
-    noise: Tensor,
-    config: SamplerConfig,
-    progress: bool = False,
-) -> Tensor:
-    """Follows the flow from noise to a clean frame.
-
-    Args:
-        velocity: of a noisy sample at a scalar time in [0, 1].
-        noise: (…, C, H, W), standard normal.
-        config: scheduler and number of steps.
-        progress: whether to show a progress bar over the steps.
-    """
-    scheduler = make_scheduler(config)
-    scheduler.set_begin_index(0)  # else looked up by the timestep, which rounding can make ambiguous
-    x = noise
-    # A scheduler's timesteps may be rounded to integers; its sigmas are the flow's times exactly.
-    pairs = list(zip(scheduler.timesteps, scheduler.sigmas[:-1].to(x.device), strict=True))
-    for timestep, time in tqdm(pairs, desc="denoising", disable=not progress, leave=False):
-        x = scheduler.step(velocity(x, time), timestep, x, return_dict=False)[0]
-    return x
-
-
-def _spread(time: Tensor, frames: Tensor) -> Tensor:
-    """Times (…) shaped to multiply frames (…, C, H, W)."""
-    return time.reshape(*time.shape, *(1,) * (frames.ndim - time.ndim))
