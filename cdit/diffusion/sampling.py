@@ -1,0 +1,56 @@
+"""From noise to a frame with a scheduler of diffusers: what all objectives have in common."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import diffusers
+from torch import Tensor
+from tqdm import tqdm
+
+TIMESTEPS = 1000
+
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""The network's prediction for noisy samples (…, C, H, W) at a scalar timestep, 0 (clean) to 1000."""
+
+
+@dataclass
+class SamplerConfig:
+    """How frames are sampled."""
+
+    scheduler: Literal["euler", "heun", "dpm", "unipc", "ddpm", "ddim"] = "euler"
+    """DPM-Solver++ (2M) or UniPC; for a flow also Euler or Heun (two network calls a step), for a DDPM also ancestral
+    sampling (ddpm) or DDIM."""
+    steps: int = 8
+    """Number of denoising steps."""
+    shift: float = 1.0
+    """Moves the steps of a flow towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
+    guidance: float = 1.0
+    """Classifier-free guidance on the action: 1 is off. Needs training with action_dropout."""
+
+
+def denoise(
+    scheduler: diffusers.SchedulerMixin,
+    output: Callable[[Tensor, Tensor, Tensor], Tensor],
+    noise: Tensor,
+    progress: bool = False,
+) -> Tensor:
+    """Runs a scheduler, its timesteps set, from noise to a clean frame.
+
+    Args:
+        scheduler: of diffusers.
+        output: what the scheduler steps with, of noisy sample, scalar timestep and scalar sigma.
+        noise: (…, C, H, W), standard normal.
+        progress: whether to show a progress bar over the steps.
+    """
+    scheduler.set_begin_index(0)  # else looked up by the timestep, which rounding can make ambiguous
+    x = noise
+    pairs = list(zip(scheduler.timesteps.to(x.device), scheduler.sigmas[:-1].to(x.device), strict=True))
+    for timestep, sigma in tqdm(pairs, desc="denoising", disable=not progress, leave=False):
+        x = scheduler.step(output(x, timestep, sigma), timestep, x, return_dict=False)[0]
+    return x
+
+
+def spread(value: Tensor, frames: Tensor) -> Tensor:
+    """One number for each frame (…) shaped to multiply frames (…, C, H, W)."""
+    return value.reshape(*value.shape, *(1,) * (frames.ndim - value.ndim))
