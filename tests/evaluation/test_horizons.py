@@ -96,7 +96,7 @@ def test_masks_stay_with_what_they_mask(batch: dict[str, Tensor]):
     seen = []
 
     class Looking(Fake):
-        def predict(self, context, actions, time_shift, context_mask, **options) -> Tensor:
+        def predict(self, context, actions, time_shift, context_mask, action_mask, **options) -> Tensor:
             for b in range(len(context)):
                 whose = int((to_float(batch["context"]) == context[b]).flatten(1).all(1).nonzero())
                 assert torch.equal(context_mask[b], batch["context_mask"][whose])
