@@ -18,7 +18,7 @@ from diffusers.configuration_utils import register_to_config
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from cdit.attention import KeysValues
+from cdit.attention import KeysValues, MultiHeadAttention
 from cdit.errors import UserError
 from cdit.model.blocks import Block, ContextBlock, FinalLayer, layer_norm
 from cdit.model.embeddings import ActionEmbedding, ScalarEmbedding
@@ -89,6 +89,7 @@ class CDiT(ModelMixin, ConfigMixin):
         use_action: bool = True,
         use_time_shift: bool = True,
         embedding_scale: float = 30.0,
+        init: Literal["native", "published"] = "native",
         learn_variance: bool = False,
     ):
         super().__init__()
@@ -125,6 +126,8 @@ class CDiT(ModelMixin, ConfigMixin):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        if self.config.init == "published":
+            self._shrink_weights()
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # the convolution is a linear map of a patch
         nn.init.zeros_(self.patch_embed.proj.bias)
         if self.action_embed is not None:
@@ -138,6 +141,17 @@ class CDiT(ModelMixin, ConfigMixin):
                 nn.init.xavier_normal_(block.cross_attn.extra_v.view(1, 1, -1))
         nn.init.zeros_(self.final_layer.ada_ln.weight)
         nn.init.zeros_(self.final_layer.linear.weight)  # the first prediction is zero
+
+    def _shrink_weights(self) -> None:
+        """Where the NWM release starts from smaller weights: conditions, and queries, keys and values."""
+        for module in self.modules():
+            if isinstance(module, ScalarEmbedding):
+                nn.init.normal_(module.mlp.fc1.weight, std=0.02)
+                nn.init.normal_(module.mlp.fc2.weight, std=0.02)
+            elif isinstance(module, MultiHeadAttention):  # there one (3·D, D) matrix: bound √(6 / 4·D)
+                for linear in (module.q, module.kv):
+                    bound = (6 / (4 * linear.in_features)) ** 0.5
+                    nn.init.uniform_(linear.weight, -bound, bound)
 
     def encode_context(self, frames: Tensor, mask: Tensor | None = None, end: int = 0) -> ContextCache:
         """Encodes past frames once, for any number of calls of `forward`.

@@ -48,6 +48,9 @@ class ModelConfig:
     """Whether the model is told how far ahead (or back) the target is."""
     embedding_scale: float = 30.0
     """Factor on normalised action and time shift before their sinusoidal features (1 in the published network)."""
+    init: Literal["native", "published"] = "native"
+    """Initial weights; published: those of the NWM release, with small embeddings of diffusion time, action and time
+    shift, and narrower queries, keys and values."""
 
     def arguments(self) -> dict[str, Any]:
         """The arguments of `CDiT` that this config settles: all but the frame's size and the context's length."""

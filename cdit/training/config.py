@@ -40,8 +40,8 @@ class EMAConfig:
     decay: float = 0.9999
     """Largest decay a step."""
     warmup_power: float = 0.75
-    """The decay grows as 1 - (1 + step)^-power up to its largest value; 0 for a fixed decay. The first step
-    is copied either way, so that the initial weights leave no trace."""
+    """The decay grows as 1 - (1 + step)^-power up to its largest value, from a first step that is copied, so that the
+    initial weights leave no trace; 0 for a fixed decay from the initial weights on (the NWM release)."""
 
 
 @dataclass

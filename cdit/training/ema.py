@@ -16,6 +16,7 @@ class EMA:
 
     def __init__(self, network: nn.Module, config: EMAConfig):
         self.network = network
+        self._ahead = 0 if config.warmup_power else 1  # diffusers copies the weights at the first step of all
         self.average = EMAModel(
             network.parameters(),
             decay=config.decay,
@@ -23,6 +24,7 @@ class EMA:
             use_ema_warmup=config.warmup_power > 0,
             power=config.warmup_power,
         )
+        self.average.optimization_step = self._ahead
 
     def step(self) -> None:
         """Takes in the weights after an optimizer step."""
@@ -52,4 +54,4 @@ class EMA:
         tensors = load_file(path)
         for (name, _), shadow in zip(self.network.named_parameters(), self.average.shadow_params, strict=True):
             shadow.copy_(tensors[name])
-        self.average.optimization_step = step
+        self.average.optimization_step = step + self._ahead

@@ -217,6 +217,23 @@ def test_initial_weights():
             assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.05), name
 
 
+def test_published_initial_weights():
+    """Conditions N(0, 0.02); queries, keys and values as torch.nn.MultiheadAttention draws its one matrix."""
+    torch.manual_seed(0)
+    arguments = {"hidden_size": 192, "depth": 1, "num_heads": 6, "position": "learned", "extra_kv": True}
+    model = CDiT(image_size=(8, 8), init="published", **arguments)
+    in_proj = torch.nn.MultiheadAttention(192, 6).in_proj_weight
+    native = CDiT(image_size=(8, 8), **arguments)
+    for (name, weight), other in zip(model.named_parameters(), native.parameters(), strict=True):
+        if "_embed" in name and name.endswith("weight") and "patch" not in name:
+            assert weight.std().item() == pytest.approx(0.02, rel=0.05), name
+        elif name.endswith(("attn.q.weight", "attn.kv.weight")):
+            assert weight.abs().max().item() == pytest.approx(in_proj.abs().max().item(), rel=0.01), name
+            assert weight.std().item() == pytest.approx(in_proj.std().item(), rel=0.02), name
+        else:
+            assert weight.std(correction=0).item() == pytest.approx(other.std(correction=0).item(), rel=0.3), name
+
+
 def test_seeds_reproduce_the_initial_weights():
     def draw(seed: int) -> dict[str, torch.Tensor]:
         torch.manual_seed(seed)
