@@ -29,6 +29,7 @@ def parse_config(
     description: str,
     argv: Sequence[str] | None = None,
     default_file: Path | str | None = None,
+    positional: bool = False,
 ) -> T:
     """Reads a dataclass from `--config FILE` (YAML) and overrides such as `--model.depth 6`.
 
@@ -37,13 +38,14 @@ def parse_config(
         description: what `--help` says of the program.
         argv: the arguments, by default those of the process.
         default_file: the YAML file read when no `--config` is given.
+        positional: whether fields without a default are given by position, in their order, and not by name.
 
     Unknown or ill-typed fields end the process with a message that names them and exit code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(description=description)
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
-    parser.add_class_arguments(config_class, fail_untyped=True)
+    parser.add_class_arguments(config_class, as_positional=positional, fail_untyped=True)
     if default_file is not None and not any(a == "--config" or a.startswith("--config=") for a in argv):
         argv = ["--config", str(default_file), *argv]
     parser.files = [file for flag, file in pairwise(argv) if flag == "--config"]

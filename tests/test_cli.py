@@ -66,6 +66,29 @@ def test_tuples_and_literals_come_typed(config):
     assert isinstance(whole.part, Part)
 
 
+@dataclass
+class Move:
+    """What to move where."""
+
+    source: str
+    """What."""
+    target: str
+    """Where."""
+    part: Part = field(default_factory=Part)
+    """The part."""
+
+
+def test_fields_without_defaults_by_position(capsys):
+    move = parse_config(Move, "A test.", ["a", "--part.depth", "5", "b"], positional=True)
+    assert move == Move("a", "b", Part(depth=5))
+    assert move == parse_config(Move, "A test.", ["--target", "b", "--source", "a", "--part.depth", "5"])
+    for argv in (["a"], ["a", "b", "c"], ["--source", "a", "--target", "b"]):
+        with pytest.raises(SystemExit) as stop:
+            parse_config(Move, "A test.", argv, positional=True)
+        assert stop.value.code == 2
+    assert "target" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("argv", "named"),
     [

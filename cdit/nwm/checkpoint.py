@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cdit.errors import UserError
 from cdit.model import CDiT
-from cdit.nwm.tensors import DIALECT, cdit_arguments, from_nwm, to_nwm
+from cdit.nwm.tensors import cdit_arguments, differences, from_nwm, to_nwm
 
 LISTED = 4
 
@@ -43,9 +43,9 @@ def load_checkpoint(path: Path | str, weights: Literal["ema", "model"] = "ema", 
             cdit = CDiT(**arguments)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    problems = _differences(tensors, to_nwm(cdit.state_dict()))
+    problems = _mismatches(tensors, to_nwm(cdit.state_dict()))
     if problems:
-        raise UserError(f"{path}: {weights!r} is not a complete NWM network: {'; '.join(problems)}")
+        raise UserError(f"{path}: not the network of NWM: in {weights!r}, {'; '.join(problems)}")
     state = from_nwm(tensors, cdit.config.num_heads)
     # Copies: what torch.load gives is the file itself, mapped into memory.
     cdit.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, assign=True)
@@ -61,12 +61,7 @@ def save_checkpoint(cdit: CDiT, path: Path | str) -> None:
         UserError: the network is not the published one, naming the settings that differ; or what is at `path` now is no
             checkpoint.
     """
-    different = [f"{name} is {cdit.config[name]!r}, not {value!r}" for name, value in DIALECT.items()
-                 if cdit.config[name] != value]  # fmt: skip
-    height, width = cdit.config.image_size
-    if height != width:
-        different.append(f"image_size is {(height, width)}, not square")
-    if different:
+    if different := differences(cdit):
         raise UserError(f"not the network of NWM: {'; '.join(different)}")
     path = Path(path)
     if path.exists():
@@ -125,7 +120,7 @@ def _is_weight(value: Any) -> bool:
     )
 
 
-def _differences(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
+def _mismatches(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
     """What is missing, left over or of another shape; a line each, naming some."""
     shapes = [
         f"{name} {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
@@ -149,5 +144,5 @@ def _reason(error: Exception) -> str:
     """What is wrong with a file that torch cannot load; its own words are advice to load it unsafely."""
     asked_for = re.search(r"GLOBAL (\S+)", str(error))
     if asked_for:
-        return f"it asks for {asked_for[1]}, and only tensors and plain values are admitted"
+        return f"it asks for {asked_for[1]!r}, and only tensors and plain values are admitted"
     return "damaged, cut short or not of torch.save"

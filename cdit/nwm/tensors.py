@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from cdit.errors import UserError
-from cdit.model import PRESETS
+from cdit.model import PRESETS, CDiT
 
 DIALECT = {
     "context_depth": 0,
@@ -81,15 +81,15 @@ def cdit_arguments(tensors: Mapping[str, Tensor], num_heads: int | None = None) 
     for name, dims in {"pos_embed": 3, "x_embedder.proj.weight": 4}.items():
         if name not in tensors or tensors[name].ndim != dims:
             found = f"has shape {tuple(tensors[name].shape)}" if name in tensors else "is missing"
-            raise UserError(f"{name} {found}, expected {dims} dimensions")
+            raise UserError(f"not the network of NWM: {name} {found}, expected {dims} dimensions")
         shapes[name] = tensors[name].shape
     slots, patches, width = shapes["pos_embed"]
     _, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
     side, depth = isqrt(patches), count_blocks(tensors)
     if side**2 != patches or slots < 2 or depth < 1:
         raise UserError(
-            f"{depth} blocks and pos_embed of shape {(slots, patches, width)}: expected at least one block, "
-            "two frames and a square number of patches"
+            f"not the network of NWM: {depth} blocks and pos_embed of shape {(slots, patches, width)}, "
+            "expected at least one block, two frames and a square number of patches"
         )
     if num_heads is None and (width, depth) not in HEADS:
         raise UserError(
@@ -108,6 +108,17 @@ def cdit_arguments(tensors: Mapping[str, Tensor], num_heads: int | None = None) 
         "num_heads": num_heads or HEADS[width, depth],
         **DIALECT,
     }
+
+
+def differences(cdit: CDiT) -> list[str]:
+    """What makes a network another than the published one, a setting each."""
+    different = [
+        f"{name} is {cdit.config[name]}, not {value}" for name, value in DIALECT.items() if cdit.config[name] != value
+    ]
+    height, width = cdit.config.image_size
+    if height != width:
+        different.append(f"image_size is {(height, width)}, not square")
+    return different
 
 
 def count_blocks(names: Iterable[str]) -> int:

@@ -247,13 +247,13 @@ def test_a_broken_write_leaves_what_was_there(tmp_path, monkeypatch):
 )  # fmt: skip
 def test_other_networks_are_not_exported(setting, value, tmp_path):
     arguments = cdit_arguments(published(TINY).state_dict(), 3) | {setting: value}
-    with pytest.raises(UserError, match=rf"not the network of NWM: {setting} is {re.escape(repr(value))}, not [^;]*$"):
+    with pytest.raises(UserError, match=rf"not the network of NWM: {setting} is {re.escape(str(value))}, not [^;]*$"):
         save_checkpoint(CDiT(**arguments), tmp_path / "it.pth.tar")
     assert not list(tmp_path.iterdir())
 
 
 def test_all_that_differs_is_listed(tmp_path):
-    with pytest.raises(UserError, match=r"context_modulation is False.*position is 'rotary'.*learn_variance is False"):
+    with pytest.raises(UserError, match=r"context_modulation is False.*position is rotary.*learn_variance is False"):
         save_checkpoint(CDiT((4, 4), hidden_size=32, depth=1, num_heads=2), tmp_path / "it.pth.tar")
 
 
@@ -297,7 +297,7 @@ def test_nothing_in_a_file_is_run(place, poison, tmp_path):
         load_checkpoint(path, num_heads=3)
     if place != "a bare pickle":
         name = poison.partition(".")[2]
-        assert re.search(rf"it asks for (\w+\.)?{name}, and only", str(caught.value))
+        assert re.search(rf"it asks for '(\w+\.)?{name}', and only", str(caught.value))
     assert "weights_only" not in str(caught.value)
     assert not marker.exists()
 
@@ -309,11 +309,10 @@ def test_nothing_in_a_file_is_run(place, poison, tmp_path):
 
 
 def test_only_one_class_is_admitted_and_only_while_reading(tmp_path):
-    admitted = torch.serialization.get_safe_globals()
     read(tmp_path, published(TINY))
-    assert torch.serialization.get_safe_globals() == admitted
+    assert argparse.Namespace not in torch.serialization.get_safe_globals()
     path = write_checkpoint(tmp_path / "it.pth.tar", published(TINY).state_dict(), args=Path("a"))
-    with pytest.raises(UserError, match="it asks for pathlib"):
+    with pytest.raises(UserError, match="it asks for 'pathlib"):
         load_checkpoint(path, num_heads=3)
 
 
@@ -360,7 +359,7 @@ def not_a_checkpoint(kind: str, path: Path) -> None:
         ("cut short", "damaged, cut short or not of torch.save"),
         ("cut in half", "damaged, cut short or not of torch.save"),
         ("cut to its head", "damaged, cut short or not of torch.save"),
-        ("a module", "it asks for published.Published, and only tensors and plain values"),
+        ("a module", "it asks for 'published.Published', and only tensors and plain values"),
         ("a tensor", "no 'ema' in it"),
         ("a state dict", "no 'ema' in it"),
         ("ema of numbers", "no 'ema' in it"),
@@ -421,8 +420,8 @@ WIDTH = TINY["width"]
         (instead(blocks__1__adaLN_modulation__1__weight=torch.ones(9 * WIDTH, WIDTH)), r"expected \(528, 48\)$"),
         (instead(x_embedder__proj__weight=torch.ones(WIDTH, 3, 2, 3)), r"\(48, 3, 2, 3\), expected \(48, 3, 2, 2\)$"),
         (instead(x_embedder__proj__weight=torch.ones(WIDTH, 12)), r"weight has shape \(48, 12\), expected 4 dim"),
-        (instead(pos_embed=torch.ones(5, 6, WIDTH)), r"pos_embed of shape \(5, 6, 48\): expected .* square number"),
-        (instead(pos_embed=torch.ones(1, 4, WIDTH)), r"pos_embed of shape \(1, 4, 48\): expected .* two frames"),
+        (instead(pos_embed=torch.ones(5, 6, WIDTH)), r"pos_embed of shape \(5, 6, 48\), expected .* square number"),
+        (instead(pos_embed=torch.ones(1, 4, WIDTH)), r"pos_embed of shape \(1, 4, 48\), expected .* two frames"),
         (instead(pos_embed=torch.ones(5, 4, 45)), r"another shape: x_embedder\.proj\.weight .* and \d+ more$"),
         (instead(pos_embed=torch.ones(5, 4, 47)), r"hidden_size 47 must be a multiple of num_heads 3"),
         (instead(pos_embed=torch.ones(5, 0, WIDTH)), "pos_embed of 'ema': expected tensors of floating"),
