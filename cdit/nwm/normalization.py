@@ -8,13 +8,13 @@ LOWEST, HIGHEST = (-2.5, -4.0), (5.0, 4.0)
 """Displacements forward and to the left, in spacings, that become -1 and 1. Nothing is clipped."""
 
 
-def normalization(fps: float, spacing: float | None = None) -> Units:
+def normalization(fps: float = 4.0, spacing: float | None = None) -> Units:
     """The published units: displacements mapped from `LOWEST`…`HIGHEST` spacings to -1…1, yaw in radians as it is.
 
     Standing still is -1/3 forward, not 0.
 
     Args:
-        fps: frames a second (4 in the published recipe).
+        fps: frames a second; 4 in the published recipe.
         spacing: metres between frames; None for a model of several datasets, each in units of its own.
     """
     widths = [high - low for low, high in zip(LOWEST, HIGHEST, strict=True)]

@@ -1,34 +1,13 @@
-"""What a published Navigation World Models checkpoint does not hold: units, frame rate, autoencoder, sampler."""
+"""A world model of a published network: what its checkpoint does not hold is added here."""
 
 from cdit.codec import AutoencoderCodec
 from cdit.diffusion import DDPMConfig, SamplerConfig
 from cdit.errors import UserError
 from cdit.model import CDiT
-from cdit.world_model import Units, WorldDescription, WorldModel
+from cdit.nwm.normalization import normalization
+from cdit.world_model import WorldDescription, WorldModel
 
 FPS = 4.0
-TIME_UNIT = 128
-"""Frames; time shifts are in these."""
-RANGES = ((-2.5, 5.0), (-4.0, 4.0))
-"""Of dx and dy, in spacings: what the network sees as -1 … 1. Nothing is clipped."""
-
-
-def normalization(fps: float = FPS, spacing: float | None = None) -> Units:
-    """The units of the published training.
-
-    Args:
-        fps: frames a second.
-        spacing: metres between consecutive frames of the dataset at hand; None: to be said in each call.
-    """
-    (x_scale, x_offset), (y_scale, y_offset) = (
-        (2 / (high - low), -(high + low) / (high - low)) for low, high in RANGES
-    )
-    return Units(
-        action_scale=(x_scale, y_scale, 1.0),
-        action_offset=(x_offset, y_offset, 0.0),
-        time_scale=fps / TIME_UNIT,
-        spacing=spacing,
-    )
 
 
 def published_world(cdit: CDiT, codec: AutoencoderCodec, spacing: float | None = None) -> WorldModel:
