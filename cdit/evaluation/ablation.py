@@ -1,0 +1,168 @@
+"""Trains and evaluates the variants of a config, each with several seeds, all measured on the same cases.
+
+Runs `train.py` and `cdit.evaluate` as a person would, one process after the other; what is done already is not done
+again, so that an interrupted ablation continues.
+"""
+
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import cdit
+import yaml
+from cdit.cli import parse_config
+from cdit.data.windows import DataConfig, WindowDataset
+from cdit.errors import UserError
+from cdit.evaluation.loading import spread
+from cdit.world_model import DESCRIPTION
+
+TRAIN = Path(cdit.__path__[0]).parent / "train.py"
+
+
+@dataclass
+class AblationConfig:
+    """What is compared."""
+
+    name: str
+    """Name of the ablation; its folder is <output>/<name>."""
+    base: str
+    """Config of train.py that all variants start from."""
+    variants: dict[str, dict[str, Any]]
+    """Options of train.py by name of the variant, such as {one head: {model.num_heads: 1}}."""
+    reference: str
+    """The variant that the others are compared with."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Options of train.py for all variants."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Every variant is trained once with each."""
+    seconds: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0])
+    """Horizons that are measured, each predicted in one jump."""
+    cases: int = 256
+    """Contexts of the test split that are measured, the same for all."""
+    metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim", "lpips"])
+    """What is measured, see `python -m cdit.evaluate --help`."""
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    """Further options of cdit.evaluate, such as {sampler.steps: 8}."""
+    launch: str = "accelerate launch"
+    """What train.py and cdit.evaluate are started with."""
+    output: str = "runs/ablations"
+    """Folder of all ablations."""
+
+    @property
+    def folder(self) -> Path:
+        """The ablation's folder."""
+        return Path(self.output) / self.name
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one variant."""
+
+    variant: str
+    seed: int
+    folder: Path
+    options: list[str]
+    """Of train.py."""
+
+
+def ablate(argv: list[str]) -> None:
+    """The command line: `python -m cdit.evaluate ablate SPEC.yaml [--seeds [0,1,2] …]`.
+
+    Raises:
+        UserError: the spec is wrong, which is found before anything is trained, or a training or evaluation failed.
+    """
+    if not argv or argv[0].startswith("--"):
+        raise UserError("usage: python -m cdit.evaluate ablate SPEC.yaml [--seeds [0,1,2] …]")
+    config = parse_config(AblationConfig, __doc__, ["--config", *argv])
+    if config.reference not in config.variants:
+        raise UserError(f"reference is {config.reference!r}, expected one of {', '.join(config.variants)}")
+    runs = [run for name in config.variants for run in runs_of(config, name)]
+    resolved = {run.variant: resolve(run) for run in runs if run.seed == config.seeds[0]}
+    for number, run in enumerate(runs, start=1):
+        print(f"\n{config.name}, run {number} of {len(runs)}: {run.variant}, seed {run.seed}", file=sys.stderr)
+        train(run, config)
+    index = write_cases(config, resolved)
+    for run in runs:
+        evaluate(run, config, index)
+    report(config, runs)
+
+
+def runs_of(config: AblationConfig, variant: str) -> list[Run]:
+    """The trainings of a variant, one for each seed."""
+    runs = []
+    for seed in config.seeds:
+        name = f"{re.sub(r'[^a-z0-9]+', '_', variant.lower())}_seed{seed}"
+        options = config.train | config.variants[variant] | {"seed": seed, "name": name, "output": config.folder}
+        written = [part for field, value in options.items() for part in (f"--{field}", _written(value))]
+        runs.append(Run(variant, seed, config.folder / name, ["--config", config.base, *written]))
+    return runs
+
+
+def resolve(run: Run) -> dict[str, Any]:
+    """The run's whole training config, as train.py understands it.
+
+    Raises:
+        UserError: it does not.
+    """
+    command = [sys.executable, str(TRAIN), *run.options, "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"variant {run.variant!r}: train.py refuses it\n{done.stderr.strip()}")
+    return yaml.safe_load(done.stdout)
+
+
+def train(run: Run, config: AblationConfig) -> None:
+    """Trains, or goes on where it was interrupted, unless it is done already.
+
+    Raises:
+        UserError: the training failed.
+    """
+    if (run.folder / "last" / DESCRIPTION).is_file():
+        return
+    _call([*shlex.split(config.launch), str(TRAIN), *run.options, "--resume", "auto"], run)
+
+
+def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> Path:
+    """Writes the cases that all are measured on, as an index file of NWM, and returns its path.
+
+    They have as many past frames as the variant that looks at most of them.
+
+    Raises:
+        UserError: the variants are of different datasets, or no trajectory is long enough.
+    """
+    datasets = [values["data"] for values in resolved.values()]
+    where = ("folder", "splits", "test_split", "fps")
+    if any(data[key] != datasets[0][key] for data in datasets for key in where):
+        raise UserError("variants of different datasets cannot be compared")
+    folder, splits, split, _ = (datasets[0][key] for key in where)
+    longest = max(data["context_frames"] for data in datasets)
+    dataset = WindowDataset(DataConfig(folder, splits=splits, context_frames=longest, cache_gb=0), split)
+    offsets = [round(seconds * dataset.info.fps) for seconds in config.seconds]
+    windows = spread(dataset.windows_with(offsets), config.cases)
+    if not windows:
+        raise UserError(f"seconds is {config.seconds}: no trajectory of split {split!r} of {folder} is long enough")
+    cases = []
+    for window in windows:
+        trajectory, now = dataset.locate(window)
+        cases.append((dataset.trajectories[trajectory].name, now, min(offsets), max(offsets)))
+    path = config.folder / "cases.pkl"
+    path.write_bytes(pickle.dumps(cases))
+    return path
+
+
+def _written(value: Any) -> str:
+    """A value as an option of a command line."""
+    return str(value) if isinstance(value, (str, Path)) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
+
+
+def _call(command: list[str], run: Run) -> None:
+    done = subprocess.run(command)
+    if done.returncode:
+        raise UserError(
+            f"variant {run.variant!r}, seed {run.seed}: exit code {done.returncode} of {shlex.join(command)}"
+        )
