@@ -26,6 +26,7 @@ from cdit.training.setup import (
     micro_batches,
     prepare_data,
     resume_schedule,
+    use_latents,
 )
 from cdit.training.tracking import Tracker
 from cdit.training.validation import Validation
@@ -56,6 +57,7 @@ def main() -> None:
     world = build_world(config, train_set)
     cdit = world.cdit
     world.codec.to(accelerator.device)
+    use_latents((train_set, test_set), world.codec, config)
     optimizer, schedule = build_optimizer(cdit, config.optimizer, config.steps)
     network, optimizer = accelerator.prepare(cdit, optimizer)
     ema = EMA(cdit, config.ema)

@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import yaml
+from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
 from cdit.errors import UserError
 
@@ -16,9 +18,17 @@ T = TypeVar("T")
 
 
 class _Parser(ArgumentParser):
-    """Names in every error the config file that was read."""
+    """Names in every error the config file that was read; reads only some sections of one, if told so."""
 
     files: Sequence[str] = ()
+    sections: Sequence[str] | None = None
+
+    def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
+        with suppress(yaml.YAMLError):  # which is reported below
+            values = yaml.safe_load(content)
+            if self.sections is not None and isinstance(values, dict):
+                content = yaml.safe_dump({name: values[name] for name in self.sections if name in values})
+        return super().parse_string(content, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         super().error(message.rstrip() + "".join(f" (config file: {file})" for file in self.files), ex)
@@ -30,6 +40,7 @@ def parse_config(
     argv: Sequence[str] | None = None,
     default_file: Path | str | None = None,
     positional: bool = False,
+    sections: Sequence[str] | None = None,
 ) -> T:
     """Reads a dataclass from `--config FILE` (YAML) and overrides such as `--model.depth 6`.
 
@@ -39,11 +50,13 @@ def parse_config(
         argv: the arguments, by default those of the process.
         default_file: the YAML file read when no `--config` is given.
         positional: whether fields without a default are given by position, in their order, and not by name.
+        sections: the fields that are read from a config file, which may be one of another program and have more.
 
     Unknown or ill-typed fields end the process with a message that names them and exit code 2.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(description=description)
+    parser.sections = sections
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     parser.add_class_arguments(config_class, as_positional=positional, fail_untyped=True)
     if default_file is not None and not any(a == "--config" or a.startswith("--config=") for a in argv):

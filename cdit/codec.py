@@ -1,5 +1,6 @@
 """Codecs: frames to and from what the network denoises (pixels, or the latents of an autoencoder of diffusers)."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cdit.errors import UserError
+
+UNSEEN_IN_WEIGHTS = ("act_fn", "norm_num_groups")
+"""Settings that change what an encoder computes, and not the names and shapes of its weights."""
 
 
 @dataclass
@@ -53,19 +57,33 @@ class AutoencoderCodec(nn.Module):
         self.scale: float = config.scaling_factor
         self.shift: float = getattr(config, "shift_factor", None) or 0.0
 
-    @torch.no_grad()
     def encode(self, frames: Tensor, noise: Tensor | None = None) -> Tensor:
         """(…, 3, H, W) in [-1, 1] to latents (…, C, H / downscale, W / downscale).
 
         AutoencoderKL's posterior is sampled with the given standard-normal noise; without it, its mean is taken.
         """
+        return self.draw(self.moments(frames), noise)
+
+    @torch.no_grad()
+    def moments(self, frames: Tensor) -> Tensor:
+        """What the encoder says of frames (…, 3, H, W): (…, S, C, h, w), for `draw`.
+
+        S = 2 for AutoencoderKL, the mean and standard deviation of its posterior; 1 for AutoencoderTiny, its latents.
+        """
         flat = frames.flatten(0, -4)
-        if self.kind == "tiny":
-            latents = self.autoencoder.encode(flat).latents
-        else:
+        if self.samples:
             posterior = self.autoencoder.encode(flat).latent_dist
-            latents = posterior.mean if noise is None else posterior.mean + posterior.std * noise.flatten(0, -4)
-        return ((latents - self.shift) * self.scale).unflatten(0, frames.shape[:-3])
+            moments = torch.stack((posterior.mean, posterior.std), dim=1)
+        else:
+            moments = self.autoencoder.encode(flat).latents[:, None]
+        return moments.unflatten(0, frames.shape[:-3])
+
+    def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents (…, C, h, w) from moments (…, S, C, h, w), by standard-normal noise where there is a posterior."""
+        latents = moments.select(-4, 0)
+        if self.samples and noise is not None:
+            latents = latents + moments.select(-4, 1) * noise
+        return (latents - self.shift) * self.scale
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -73,8 +91,30 @@ class AutoencoderCodec(nn.Module):
         frames = self.autoencoder.decode(latents.flatten(0, -4) / self.scale + self.shift).sample
         return frames.clamp(-1, 1).unflatten(0, latents.shape[:-3])
 
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 of what `moments` depends on: the encoder's weights, and how it uses them."""
+        settings = {name: self.autoencoder.config.get(name) for name in UNSEEN_IN_WEIGHTS}
+        digest = hashlib.sha256(f"{self.kind} {settings}".encode())
+        for name, weights in sorted(self.autoencoder.state_dict().items()):
+            if name.startswith(("encoder.", "quant_conv.")):
+                digest.update(f"{name} {weights.dtype} {tuple(weights.shape)}".encode())
+                digest.update(weights.cpu().contiguous().numpy())
+        return digest.hexdigest()
+
 
 Codec = PixelCodec | AutoencoderCodec
+
+
+def latent_size(codec: Codec, image_size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the latents of frames of that height and width.
+
+    Raises:
+        UserError: the codec cannot shrink them evenly.
+    """
+    height, width = image_size
+    if height % codec.downscale or width % codec.downscale:
+        raise UserError(f"data.image_size is {height}×{width}, expected multiples of the codec's {codec.downscale}")
+    return height // codec.downscale, width // codec.downscale
 
 
 def load_codec(config: CodecConfig) -> Codec:

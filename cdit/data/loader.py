@@ -1,6 +1,7 @@
 """Batches of windows, loaded by worker processes."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 def loader(dataset: WindowDataset, sampler: Iterable[list[WindowKey]], config: DataConfig) -> "WindowLoader":
     """A loader of the sampler's batches with `config.workers` processes, in pinned memory where there is CUDA."""
     return WindowLoader(
-        _Reporting(dataset),
+        Reporting(dataset),
         batch_sampler=sampler,
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
@@ -37,16 +38,16 @@ class WindowLoader(DataLoader):
             yield batch
 
 
-class _Reporting(Dataset):
+class Reporting(Dataset):
     """Gives a `UserError` as a value in the item's place."""
 
-    def __init__(self, dataset: WindowDataset):
+    def __init__(self, dataset: Dataset):
         self.dataset = dataset
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: WindowKey) -> dict[str, Tensor] | UserError:
+    def __getitem__(self, key: Any) -> Any:
         try:
             return self.dataset[key]
         except UserError as error:

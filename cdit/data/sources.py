@@ -61,14 +61,24 @@ def read_sources(
     return trajectories, spacings, _merge(infos, sources)
 
 
-def _read(source: Source, split: str, min_frames: int) -> tuple[list[Trajectory], WindowInfo]:
-    """The trajectories of a dataset that are long enough for a window; says on stderr how many are not."""
+def read_trajectories(source: Source, split: str) -> list[Trajectory]:
+    """All trajectories of a split of one dataset.
+
+    Raises:
+        DataError: it has problems, which the message lists.
+    """
     trajectories, problems = read_split(source.folder, split, source.splits)
     if problems:
         lines = problems[:LISTED_PROBLEMS]
         if len(problems) > len(lines):
             lines.append(f"… and {len(problems) - len(lines)} more: python -m cdit.data.check {source.folder}")
         raise DataError(f"{source.folder}: split {split!r} cannot be used\n  " + "\n  ".join(lines))
+    return trajectories
+
+
+def _read(source: Source, split: str, min_frames: int) -> tuple[list[Trajectory], WindowInfo]:
+    """The trajectories of a dataset that are long enough for a window; says on stderr how many are not."""
+    trajectories = read_trajectories(source, split)
     long_enough = [trajectory for trajectory in trajectories if len(trajectory) >= min_frames]
     if not long_enough:
         longest = max(map(len, trajectories))

@@ -32,6 +32,11 @@ class Trajectory:
     def __len__(self) -> int:
         return len(self.files)
 
+    @property
+    def dataset(self) -> Path:
+        """The dataset's folder."""
+        return self.folder.parents[len(Path(self.name).parts) - 1]
+
     def frame(self, time: int) -> Path:
         """The file of the frame at `time` (0…T-1)."""
         return self.folder / str(self.files[time])

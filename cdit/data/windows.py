@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdit.data.frames import Crop, FrameStore
+from cdit.data.latents import Encoding, LatentStore, open_latents
 from cdit.data.motion import local_motion
 from cdit.data.sources import Source, read_sources
 from cdit.errors import UserError
@@ -58,6 +59,9 @@ class DataConfig:
     """Memory for decoded frames in GB, for each process and split; taken as it fills."""
     workers: int = 2
     """Loader processes; 0 loads in the main process."""
+    latents: Literal["auto", "no"] = "auto"
+    """With a codec of latents: train on those that `python -m cdit.data.encode` left in the dataset's folder, where
+    there are any (auto), or encode the images at each step (no)."""
 
     def validate(self) -> None:
         """Checks the values.
@@ -118,6 +122,9 @@ class WindowDataset(Dataset):
         spacing       () float32            metres between consecutive frames of the window's dataset
         seed          () int64              seed of the sample's further draws: `seed_of(seed, step, sample)`
 
+    After `use_latents`, what an item holds as context and target is (T, S, C, h, w) and (G, S, C, h, w) float32 latents
+    (see cdit.data.latents); `window` and `path` give frames all the same.
+
     Args:
         config: which dataset and windows.
         split: name of the split.
@@ -139,6 +146,7 @@ class WindowDataset(Dataset):
         self.trajectories, self._spacing, self.info = read_sources(config.sources, split, min_frames)
         self._starts = np.cumsum([0, *(len(trajectory) - min_frames + 1 for trajectory in self.trajectories)])
         self.frames = FrameStore(self.trajectories, config.image_size, config.crop, config.cache_gb)
+        self._latents: LatentStore | None = None
 
     def __len__(self) -> int:
         return int(self._starts[-1])
@@ -154,8 +162,17 @@ class WindowDataset(Dataset):
         low, high = max(self.config.min_offset, -past), min(self.config.max_offset, future)
         seed = seed_of(self.seed, step, sample)
         draws = np.random.default_rng(seed)
-        item = self.window(window, draws.integers(low, high, size=self.config.goals, endpoint=True).tolist())
+        goals = now + draws.integers(low, high, size=self.config.goals, endpoint=True)
+        item = self._item(trajectory, now, goals.tolist(), [now] * len(goals), self._latents or self.frames)
         return item | {"seed": torch.tensor(seed)}
+
+    def use_latents(self, encoding: Encoding) -> None:
+        """Has items hold latents in place of frames, if there are any in the dataset's folder (in all, of a mix).
+
+        Raises:
+            DataError: they were made with another encoding, or some are missing or cut short.
+        """
+        self._latents = open_latents(self.trajectories, encoding)
 
     def locate(self, window: int) -> tuple[int, int]:
         """Index of the window's trajectory in `trajectories`, and its current time there in frames."""
@@ -172,7 +189,7 @@ class WindowDataset(Dataset):
         """
         trajectory, now = self.locate(index)
         goals = [now + offset for offset in offsets]
-        return self._item(trajectory, now, goals, [now] * len(goals))
+        return self._item(trajectory, now, goals, [now] * len(goals), self.frames)
 
     def windows_with(self, offsets: Sequence[int]) -> list[int]:
         """Indices of the windows that have their full context and a frame at each of these offsets."""
@@ -195,17 +212,19 @@ class WindowDataset(Dataset):
         """
         trajectory, now = self.locate(index)
         times = list(range(now, now + length + 1))
-        return self._item(trajectory, now, times[1:], times[:-1])
+        return self._item(trajectory, now, times[1:], times[:-1], self.frames)
 
-    def _item(self, index: int, now: int, goals: list[int], origins: list[int]) -> dict[str, Tensor]:
-        """The context at `now`, and the goal frames with the motion and time from each one's origin, in frames."""
+    def _item(
+        self, index: int, now: int, goals: list[int], origins: list[int], store: FrameStore | LatentStore
+    ) -> dict[str, Tensor]:
+        """The context at `now`, and the goals with the motion and time from each one's origin, in frames."""
         trajectory = self.trajectories[index]
         if not all(0 <= goal < len(trajectory) for goal in goals):
             raise IndexError(f"{trajectory.name} has frames 0 to {len(trajectory) - 1}, asked for {goals}")
         size = self.config.context_frames
         history = list(range(max(0, now - size + 1), now + 1))
-        frames = self.frames.read(index, history + goals)
-        context = torch.zeros(size, *frames.shape[1:], dtype=torch.uint8)
+        frames = store.read(index, history + goals)
+        context = torch.zeros(size, *frames.shape[1:], dtype=frames.dtype)
         context[size - len(history) :] = frames[: len(history)]
         action = np.zeros((len(goals), 3))
         if trajectory.position is not None:

@@ -52,16 +52,15 @@ def noisy_batch(
 
     Args:
         world: gives codec, units and objective.
-        items: stacked items of a `WindowDataset`, with `seed` (B,): the key of each sample's draws.
+        items: stacked items of a `WindowDataset`, of frames or of latents, with `seed` (B,): the key of each sample's
+            draws, which are the same for both.
         device: where to.
         action_dropout: share of goals whose action is hidden.
         time: (B, G) diffusion times in [0, 1]; drawn where not given.
     """
     # Asked on the CPU, where the answer costs no synchronisation; without masks faster kernels can be used.
     context_mask = None if items["context_mask"].all() else items["context_mask"].to(device)
-    context = to_float(items["context"].to(device, non_blocking=True))
-    target = to_float(items["target"].to(device, non_blocking=True))
-    goals, past = target.shape[1], context.shape[1]
+    goals, past = items["target"].shape[1], items["context"].shape[1]
 
     times, kept, noises, codec_noises = [], [], [], []
     for seed in items["seed"].tolist():
@@ -72,8 +71,12 @@ def noisy_batch(
         if world.codec.samples:
             codec_noises.append(torch.randn(past + goals, *world.latent_shape, generator=generator, device=device))
 
-    frames = torch.cat((context, target), dim=1)
-    latents = world.codec.encode(frames, torch.stack(codec_noises) if codec_noises else None)
+    recorded = torch.cat([items[name].to(device, non_blocking=True) for name in ("context", "target")], dim=1)
+    codec_noise = torch.stack(codec_noises) if codec_noises else None
+    if recorded.dtype == torch.uint8:
+        latents = world.codec.encode(to_float(recorded), codec_noise)
+    else:  # already encoded
+        latents = world.codec.draw(recorded, codec_noise)
     noise, time = torch.stack(noises), torch.stack(times) if time is None else time.to(device)
     action, time_shift = world.description.units.normalize(
         items["action"].to(device), items["time_shift"].to(device), items["spacing"]

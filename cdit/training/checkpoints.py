@@ -19,7 +19,7 @@ STATE = "state.json"
 CONFIG = "config.yaml"
 MAY_DIFFER = re.compile(
     r"(name|output|resume|steps|stop_at|micro_batch_size|compile|mixed_precision"
-    r"|data\.(folder|prepare|splits|workers|cache_gb)|(validation|probe|checkpoint|tracking|sampler)\..*)"
+    r"|data\.(folder|prepare|splits|workers|cache_gb|latents)|(validation|probe|checkpoint|tracking|sampler)\..*)"
 )
 """Fields that a continued run may have other values of than the run had that it continues."""
 

@@ -3,6 +3,7 @@
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from cdit.codec import load_codec
+from cdit.codec import Codec, latent_size, load_codec
+from cdit.data.latents import Encoding
 from cdit.data.windows import DataConfig, WindowDataset
 from cdit.errors import UserError
 from cdit.model import CDiT
@@ -89,12 +91,10 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         UserError: sizes do not fit together.
     """
     codec = load_codec(config.codec)
-    height, width = config.data.image_size
-    if height % codec.downscale or width % codec.downscale:
-        raise UserError(f"data.image_size is {height}×{width}, expected multiples of the codec's {codec.downscale}")
+    size = latent_size(codec, config.data.image_size)
     torch.manual_seed(config.seed)
     cdit = CDiT(
-        image_size=(height // codec.downscale, width // codec.downscale),
+        image_size=size,
         in_channels=codec.channels,
         max_context=config.data.context_frames,
         learn_variance=config.objective == "ddpm" and config.ddpm.learn_variance,
@@ -108,7 +108,7 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         units = normalization(dataset.info.fps)
     units.spacing = dataset.info.spacing
     description = WorldDescription(
-        image_size=(height, width),
+        image_size=config.data.image_size,
         fps=dataset.info.fps,
         crop=config.data.crop,
         has_actions=dataset.info.has_actions,
@@ -121,6 +121,19 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         sampler=config.sampler,
     )
     return WorldModel(cdit, codec, description)
+
+
+def use_latents(datasets: Iterable[WindowDataset], codec: Codec, config: TrainConfig) -> None:
+    """Has samples hold latents in place of frames, where `python -m cdit.data.encode` has written them.
+
+    Raises:
+        DataError: latents are there, but not all, or of another codec, frame size or crop.
+    """
+    if codec.kind == "pixels" or config.data.latents == "no":
+        return
+    encoding = Encoding(codec.kind, config.codec.name, codec.fingerprint(), config.data.image_size, config.data.crop)
+    for dataset in datasets:
+        dataset.use_latents(encoding)
 
 
 def build_optimizer(network: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:

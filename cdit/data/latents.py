@@ -1,0 +1,251 @@
+"""The latent cache of a dataset: what a codec's encoder says of every frame, so that training need not ask it again.
+
+    <dataset>/latents/latents.json                how the frames were encoded, and the numbers' precision
+    <dataset>/latents/<trajectory>.safetensors    `latents` (T, S, C, h, w)
+
+S = 2: the mean and standard deviation of a posterior, which training samples; S = 1: latents. Both before the codec's
+shift and scale. Each file's metadata holds one entry, `shard`: JSON with the trajectory's name, the encoding again, and
+the SHA-256 of the numbers.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from cdit.cli import parser_instance
+from cdit.data.frames import Crop
+from cdit.data.trajectory import Trajectory
+from cdit.errors import DataError
+
+FORMAT_VERSION = 1
+FOLDER = "latents"
+DESCRIPTION = "latents.json"
+TENSOR = "latents"
+METADATA = "shard"
+
+Precision = Literal["float16", "float32"]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How frames become latents: what a cache was made with, or what a run asks for."""
+
+    codec: str
+    """Kind of the codec."""
+    name: str = field(compare=False)
+    """Where its weights came from, for people to read."""
+    fingerprint: str
+    """Of its encoder."""
+    image_size: tuple[int, int]
+    """Height and width of the frames."""
+    crop: Crop
+    """How recorded frames were brought to that size (see cdit.data.frames.crop_and_resize)."""
+
+    def __str__(self) -> str:
+        size = "×".join(map(str, self.image_size))
+        return f"{self.codec} {self.name} (encoder {self.fingerprint[:12]}), frames of {size}, crop {self.crop}"
+
+
+@dataclass(frozen=True)
+class LatentInfo:
+    """The contents of `latents.json`."""
+
+    encoding: Encoding
+    """What the latents were made with."""
+    precision: Precision
+    """Of the stored numbers."""
+    version: int = FORMAT_VERSION
+    """Version of this format."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision, as torch calls it."""
+        return getattr(torch, self.precision)
+
+
+class LatentCache:
+    """The latents of one dataset on disk, maybe not of all its trajectories yet."""
+
+    def __init__(self, folder: Path, info: LatentInfo):
+        self.folder, self.info = folder, info
+
+    @classmethod
+    def open(cls, dataset: Path) -> "LatentCache | None":
+        """The cache in a dataset's folder; None where there is none.
+
+        Raises:
+            DataError: its description is broken, or of a newer version.
+        """
+        path = dataset / FOLDER / DESCRIPTION
+        if not path.is_file():
+            return None
+        try:
+            info = parser_instance(LatentInfo, json.loads(path.read_text()))
+        except Exception as error:
+            raise DataError(f"{path}: not a description of latents ({error})") from error
+        if info.version > FORMAT_VERSION:
+            raise DataError(f"{path}: format version {info.version}, but this code reads up to {FORMAT_VERSION}")
+        return cls(path.parent, info)
+
+    @classmethod
+    def create(cls, dataset: Path, encoding: Encoding, precision: Precision) -> "LatentCache":
+        """The cache in a dataset's folder, a new one where there is none.
+
+        Raises:
+            DataError: there is one with another encoding or precision.
+        """
+        if cache := cls.open(dataset):
+            cache.expect(encoding)
+            if cache.info.precision != precision:
+                raise DataError(f"{cache.folder} holds {cache.info.precision}, asked for {precision}: delete it first")
+            return cache
+        cache = cls(dataset / FOLDER, LatentInfo(encoding, precision))
+        cache.folder.mkdir(parents=True, exist_ok=True)
+        partial = cache.folder / f".{DESCRIPTION}.partial"
+        partial.write_text(json.dumps(asdict(cache.info), indent=2) + "\n")
+        os.replace(partial, cache.folder / DESCRIPTION)
+        return cache
+
+    def expect(self, encoding: Encoding) -> None:
+        """Refuses a cache of another encoding.
+
+        Raises:
+            DataError: it is one; the message names both.
+        """
+        if self.info.encoding != encoding:
+            raise DataError(
+                f"{self.folder} was made with {self.info.encoding}; asked for {encoding}. Delete it and run "
+                "`python -m cdit.data.encode` with this config, or train on the images with --data.latents no"
+            )
+
+    def file(self, trajectory: Trajectory) -> Path:
+        """Where a trajectory's latents stand."""
+        return self.folder / f"{trajectory.name}.safetensors"
+
+    def write(self, trajectory: Trajectory, latents: Tensor) -> None:
+        """Writes a trajectory's latents (T, S, C, h, w), whole or not at all: a hidden file that is then renamed."""
+        latents = latents.to("cpu", self.info.dtype).contiguous()
+        final = self.file(trajectory)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        partial = final.with_name(f".{final.name}.partial")
+        shard = json.dumps({**self._belongs(trajectory), "sha256": _sha256(latents)})
+        partial.write_bytes(save({TENSOR: latents}, {METADATA: shard}))
+        os.replace(partial, final)
+
+    def problem(self, trajectory: Trajectory, checksum: bool = False) -> str | None:
+        """What is wrong with a trajectory's latents; None if nothing is.
+
+        Args:
+            trajectory: whose.
+            checksum: whether to read the numbers, too, and not only what the file says of itself.
+        """
+        path = self.file(trajectory)
+        if not path.is_file():
+            return f"{path}: missing"
+        try:
+            with _opened(path) as file:
+                shard = json.loads(file.metadata()[METADATA])
+                recorded = shard.pop("sha256")
+                stored = file.get_slice(TENSOR)
+                frames, dtype = stored.get_shape()[0], stored[:0].dtype
+                found = _sha256(file.get_tensor(TENSOR)) if checksum else recorded
+        except (DataError, ValueError, TypeError, LookupError, AttributeError) as error:
+            return f"{path}: damaged ({error})"
+        if shard != self._belongs(trajectory):
+            return f"{path}: of another trajectory or encoding"
+        if dtype != self.info.dtype:
+            return f"{path}: not in {self.info.precision}"
+        if frames != len(trajectory):
+            return f"{path}: {frames} frames, but the trajectory has {len(trajectory)}"
+        return None if found == recorded else f"{path}: damaged (its numbers do not have its checksum)"
+
+    def _belongs(self, trajectory: Trajectory) -> dict[str, Any]:
+        """What a file says it belongs to."""
+        encoding = self.info.encoding
+        return {
+            "trajectory": trajectory.name,
+            "codec": encoding.codec,
+            "fingerprint": encoding.fingerprint,
+            "image_size": list(encoding.image_size),
+            "crop": encoding.crop,
+        }
+
+
+class LatentStore:
+    """The latents of some trajectories, read from their files as they are asked for.
+
+    Files are mapped into memory for the time of a read, so that only the frames asked for are read, processes share the
+    pages, and none of it counts against the process.
+    """
+
+    def __init__(self, files: Sequence[Path]):
+        self.files = files
+
+    def read(self, trajectory: int, times: Sequence[int]) -> Tensor:
+        """Latents (len(times), S, C, h, w) float32 of a trajectory (by its index) at `times`, repetitions allowed.
+
+        Raises:
+            DataError: the file is gone or broken.
+        """
+        with _opened(self.files[trajectory]) as file:
+            latents = file.get_slice(TENSOR)
+            return torch.stack([latents[time] for time in times]).float()
+
+
+def open_latents(trajectories: Sequence[Trajectory], encoding: Encoding) -> LatentStore | None:
+    """The latents of all the trajectories, or None if the folder of any of their datasets has no latent cache.
+
+    Files are opened and asked what they are; their numbers are not read.
+
+    Raises:
+        DataError: a cache has another encoding, or lacks trajectories.
+    """
+    datasets: dict[Path, list[Trajectory]] = {}
+    for trajectory in trajectories:
+        datasets.setdefault(trajectory.dataset, []).append(trajectory)
+    caches = {folder: LatentCache.open(folder) for folder in datasets}
+    without = [str(folder) for folder, cache in caches.items() if cache is None]
+    if without:
+        if len(without) < len(caches):
+            tqdm.write(f"{', '.join(without)}: no latents, so the images of the whole mix are read", file=sys.stderr)
+        return None
+    for folder, cache in caches.items():
+        cache.expect(encoding)
+        problems = [problem for trajectory in datasets[folder] if (problem := cache.problem(trajectory))]
+        if problems:
+            raise DataError(
+                f"{cache.folder} lacks the latents of {len(problems)} of {len(datasets[folder])} trajectories (the "
+                f"first: {problems[0]}). Run `python -m cdit.data.encode` with this config, or train on the images "
+                "with --data.latents no"
+            )
+    return LatentStore([caches[trajectory.dataset].file(trajectory) for trajectory in trajectories])
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file.
+
+    Raises:
+        DataError: it is missing, cut short or no such file.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: not readable ({error})") from error
+
+
+def _sha256(numbers: Tensor) -> str:
+    return hashlib.sha256(numbers.numpy()).hexdigest()
