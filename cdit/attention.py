@@ -27,17 +27,20 @@ def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> 
     return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
 
 
+def attention_scores(q_BHNK: Tensor, k_BHMK: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q·kᵀ / √K in float32, (B, H, N, M); -inf where masked."""
+    with torch.autocast(q_BHNK.device.type, enabled=False):
+        scores_BHNM = (q_BHNK.float() * q_BHNK.shape[-1] ** -0.5) @ k_BHMK.float().transpose(-1, -2)
+    return scores_BHNM if mask is None else torch.where(mask, scores_BHNM, -torch.inf)
+
+
 def attention_weights(q_BHNK: Tensor, k_BHMK: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q·kᵀ / √K) in float32, (B, H, N, M).
 
     Masked scores are -inf before the softmax, so their weights are exactly 0; a row without any key is all zeros.
     """
-    with torch.autocast(q_BHNK.device.type, enabled=False):
-        scores_BHNM = (q_BHNK.float() * q_BHNK.shape[-1] ** -0.5) @ k_BHMK.float().transpose(-1, -2)
-    if mask is None:
-        return scores_BHNM.softmax(-1)
-    scores_BHNM = torch.where(mask, scores_BHNM, -torch.inf)
-    return torch.where(mask.any(-1, keepdim=True), scores_BHNM.softmax(-1), 0.0)
+    weights_BHNM = attention_scores(q_BHNK, k_BHMK, mask).softmax(-1)
+    return weights_BHNM if mask is None else torch.where(mask.any(-1, keepdim=True), weights_BHNM, 0.0)
 
 
 def scaled_dot_product_attention(q_BHNK: Tensor, kv: KeysValues, mask: Tensor | None = None) -> Tensor:
@@ -78,6 +81,10 @@ class Observation:
     kv: KeysValues
     mask: Tensor | None
 
+    def scores(self) -> Tensor:
+        """What the softmax is taken of in this call, (B, H, N, M), float32; -inf where masked."""
+        return attention_scores(self.q_BHNK, self.kv.k_BHMK, self.mask)
+
     def weights(self) -> Tensor:
         """The attention weights of this call, (B, H, N, M), float32; the extra key, where there is one, comes last."""
         return attention_weights(self.q_BHNK, self.kv.k_BHMK, self.mask)
@@ -94,7 +101,8 @@ class MultiHeadAttention(nn.Module):
             queries with nothing to find (`add_bias_kv` of `torch.nn.MultiheadAttention`).
 
     `observer`, when set, is called with an `Observation` at every `attend`. The output still comes from the fused
-    kernel, so watching changes nothing.
+    kernel, so watching changes nothing. `editor`, when set, is given the output of all heads before W_O, (B, H, N, K),
+    and what it returns goes on in its place.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False, extra_kv: bool = False):
@@ -110,6 +118,7 @@ class MultiHeadAttention(nn.Module):
         self.extra_k = nn.Parameter(torch.zeros(heads, 1, width // heads)) if extra_kv else None
         self.extra_v = nn.Parameter(torch.zeros(heads, 1, width // heads)) if extra_kv else None
         self.observer: Callable[[Observation], None] | None = None
+        self.editor: Callable[[Tensor], Tensor] | None = None
 
     def project_q(self, x_BND: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Queries of x, (B, H, N, K), rotated to their positions."""
@@ -139,6 +148,8 @@ class MultiHeadAttention(nn.Module):
         out_BHNK = scaled_dot_product_attention(q_BHNK, kv, mask)
         if self.observer is not None:
             self.observer(Observation(q_BHNK, kv, mask))
+        if self.editor is not None:
+            out_BHNK = self.editor(out_BHNK)
         return self.out(out_BHNK.transpose(1, 2).flatten(2))
 
     def forward(
