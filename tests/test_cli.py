@@ -66,6 +66,22 @@ def test_tuples_and_literals_come_typed(config):
     assert isinstance(whole.part, Part)
 
 
+def test_some_sections_of_another_programs_file(tmp_path, capsys):
+    file = tmp_path / "training.yaml"
+    file.write_text("steps: 9\nrate: fast\nname: x\npart: {depth: 6}\n")
+    for argv in (["--config", str(file)], [f"--config={file}"]):
+        whole = parse_config(Whole, "A test.", [*argv, "--part.kind", "b"], sections=("part", "absent"))
+        assert whole == Whole(Part(depth=6, kind="b"))
+    for text, named in (("part: {width: 3}", "width"), ("part: [", "Problems parsing config"), ("[1, 2]", "Expected")):
+        file.write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            parse_config(Whole, "A test.", ["--config", str(file)], sections=("part",))
+        assert stop.value.code == 2
+        error = capsys.readouterr().err
+        assert named in error
+        assert str(file) in error
+
+
 @dataclass
 class Move:
     """What to move where."""

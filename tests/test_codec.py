@@ -7,7 +7,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from cdit.codec import AutoencoderCodec, CodecConfig, load_codec
+from cdit.codec import AutoencoderCodec, CodecConfig, latent_size, load_codec
 from cdit.errors import UserError
 
 
@@ -100,6 +100,79 @@ def test_leading_dimensions_pass_through(kind, save, channels, tmp_path):
     assert decoded.shape == x.shape
     assert decoded.abs().max() <= 1
     torch.testing.assert_close(decoded[0, 1], codec.decode(5 * latents[0, 1][None])[0], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_moments_are_the_posteriors_and_latents_are_drawn_from_them(tmp_path):
+    reference = save_kl(tmp_path)
+    codec = load_codec(CodecConfig("kl", str(tmp_path)))
+    posterior = reference.encode(frames(6)).latent_dist
+    moments = codec.moments(frames(6).reshape(2, 3, 3, 16, 24))
+    assert moments.shape == (2, 3, 2, 5, 4, 6)
+    torch.testing.assert_close(moments.flatten(0, 1), torch.stack((posterior.mean, posterior.std), dim=1))
+    noise = torch.full((2, 3, 5, 4, 6), 2.0)
+    drawn = (posterior.mean + 2 * posterior.std - 0.3) * 0.7
+    torch.testing.assert_close(codec.draw(moments, noise).flatten(0, 1), drawn)
+    torch.testing.assert_close(codec.draw(moments).flatten(0, 1), (posterior.mean - 0.3) * 0.7)
+
+
+def test_moments_of_a_codec_without_posterior(tmp_path):
+    save_tiny(tmp_path)
+    codec = load_codec(CodecConfig("tiny", str(tmp_path)))
+    moments = codec.moments(frames(2, 3))
+    assert moments.shape == (2, 3, 1, 6, 4, 6)
+    assert torch.equal(codec.draw(moments, torch.ones(2, 3, 6, 4, 6)), codec.encode(frames(2, 3)))
+
+
+def kl_fingerprint(folder: Path, change=lambda autoencoder: None) -> str:
+    """Of the autoencoder after a change, saved and loaded again."""
+    autoencoder = save_kl(folder / "original")
+    change(autoencoder)
+    autoencoder.save_pretrained(folder / "changed")
+    return load_codec(CodecConfig("kl", str(folder / "changed"))).fingerprint()
+
+
+def test_a_fingerprint_is_that_of_what_encodes(tmp_path):
+    original = kl_fingerprint(tmp_path)
+    assert len(original) == 64
+    assert kl_fingerprint(tmp_path / "again") == original
+
+    def other_decoder(autoencoder):
+        autoencoder.decoder.conv_in.weight.data += 1
+        autoencoder.register_to_config(scaling_factor=0.2)
+
+    assert kl_fingerprint(tmp_path / "decoder", other_decoder) == original
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda autoencoder: autoencoder.encoder.conv_in.weight.data[0, 0, 0, 0].mul_(1 + 1e-6),
+        lambda autoencoder: autoencoder.quant_conv.bias.data[-1].add_(1e-6),
+        lambda autoencoder: autoencoder.register_to_config(act_fn="relu"),
+        lambda autoencoder: autoencoder.register_to_config(norm_num_groups=1),
+    ],
+)
+def test_another_encoder_has_another_fingerprint(change, tmp_path):
+    assert kl_fingerprint(tmp_path / "other", change) != kl_fingerprint(tmp_path)
+
+
+def test_fingerprints_tell_the_kinds_apart(tmp_path):
+    save_tiny(tmp_path)
+    first = load_codec(CodecConfig("tiny", str(tmp_path)))
+    again = load_codec(CodecConfig("tiny", str(tmp_path)))
+    assert first.fingerprint() == again.fingerprint()
+    next(again.autoencoder.encoder.parameters()).data.add_(1e-3)
+    assert first.fingerprint() != again.fingerprint()
+
+
+@pytest.mark.parametrize("size", [(14, 24), (16, 22)])
+def test_frames_have_to_shrink_evenly(size, tmp_path):
+    save_kl(tmp_path)
+    codec = load_codec(CodecConfig("kl", str(tmp_path)))
+    assert latent_size(codec, (16, 24)) == (4, 6)
+    with pytest.raises(UserError, match=r"data\.image_size is \d+×\d+, expected multiples of the codec's 4"):
+        latent_size(codec, size)
 
 
 def test_autoencoders_are_frozen(tmp_path):

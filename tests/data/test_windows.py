@@ -271,7 +271,7 @@ def test_a_broken_frame_is_a_plain_error_from_workers(dataset, workers):
 
 def test_data_does_not_import_the_model():
     code = (
-        "import sys, cdit.data.loader, cdit.data.sampler, cdit.data.check, cdit.data.from_video;"
+        "import sys, cdit.data.loader, cdit.data.sampler, cdit.data.check, cdit.data.from_video, cdit.data.latents;"
         "print([m for m in sys.modules if m.startswith('cdit.') and m.split('.')[1] in "
         "('model', 'attention', 'diffusion', 'codec', 'world_model', 'training')])"
     )
