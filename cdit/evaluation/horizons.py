@@ -2,45 +2,18 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from cdit.diffusion import SamplerConfig
-from cdit.evaluation.metrics import HIGHER_IS_BETTER, Metric
+from cdit.evaluation.methods import METHODS, predict_goals, predictions
+from cdit.evaluation.metrics import Metric, score
+from cdit.evaluation.tables import Row
 from cdit.pictures import to_float
 from cdit.randomness import generator
 from cdit.world_model import WorldModel
-
-METHODS = {
-    "model": "model",
-    "copy_last": "last context frame",
-    "shuffled_actions": "model, another's actions",
-    "shuffled_contexts": "model, another's context",
-}
-"""The methods compared, and what tables call them."""
-
-
-class Row(NamedTuple):
-    """One number of the table."""
-
-    method: str
-    """A key of `METHODS`."""
-    seconds: float
-    """How far ahead."""
-    frames: int
-    """How far ahead, in frames of the model's fps."""
-    metric: str
-    """Name of the metric."""
-    values: Tensor
-    """(B,) float32 on the CPU, one for each sample, in the order of the batch."""
-
-    @property
-    def mean(self) -> float:
-        """Mean over the samples."""
-        return float(self.values.mean())
 
 
 @dataclass(frozen=True)
@@ -91,76 +64,41 @@ def evaluate_horizons(
     if not torch.equal(time_shift, time_shift[:1].expand_as(time_shift)):
         raise ValueError("the samples of a batch must have the same horizons")
     others = torch.arange(len(time_shift)).roll(len(time_shift) // 2)
-    variants = {"model": batch}
     if len(others) > 1:
+        keys = ["context", "context_mask"]
         if bool(batch["action_mask"].any()):
-            variants["shuffled_actions"] = batch | {key: batch[key][others] for key in ("action", "action_mask")}
-        variants["shuffled_contexts"] = batch | {key: batch[key][others] for key in ("context", "context_mask")}
+            keys += ["action", "action_mask"]
+        batch = batch | {f"other_{key}": batch[key][others] for key in keys}
 
-    chunks = -(-len(others) // chunk)
-    bar = tqdm(total=chunks * len(variants), desc="horizons", unit="batch", disable=not progress, leave=False)
+    # On the CPU and from the start: the same numbers for every method, device and chunk.
+    noises = {method: generator(seed) for method in METHODS}
     values: dict[tuple[str, str], list[Tensor]] = {}
-    predictions = []
-
-    def measure(method: str, prediction: Tensor, target: Tensor) -> None:
-        truth = to_float(target.to(prediction.device))
-        for name, metric in metrics.items():
-            scores = metric(prediction.flatten(0, 1), truth.flatten(0, 1)).unflatten(0, truth.shape[:2])
-            values.setdefault((method, name), []).append(scores.float().cpu())
-
-    with bar:
-        for method, variant in variants.items():
-            noise = generator(
-                seed
-            )  # on the CPU and from the start: the same numbers for every method, device and chunk
-            for part in _split(variant, chunk, _device(world)):
-                prediction = world.predict(
-                    to_float(part["context"]),
-                    part["action"],
-                    part["time_shift"],
-                    context_mask=part["context_mask"],
-                    action_mask=part["action_mask"],
-                    spacing=part["spacing"],
-                    sampler=sampler,
-                    generator=noise,
-                )
-                measure(method, prediction, part["target"])
-                if method == "model":
-                    predictions.append(prediction.float().cpu())
-                    measure("copy_last", to_float(part["context"][:, -1:]).expand_as(prediction), part["target"])
-                bar.update()
+    kept = []
+    chunks = list(_split(batch, chunk))
+    for part in tqdm(chunks, desc="horizons", unit="batch", disable=not progress, leave=False):
+        part = {key: value.to(_device(world)) for key, value in part.items()}
+        truth = to_float(part["target"])
+        found = predictions(part, lambda method, seen: predict_goals(world, seen, sampler, noises[method]))
+        for method, prediction in found:
+            for name, scores in score(metrics, prediction, truth).items():
+                values.setdefault((method, name), []).append(scores)
+            if method == "model":
+                kept.append(prediction.float().cpu())
 
     rows = []
     for method in (m for m in METHODS if (m, next(iter(metrics))) in values):
         scores = {name: torch.cat(values[method, name]) for name in metrics}
         for goal, seconds in enumerate(time_shift[0].tolist()):
             frames = round(seconds * world.description.fps)
-            rows += [Row(method, seconds, frames, name, scores[name][:, goal]) for name in metrics]
-    return HorizonResult(rows, torch.cat(predictions))
+            for name in metrics:
+                value = scores[name][:, goal]
+                rows.append(Row(method, seconds, frames, name, float(value.mean()), value))
+    return HorizonResult(rows, torch.cat(kept))
 
 
-def markdown_table(rows: list[Row]) -> str:
-    """The means as Markdown: for each metric a table, methods down and horizons across."""
-    tables = []
-    for metric in dict.fromkeys(row.metric for row in rows):
-        chosen = [row for row in rows if row.metric == metric]
-        horizons = dict.fromkeys(row.seconds for row in chosen)
-        arrow = {True: " ↑", False: " ↓", None: ""}[HIGHER_IS_BETTER.get(metric)]
-        digits = 2 if metric == "psnr" else 3
-        lines = [
-            f"| {metric.upper()}{arrow} | " + " | ".join(f"{seconds:g} s" for seconds in horizons) + " |",
-            "|---|" + "---:|" * len(horizons),
-        ]
-        for method in dict.fromkeys(row.method for row in chosen):
-            means = [f"{row.mean:.{digits}f}" for row in chosen if row.method == method]
-            lines.append(f"| {METHODS.get(method, method)} | " + " | ".join(means) + " |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables) + "\n"
-
-
-def _split(batch: dict[str, Tensor], size: int, device: torch.device) -> Iterator[dict[str, Tensor]]:
+def _split(batch: dict[str, Tensor], size: int) -> Iterator[dict[str, Tensor]]:
     for start in range(0, len(batch["context"]), size):
-        yield {key: value[start : start + size].to(device) for key, value in batch.items()}
+        yield {key: value[start : start + size] for key, value in batch.items()}
 
 
 def _device(world: WorldModel) -> torch.device:

@@ -1,17 +1,21 @@
-"""How alike two frames are: PSNR, SSIM and LPIPS, one number for each frame.
+"""How alike two frames are: PSNR, SSIM, LPIPS and DreamSim, one number for each frame.
 
 Every metric takes predictions and truths (N, 3, H, W) in [-1, 1] and returns (N,) float32 on their device.
 """
 
+import importlib
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from http.client import HTTPException
 from pathlib import Path
+from types import ModuleType
 
 import safetensors.torch
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 from torchmetrics.functional.image.lpips import _NoTrainLpips
@@ -28,7 +32,7 @@ MAX_PSNR = 100.0
 MIN_SIDE = {"ssim": 6, "lpips": 32}
 """How many pixels a side of a frame must have."""
 
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
+HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False, "dreamsim": False, "fid": False, "fvd": False}
 
 
 def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
@@ -111,17 +115,76 @@ def load_lpips(device: torch.device | str = "cpu", timeout: float = 10.0) -> Lpi
         socket.setdefaulttimeout(before)
 
 
-def load_metrics(device: torch.device | str = "cpu", image_size: tuple[int, int] | None = None) -> dict[str, Metric]:
-    """The metrics by name: psnr, ssim and, where its weights are to be had, lpips.
+class DreamSim(nn.Module):
+    """DreamSim (Fu et al. 2023, arXiv 2306.09344), its ensemble: perceptual distance from 0; lower is better.
+
+    The package's own network and weights, which it downloads at first use to torch's hub folder, `dreamsim/` in it.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        super().__init__()
+        dreamsim = require("dreamsim", "dreamsim")
+        folder = Path(torch.hub.get_dir()) / "dreamsim"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with redirect_stdout(sys.stderr):
+                self.net, _ = dreamsim.dreamsim(device=str(device), cache_dir=str(folder))
+        except OSError as error:  # not reached, cut short
+            raise UserError(f"metrics: no weights for dreamsim ({error}); connect once, or fill {folder}") from error
+
+    @torch.no_grad()
+    def forward(self, prediction: Tensor, truth: Tensor) -> Tensor:
+        """Distances (N,) of frames (N, 3, H, W) in [-1, 1], brought to the 224×224 pixels that it was trained on."""
+        first, second = (
+            F.interpolate((frames.float() + 1) / 2, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+            for frames in (prediction, truth)
+        )
+        with torch.autocast(prediction.device.type, enabled=False):
+            return self.net(first, second).reshape(-1)
+
+
+def require(module: str, package: str) -> ModuleType:
+    """An optional package's module.
+
+    Raises:
+        UserError: it is not installed; the message says how to.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"this metric needs a package that is not here ({error}): pip install {package}") from error
+
+
+def load_metrics(
+    device: torch.device | str = "cpu",
+    image_size: tuple[int, int] | None = None,
+    names: Sequence[str] = ("psnr", "ssim", "lpips"),
+) -> dict[str, Metric]:
+    """The metrics by name; lpips is left out where its weights are not to be had.
 
     Args:
         device: where to compute.
         image_size: height and width of the frames; what they are too small for is left out with one line on stderr.
+        names: which, of psnr, ssim, lpips and dreamsim; others are not looked at.
+
+    Raises:
+        UserError: a package or its weights are missing.
     """
-    too_small = [name for name, side in MIN_SIDE.items() if image_size and min(image_size) < side]
+    too_small = [name for name in names if image_size and min(image_size) < MIN_SIDE.get(name, 1)]
     if too_small:
         needs = ", ".join(f"{name.upper()} needs {MIN_SIDE[name]}" for name in too_small)
         print(f"left out for frames of {image_size[0]}×{image_size[1]} pixels: {needs} a side", file=sys.stderr)
-    lpips = None if "lpips" in too_small else load_lpips(device)
-    found = {"psnr": psnr, "ssim": ssim, "lpips": lpips}
-    return {name: metric for name, metric in found.items() if metric is not None and name not in too_small}
+    loaders = {
+        "psnr": lambda: psnr,
+        "ssim": lambda: ssim,
+        "lpips": lambda: load_lpips(device),
+        "dreamsim": lambda: DreamSim(device),
+    }
+    found = {name: load() for name, load in loaders.items() if name in names and name not in too_small}
+    return {name: metric for name, metric in found.items() if metric is not None}
+
+
+def score(metrics: Mapping[str, Metric], prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """What each metric says of frames (B, G, 3, H, W) in [-1, 1]: (B, G) float32 on the CPU."""
+    flat = prediction.flatten(0, 1), truth.flatten(0, 1)
+    return {name: metric(*flat).unflatten(0, truth.shape[:2]).float().cpu() for name, metric in metrics.items()}

@@ -9,9 +9,10 @@ from accelerate import Accelerator
 from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset
 from cdit.errors import UserError
-from cdit.evaluation.horizons import HorizonResult, evaluate_horizons, markdown_table
+from cdit.evaluation.horizons import HorizonResult, evaluate_horizons
 from cdit.evaluation.loading import spread
 from cdit.evaluation.metrics import load_metrics
+from cdit.evaluation.tables import markdown_table
 from cdit.inspection.probe import inspect_attention
 from cdit.model import CDiT
 from cdit.pictures import comparison_grid, rollout_video, save_mp4, strip, to_float

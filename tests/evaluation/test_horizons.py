@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from cdit.codec import PixelCodec
 from cdit.diffusion import SamplerConfig
-from cdit.evaluation.horizons import evaluate_horizons, markdown_table
+from cdit.evaluation.horizons import evaluate_horizons
 from cdit.evaluation.metrics import MAX_PSNR, psnr, ssim
+from cdit.evaluation.tables import markdown_table
 from cdit.model import CDiT
 from cdit.pictures import to_float
 from cdit.world_model import WorldDescription, WorldModel
@@ -97,17 +98,19 @@ def test_masks_stay_with_what_they_mask(batch: dict[str, Tensor]):
 
     class Looking(Fake):
         def predict(self, context, actions, time_shift, context_mask, action_mask, **options) -> Tensor:
+            call = []
             for b in range(len(context)):
                 whose = int((to_float(batch["context"]) == context[b]).flatten(1).all(1).nonzero())
                 assert torch.equal(context_mask[b], batch["context_mask"][whose])
                 whose_actions = int((batch["action"] == actions[b]).flatten(1).all(1).nonzero())
                 assert torch.equal(action_mask[b], batch["action_mask"][whose_actions])
-                seen.append((whose, whose_actions))
+                call.append((whose, whose_actions))
+            seen.append(call)
             return context[:, -1:].expand(-1, G, -1, -1, -1)
 
     evaluate_horizons(Looking(None), batch, METRICS, seed=0, chunk=2)
-    assert len(seen) == 3 * B
-    own, actions, contexts = seen[:B], seen[B : 2 * B], seen[2 * B :]
+    own, actions, contexts = (sum(seen[method::3], []) for method in range(3))
+    assert len(own) == len(actions) == len(contexts) == B
     assert own == [(b, b) for b in range(B)]
     assert all(context == b != other for b, (context, other) in enumerate(actions))
     assert all(context != b == other for b, (context, other) in enumerate(contexts))
