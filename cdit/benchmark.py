@@ -1,7 +1,8 @@
-"""`python -m cdit.benchmark [attention|forward|training|sampling|all]`: what each choice costs on this machine.
+"""`python -m cdit.benchmark [attention|forward|training|sampling|latents|all]`: what each choice costs on this machine.
 
 Prints Markdown tables of times and ratios. Only ratios travel between machines: the alternatives of a row are timed in
-turn, round after round, and a ratio is the median over rounds, with its middle half in brackets.
+turn, round after round, and a ratio is the median over rounds, with its middle half in brackets. `all` leaves out
+latents, which runs an autoencoder of full size: ten minutes on two CPU cores.
 """
 
 import platform
@@ -10,23 +11,49 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cdit.attention import KeysValues, attention_weights, scaled_dot_product_attention
 from cdit.cli import parse_config, run
-from cdit.codec import PixelCodec
+from cdit.codec import AutoencoderCodec, PixelCodec, latent_size
+from cdit.data.latents import Encoding, LatentCache
+from cdit.data.layout import write_split, write_trajectory
+from cdit.data.loader import collate
+from cdit.data.windows import DataConfig, WindowDataset
 from cdit.diffusion import TIMESTEPS, Flow, FlowConfig, SamplerConfig
 from cdit.errors import UserError
 from cdit.model import CDiT, ContextCache, ModelConfig
 from cdit.model.blocks import ContextBlock
 from cdit.model.describe import flops
+from cdit.pictures import to_float
 from cdit.world_model import WorldDescription, WorldModel
+
+
+@dataclass
+class LatentsConfig:
+    """The part latents: training in the published dialect, on the latents of an autoencoder like Stable Diffusion's."""
+
+    image_size: tuple[int, int] = (224, 224)
+    """Height and width of the frames given to the autoencoder."""
+    recorded_size: tuple[int, int] = (480, 640)
+    """Height and width of the frames on disk, JPEGs."""
+    blocks: list[int] = field(default_factory=lambda: [128, 256, 512, 512])
+    """Channels of the autoencoder's blocks; all but the first halve the size."""
+    batch_size: int = 1
+    """Contexts of a step."""
+    model: ModelConfig = field(
+        default_factory=lambda: ModelConfig("S", position="learned", context_modulation=True, extra_kv=True)
+    )
+    """The network."""
 
 
 @dataclass
@@ -57,6 +84,8 @@ class BenchmarkConfig:
     """Whether to compile the network too, which takes a while."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(preset="tiny", patch_size=8))
     """The network."""
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    """What the part latents trains, with context_frames and goals from above."""
 
 
 @dataclass
@@ -307,6 +336,95 @@ def sampling(bench: Bench) -> Iterator[Table]:
     yield bench.rate_table(title, "frames/s", entries)
 
 
+def latents(bench: Bench) -> Iterator[Table]:
+    """Training steps from the images of a dataset, loading included, and from its latent cache."""
+    config, device = bench.config.latents, bench.device
+    past, goals = bench.config.context_frames, bench.config.goals
+    torch.manual_seed(0)
+    codec = AutoencoderCodec("kl", random_autoencoder(config.blocks)).to(device)
+    shape = (codec.channels, *latent_size(codec, config.image_size))
+    cdit = CDiT(shape[1:], shape[0], past, **config.model.arguments()).to(device).train()
+    optimizer = torch.optim.AdamW(cdit.parameters(), 1e-6, fused=True)
+    flow, generator = Flow(FlowConfig()), torch.Generator(device).manual_seed(0)
+
+    with TemporaryDirectory() as folder:
+        images, cached = recorded_windows(Path(folder), bench.config, codec)
+
+        def load(dataset: WindowDataset) -> dict[str, Tensor]:
+            return collate([dataset[window] for window in range(config.batch_size)])
+
+        def step(dataset: WindowDataset) -> None:
+            items = load(dataset)
+            recorded = torch.cat((items["context"], items["target"]), dim=1).to(device)
+            noise = bench.randn(config.batch_size, past + goals, *shape)
+            seen = codec.draw(recorded, noise) if dataset is cached else codec.encode(to_float(recorded), noise)
+            target, noise = seen[:, past:], torch.randn_like(seen[:, past:])
+            when = flow.draw_time(target.shape[:2], generator)
+            with autocast(device, device.type != "cpu"):
+                out = cdit(
+                    flow.add_noise(target, noise, when),
+                    when * TIMESTEPS,
+                    items["action"].to(device),
+                    items["time_shift"].to(device),
+                    seen[:, :past],
+                )
+            optimizer.zero_grad()
+            flow.loss(out, target, noise, when).mean().backward()
+            optimizer.step()
+
+        rows = [
+            bench.compare(
+                case, {name: partial(call, dataset) for name, dataset in (("latents", cached), ("images", images))}
+            )
+            for case, call in (("loading alone", load), ("whole step", step))
+        ]
+    title = (
+        f"Training from cached latents or from images: CDiT {config.model.preset}/{config.model.patch_size} on "
+        f"{'×'.join(map(str, shape))}, frames of {'×'.join(map(str, config.image_size))}, contexts a step: "
+        f"{config.batch_size}, past frames: {past}, goals: {goals}"
+    )
+    yield Table(title, header("", "latents", "images"), rows)
+
+
+def random_autoencoder(blocks: list[int]) -> AutoencoderKL:
+    """Of Stable Diffusion's architecture, with random weights."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(blocks),
+        up_block_types=("UpDecoderBlock2D",) * len(blocks),
+        block_out_channels=blocks,
+        layers_per_block=2,
+        latent_channels=4,
+    )
+
+
+def recorded_windows(
+    folder: Path, config: BenchmarkConfig, codec: AutoencoderCodec
+) -> tuple[WindowDataset, WindowDataset]:
+    """Windows of a few random frames: from images that are decoded each time, and from their latents."""
+    coarse = torch.rand(config.context_frames + 8, 3, 30, 40)
+    frames = F.interpolate(coarse, config.latents.recorded_size, mode="bilinear").mul(255).byte()
+    write_trajectory(folder, "walk", frames.permute(0, 2, 3, 1).numpy())
+    write_split(folder, "train", ["walk"])
+    data = DataConfig(
+        str(folder),
+        image_size=config.latents.image_size,
+        crop="4:3",
+        context_frames=config.context_frames,
+        min_history=config.context_frames,
+        goals=config.goals,
+        min_offset=-4,
+        max_offset=4,
+        cache_gb=0,
+    )
+    images, cached = WindowDataset(data, "train"), WindowDataset(data, "train")
+    encoding = Encoding(codec.kind, "random weights", codec.fingerprint(), data.image_size, data.crop)
+    device = next(codec.parameters()).device
+    moments = [codec.moments(to_float(images.frames.read(0, [time]).to(device))) for time in range(len(frames))]
+    LatentCache.create(folder, encoding, "float16").write(images.trajectories[0], torch.cat(moments))
+    cached.use_latents(encoding)
+    return images, cached
+
+
 @contextmanager
 def observers(cdit: CDiT) -> Iterator[None]:
     """Computes the cross-attention weights of all blocks, as recording does."""
@@ -337,13 +455,14 @@ def machine(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-PARTS = {part.__name__: part for part in (attention, forward, training, sampling)}
+PARTS = {part.__name__: part for part in (attention, forward, training, sampling, latents)}
 
 
 def benchmark(bench: Bench, part: str = "all") -> Iterator[Table]:
-    """The tables of one part, or of all."""
-    for each in PARTS.values() if part == "all" else [PARTS[part]]:
-        yield from each(bench)
+    """The tables of one part, or of all but latents."""
+    for name, tables in PARTS.items():
+        if name == part or (part == "all" and tables is not latents):
+            yield from tables(bench)
 
 
 def main() -> None:
@@ -356,7 +475,8 @@ def main() -> None:
     config = parse_config(BenchmarkConfig, __doc__, argv)
     bench = Bench(config)
     size = "×".join(map(str, bench.sample.shape[2:]))
-    print(f"{machine(bench.device)}; CDiT {config.model.preset}, patch {config.model.patch_size}, on {size}\n")
+    network = f"; CDiT {config.model.preset}, patch {config.model.patch_size}, on {size}" if part != "latents" else ""
+    print(f"{machine(bench.device)}{network}\n")
     for table in benchmark(bench, part):
         print(table, flush=True)
 

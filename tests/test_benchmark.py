@@ -10,9 +10,11 @@ from cdit.errors import UserError
 SMALL = [
     "--device=cpu", "--rounds=2", "--min_seconds=0", "--image_size=[8, 16]", "--batch_size=1", "--goals=2", "--steps=2",
     "--context_frames=2", "--past_frames=[1, 3]", "--compile=false", "--model.patch_size=4", "--model.hidden_size=16",
-    "--model.depth=1", "--model.num_heads=2",
+    "--model.depth=1", "--model.num_heads=2", "--latents.image_size=[16, 16]", "--latents.recorded_size=[24, 32]",
+    "--latents.blocks=[32, 32]", "--latents.model.hidden_size=16", "--latents.model.depth=1",
+    "--latents.model.num_heads=2",
 ]  # fmt: skip
-TABLES = {"attention": 1, "forward": 4, "training": 1, "sampling": 1, "all": 7}
+TABLES = {"attention": 1, "forward": 4, "training": 1, "sampling": 1, "latents": 1, "all": 7}
 
 
 def test_every_part_is_known():
@@ -37,5 +39,7 @@ def test_each_part_prints_its_tables(part, monkeypatch, capsys):
 
 def test_an_unknown_part_is_named(monkeypatch):
     monkeypatch.setattr("sys.argv", ["cdit.benchmark", "speed"])
-    with pytest.raises(UserError, match=r"'speed': expected one of attention, forward, training, sampling or all"):
+    with pytest.raises(
+        UserError, match=r"'speed': expected one of attention, forward, training, sampling, latents or all"
+    ):
         main()
