@@ -11,6 +11,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, read_file
 from torchvision.transforms.v2 import functional as F
 
+from cdit.data.layout import Camera
 from cdit.data.trajectory import Trajectory
 from cdit.errors import DataError
 
@@ -51,6 +52,26 @@ def crop_and_resize(image: Tensor, image_size: tuple[int, int], crop: Crop) -> T
     elif crop == "4:3":
         image = F.center_crop(image, [h, 4 * h // 3] if w > h else [3 * w // 4, w])
     return F.resize(image, list(image_size), F.InterpolationMode.BILINEAR, antialias=True)
+
+
+def focal_lengths(camera: Camera, image_size: tuple[int, int], crop: Crop) -> tuple[float, float]:
+    """Horizontal and vertical focal length in pixels of a frame after `crop_and_resize`.
+
+    Args:
+        camera: of the recorded frames.
+        image_size: (height, width) of the frame.
+        crop: how it was made.
+    """
+    height, width = image_size
+    cropped_height, cropped_width = camera.height, camera.width
+    if crop == "aspect":
+        scale = min(camera.height / height, camera.width / width)
+        cropped_height, cropped_width = round(height * scale), round(width * scale)
+    elif crop == "4:3" and camera.width > camera.height:
+        cropped_width = 4 * camera.height // 3
+    elif crop == "4:3":
+        cropped_height = 3 * camera.width // 4
+    return camera.focal_length * width / cropped_width, camera.focal_length * height / cropped_height
 
 
 class FrameStore:

@@ -6,29 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdit.data.frames import Crop
-from cdit.data.layout import Camera
-
-
-def focal_lengths(camera: Camera, image_size: tuple[int, int], crop: Crop) -> tuple[float, float]:
-    """Horizontal and vertical focal length in pixels of a frame after `crop_and_resize`.
-
-    Args:
-        camera: of the recorded frames.
-        image_size: (height, width) of the frame.
-        crop: how it was made.
-    """
-    height, width = image_size
-    cropped_height, cropped_width = camera.height, camera.width
-    if crop == "aspect":
-        scale = min(camera.height / height, camera.width / width)
-        cropped_height, cropped_width = round(height * scale), round(width * scale)
-    elif crop == "4:3" and camera.width > camera.height:
-        cropped_width = 4 * camera.height // 3
-    elif crop == "4:3":
-        cropped_height = 3 * camera.width // 4
-    return camera.focal_length * width / cropped_width, camera.focal_length * height / cropped_height
-
 
 def horizontal_shift(first: Tensor, second: Tensor, max_shift: int | None = None) -> Tensor:
     """How far the picture moved to the right from the first frame to the second, in pixels, to a fraction of one: (N,).

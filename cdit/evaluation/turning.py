@@ -14,11 +14,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cdit.cli import parse_config, run
+from cdit.data.frames import focal_lengths
 from cdit.data.loader import collate
 from cdit.data.motion import local_motion
 from cdit.data.windows import WindowDataset
 from cdit.errors import UserError
-from cdit.evaluation.image_flow import focal_lengths, measured_turn
+from cdit.evaluation.image_flow import measured_turn
 from cdit.evaluation.loading import SamplerOptions, load_world, spread, windows_for
 from cdit.pictures import to_float
 from cdit.randomness import generator

@@ -5,9 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdit.data.frames import crop_and_resize
+from cdit.data.frames import crop_and_resize, focal_lengths
 from cdit.data.layout import Camera
-from cdit.evaluation.image_flow import focal_lengths, horizontal_shift, measured_turn
+from cdit.evaluation.image_flow import horizontal_shift, measured_turn
 
 
 def texture(width: int, height: int = 48, count: int = 4) -> Tensor:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cdit.data.frames import focal_lengths
 from cdit.data.layout import Camera, DatasetInfo, write_split, write_trajectory
 from cdit.data.windows import DataConfig, WindowDataset
 from cdit.diffusion import SamplerConfig
-from cdit.evaluation.image_flow import focal_lengths
 from cdit.evaluation.turning import TurningConfig, markdown_table, predicted_turns, true_turns
 from cdit.pictures import to_uint8
 
