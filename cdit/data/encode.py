@@ -2,7 +2,7 @@
 
     python -m cdit.data.encode --config configs/mine.yaml
     python -m cdit.data.encode --data.folder data/recon --data.image_size "[224, 224]" --data.crop 4:3 --codec.kind kl
-    accelerate launch --num_processes 8 -m cdit.data.encode --config configs/mine.yaml
+    accelerate launch --multi_gpu --num_processes 8 -m cdit.data.encode --config configs/mine.yaml
 
 A training config gives its sections data and codec. Writes <dataset>/latents/ (see cdit.data.latents), trajectory by
 trajectory; started again, it goes on where it was, and does again what is damaged. This is the only module of cdit.data
