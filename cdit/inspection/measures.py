@@ -3,6 +3,8 @@
 Weights are (…, N, M) or, with an extra key at the end, (…, N, M + 1): N = rows · columns target patches, M = T · N
 tokens of T past frames, oldest first, each frame row by row. A row sums to 1, or is all zeros where nothing could be
 seen. Self-attention is the case of one frame, the target itself.
+
+Further measures by theme: `value_weighted` (what is moved), `edges`, `directions`, `redundancy`, `correspondence`.
 """
 
 from typing import NamedTuple
@@ -42,6 +44,18 @@ def entropy(weights: Tensor) -> Tensor:
 def effective_tokens(weights: Tensor) -> Tensor:
     """exp(entropy): as many tokens, looked at evenly, would have this entropy; (…, N), from 1 to their number."""
     return entropy(weights).exp()
+
+
+def score_range(scores: Tensor) -> Tensor:
+    """Largest less smallest score of each row, extra key included: (…, N, M[+1]) to (…, N) in nats.
+
+    Scores are q·kᵀ / √K, what the softmax is taken of; -inf where masked, which does not count. It is the logarithm of
+    the largest weight over the smallest, also where the smallest would be too small for a float. NaN where nothing
+    could be seen.
+    """
+    visible = scores.isfinite()
+    low = scores.masked_fill(~visible, torch.inf).amin(-1)
+    return torch.where(visible.any(-1), scores.amax(-1) - low, torch.nan)
 
 
 def frame_mass(weights: Tensor, layout: Layout) -> Tensor:
@@ -85,6 +99,15 @@ def preferred_offset(weights: Tensor, layout: Layout) -> Tensor:
     index = mass.flatten(-2).argmax(-1)
     columns = mass.shape[-1]
     return torch.stack((index // columns - (layout.rows - 1), index % columns - (layout.columns - 1)), dim=-1)
+
+
+def same_place_share(weights: Tensor, layout: Layout) -> Tensor:
+    """Share of the mass on the past frames that lies on the target patch's own place in them: (…, N) in [0, 1].
+
+    NaN where the past frames get nothing.
+    """
+    spatial = _over_frames(weights, layout)
+    return spatial.diagonal(dim1=-2, dim2=-1) / spatial.sum(-1)
 
 
 def _over_frames(weights: Tensor, layout: Layout) -> Tensor:

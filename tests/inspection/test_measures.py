@@ -76,3 +76,26 @@ def test_a_row_that_saw_nothing_has_no_entropy_and_no_mass():
     weights = torch.zeros(N, M)
     assert measures.entropy(weights).eq(0).all()
     assert measures.frame_mass(weights, LAYOUT).eq(0).all()
+
+
+def test_the_score_range_is_that_of_what_can_be_seen():
+    scores = torch.tensor([[1.0, 4.0, -2.0], [3.0, -torch.inf, 2.5], [-torch.inf] * 3, [0.0, 200.0, 0.0]])
+    torch.testing.assert_close(measures.score_range(scores), torch.tensor([6.0, 0.5, math.nan, 200.0]), equal_nan=True)
+
+
+def test_the_score_range_is_the_logarithm_of_the_weights_ratio():
+    scores = torch.randn(2, 5, 9, generator=torch.Generator().manual_seed(0))
+    weights = scores.softmax(-1)
+    torch.testing.assert_close(measures.score_range(scores), (weights.amax(-1) / weights.amin(-1)).log())
+
+
+def test_same_place_share():
+    torch.testing.assert_close(measures.same_place_share(shifted(LAYOUT, 1, 0, 0), LAYOUT), torch.ones(N))
+    aside = measures.same_place_share(shifted(LAYOUT, 1, 0, 1), LAYOUT)
+    at_border = torch.arange(N) % 6 == 5
+    assert aside[~at_border].eq(0).all()
+    assert aside[at_border].isnan().all()
+    uniform = torch.full((2, N, M + 1), 1 / (M + 1))  # the extra key does not count
+    torch.testing.assert_close(measures.same_place_share(uniform, LAYOUT), torch.full((2, N), 1 / N))
+    mixture = 0.6 * shifted(LAYOUT, 2, 0, 0) + 0.4 / M
+    torch.testing.assert_close(measures.same_place_share(mixture, LAYOUT), torch.full((N,), 0.6 + 0.4 / N))
