@@ -2,7 +2,7 @@
 
 Prints Markdown tables of times and ratios. Only ratios travel between machines: the alternatives of a row are timed in
 turn, round after round, and a ratio is the median over rounds, with its middle half in brackets. `all` leaves out
-latents, which runs an autoencoder of full size: ten minutes on two CPU cores.
+latents, which runs an autoencoder of full size: minutes on a CPU.
 """
 
 import platform
