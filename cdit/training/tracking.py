@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import secrets
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +12,7 @@ from accelerate import Accelerator
 
 from cdit.training.checkpoints import RunState
 from cdit.training.config import TrainConfig
+from cdit.wandb_run import offline_note, start_options
 
 METRICS = "metrics.jsonl"
 
@@ -31,21 +31,10 @@ class Tracker:
             self._start(config, state.tracker_id)
 
     def _start(self, config: TrainConfig, run_id: str) -> None:
-        mode = os.environ.get("WANDB_MODE")
-        if mode is None and not wandb.login(prompt=False, verify=False):
-            mode = "offline"
-        settings = {
-            "name": config.name,
-            "id": run_id,
-            "resume": "allow",
-            "mode": mode,
-            "dir": str(config.folder),
-            "settings": wandb.Settings(silent=True, console="off"),
-        }
+        settings = {"name": config.name, "id": run_id, "resume": "allow", **start_options(config.folder)}
         self.accelerator.init_trackers(config.tracking.project, config=asdict(config), init_kwargs={"wandb": settings})
-        if self.accelerator.is_main_process and wandb.run.settings.mode == "offline":
-            folder = Path(os.path.relpath(wandb.run.dir)).parent
-            self.print(f"W&B offline: to see the run, `wandb login` and then `wandb sync {folder}`")
+        if self.accelerator.is_main_process and (note := offline_note(wandb.run)):
+            self.print(note)
 
     def print(self, text: str) -> None:
         """A line on the console, above the progress bar."""

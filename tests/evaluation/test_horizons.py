@@ -1,3 +1,4 @@
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -109,7 +110,7 @@ def test_masks_stay_with_what_they_mask(batch: dict[str, Tensor]):
             return context[:, -1:].expand(-1, G, -1, -1, -1)
 
     evaluate_horizons(Looking(None), batch, METRICS, seed=0, chunk=2)
-    own, actions, contexts = (sum(seen[method::3], []) for method in range(3))
+    own, actions, contexts = (list(chain(*seen[method::3])) for method in range(3))
     assert len(own) == len(actions) == len(contexts) == B
     assert own == [(b, b) for b in range(B)]
     assert all(context == b != other for b, (context, other) in enumerate(actions))
