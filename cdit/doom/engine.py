@@ -10,6 +10,7 @@ from PIL import Image
 
 from cdit.data.layout import Camera
 from cdit.doom.maps import MapFile, find_map
+from cdit.doom.wad import WadMap, read_wad_map
 from cdit.errors import UserError
 
 try:
@@ -167,6 +168,11 @@ class Engine:
     def sectors(self) -> list:
         """The map's sectors as they stand now (`vizdoom.Sector`, in map units)."""
         return self._game.get_state().sectors
+
+    def wad_map(self) -> WadMap:
+        """The map's lines and sectors as its file has them, the sectors in the order of `sectors`."""
+        map_file = find_map(self.map_name)
+        return read_wad_map(Path(vizdoom.__file__).parent / map_file.path, map_file.code)
 
     def _start_clock(self) -> None:
         self._frames = self._tics = 0

@@ -1,12 +1,14 @@
 """A map's walls and floors in metres, and places to stand."""
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 import numpy as np
 
 from cdit.doom.engine import HEIGHT_UNITS_PER_METRE, UNITS_PER_METRE, Engine
+from cdit.doom.wad import NOWHERE
+from cdit.errors import DataError
 
 PLAYER_HEIGHT = 56 / HEIGHT_UNITS_PER_METRE
 CLEARANCE = 24 / UNITS_PER_METRE
@@ -17,33 +19,62 @@ CLEARANCE = 24 / UNITS_PER_METRE
 class MapGeometry:
     """Wall lines and the sectors they border, as they stand when the map starts (doors closed, lifts at rest).
 
-    A line between two sectors appears twice, once for each of them. Heights are in the metres of the recorded camera
-    (see `cdit.doom.engine.PIXEL_STRETCH`).
+    A line between two sectors appears twice, once for each of them; one within a sector once. Heights are in the metres
+    of the recorded camera (see `cdit.doom.engine.PIXEL_STRETCH`).
     """
 
     segments: np.ndarray
-    """(N, 4) float64: x1, y1, x2, y2 in metres."""
+    """(N, 4) float64: x1, y1, x2, y2 in metres; the sector is to the right of the way from (x1, y1) to (x2, y2)."""
     blocking: np.ndarray
     """(N,) bool: nobody passes this line, whatever the heights on both sides."""
     sector: np.ndarray
     """(N,) int64: index of the sector that this line borders."""
+    beyond: np.ndarray
+    """(N,) int64: index of the sector on the other side, -1 where there is none."""
+    grating: np.ndarray
+    """(N,) bool: between the two is something that one may see through: gratings, fences, vines."""
     floor: np.ndarray
     """(S,) float64: floor heights of the sectors in metres."""
     ceiling: np.ndarray
     """(S,) float64: ceiling heights of the sectors in metres."""
+    sky: np.ndarray
+    """(S,) bool: the ceiling is open sky."""
+    moving: np.ndarray
+    """(S,) bool: the floor or the ceiling may move, as those of doors and lifts do."""
 
     @classmethod
     def of(cls, engine: Engine) -> "MapGeometry":
         """Reads the map that an engine has open."""
-        sectors = engine.sectors()
-        lines = [(index, line) for index, sector in enumerate(sectors) for line in sector.lines]
+        sectors, wad = engine.sectors(), engine.wad_map()
+        right, left = wad.sides.T
+        has_left = (left != NOWHERE) & (left != right)
         return cls(
-            segments=np.array([(w.x1, w.y1, w.x2, w.y2) for _, w in lines]) / UNITS_PER_METRE,
-            blocking=np.array([w.is_blocking for _, w in lines]),
-            sector=np.array([index for index, _ in lines]),
+            segments=np.concatenate([wad.lines, wad.lines[has_left][:, [2, 3, 0, 1]]]) / UNITS_PER_METRE,
+            blocking=np.concatenate([wad.blocking, wad.blocking[has_left]]),
+            sector=np.concatenate([right, left[has_left]]),
+            beyond=np.concatenate([left, right[has_left]]),
+            grating=np.concatenate([wad.grating, wad.grating[has_left]]),
             floor=np.array([s.floor_height for s in sectors]) / HEIGHT_UNITS_PER_METRE,
             ceiling=np.array([s.ceiling_height for s in sectors]) / HEIGHT_UNITS_PER_METRE,
+            sky=wad.sky,
+            moving=wad.moving,
         )
+
+    @classmethod
+    def load(cls, path: Path) -> "MapGeometry":
+        """Reads what `save` wrote.
+
+        Raises:
+            DataError: there is no such file, or it is another one's or an older version's.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                return cls(**{field.name: saved[field.name] for field in fields(cls)})
+        except (OSError, ValueError, KeyError) as error:
+            raise DataError(
+                f"{path}: not a map's geometry ({error}); delete the folder {path.parent} and run the recipe of the "
+                "dataset again, which writes the maps anew and leaves the frames alone"
+            ) from error
 
     def save(self, path: Path) -> None:
         """Writes an `.npz` with one array per field, whole or not at all."""

@@ -16,6 +16,11 @@ class MapFile:
     scenario: str | None = None
     """WAD among ViZDoom's scenarios that holds the map."""
 
+    @property
+    def path(self) -> str:
+        """The WAD that holds the map, within the package `vizdoom`."""
+        return f"scenarios/{self.scenario}" if self.scenario else self.game
+
 
 FREEDOOM = {
     **{f"freedoom1/E{e}M{m}": MapFile("freedoom1.wad", f"E{e}M{m}") for e in range(1, 5) for m in range(1, 10)},

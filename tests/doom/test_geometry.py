@@ -17,8 +17,12 @@ def rooms() -> MapGeometry:
         segments=np.concatenate([square(0, 4), square(4, 4)]),
         blocking=np.ones(8, bool),
         sector=np.repeat([0, 1], 4),
+        beyond=np.full(8, -1),
+        grating=np.zeros(8, bool),
         floor=np.zeros(2),
         ceiling=np.array([4.0, 1.0]),
+        sky=np.zeros(2, bool),
+        moving=np.zeros(2, bool),
     )
 
 
@@ -60,6 +64,16 @@ def test_the_maze(maze_geometry, tmp_path):
     np.testing.assert_allclose(corners.min(0), [5.0, -22.0])
     maze_geometry.save(tmp_path / "maps" / "maze.npz")
     with np.load(tmp_path / "maps" / "maze.npz", allow_pickle=False) as saved:
-        assert set(saved) == {"segments", "blocking", "sector", "floor", "ceiling"}
+        assert set(saved) == {
+            "segments",
+            "blocking",
+            "sector",
+            "beyond",
+            "grating",
+            "floor",
+            "ceiling",
+            "sky",
+            "moving",
+        }
         np.testing.assert_array_equal(saved["segments"], maze_geometry.segments)
     assert [p.name for p in (tmp_path / "maps").iterdir()] == ["maze.npz"]
