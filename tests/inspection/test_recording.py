@@ -7,6 +7,7 @@ from torch import nn
 from cdit import attention
 from cdit.errors import UserError
 from cdit.inspection import record_attention, unwrap
+from cdit.inspection.recording import watch_attention
 
 DIALECTS = {
     "native": {},
@@ -200,3 +201,34 @@ def test_distributed_and_averaged_models_are_recorded(make_cdit, make_inputs, tm
         average(**inputs)
         cdit(**inputs)
     assert not torch.equal(recording[1], plain[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["cross", "self"])
+def test_weights_values_and_output_maps_explain_what_the_branch_adds(make_cdit, make_inputs, dialect, kind):
+    """Σ_h W_O^h Σ_j w_j V_j + bias, of every goal, is what the attention put out."""
+    cdit = make_cdit(**dialect)
+    attention = getattr(cdit.blocks[1], f"{kind}_attn")
+    seen, outputs = [], []
+    hook = attention.out.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with watch_attention(cdit, [1], kind, lambda layer: seen.append((layer.weights(), layer.values(), layer))):
+        cdit(**make_inputs(cdit))
+    hook.remove()
+    weights, values, layer = seen[0]
+    assert layer.layer == 1
+    assert values.shape[:3] == (2, 3, 4)
+    assert layer.output_maps().shape == (4, 32, 8)
+    added = torch.einsum("bghnm,bghmk,hdk->bgnd", weights, values, layer.output_maps()) + attention.out.bias
+    torch.testing.assert_close(added, outputs[0].reshape(2, 3, 24, 32), atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_scores_are_what_the_softmax_is_taken_of(make_cdit, make_inputs, dialect):
+    cdit = make_cdit(**dialect)
+    seen = []
+    with watch_attention(cdit, [2], "cross", lambda layer: seen.append((layer.scores(), layer.weights()))):
+        cdit(**make_inputs(cdit))
+    scores, weights = seen[0]
+    assert scores[0, ..., :24].eq(-torch.inf).all()  # the missing frame
+    assert scores[1].isfinite().all()
+    torch.testing.assert_close(scores.softmax(-1), weights)
