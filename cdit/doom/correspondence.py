@@ -133,9 +133,12 @@ class WindowCorrespondence:
     def _eyes(
         self, trajectory: Trajectory, geometry: MapGeometry, times: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(P, 3) eyes and (P,) headings at `times`."""
-        position = trajectory.position[times]
-        height = standing_height(geometry, position) + self.dataset.info.camera.eye_height
+        """(P, 3) eyes and (P,) headings at `times`; where no heights were recorded, those of somebody who stands."""
+        position, recorded = trajectory.position[times], _eye_heights(trajectory.folder / "eye.npz")
+        if recorded is None:
+            height = standing_height(geometry, position) + self.dataset.info.camera.eye_height
+        else:
+            height = recorded[times]
         return np.concatenate([position, height[:, None]], axis=1), trajectory.yaw[times]
 
 
@@ -156,3 +159,13 @@ def map_file(trajectory: Trajectory) -> Path:
 
 
 _geometry = lru_cache(maxsize=8)(MapGeometry.load)
+
+
+@lru_cache(maxsize=64)
+def _eye_heights(path: Path) -> np.ndarray | None:
+    """(T,) metres; None if there is no such file, as in datasets recorded before there was."""
+    if not path.is_file():
+        return None
+    with np.load(path, allow_pickle=False) as saved:
+        (heights,) = saved.values()
+    return heights

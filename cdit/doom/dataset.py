@@ -71,6 +71,7 @@ def record_dataset(folder: Path, info: DatasetInfo, jobs: list[Job], workers: in
         for job, frames in _record_all(folder, missing, workers):
             bar.update(job.length)
             bar.set_postfix_str(f"{job.name}: {frames}", refresh=False)
+    _restore_maps(folder, jobs)
     for split in dict.fromkeys(job.split for job in jobs):
         write_split(folder, split, [job.name for job in jobs if job.split == split])
     info.save(folder)
@@ -139,8 +140,22 @@ def _record_job(folder: Path, job: Job) -> int:
     rng = np.random.default_rng(seed_of(job.seed, list(MAPS).index(job.map_name), job.number))
     walk = record(engine, geometry, rng, job.length, job.min_length, tick=_check_stop)
     extra = {"depth": walk.depth} if job.depth else {}
-    write_trajectory(folder, job.name, walk.frames, walk.position, walk.yaw, **extra)
+    write_trajectory(folder, job.name, walk.frames, walk.position, walk.yaw, eye=walk.eye, **extra)
     return len(walk.frames)
+
+
+def _restore_maps(folder: Path, jobs: list[Job]) -> None:
+    """Writes the geometry of maps whose file is gone though their trajectories are there."""
+    for map_name, size in {job.map_name: job.size for job in jobs}.items():
+        path = map_path(folder, map_name)
+        if not path.is_file():
+            with Engine(map_name, size) as engine:
+                MapGeometry.of(engine).save(path)
+
+
+def map_path(folder: Path, map_name: str) -> Path:
+    """Where the geometry of a map stands in a dataset."""
+    return folder / "maps" / f"{file_name(map_name)}.npz"
 
 
 def _engine_for(folder: Path, job: Job) -> tuple[Engine, MapGeometry]:
@@ -150,7 +165,7 @@ def _engine_for(folder: Path, job: Job) -> tuple[Engine, MapGeometry]:
         _close_engine()
         engine = Engine(job.map_name, job.size)
         geometry = MapGeometry.of(engine)
-        geometry.save(folder / "maps" / f"{file_name(job.map_name)}.npz")
+        geometry.save(map_path(folder, job.map_name))
         _open = engine, geometry
     return _open
 

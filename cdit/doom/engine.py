@@ -63,6 +63,8 @@ class Observation:
     """(2,) float64: world position in metres."""
     yaw: float
     """Heading in radians, in [0, 2 pi): 0 along +x, growing counter-clockwise."""
+    eye: float
+    """Height of the camera in metres of the world: lifts, steps being climbed and ledges being jumped from included."""
 
 
 def engine_version() -> str:
@@ -157,12 +159,13 @@ class Engine:
     def observe(self) -> Observation:
         """What the camera sees now."""
         state = self._game.get_state()
-        x, y, degrees = state.game_variables
+        x, y, z, degrees = state.game_variables
         return Observation(
             frame=np.asarray(Image.fromarray(_central_square(state.screen_buffer)).resize((self.size,) * 2, Image.BOX)),
             depth=_metres(_central_square(state.depth_buffer), self.size),
             position=np.array([x, y]) / UNITS_PER_METRE,
             yaw=math.radians(degrees),
+            eye=z / HEIGHT_UNITS_PER_METRE,
         )
 
     def sectors(self) -> list:
@@ -216,7 +219,9 @@ class Engine:
                 button.USE,
             ]
         )
-        game.set_available_game_variables([variable.POSITION_X, variable.POSITION_Y, variable.ANGLE])
+        game.set_available_game_variables(
+            [variable.POSITION_X, variable.POSITION_Y, variable.CAMERA_POSITION_Z, variable.ANGLE]
+        )
         game.set_episode_timeout(0)
         game.set_window_visible(False)
         game.set_mode(vizdoom.Mode.PLAYER)

@@ -34,6 +34,8 @@ class Recording:
     """(T, 2) float64 metres."""
     yaw: np.ndarray
     """(T,) float64 radians, unwrapped."""
+    eye: np.ndarray
+    """(T,) float64 metres: height of the camera."""
     depth: np.ndarray
     """(T, size, size) float16 metres."""
 
@@ -68,6 +70,7 @@ def record(
                 frames=np.stack([s.frame for s in seen]),
                 position=np.stack([s.position for s in seen]),
                 yaw=np.unwrap([s.yaw for s in seen]),
+                eye=np.array([s.eye for s in seen]),
                 depth=np.stack([s.depth for s in seen]).astype(np.float16),
             )
     raise UserError(f"{engine.map_name}: no walk of min_length ({min_length}) frames in {ATTEMPTS} attempts")

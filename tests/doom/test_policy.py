@@ -11,7 +11,7 @@ TAN = math.tan(FOV / 2)
 
 
 def observation(depth: np.ndarray, position: tuple[float, float] = (0.0, 0.0)) -> Observation:
-    return Observation(np.zeros((64, 64, 3), np.uint8), depth.astype(np.float32), np.array(position), 0.0)
+    return Observation(np.zeros((64, 64, 3), np.uint8), depth.astype(np.float32), np.array(position), 0.0, 1.5)
 
 
 def room(left: float, right: float) -> np.ndarray:

@@ -88,7 +88,19 @@ def test_depth_and_walls_are_stored(recording):
     frames = len(list((recording / "my_way_home_0000").glob("*.jpg")))
     assert depth.shape == (frames, 64, 64)
     assert depth.dtype == np.float16
+    with np.load(recording / "my_way_home_0000" / "eye.npz", allow_pickle=False) as saved:
+        (eye,) = saved.values()
+    np.testing.assert_allclose(eye, np.full(frames, 41 * 1.2 / 32))  # the maze is level
     assert sorted(path.name for path in (recording / "maps").iterdir()) == ["freedoom2_MAP01.npz", "my_way_home.npz"]
+
+
+def test_maps_that_were_deleted_are_written_anew_and_nothing_else(recording, tmp_path):
+    copy = tmp_path / "smoke"
+    shutil.copytree(recording, copy)
+    shutil.rmtree(copy / "maps")
+    errors, code = prepare(copy, "--depth", "true")
+    assert code == 0, errors
+    assert contents(copy) == contents(recording)
 
 
 def test_nothing_but_the_layout_is_left(recording):

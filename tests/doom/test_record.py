@@ -14,7 +14,7 @@ def walk(maze, maze_geometry):
     return record(maze, maze_geometry, np.random.default_rng(0), length=200, min_length=100)
 
 
-HERE = Observation(np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 2.0, np.float32), np.zeros(2), 0.0)
+HERE = Observation(np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 2.0, np.float32), np.zeros(2), 0.0, 1.5)
 
 
 def test_teleports_are_discontinuous_but_walks_are_not():
