@@ -4,24 +4,31 @@ Runs `train.py` and `cdit.evaluate` as a person would, one process after the oth
 again, so that an interrupted ablation continues.
 """
 
+import json
 import pickle
 import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import cdit
+import numpy as np
 import yaml
+
+import cdit
 from cdit.cli import parse_config
 from cdit.data.windows import DataConfig, WindowDataset
 from cdit.errors import UserError
+from cdit.evaluation.bootstrap import Estimate, estimates, paired_difference
 from cdit.evaluation.loading import spread
+from cdit.evaluation.results import RESULTS, Results
+from cdit.evaluation.tables import Row, markdown_table
 from cdit.world_model import DESCRIPTION
 
 TRAIN = Path(cdit.__path__[0]).parent / "train.py"
+EVALUATION = "evaluation"
 
 
 @dataclass
@@ -70,6 +77,25 @@ class Run:
     """Of train.py."""
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """How a variant differs from the reference."""
+
+    variant: str
+    metric: str
+    seconds: float
+    difference: Estimate
+    """Mean over seeds and samples, with its interval over trajectories."""
+    seeds: list[float]
+    """The same for each seed alone."""
+
+    def text(self, digits: int) -> str:
+        """Such as `-0.42 [-0.55, -0.29] (-0.40, -0.44)`: mean, interval, seeds."""
+        change = self.difference
+        interval = "" if change.low is None else f" [{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
+        return f"{change.mean:+.{digits}f}{interval} ({', '.join(f'{value:+.{digits}f}' for value in self.seeds)})"
+
+
 def ablate(argv: list[str]) -> None:
     """The command line: `python -m cdit.evaluate ablate SPEC.yaml [--seeds [0,1,2] …]`.
 
@@ -88,8 +114,9 @@ def ablate(argv: list[str]) -> None:
         train(run, config)
     index = write_cases(config, resolved)
     for run in runs:
-        evaluate(run, config, index)
-    report(config, runs)
+        evaluate(run, config, resolved[run.variant]["data"], index)
+    print(report(config, runs))
+    print(f"{config.folder} holds results.md, results.json and all runs")
 
 
 def runs_of(config: AblationConfig, variant: str) -> list[Run]:
@@ -98,8 +125,7 @@ def runs_of(config: AblationConfig, variant: str) -> list[Run]:
     for seed in config.seeds:
         name = f"{re.sub(r'[^a-z0-9]+', '_', variant.lower())}_seed{seed}"
         options = config.train | config.variants[variant] | {"seed": seed, "name": name, "output": config.folder}
-        written = [part for field, value in options.items() for part in (f"--{field}", _written(value))]
-        runs.append(Run(variant, seed, config.folder / name, ["--config", config.base, *written]))
+        runs.append(Run(variant, seed, config.folder / name, ["--config", config.base, *_options(options)]))
     return runs
 
 
@@ -155,9 +181,105 @@ def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> 
     return path
 
 
+def evaluate(run: Run, config: AblationConfig, data: dict[str, Any], index: Path) -> None:
+    """Measures a trained run on the cases; what is measured already is not measured again.
+
+    Args:
+        run: trained.
+        config: the ablation.
+        data: the data section of the run's training config.
+        index: the cases.
+
+    Raises:
+        UserError: the evaluation failed.
+    """
+    options = {
+        "checkpoint": run.folder,
+        "data": data["folder"],
+        "split": data["test_split"],
+        "splits": data["splits"],
+        "out": run.folder / EVALUATION,
+        "protocols": ["time"],
+        "time.index": index,
+        "time.seconds": config.seconds,
+        "metrics": config.metrics,
+        "tracking": "none",
+        **config.evaluate,
+    }
+    _call([*shlex.split(config.launch), "-m", "cdit.evaluate", *_options(options)], run)
+
+
+def report(config: AblationConfig, runs: list[Run]) -> str:
+    """Writes `results.md` and `results.json` into the ablation's folder, and returns the former.
+
+    A variant's numbers are means over its seeds, sample by sample. Intervals are over the trajectories of the test
+    split: they say how far other trajectories might move a mean. What another training might do is to be seen from the
+    seeds, whose differences stand one by one.
+    """
+    found = {
+        name: [Results.load(run.folder / EVALUATION).protocols["time"] for run in runs if run.variant == name]
+        for name in config.variants
+    }
+    reference = found[config.reference]
+    trajectories = reference[0].trajectories
+    rows, compared = [], []
+    for name, results in found.items():
+        for metric in config.metrics:
+            for seconds in config.seconds:
+                ours, theirs = (
+                    np.stack([result.values("model", metric, seconds) for result in some])
+                    for some in (results, reference)
+                )
+                mean = estimates(ours.mean(0), trajectories)[0]
+                frames = round(seconds * results[0].fps)
+                rows.append(Row(name, seconds, frames, metric, mean.mean, None, mean.low, mean.high))
+                if name != config.reference:
+                    change = paired_difference(ours.mean(0), theirs.mean(0), trajectories)[0]
+                    seeds = [float(difference) for difference in (ours - theirs).mean(1)]
+                    compared.append(Comparison(name, metric, seconds, change, seeds))
+    text = (
+        f"# {config.name}\n\n{len(trajectories)} samples of {len(set(trajectories))} test trajectories; "
+        f"seeds {', '.join(map(str, config.seeds))}; ± is half the 95 % interval over trajectories.\n\n"
+        f"{markdown_table(rows)}\n{differences_table(compared, config.reference)}"
+    )
+    (config.folder / "results.md").write_text(text)
+    written = {
+        "config": asdict(config),
+        "means": [{key: value for key, value in row._asdict().items() if key != "values"} for row in rows],
+        "differences": [asdict(comparison) for comparison in compared],
+    }
+    (config.folder / RESULTS).write_text(json.dumps(written, indent=2) + "\n")
+    return text
+
+
+def differences_table(compared: list[Comparison], reference: str) -> str:
+    """For each metric a Markdown table: the variants' differences from the reference, in all and seed by seed."""
+    tables = []
+    for metric in dict.fromkeys(comparison.metric for comparison in compared):
+        chosen = [comparison for comparison in compared if comparison.metric == metric]
+        horizons = list(dict.fromkeys(comparison.seconds for comparison in chosen))
+        digits = 2 if metric == "psnr" else 3
+        lines = [
+            f"| {metric.upper()} less that of {reference} | " + " | ".join(f"{s:g} s" for s in horizons) + " |",
+            "|---|" + "---:|" * len(horizons),
+        ]
+        for variant in dict.fromkeys(comparison.variant for comparison in chosen):
+            cells = [c.text(digits) for c in chosen if c.variant == variant]
+            lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables) + "\n"
+
+
+def _options(values: dict[str, Any]) -> list[str]:
+    """Fields and values as options of a command line."""
+    return [part for name, value in values.items() for part in (f"--{name}", _written(value))]
+
+
 def _written(value: Any) -> str:
-    """A value as an option of a command line."""
-    return str(value) if isinstance(value, (str, Path)) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
+    """A value as YAML on one line."""
+    if isinstance(value, (str, Path)):
+        return str(value)
+    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).split("\n")[0]
 
 
 def _call(command: list[str], run: Run) -> None:
