@@ -6,6 +6,7 @@ those of every sample), results.md (tables) and index.html (tables and pictures)
 the same command goes on after an interruption, and only draws anew where nothing is missing.
 """
 
+import sys
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +16,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from tqdm import tqdm
 
 from cdit.cli import parse_config, run
+from cdit.evaluation.ablation import ablate
 from cdit.evaluation.config import EvaluateConfig
 from cdit.evaluation.loading import load_world, windows_for
 from cdit.evaluation.page import draw, write_markdown, write_page
@@ -28,14 +30,20 @@ PATIENCE = timedelta(hours=24)
 
 
 def main() -> None:
-    """Reads the command line."""
-    config = parse_config(EvaluateConfig, __doc__)
-    config.validate()
-    evaluate(config)
+    """Reads the command line: options, or a subcommand and its own."""
+    if sys.argv[1:2] == ["ablate"]:
+        ablate(sys.argv[2:])
+    else:
+        evaluate(parse_config(EvaluateConfig, __doc__))
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Computes what is missing, and writes what all of it says."""
+    """Computes what is missing, and writes what all of it says.
+
+    Raises:
+        UserError: something does not fit together; nothing was computed.
+    """
+    config.validate()
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
     )
