@@ -72,7 +72,8 @@ def test_some_sections_of_another_programs_file(tmp_path, capsys):
     for argv in (["--config", str(file)], [f"--config={file}"]):
         whole = parse_config(Whole, "A test.", [*argv, "--part.kind", "b"], sections=("part", "absent"))
         assert whole == Whole(Part(depth=6, kind="b"))
-    for text, named in (("part: {width: 3}", "width"), ("part: [", "Problems parsing config"), ("[1, 2]", "Unexpected config")):
+    mistakes = {"part: {width: 3}": "width", "part: [": "Problems parsing config", "[1, 2]": "Unexpected config"}
+    for text, named in mistakes.items():
         file.write_text(text)
         with pytest.raises(SystemExit) as stop:
             parse_config(Whole, "A test.", ["--config", str(file)], sections=("part",))
