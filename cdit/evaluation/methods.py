@@ -19,6 +19,12 @@ METHODS = {
 }
 """The methods compared, and what tables call them."""
 
+DIFFERENCES = {
+    "model-copy_last": "model − last context frame",
+    "model-shuffled_actions": "model − with another's actions",
+}
+"""Differences of two methods sample by sample, and what tables call them."""
+
 Predict = Callable[[str, dict[str, Tensor]], Tensor]
 """From a method's name and the batch as it sees it, frames (B, G, 3, H, W) in [-1, 1]."""
 

@@ -15,7 +15,7 @@ from cdit.errors import UserError
 from cdit.evaluation.bootstrap import Estimate, estimates, paired_difference
 from cdit.evaluation.cases import Case
 from cdit.evaluation.frechet import frechet_distance
-from cdit.evaluation.methods import METHODS
+from cdit.evaluation.methods import DIFFERENCES, METHODS
 from cdit.evaluation.metrics import HIGHER_IS_BETTER
 from cdit.evaluation.protocols import Protocol
 from cdit.evaluation.tables import Row
@@ -35,7 +35,7 @@ class ProtocolResult:
     cases: list[tuple[str, int]]
     """(trajectory, time) of each sample."""
     rows: list[Row]
-    """Method by method, then metric by metric, then horizon by horizon."""
+    """Method by method, then metric by metric, then horizon by horizon; at last the differences between methods."""
 
     @property
     def trajectories(self) -> list[str]:
@@ -117,6 +117,7 @@ def summarize(protocol: Protocol, cases: Sequence[Case], found: dict[str, Tensor
     """
     frames = [protocol.offsets[i] for i in protocol.measured]
     horizons = list(zip(protocol.seconds, frames, strict=True))
+    names = [case.name for case in cases]
     rows = []
     for method in METHODS:
         for metric in (name for name in HIGHER_IS_BETTER if f"{method}/{name}" in found):
@@ -129,9 +130,16 @@ def summarize(protocol: Protocol, cases: Sequence[Case], found: dict[str, Tensor
                 for at, *pair in zip(horizons, found["truth/fid"].unbind(1), values.unbind(1), strict=True):
                     rows.append(Row(method, *at, metric, frechet_distance(*pair)))
             else:
-                means = estimates(values.double().numpy(), [case.name for case in cases], seed)
+                means = estimates(values.double().numpy(), names, seed)
                 for at, value, mean in zip(horizons, values.unbind(1), means, strict=True):
                     rows.append(Row(method, *at, metric, mean.mean, value, mean.low, mean.high))
+    for method in DIFFERENCES:
+        pair = method.split("-")
+        for metric in (name for name in HIGHER_IS_BETTER if name not in FRECHET):
+            if all(f"{one}/{metric}" in found for one in pair):
+                values = (found[f"{one}/{metric}"].double().numpy() for one in pair)
+                for at, mean in zip(horizons, paired_difference(*values, names, seed), strict=True):
+                    rows.append(Row(method, *at, metric, mean.mean, None, mean.low, mean.high))
     return ProtocolResult(protocol.name, protocol.fps, [(case.name, case.now) for case in cases], rows)
 
 

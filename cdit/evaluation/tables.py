@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from cdit.evaluation.methods import METHODS
+from cdit.evaluation.methods import DIFFERENCES, METHODS
 from cdit.evaluation.metrics import HIGHER_IS_BETTER
 
 
@@ -14,7 +14,7 @@ class Row(NamedTuple):
     """One number of a table."""
 
     method: str
-    """A key of `METHODS`."""
+    """A key of `METHODS` or `DIFFERENCES`."""
     seconds: float
     """How far ahead."""
     frames: int
@@ -24,7 +24,7 @@ class Row(NamedTuple):
     mean: float
     """Mean over the samples; of fid and fvd, which belong to all samples together, the value."""
     values: Tensor | None = None
-    """(B,) float32 on the CPU, one for each sample, in their order; fid and fvd have none."""
+    """(B,) float32 on the CPU, one for each sample, in their order; fid, fvd and differences have none."""
     low: float | None = None
     """Lower end of the 95 % interval of the mean, where it is known."""
     high: float | None = None
@@ -51,7 +51,7 @@ def tables(rows: Sequence[Row]) -> list[Table]:
         lines = []
         for method in dict.fromkeys(row.method for row in chosen):
             cells = {row.seconds: _cell(row, digits) for row in chosen if row.method == method}
-            lines.append((METHODS.get(method, method), [cells[seconds] for seconds in horizons]))
+            lines.append(((METHODS | DIFFERENCES).get(method, method), [cells[seconds] for seconds in horizons]))
         found.append(Table(metric.upper() + arrow, [f"{seconds:g} s" for seconds in horizons], lines))
     return found
 
@@ -80,5 +80,5 @@ def html_table(rows: Sequence[Row]) -> str:
 
 
 def _cell(row: Row, digits: int) -> str:
-    text = f"{row.mean:.{digits}f}"
+    text = f"{row.mean:{'+' if row.method in DIFFERENCES else ''}.{digits}f}"
     return text if row.low is None else f"{text} ± {(row.high - row.low) / 2:.{digits}f}"

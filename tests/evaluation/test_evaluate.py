@@ -86,21 +86,28 @@ def test_what_it_leaves(evaluate: Callable[..., Done], checkpoint: Path):
         assert (protocol["samples"], protocol["trajectories"]) == (samples, 3)
         rows = {(row["method"], row["metric"], row["seconds"]): row for row in protocol["rows"]}
         methods, horizons = ("model", "copy_last", "shuffled_actions"), ([0.5, 2] if name == "time" else [1, 2])
-        assert rows.keys() == {(m, k, s) for m in methods for k in ("psnr", "ssim") for s in horizons}
+        differences = ("model-copy_last", "model-shuffled_actions")
+        assert rows.keys() == {(m, k, s) for m in methods + differences for k in ("psnr", "ssim") for s in horizons}
         section = re.search(rf"## {name}\n(.*?)(?=\n## |\Z)", text, re.DOTALL)[1]
-        for row in rows.values():
-            assert len(row["values"]) == samples
-            assert row["mean"] == pytest.approx(np.mean(row["values"]))
+        for (method, metric, seconds), row in rows.items():
+            values = [np.array(rows[one, metric, seconds]["values"]) for one in method.split("-")]
+            assert all(len(value) == samples for value in values)
+            assert row["mean"] == pytest.approx((values[0] - values[1] if len(values) == 2 else values[0]).mean())
             assert row["low"] < row["mean"] < row["high"]
-            digits = 2 if row["metric"] == "psnr" else 3
-            assert f"{row['mean']:.{digits}f} ± {(row['high'] - row['low']) / 2:.{digits}f}" in section
+            digits = 2 if metric == "psnr" else 3
+            assert (
+                f"{row['mean']:{'+' * (len(values) - 1)}.{digits}f} ± {(row['high'] - row['low']) / 2:.{digits}f}"
+                in section
+            )
 
     page = Path("out/index.html").read_text()
     links = re.findall(r'src="([^"]+)"', page)
     assert all(Path("out", link).is_file() for link in links)
     rollouts = [f"pictures/rollout_{fps}fps{which}" for fps in (1, 4) for which in (".png", "_0.png", "_1.mp4")]
     assert {"pictures/time.png", *rollouts} <= set(links)
-    assert page.count("<tr>") == 3 * 2 * 4  # of three protocols two tables, each with a head and three methods
+    assert (
+        page.count("<tr>") == 3 * 2 * 6
+    )  # three protocols, two metrics, each with a head, three methods and two differences
 
     loaded = Results.load("out")
     time = loaded.protocols["time"]
@@ -108,7 +115,8 @@ def test_what_it_leaves(evaluate: Callable[..., Done], checkpoint: Path):
     model, copied = (time.values(method, "psnr", 2.0) for method in ("model", "copy_last"))
     better = difference(time, time, "psnr", 2.0, ("model", "copy_last"))
     assert better.mean == pytest.approx((model - copied).mean())
-    assert better.low <= better.mean <= better.high
+    (row,) = (row for row in time.rows if (row.method, row.metric, row.seconds) == ("model-copy_last", "psnr", 2.0))
+    assert (row.low, row.high) == pytest.approx((better.low, better.high))
     with pytest.raises(UserError, match="different cases"):
         difference(time, loaded.protocols["rollout_4fps"], "psnr", 2.0)
     with pytest.raises(KeyError):
@@ -180,6 +188,15 @@ def test_other_weights_are_noticed(evaluate: Callable[..., Done], world, tmp_pat
     done = evaluate("--protocols", "[time]", "--checkpoint", str(tmp_path / "other"))
     assert done.code == 2
     assert "other weights" in done.err
+
+
+def test_bf16(evaluate: Callable[..., Done]):
+    assert evaluate("--protocols", "[time]").code == 0
+    assert evaluate("--protocols", "[time]", "--mixed_precision", "bf16", "--out", "bf16").code == 0
+    exact, rough = (Results.load(folder).protocols["time"] for folder in ("out", "bf16"))
+    assert not np.array_equal(exact.values("model", "psnr", 2.0), rough.values("model", "psnr", 2.0))
+    np.testing.assert_allclose(exact.values("model", "psnr", 2.0), rough.values("model", "psnr", 2.0), rtol=0.01)
+    assert np.array_equal(exact.values("copy_last", "psnr", 2.0), rough.values("copy_last", "psnr", 2.0))
 
 
 def test_an_index_file_says_what_is_measured(evaluate: Callable[..., Done]):
