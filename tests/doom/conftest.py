@@ -1,9 +1,15 @@
+"""The maze, and what lets the tests beside it import `rooms`, which they share."""
+
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from cdit.doom.engine import Engine
 from cdit.doom.geometry import MapGeometry
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 @pytest.fixture(scope="module")
