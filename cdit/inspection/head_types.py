@@ -10,12 +10,12 @@ class TypeThresholds:
 
     sink: float = 0.5
     """Most of the attention rests on the extra key: its share."""
-    copy: float = 4.0
-    """It looks at what it shows: attention on the patch that corresponds to the target's, over chance."""
     same_place: float = 0.5
     """It looks straight back: the share of offset (0, 0), where that is the preferred offset."""
     fixed_offset: float = 0.5
     """It always looks to the same side: the share of the preferred offset, where that is another."""
+    copy: float = 4.0
+    """It finds, wherever it has moved to, what the target patch shows: attention on true places over an even spread."""
     turning: float = 0.5
     """What it looks at moves with turns as the picture does: minus the correlation of its columns with dyaw."""
     walking: float = 0.5
@@ -54,9 +54,9 @@ def head_type(measures: Mapping[str, float], thresholds: TypeThresholds | None =
     straight = (measures.get("offset rows"), measures.get("offset columns")) == (0, 0)
     rules = [
         ("sink", "mass extra", 1, limits.sink),
-        ("copy", "correspondence lift", 1, limits.copy),
         ("same place" if straight else "fixed offset", "offset share", 1,
          limits.same_place if straight else limits.fixed_offset),
+        ("copy", "correspondence lift", 1, limits.copy),
         ("turning", "turning correlation", -1, limits.turning),
         ("walking", "walking correlation", -1, limits.walking),
         ("edge", "edge lift", 1, limits.edge),

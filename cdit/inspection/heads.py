@@ -21,6 +21,7 @@ def measure_heads(
     seed: int,
     kind: Kind = "cross",
     layers: Sequence[int] | None = None,
+    truth: Tensor | None = None,
 ) -> HeadStatistics:
     """Goes through a probe batch one sample at a time; no more than one layer's weights of one sample are held.
 
@@ -32,6 +33,7 @@ def measure_heads(
         seed: of the noise and of the resamples.
         kind: which attention.
         layers: blocks, from 0; by default all.
+        truth: for cross-attention, (S, G, N, M) bool, `cdit.inspection.correspondence.true_tokens`, where known.
 
     Raises:
         UserError: a layer that the model does not have.
@@ -44,7 +46,7 @@ def measure_heads(
     edges = edge_patches(gradient_magnitude(to_float(looked_at), layout))
     actions = batch["action"] if kind == "cross" and bool(batch["action_mask"].all()) else None
     statistics = HeadStatistics(
-        layout, trajectories, edges if kind == "cross" else edges[:, :, None, None], actions, seed
+        layout, trajectories, edges if kind == "cross" else edges[:, :, None, None], actions, truth, seed
     )
     with evaluating(world):
         for rows, encoded in encoded_batches(world, batch, 1, seed):

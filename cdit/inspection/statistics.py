@@ -3,7 +3,7 @@ weights are kept.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cdit.evaluation.bootstrap import Estimate
 from cdit.inspection import measures
+from cdit.inspection.correspondence import CorrespondenceScore, correspondence_score
 from cdit.inspection.directions import Trend, fit_motion, offset_fields, trends
 from cdit.inspection.edges import edge_lift
 from cdit.inspection.head_types import HeadType, TypeThresholds, head_type
@@ -75,6 +76,8 @@ class HeadStatistics:
             is over their mean over the samples.
         actions: (S, G, 3) motion from the newest past frame to each target: dx, dy in metres, dyaw in radians. None
             for self-attention, in which nothing can move, and where motions are unknown.
+        truth: (S, G, N, M) bool, `true_tokens`: which past tokens show what each target patch shows; None where that is
+            not known.
         seed: of the resamples.
     """
 
@@ -84,24 +87,22 @@ class HeadStatistics:
         trajectories: Sequence[Hashable],
         edges: Tensor,
         actions: Tensor | None = None,
+        truth: Tensor | None = None,
         seed: int = 0,
     ):
         self.layout, self.trajectories, self.seed = layout, list(trajectories), seed
         self._edges, self._chance = edges, edges.mean(0)
-        self._actions = actions
+        self._actions, self._truth = actions, truth
         self._sums: dict[tuple[int, float], _Sums] = defaultdict(lambda: _Sums({}, {}))
 
     @torch.no_grad()
-    def add(
-        self, sample: int, time: float, attention: LayerAttention, further: Mapping[str, Tensor] | None = None
-    ) -> None:
+    def add(self, sample: int, time: float, attention: LayerAttention) -> None:
         """Measures one layer's attention of one sample.
 
         Args:
             sample: which, from 0.
             time: the diffusion time.
             attention: of that sample alone (B = 1).
-            further: (H,) numbers of other measures, such as `correspondence lift`.
         """
         sums = self._sums[attention.layer, time]
         weights = attention.weights()[0]  # (G, H, N, M[+1])
@@ -116,7 +117,9 @@ class HeadStatistics:
         found |= {f"moved {name}": value for name, value in self._measure(moved, sample).items()}
         means = torch.stack([value.transpose(0, 1).flatten(1).nanmean(1) for value in found.values()]).cpu()
         sums.values[sample] = dict(zip(found, means, strict=True))
-        sums.values[sample] |= {name: value.cpu() for name, value in (further or {}).items()}
+        if self._truth is not None:
+            truth = self._truth[sample, :, None].to(weights.device)
+            sums.values[sample] |= _correspondence(correspondence_score(weights, truth, self.layout))
         sums.offsets = sums.offsets + measures.offset_mass(weights, self.layout).mean(0).cpu()
         sums.distances = sums.distances + head_distances(weights).mean(0).cpu()
         if self._actions is not None:
@@ -199,6 +202,16 @@ def type_counts(rows: Sequence[HeadRow]) -> dict[tuple[int, float], Counter[str]
     for row in rows:
         counts[row.layer, row.time][row.type.name] += 1
     return dict(counts)
+
+
+def _correspondence(score: CorrespondenceScore) -> dict[str, Tensor]:
+    """From (G, H) to (H,) by measure: ratios of the sums over goals."""
+    total = CorrespondenceScore(*(x.sum(0).cpu() for x in (score.mass, score.even, score.hits, score.patches)))
+    return {
+        "correspondence lift": total.lift,
+        "correspondence share": total.share,
+        "correspondence accuracy": total.accuracy,
+    }
 
 
 def _numbers(

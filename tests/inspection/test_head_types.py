@@ -19,9 +19,9 @@ NOTHING = {
 
 CASES = [
     ({"mass extra": 0.62}, "sink", "mass extra 0.62 ≥ 0.5"),
-    ({"correspondence lift": 9.0}, "copy", "correspondence lift 9.00 ≥ 4"),
     ({"offset share": 0.7}, "same place", "offset share 0.70 ≥ 0.5"),
     ({"offset share": 0.7, "offset columns": -1}, "fixed offset", "offset share 0.70 ≥ 0.5"),
+    ({"correspondence lift": 9.0}, "copy", "correspondence lift 9.00 ≥ 4"),
     ({"turning correlation": -0.8}, "turning", "turning correlation -0.80 ≤ -0.5"),
     ({"walking correlation": -0.8}, "walking", "walking correlation -0.80 ≤ -0.5"),
     ({"edge lift": 2.0}, "edge", "edge lift 2.00 ≥ 1.5"),

@@ -104,7 +104,7 @@ def test_the_only_head_contributes_all_and_orthogonal_heads_add_up(make_world, m
 
 
 @torch.no_grad()
-def test_means_are_over_samples_times_goals_and_patches(world, make_batch):
+def test_outputs_are_gathered_over_samples_times_goals_and_patches(world, make_batch):
     batch, sites = make_batch(samples=3), [(1, "cross"), (1, "self")]
     given = {site: [] for site in sites}
     hooks = [
@@ -113,14 +113,20 @@ def test_means_are_over_samples_times_goals_and_patches(world, make_batch):
         )
         for layer, kind in sites
     ]
-    at_once = head_outputs(world, batch, sites, [0.3, 0.7], 3, 5).means
+    at_once = head_outputs(world, batch, sites, [0.3, 0.7], 3, 5)
     expected = {site: torch.stack(inputs).flatten(0, -2).mean(0).unflatten(0, (4, 8)) for site, inputs in given.items()}
     for hook in hooks:
         hook.remove()
-    uneven = head_outputs(world, batch, sites, [0.3, 0.7], 2, 5).means
+    uneven = head_outputs(world, batch, sites, [0.3, 0.7], 2, 5)
     for site in sites:
-        torch.testing.assert_close(at_once[site], expected[site], atol=1e-6, rtol=1e-4)
-        torch.testing.assert_close(uneven[site], expected[site], atol=1e-6, rtol=1e-4)
+        # (time, sample, queries of its goals, H, K), which W_O takes to (time, sample, queries, H, D)
+        out = torch.stack(given[site]).reshape(2, 3, -1, 4, 8)
+        weight = getattr(world.cdit.blocks[site[0]], f"{site[1]}_attn").out.weight
+        added = torch.einsum("tsnhk,dhk->tsnhd", out, weight.unflatten(1, (4, 8)))
+        squares, total = added.square().sum((0, 2, 4)), added.sum(3).square().sum((0, 2, 3))
+        for found in (at_once, uneven):
+            torch.testing.assert_close(found.means[site], expected[site], atol=1e-6, rtol=1e-4)
+            np.testing.assert_allclose(found.contributions[site], (squares / total[:, None]).sqrt(), rtol=1e-3)
 
 
 def test_a_head_that_adds_the_same_always_is_needed_by_zero_but_not_by_its_mean(make_world, make_batch):

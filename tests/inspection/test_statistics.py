@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from cdit.attention import KeysValues, MultiHeadAttention, Observation
 from cdit.evaluation.bootstrap import estimates
 from cdit.inspection import measures, record_attention
+from cdit.inspection.correspondence import true_tokens
 from cdit.inspection.directions import fit_motion, offset_fields, trends
 from cdit.inspection.edges import edge_lift, edge_patches, gradient_magnitude
 from cdit.inspection.heads import measure_heads
@@ -81,7 +82,7 @@ def gathered() -> tuple[HeadStatistics, Tensor]:
     statistics = HeadStatistics(LAYOUT, [f"t{i // 2}" for i in range(samples)], edges, actions)
     for sample in range(samples):
         weights = torch.stack([hand_built(action) for action in actions[sample]])
-        statistics.add(sample, 0.5, layer_attention(weights), {"correspondence lift": torch.ones(len(HEADS))})
+        statistics.add(sample, 0.5, layer_attention(weights))
     return statistics, actions
 
 
@@ -134,6 +135,23 @@ def test_distances_between_heads_built_by_hand(gathered):
     assert distances.diagonal().eq(0).all()
     same, newest = HEADS.index("same place"), HEADS.index("newest frame")
     assert distances[same, newest].item() == pytest.approx(1, abs=1e-4)  # other frames, no token shared
+
+
+def test_heads_are_judged_by_true_places_where_these_are_known():
+    """Nothing has moved, and the older frame alone shows it: all patches but those at borders have 9 true places."""
+    place = LAYOUT.positions()[:, None].expand(GOALS, N, 2, 2) + 0.5
+    truth = true_tokens(place, torch.tensor([True, False]).expand(GOALS, N, 2), LAYOUT)
+    statistics = HeadStatistics(LAYOUT, ["a", "b"], torch.full((2, 2, N), 0.25), truth=truth.expand(2, -1, -1, -1))
+    action = torch.tensor([1.0, 0, 0.2])
+    for sample in range(2):
+        statistics.add(sample, 0.5, layer_attention(hand_built(action).expand(GOALS, -1, -1, -1)))
+    means = {name: row.means for name, row in zip(HEADS, statistics.rows(), strict=True)}
+    places = (3 * LAYOUT.rows - 2) * (3 * LAYOUT.columns - 2)
+    assert means["same place"]["correspondence lift"].mean == pytest.approx(N**2 / places, rel=1e-3)
+    assert means["same place"]["correspondence accuracy"].mean == 1
+    assert means["broad"]["correspondence lift"].mean == pytest.approx(1, rel=1e-3)
+    assert means["broad"]["correspondence share"].mean == pytest.approx(places / N / (M + 1), rel=1e-3)
+    assert means["newest frame"]["correspondence share"].mean == pytest.approx(0, abs=1e-6)
 
 
 def test_a_token_that_gives_nothing_moves_nothing():
