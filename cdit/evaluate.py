@@ -47,7 +47,7 @@ def evaluate(config: EvaluateConfig) -> None:
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision, kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
     )
-    main = accelerator.is_main_process
+    is_main = accelerator.is_main_process
     world = load_world(config.checkpoint, str(accelerator.device))
     sampler, weights = config.sampler.over(world.description), weights_hash(world)
     dataset = windows_for(world, config.data, config.split, config.splits, config.spacing)
@@ -59,15 +59,16 @@ def evaluate(config: EvaluateConfig) -> None:
     parts = []
     for study in studies:
         folder = Path(config.out, "parts", study.protocol.name)
-        parts.append(Parts(folder, made_of(study, config, judge, sampler, weights), len(study.batches)))
-    if config.overwrite and main:
+        depends_on = made_of(study, config, dataset.info.spacing, judge, sampler, weights)
+        parts.append(Parts(folder, depends_on, len(study.batches)))
+    if config.overwrite and is_main:
         for part in parts:
             part.clear()
     accelerator.wait_for_everyone()
     for part in parts:
         part.check()
     accelerator.wait_for_everyone()
-    if main:
+    if is_main:
         for part in parts:
             part.begin()
     missing = [(study, part, batch) for study, part in zip(studies, parts, strict=True) for batch in part.missing()]
@@ -76,7 +77,7 @@ def evaluate(config: EvaluateConfig) -> None:
     # Batches are shared out whole, so that nothing is computed twice, or differently, whoever does it.
     mine = missing[accelerator.process_index :: accelerator.num_processes]
     total = sum(len(study.batches[batch]) for study, _, batch in mine)
-    with tqdm(total=total, unit="sample", disable=not main) as bar:
+    with tqdm(total=total, unit="sample", disable=not is_main) as bar:
         for study, part, batch in mine:
             bar.set_description(study.protocol.name)
             with accelerator.autocast():
@@ -85,7 +86,7 @@ def evaluate(config: EvaluateConfig) -> None:
             bar.update(len(study.batches[batch]))
     accelerator.wait_for_everyone()
 
-    if main:
+    if is_main:
         out = Path(config.out)
         results, pictures = Results(describe(config, sampler, weights, accelerator.device)), {}
         for study, part in zip(studies, parts, strict=True):

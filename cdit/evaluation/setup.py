@@ -60,12 +60,14 @@ def build_judge(config: EvaluateConfig, world: WorldModel, studies: Sequence[Stu
     return judge
 
 
-def made_of(study: Study, config: EvaluateConfig, judge: Judge, sampler: SamplerConfig, weights: str) -> dict[str, Any]:
-    """Everything that the results of a study depend on."""
+def made_of(
+    study: Study, config: EvaluateConfig, spacing: float, judge: Judge, sampler: SamplerConfig, weights: str
+) -> dict[str, Any]:
+    """Everything that the results of a study depend on, with the dataset's spacing in metres and the weights' hash."""
     return {
         "weights": weights,
         "data": config.data,
-        "spacing": config.spacing,
+        "spacing": spacing,
         "protocol": asdict(study.protocol),
         "cases": [(case.name, case.now) for case in study.cases],
         "sampler": asdict(sampler),

@@ -162,6 +162,7 @@ def test_an_interrupted_evaluation_goes_on(evaluate: Callable[..., Done], comput
         (["--time.seconds", "[1,2]"], "protocol"),
         (["--time.samples", "5"], "cases"),
         (["--batch_size", "3"], "batch_size"),
+        (["--spacing", "0.5"], "spacing"),
     ],
 )
 def test_parts_of_another_evaluation_are_not_taken(
