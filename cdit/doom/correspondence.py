@@ -101,7 +101,7 @@ class WindowCorrespondence:
         grid: rows and columns of patches.
 
     Raises:
-        DataError: the dataset's camera, its poses or the map of a trajectory are not known.
+        DataError: the dataset's camera or the map of a trajectory is not known.
     """
 
     def __init__(self, dataset: WindowDataset, grid: tuple[int, int]):
