@@ -385,13 +385,13 @@ def test_what_is_not_stored_is_spread_evenly_and_told(page, addresses):
     assert "one by one" not in page.text("#status")  # the mean is stored in full
 
 
-@pytest.mark.parametrize("top_k", [9, 480])
+@pytest.mark.parametrize("top_k", [9, 479, 480])
 def test_the_browser_reads_the_weights_within_the_stated_bounds(page, tmp_path, top_k):
     layout = Layout(4, 10, 12)
     generator = torch.Generator().manual_seed(0)
-    weights = {
-        layer: (3 * torch.randn(2, 120, 481, generator=generator)).double().softmax(-1).float() for layer in LAYERS
-    }
+    scores = 3 * torch.randn(2, 2, 120, 481, generator=generator)
+    scores[0, ..., 30:450] -= 20  # what is kept of the first layer's is more than a byte apart
+    weights = dict(zip(LAYERS, scores.softmax(-1), strict=True))
     made = AttentionPage("Random attention", layout, fps=4.0, has_extra=True, top_k=top_k)
     made.add_sample(
         "", torch.zeros(4, 3, 10, 12).byte(), torch.ones(4, dtype=torch.bool), torch.zeros(3, 10, 12).byte()
@@ -429,6 +429,7 @@ def test_the_browser_reads_the_weights_within_the_stated_bounds(page, tmp_path, 
                 shown = np.unique(np.array(read["map"])[left_out])
                 assert len(shown) == 1
                 assert shown[0] == pytest.approx(on_frames[left_out].mean(), abs=0.005 / 110)
+                assert shown[0] <= np.array(read["map"])[kept].min()
 
 
 def test_letters_go_through_what_can_be_chosen(page):
@@ -437,9 +438,23 @@ def test_letters_go_through_what_can_be_chosen(page):
     page.press("body", "h", "t", "s", "m")
     state = page.run("return window.page.state")
     assert [state[name] for name in ("sample", "time", "layer", "head", "mean", "truth")] == [1, 1, 1, 1, True, False]
-    page.press("body", "H", "p")
+    page.press("body", "p", "m", "t")
     state = page.run("return window.page.state")
-    assert (state["head"], state["truth"]) == (0, True)
+    assert [state[name] for name in ("sample", "time", "layer", "head", "mean", "truth")] == [1, 0, 1, 1, False, True]
+
+
+def test_with_shift_letters_go_back(page, tmp_path):
+    made = AttentionPage("Three heads", Layout(1, 2, 2), fps=4.0, has_extra=False)
+    made.add_sample("", torch.zeros(1, 3, 4, 4).byte(), torch.ones(1, dtype=torch.bool), torch.zeros(3, 4, 4).byte())
+    made.add_weights(0, 0, 0.5, torch.full((3, 4, 4), 0.25))
+    made.save(tmp_path / "index.html")
+    page.files.add((tmp_path / "index.html").as_uri())
+    page.open((tmp_path / "index.html").as_uri())
+    heads = []
+    for key in "hHHh":
+        page.press("body", key)
+        heads.append(page.run("return window.page.state.head"))
+    assert heads == [1, 0, 2, 0]
 
 
 def test_a_weight_is_told_where_one_points(page):
@@ -483,6 +498,16 @@ def test_on_a_phone_a_tap_chooses_and_nothing_is_cut_off(page):
             page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
         page.wait()
         assert page.brightest() == looked_at(0, 0.25, 3, 3, 4)
+        x2, _ = page.middle_of_patch(3, 1)
+        for kind, at in (
+            ("touchStart", x),
+            *(("touchMove", x + (x2 - x) * i / 8) for i in range(1, 9)),
+            ("touchEnd", None),
+        ):
+            points = [] if at is None else [{"x": at, "y": y}]
+            page.driver.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+        page.wait()
+        assert page.brightest() == looked_at(0, 0.25, 3, 3, 1)
     finally:
         page.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
