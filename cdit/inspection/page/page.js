@@ -152,6 +152,7 @@ function renderTarget(sample) {
 function renderPast(sample, row, exists) {
   const truths = truePlaces(sample);
   byId("ring-legend").hidden = !truths;
+  byId("same-legend").hidden = state.mean;
   byId("peak").textContent = percent(row.peak);
   byId("extra").hidden = row.extra === null;
   if (row.extra !== null) showShare(...byId("extra").children, row.extra);
