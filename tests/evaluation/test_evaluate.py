@@ -191,6 +191,23 @@ def test_other_weights_are_noticed(evaluate: Callable[..., Done], world, tmp_pat
     assert "other weights" in done.err
 
 
+def test_distances_of_distributions(evaluate: Callable[..., Done], monkeypatch: pytest.MonkeyPatch):
+    """By networks of one's own; the 1-FPS rollouts, two frames, are too short for that of films."""
+    code = "def forward(self, x):\n        return x.mean((-2, -1)).flatten(1)\n"
+    code = f"import torch\nclass Net(torch.nn.Module):\n    {code}class FilmNet(Net):\n    min_frames = 3\n"
+    Path("nets.py").write_text(code)
+    monkeypatch.syspath_prepend(".")
+    networks = ["--fid_network", "nets:Net", "--fvd_network", "nets:FilmNet"]
+    done = evaluate("--metrics", "[psnr,fid,fvd]", *networks)
+    assert done.code == 0
+    assert "FVD is left out of rollout_1fps: nets:FilmNet needs films of 3 frames, not 2" in done.err
+    tables = {name: {row["metric"] for row in found["rows"]} for name, found in results()["protocols"].items()}
+    assert tables == {"time": {"psnr", "fid"}, "rollout_1fps": {"psnr", "fid"}, "rollout_4fps": {"psnr", "fid", "fvd"}}
+    text = Path("out/results.md").read_text()
+    assert "| FVD ↓ | 2 s |" in text
+    assert "FID and FVD of these 7 samples" in text
+
+
 def test_bf16(evaluate: Callable[..., Done]):
     assert evaluate("--protocols", "[time]").code == 0
     assert evaluate("--protocols", "[time]", "--mixed_precision", "bf16", "--out", "bf16").code == 0
