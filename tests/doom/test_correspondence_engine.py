@@ -9,10 +9,14 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-from cdit.doom.correspondence import Correspondence, Sight, correspondences
+from cdit.data.layout import DatasetInfo, write_split, write_trajectory
+from cdit.data.windows import DataConfig, WindowDataset
+from cdit.doom.correspondence import Correspondence, Sight, WindowCorrespondence, correspondences
+from cdit.doom.dataset import Job, map_path
 from cdit.doom.engine import Engine, Observation, camera
 from cdit.doom.geometry import MapGeometry
 from cdit.doom.raycast import Hits, Surface, View, cast, sectors_at
+from cdit.doom.record import record
 
 pytest.importorskip("vizdoom", reason="the engine is part of the extra 'doom'")
 pytestmark = pytest.mark.slow
@@ -166,3 +170,29 @@ def test_corresponding_places_look_alike_more_than_the_same_places(pairs):
         same.append(abs(colour - here).mean(1))
     true, same = np.concatenate(true), np.concatenate(same)
     assert true.mean() < 0.7 * same.mean()
+
+
+@pytest.mark.parametrize(("map_name", "least"), [("my_way_home", 0.99), ("freedoom1/E2M3", 0.97)])
+def test_windows_of_a_recorded_walk_know_true_places(tmp_path, map_name, least):
+    """The depth recorded with each past frame is that of the points called visible in it."""
+    with Engine(map_name, SIZE) as engine:
+        geometry = MapGeometry.of(engine)
+        walk = record(engine, geometry, np.random.default_rng(1), length=48, min_length=48)
+    geometry.save(map_path(tmp_path, map_name))
+    name = Job(map_name, 3, "test", 48, 48, SIZE, 0, True).name
+    write_trajectory(tmp_path, name, walk.frames, walk.position, walk.yaw, eye=walk.eye)
+    write_split(tmp_path, "test", [name])
+    DatasetInfo("walk", metric_waypoint_spacing=0.3, camera=camera(SIZE)).save(tmp_path)
+
+    windows = WindowDataset(DataConfig(str(tmp_path), image_size=(SIZE, SIZE)), "test")
+    known, agree = WindowCorrespondence(windows, (GRID, GRID)), []
+    for window in windows.windows_with([6])[::4]:
+        seen, now = known(window, 6), windows.locate(window)[1]
+        for back in range(4):
+            visible = seen.visible[:, 3 - back]
+            depth, place = seen.depth[visible, 3 - back], seen.place[visible, 3 - back]
+            nearby = around(walk.depth[now - back].astype(float), place)
+            near, far = nearby.min(0) - QUANTISATION, nearby.max(0) + QUANTISATION
+            agree.append((near < depth.clip(max=DEEPEST)) & (depth.clip(max=DEEPEST) < far))
+    assert sum(map(len, agree)) > 2000
+    assert np.concatenate(agree).mean() > least
