@@ -8,11 +8,7 @@ by frame; direct.png shows all samples again, each future predicted in one jump;
 """
 
 import json
-import shutil
 import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -32,6 +28,7 @@ from cdit.evaluation.loading import SamplerOptions, load_world, spread, windows_
 from cdit.evaluation.metrics import psnr
 from cdit.inspection.probe import AttentionConfig, inspect_attention
 from cdit.inspection.report import AttentionReport
+from cdit.output import finished_folder
 from cdit.pictures import comparison_grid, rollout_video, save_gif, save_mp4, strip, to_float, to_uint8
 from cdit.randomness import generator
 from cdit.world_model import WorldModel
@@ -76,7 +73,7 @@ class SampleConfig:
     fps: float | None = None
     """Frames a second at which videos play; by default the model's, which is real time."""
     attention: bool = False
-    """Also write where each head looks while the first frame is predicted, to OUT/attention."""
+    """Also write where each head looks while the first frame is predicted, to OUT/attention (see cdit.inspect)."""
     inspect: AttentionConfig = field(default_factory=AttentionConfig)
     """With attention: what of it."""
     seed: int = 0
@@ -91,6 +88,8 @@ class Scenes:
 
     names: list[str]
     """For files and labels."""
+    sources: list[str]
+    """The trajectory or image that each is of."""
     context: Tensor
     """(N, T, 3, H, W) uint8, oldest first."""
     context_mask: Tensor
@@ -113,6 +112,8 @@ def main() -> None:
     world = load_world(config.checkpoint, config.device)
     if config.attention:
         config.inspect.resolve(world.cdit, "inspect")
+        if config.inspect.samples < 1:
+            raise UserError(f"inspect.samples is {config.inspect.samples}, expected at least 1")
     world.description.sampler = config.sampler.over(world.description)
     if config.actions is not None and not world.description.has_actions:
         raise UserError(f"{config.checkpoint} was trained without actions: leave actions out")
@@ -167,16 +168,17 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
             f"{dataset.config.context_frames} past frames and so many after them"
         )
     items = collate([dataset.path(window, recorded) for window in windows])
-    names = []
+    names, sources = [], []
     for i, window in enumerate(windows):
         trajectory, now = dataset.locate(window)
-        names.append(f"{i:02}_{Path(dataset.trajectories[trajectory].name).name}_{now:04}")
+        sources.append(dataset.trajectories[trajectory].name)
+        names.append(f"{i:02}_{Path(sources[-1]).name}_{now:04}")
     if given is not None:
         actions, truth = torch.from_numpy(given).expand(len(windows), -1, -1), None
     else:
         actions, truth = items["action"] if dataset.info.has_actions else None, items["target"]
     length = recorded if given is None else len(given)
-    return Scenes(names, items["context"], items["context_mask"], actions, truth, length, items["spacing"])
+    return Scenes(names, sources, items["context"], items["context_mask"], actions, truth, length, items["spacing"])
 
 
 def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
@@ -189,6 +191,7 @@ def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
     context = torch.where(mask[:, None, None, None], frame, torch.zeros_like(frame))
     return Scenes(
         names=[f"{i:02}_{Path(config.image).stem}" for i in range(config.samples)],
+        sources=[config.image] * config.samples,
         context=context.expand(config.samples, -1, -1, -1, -1),
         context_mask=mask.expand(config.samples, -1),
         actions=actions.expand(config.samples, -1, -1),
@@ -246,7 +249,7 @@ def inspect_first_frame(world: WorldModel, scenes: Scenes, rollout: Tensor, conf
         "time_shift": torch.full((count, 1), 1 / world.description.fps),
         "spacing": torch.ones(count) if scenes.spacing is None else scenes.spacing,
     }
-    return inspect_attention(world, batch, config.inspect, config.seed)
+    return inspect_attention(world, batch, config.inspect, config.seed, scenes.sources)
 
 
 def write_rollouts(folder: Path, scenes: Scenes, rollout: Tensor, play_fps: float, fps: float) -> None:
@@ -279,31 +282,6 @@ def write_summary(folder: Path, scenes: Scenes, rollout: Tensor, config: SampleC
     how = {**asdict(config), "sampler": asdict(world.description.sampler), "fps": world.description.fps}
     del how["out"]
     (folder / "samples.json").write_text(json.dumps({"config": how, "samples": samples}, indent=2) + "\n")
-
-
-@contextmanager
-def finished_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to; its files move to `out` when all is done, so that nothing is there half.
-
-    Raises:
-        UserError: `out` cannot be written to.
-    """
-    is_new = not out.exists()
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial_", dir=out))
-    except OSError as error:
-        raise UserError(f"out is {out}: not a folder that can be written to ({error.strerror})") from error
-    try:
-        yield partial
-        for file in sorted(path for path in partial.rglob("*") if path.is_file()):
-            target = out / file.relative_to(partial)
-            target.parent.mkdir(exist_ok=True)
-            file.replace(target)
-    finally:
-        shutil.rmtree(partial)
-        if is_new and not any(out.iterdir()):
-            out.rmdir()
 
 
 def bare_flags(argv: list[str], *flags: str) -> list[str]:

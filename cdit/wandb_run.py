@@ -9,6 +9,8 @@ import wandb
 
 def start_options(folder: Path) -> dict[str, Any]:
     """Arguments of `wandb.init`: its files go to `<folder>/wandb`, and it asks and prints nothing."""
+    # Where pictures in tables wait for `wandb sync`; by default that would be the home folder.
+    os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb").absolute()))
     mode = os.environ.get("WANDB_MODE")
     if mode is None and not wandb.login(prompt=False, verify=False):
         mode = "offline"

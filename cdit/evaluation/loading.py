@@ -47,17 +47,27 @@ class SamplerOptions:
         return config
 
 
+def find_device(name: str) -> torch.device:
+    """The device of that name; "auto" is CUDA where there is one, else the CPU.
+
+    Raises:
+        UserError: no such device.
+    """
+    try:
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {name!r} is not to be had here ({str(error).splitlines()[0]})") from error
+    return device
+
+
 def load_world(checkpoint: str, device: str) -> WorldModel:
-    """A trained world model on a device; "auto" is CUDA where there is one, else the CPU.
+    """A trained world model on a device, see `find_device`.
 
     Raises:
         UserError: no such device, or no world model in the folder.
     """
-    try:
-        chosen = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-        torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device!r} is not to be had here ({str(error).splitlines()[0]})") from error
+    chosen = find_device(device)
     return WorldModel.from_pretrained(checkpoint).to(chosen)
 
 

@@ -1,6 +1,6 @@
 """What every head does, measured over a probe batch while its targets are denoised."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from torch import Tensor
 
@@ -22,6 +22,7 @@ def measure_heads(
     kind: Kind = "cross",
     layers: Sequence[int] | None = None,
     truth: Tensor | None = None,
+    watch: Callable[[int, float, LayerAttention], None] | None = None,
 ) -> HeadStatistics:
     """Goes through a probe batch one sample at a time; no more than one layer's weights of one sample are held.
 
@@ -34,6 +35,7 @@ def measure_heads(
         kind: which attention.
         layers: blocks, from 0; by default all.
         truth: for cross-attention, (S, G, N, M) bool, `cdit.inspection.correspondence.true_tokens`, where known.
+        watch: is shown everything, too: sample, diffusion time and a layer's attention, as it runs.
 
     Raises:
         UserError: a layer that the model does not have.
@@ -54,6 +56,8 @@ def measure_heads(
 
                 def note(attention: LayerAttention, sample: int = rows.start, time: float = time) -> None:
                     statistics.add(sample, time, attention)
+                    if watch is not None:
+                        watch(sample, time, attention)
 
                 with watch_attention(cdit, layers, kind, note):
                     encoded.loss(world, time)

@@ -1,173 +1,237 @@
-"""Attention of a world model on a probe batch: figures, a table per head, and scalars to follow over training."""
+"""Attention of a world model on a probe batch: a page, figures, a table of heads, and scalars to follow."""
 
-from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from cdit.errors import UserError
-from cdit.inspection import measures
-from cdit.inspection.figures import HeadMaps, Scene, attention_figure, frame_name
+from cdit.evaluation.bootstrap import Estimate
+from cdit.evaluation.loading import spread
+from cdit.inspection.denoising import evaluating
+from cdit.inspection.drawings import Drawings
+from cdit.inspection.findings import best_heads, best_scores, halves, mean_scores
+from cdit.inspection.glossary import explain
+from cdit.inspection.heads import measure_heads
+from cdit.inspection.heatmaps import distance_chart, measure_heatmap, type_chart
+from cdit.inspection.importance import Head
 from cdit.inspection.measures import Layout
-from cdit.inspection.recording import record_attention, unwrap
+from cdit.inspection.page import AttentionPage, HeadInfo
+from cdit.inspection.page.compression import affordable_top_k
+from cdit.inspection.recording import Kind, unwrap
 from cdit.inspection.report import AttentionReport
+from cdit.inspection.statistics import HeadStatistics
+from cdit.inspection.summary import about_samples, best_section, correspondence_section, types_section
+from cdit.inspection.table import HeadLine, by_layer, measure_names, series, table
+from cdit.inspection.truth import baseline_scores, tokens_at
 from cdit.model import CDiT
-from cdit.pictures import to_float
-from cdit.randomness import generator
+from cdit.pictures import to_float, to_uint8
+from cdit.randomness import generator, seed_of
 from cdit.world_model import WorldModel
+
+NAMES = {"cross": "cross-attention", "self": "self-attention"}
 
 
 @dataclass
 class AttentionConfig:
     """Which attention is looked at."""
 
+    kinds: list[Kind] = field(default_factory=lambda: ["cross"])
+    """cross, to the past frames, and self, within the target. The page has the first."""
     layers: list[int] | None = None
-    """Blocks, from 0; by default the first, the middle and the last."""
+    """Blocks, from 0; by default all. Figures are drawn of the first, the middle and the last of them."""
     times: list[float] = field(default_factory=lambda: [0.25, 0.75])
     """Diffusion times between 0 (clean) and 1 (noise)."""
-    samples: int = 1
-    """Samples of the batch that are drawn, each with its first goal. Numbers are means over the whole batch."""
+    samples: int = 8
+    """Samples that are measured, each with all its goals; 0 for none."""
+    drawn: int = 1
+    """How many of them are drawn: on the page with their first and last goal, in figures with the first."""
     patch: tuple[int, int] | None = None
-    """Row and column of the target patch whose attention is drawn, from 0 at the top left; by default the centre."""
+    """Row and column of the target patch from which figures look, from 0 at the top left; by default the centre."""
 
     def resolve(self, cdit: CDiT, field: str = "attention") -> tuple[list[int], tuple[int, int]]:
         """The layers and the patch that this means for a network.
 
         Args:
             cdit: the network.
-            field: what messages call this config.
+            field: what messages call this config; empty where its fields stand alone.
 
         Raises:
-            UserError: the network has no such layer or patch, or a time is outside (0, 1); the message names the field.
+            UserError: the network has no such layer or patch, or a value is out of its range; the message names the
+                field.
         """
         depth, (rows, columns) = len(cdit.blocks), cdit.grid
-        layers = sorted({0, depth // 2, depth - 1} if self.layers is None else set(self.layers))
+        layers = list(range(depth)) if self.layers is None else sorted(set(self.layers))
         row, column = (rows // 2, columns // 2) if self.patch is None else self.patch
         requirements = {
-            "layers": (all(0 <= layer < depth for layer in layers), f"numbers from 0 to {depth - 1}"),
-            "times": (all(0 < time < 1 for time in self.times), "numbers between 0 and 1"),
+            "kinds": (self.kinds and len(set(self.kinds)) == len(self.kinds), "cross, self or both"),
+            "layers": (layers and all(0 <= layer < depth for layer in layers), f"numbers from 0 to {depth - 1}"),
+            "times": (self.times and all(0 < time < 1 for time in self.times), "numbers between 0 and 1"),
+            "drawn": (self.drawn >= 0, "at least 0"),
             "patch": (0 <= row < rows and 0 <= column < columns, f"one of the {rows} × {columns} patches of a frame"),
         }
         for name, (holds, expected) in requirements.items():
             if not holds:
-                raise UserError(f"{field}.{name} is {getattr(self, name)}, expected {expected}")
+                raise UserError(f"{field}{'.' if field else ''}{name} is {getattr(self, name)}, expected {expected}")
         return layers, (row, column)
 
 
 @torch.no_grad()
 def inspect_attention(
-    world: WorldModel, batch: dict[str, Tensor], config: AttentionConfig, seed: int
+    world: WorldModel,
+    batch: dict[str, Tensor],
+    config: AttentionConfig,
+    seed: int,
+    trajectories: Sequence[str],
+    places: Tensor | None = None,
+    untrained: WorldModel | None = None,
+    further: Mapping[Head, Mapping[str, Estimate]] | None = None,
+    title: str = "Attention",
 ) -> AttentionReport:
-    """Looks at the cross-attention while the true targets, noised to chosen diffusion times, are denoised.
+    """Looks at attention while the true targets, noised to chosen diffusion times, are denoised.
 
     The batch is gone through one sample at a time, so that no more than one layer's weights of one sample are held.
 
     Args:
         world: the model; its `cdit` may be wrapped or compiled, what runs is the plain module in evaluation mode.
         batch: stacked items of a `WindowDataset`.
-        config: layers, times and what is drawn.
+        config: what is looked at; of a larger batch, `samples` spread over it.
         seed: of the noise; one draw per sample, the same at all times.
+        trajectories: the samples' own, over which intervals are bootstrapped.
+        places: `true_places` of the batch, where they are known; its past frames are all there then.
+        untrained: the same network with initial weights, a baseline of the correspondence score.
+        further: other measures of heads, such as their importance.
+        title: of page and summary.
 
     Raises:
-        UserError: a layer or patch that the model does not have, or a time outside (0, 1).
+        UserError: a layer or patch that the model does not have, or a value out of its range.
     """
     cdit = unwrap(world.cdit)
     layers, patch = config.resolve(cdit)
-    batch = {name: value.to(next(cdit.parameters()).device) for name, value in batch.items()}
-    context = batch["context"][:, -cdit.config.max_context :]
-    context_mask = batch["context_mask"][:, -cdit.config.max_context :]
-    layout = Layout(context.shape[1], *cdit.grid)
-    summaries: dict[tuple[int, float], list[Tensor]] = defaultdict(list)
+    rows = spread(list(range(len(batch["target"]))), config.samples)
+    batch = {name: value[rows] for name, value in batch.items()}
+    longest = cdit.config.max_context
+    batch |= {name: batch[name][:, -longest:] for name in ("context", "context_mask")}
+    trajectories = [trajectories[row] for row in rows]
+    places = None if places is None else places[rows]
+    choosing = halves(trajectories, seed)
+    drawn = min(config.drawn, len(rows))
+    frames = batch["context"].shape[1]
+
+    goals = batch["target"].shape[1]
+    summary = [f"# {title}", about_samples(trajectories, goals, config.times)]
+    page, lines = None, []
     images: dict[str, tuple[Image.Image, str]] = {}
+    thumbnails: dict[str, Image.Image] = {}
+    for kind in config.kinds:
+        layout = Layout(frames if kind == "cross" else 1, *cdit.grid)
+        truth = None if places is None or kind == "self" else tokens_at(places, layout)
+        shown = {layers[0], layers[len(layers) // 2], layers[-1]}
+        drawings = Drawings(batch, layout, kind, patch, drawn, shown)
+        if kind == "cross" and drawn:
+            maps = drawn * len(drawings.goals) * len(config.times) * len(layers) * cdit.config.num_heads
+            kept = affordable_top_k(layout, maps)
+            page = drawings.page = AttentionPage(title, layout, world.description.fps, cdit.config.extra_kv, kept)
+            drawings.add_samples(_predictions(world, batch, drawn, seed), places)
 
-    training = cdit.training
-    cdit.eval()
-    for i in range(len(context)):
-        cache = cdit.encode_context(world.codec.encode(to_float(context[i : i + 1])), context_mask[i : i + 1])
-        clean = world.codec.encode(to_float(batch["target"][i : i + 1]))
-        noise = torch.randn(clean.shape, generator=generator(seed, i)).to(clean)
-        seconds = batch["time_shift"][i : i + 1]
-        action, time_shift = world.description.units.normalize(
-            batch["action"][i : i + 1], seconds, batch["spacing"][i : i + 1]
+        statistics = measure_heads(
+            world, batch, trajectories, config.times, seed, kind, layers, truth, watch=drawings.watch
         )
-        scene = Scene(context[i].cpu(), context_mask[i].cpu(), batch["target"][i, 0].cpu(), patch)
-        for time in config.times:
+        found = [
+            HeadLine(kind, row, (further or {}).get(Head(row.layer, kind, row.head), {})) for row in statistics.rows()
+        ]
+        lines += found
+        images |= drawings.images | _charts(kind, found, statistics)
+        if drawn:
+            thumbnails |= {
+                line.thumbnail: drawings.small[line.row.layer, line.row.time, line.row.head] for line in found
+            }
+        summary.append(types_section(NAMES[kind], [line.row for line in found]))
+        if choosing is not None:
+            summary.append(best_section(NAMES[kind], best_heads(statistics, choosing), choosing))
+        if truth is not None and choosing is not None:
+            compared = None
+            if untrained is not None:
+                compared = measure_heads(untrained, batch, trajectories, config.times, seed, kind, layers, truth)
+            summary.append(_correspondence(statistics, compared, truth, layout, choosing))
 
-            def look(layer: int, weights: Tensor, i: int = i, time: float = time, scene: Scene = scene) -> None:
-                summaries[layer, time].append(_summary(weights[0], layout))
-                if i < config.samples:
-                    where = f"sample {i}, goal {float(batch['time_shift'][i, 0]):+.2g} s"
-                    name = f"attention/layer{layer:02d}/t{time:g}/sample{i}"
-                    images[name] = _draw(weights[0, 0], layout, scene, layer, time, where)
+    if page is not None:
+        cross = [line for line in lines if line.kind == "cross"]
+        heads = [
+            HeadInfo(
+                line.row.layer, line.row.head, line.row.type.name, line.numbers, line.row.time, line.row.type.reason
+            )
+            for line in cross
+        ]
+        page.set_heads(heads, explain(measure_names(cross), {line.row.type.name for line in cross}))
+    columns, cells = table(lines)
+    text = "\n\n".join(summary) + "\n"
+    return AttentionReport(text, images, thumbnails, columns, cells, series(lines), page)
 
-            times = torch.full_like(seconds, time)
-            with record_attention(cdit, layers, on_weights=look):
-                cdit(
-                    world.objective.add_noise(clean, noise, times),
-                    world.objective.timestep(times),
-                    action,
-                    time_shift,
-                    cache,
-                    action_mask=batch["action_mask"][i : i + 1],
-                )
-    cdit.train(training)
 
-    means = {key: torch.stack(values).nanmean(0).cpu() for key, values in sorted(summaries.items())}
-    names = _summary_names(layout, cdit.config.extra_kv)
-    scalars = {
-        f"attention/layer{layer:02d}/head{head}/{name.replace(' ', '_')}": value
-        for layer in layers
-        for head, values in enumerate(torch.stack([means[layer, time] for time in config.times]).nanmean(0).tolist())
-        for name, value in zip(names, values, strict=True)
+def _predictions(world: WorldModel, batch: dict[str, Tensor], drawn: int, seed: int) -> Tensor:
+    """What the model, as it samples, makes of the drawn samples' goals: (drawn, G, 3, H, W) uint8 on the CPU."""
+    plain = WorldModel(unwrap(world.cdit), world.codec, world.description)
+    device = next(plain.parameters()).device
+    items = {name: value[:drawn].to(device) for name, value in batch.items()}
+    with evaluating(plain):
+        predictions = plain.predict(
+            to_float(items["context"]),
+            items["action"],
+            items["time_shift"],
+            context_mask=items["context_mask"],
+            action_mask=items["action_mask"],
+            spacing=items["spacing"],
+            generator=generator(seed_of(seed, 1)),
+        )
+    return to_uint8(predictions).cpu()
+
+
+def _charts(kind: Kind, lines: Sequence[HeadLine], statistics: HeadStatistics) -> dict[str, tuple[Image.Image, str]]:
+    """Heads × layers: a heat map for each measure, one of the types, one of the distances between heads."""
+    prefix = f"attention/{'' if kind == 'cross' else 'self/'}"
+    times, layers = (sorted({getattr(line.row, name) for line in lines}) for name in ("time", "layer"))
+    explained = explain(measure_names(lines), [])
+    images = {}
+    for name in measure_names(lines):
+        if not name.startswith("moved "):
+            panels = {f"t = {time:g}": by_layer(lines, kind, time, name) for time in times}
+            chart = measure_heatmap(f"{name}, {NAMES[kind]}", panels, layers)
+            images[f"{prefix}measures/{name}"] = chart, explained[name]
+    types = {
+        f"t = {time:g}": [
+            [line.row.type.name for line in lines if (line.row.layer, line.row.time) == (layer, time)]
+            for layer in layers
+        ]
+        for time in times
     }
-    rows = [
-        [layer, head, time, *values]
-        for (layer, time), heads in means.items()
-        for head, values in enumerate(heads.tolist())
-    ]
-    return AttentionReport(images, ["layer", "head", "time", *names], rows, scalars)
+    counted = "; ".join(sorted({f"{line.row.type.name}: {line.row.type.reason}" for line in lines})[:3])
+    images[f"{prefix}types"] = type_chart(types, layers), f"by thresholds on measures, such as {counted}"
+    distances = {f"layer {layer}, t = {time:g}": found.numpy() for (layer, time), found in
+                 statistics.distances().items()}  # fmt: skip
+    caption = "Jensen–Shannon distance between what the heads of a layer look at, mean over samples and patches"
+    images[f"{prefix}head_distances"] = distance_chart(distances), caption
+    return images
 
 
-def _summary(weights: Tensor, layout: Layout) -> Tensor:
-    """(G, H, N, M[+1]) to the numbers of each head, (H, `_summary_names`): means over goals and patches."""
-    columns = [
-        measures.entropy(weights),
-        measures.effective_tokens(weights),
-        measures.mean_distance(weights, layout),
-        *measures.frame_mass(weights, layout).unbind(-1),
-    ]
-    if weights.shape[-1] > layout.frames * layout.patches:
-        columns.append(measures.extra_share(weights, layout))
-    return torch.stack([column.transpose(0, 1).flatten(1).nanmean(1) for column in columns], dim=1)
-
-
-def _summary_names(layout: Layout, extra: bool) -> list[str]:
-    masses = [f"mass frame {frame_name(i, layout.frames).replace('−', '-')}" for i in range(layout.frames)]
-    return ["entropy", "effective tokens", "distance", *masses, *(["mass extra"] if extra else [])]
-
-
-def _draw(
-    weights: Tensor, layout: Layout, scene: Scene, layer: int, time: float, where: str
-) -> tuple[Image.Image, str]:
-    """Figure and caption of the weights (H, N, M[+1]) of one target."""
-    heads, _, keys = weights.shape
-    has_extra = keys > layout.frames * layout.patches
-
-    def maps(weights_HM: Tensor) -> HeadMaps:
-        weights_HM = weights_HM.cpu()
-        return HeadMaps(measures.frame_maps(weights_HM, layout), weights_HM[:, -1] if has_extra else None)
-
-    row, column = scene.patch
-    title = f"Layer {layer} · cross-attention to the past · diffusion time t = {time:g} · {where}"
-    figure = attention_figure(scene, maps(weights[:, row * layout.columns + column]), maps(weights.mean(1)), title)
-    first = frame_name(0, layout.frames)
-    caption = (
-        f"layer {layer}, heads 0 to {heads - 1} (rows), diffusion time {time:g}, frames {first} to 0 (columns), "
-        f"{where}. Left: target, patch (row {row}, column {column}) outlined; where it looks; where all "
-        f"{layout.patches} patches look on average. Bars: attention mass per frame"
-        f"{' and on the extra key' if has_extra else ''}. Each row's colours run from 0 to its largest weight, for the "
-        "patch and for the mean apart. One block is one patch."
-    )
-    return figure, caption
+def _correspondence(
+    statistics: HeadStatistics,
+    untrained: HeadStatistics | None,
+    truth: Tensor,
+    layout: Layout,
+    choosing: np.ndarray,
+) -> str:
+    others = [name for name, chose in zip(statistics.trajectories, choosing, strict=True) if not chose]
+    scores = {}
+    for name, found in {"best head": statistics, "untrained, best head": untrained}.items():
+        best = None if found is None else best_scores(found, choosing)
+        if best is not None:
+            scores[f"{name} ({best[0]})"] = best[1]
+    scores["mean of all heads"] = mean_scores(statistics, choosing)
+    if untrained is not None:
+        scores["untrained, mean of all heads"] = mean_scores(untrained, choosing)
+    scores |= baseline_scores(truth[torch.from_numpy(~choosing)], layout, others, statistics.seed)
+    return correspondence_section(scores, len(others))

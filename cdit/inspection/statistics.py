@@ -109,10 +109,10 @@ class HeadStatistics:
         scores = attention.scores()[0]
         found = {
             "score range": measures.score_range(scores),
-            "effective share": measures.effective_tokens(weights) / scores.isfinite().sum(-1),
+            **self._measure(weights, sample),
         }
+        found["effective share"] = found["effective tokens"] / scores.isfinite().sum(-1)
         del scores
-        found |= self._measure(weights, sample)
         moved = value_weighted(weights, given_norms(attention.values()[0], attention.output_maps()))
         found |= {f"moved {name}": value for name, value in self._measure(moved, sample).items()}
         means = torch.stack([value.transpose(0, 1).flatten(1).nanmean(1) for value in found.values()]).cpu()
@@ -126,6 +126,12 @@ class HeadStatistics:
             motion = fit_motion(offset_fields(weights, self.layout), self.layout)
             newest = torch.stack((motion.translation[..., -1, 1], motion.divergence[..., -1]), dim=-1)
             sums.motions[sample] = newest.transpose(0, 1).cpu()
+
+    @property
+    def measures(self) -> list[str]:
+        """Names of what `values` gives."""
+        sums = next(iter(self._sums.values()))
+        return list(next(iter(sums.values.values())))
 
     def values(self, measure: str) -> tuple[np.ndarray, list[tuple[int, float, int]]]:
         """A measure of each sample and head, for `best_head`: (S, C), and layer, time and head of each column."""
@@ -153,9 +159,10 @@ class HeadStatistics:
         frames = self.layout.frames
         edges, chance = self._edges[sample].to(weights.device), self._chance.to(weights.device)
         masses = measures.frame_mass(weights, self.layout).unbind(-1)
+        entropy = measures.entropy(weights)
         found = {
-            "entropy": measures.entropy(weights),
-            "effective tokens": measures.effective_tokens(weights),
+            "entropy": entropy,
+            "effective tokens": entropy.exp(),
             "distance": measures.mean_distance(weights, self.layout),
             "same place": measures.same_place_share(weights, self.layout),
             "edge lift": edge_lift(weights, edges, self.layout, chance),

@@ -14,6 +14,8 @@ from cdit.evaluation.loading import spread
 from cdit.evaluation.metrics import load_metrics
 from cdit.evaluation.tables import markdown_table
 from cdit.inspection.probe import inspect_attention
+from cdit.inspection.recording import unwrap
+from cdit.inspection.truth import true_places
 from cdit.model import CDiT
 from cdit.pictures import comparison_grid, rollout_video, save_mp4, strip, to_float
 from cdit.randomness import generator, seed_of
@@ -115,15 +117,22 @@ class Probes:
             )
 
     def _attention(self, world: WorldModel, tracker: Tracker, step: int, folder: Path) -> None:
-        probe = self.config.probe
-        if not probe.attention.samples:
+        config, offsets = self.config.probe.attention, self.config.probe.offsets
+        if not config.samples:
             return
-        windows = spread(self.windows, probe.samples)
-        batch = collate([self.dataset.window(window, probe.offsets) for window in windows])
-        report = inspect_attention(world, batch, probe.attention, self.seed)
+        windows = spread(self.windows, config.samples)
+        batch = collate([self.dataset.window(window, offsets) for window in windows])
+        names = [self.dataset.trajectories[self.dataset.locate(window)[0]].name for window in windows]
+        try:
+            places = true_places(self.dataset, unwrap(world.cdit).grid, windows, offsets)
+        except UserError:  # most datasets do not know them
+            places = None
+        report = inspect_attention(
+            world, batch, config, self.seed, names, places, title=f"Attention of {self.config.name} at step {step}"
+        )
         report.save(folder / "attention")
         tracker.log(report.scalars, step)
-        tracker.show({name: value for name, value in report.to_wandb().items() if name not in report.scalars}, step)
+        tracker.show(report.to_wandb(folder / "attention"), step)
 
     def _reaching(self, offsets: list[int], field: str) -> list[int]:
         windows = self.dataset.windows_with(offsets)
