@@ -130,10 +130,7 @@ def cast(geometry: MapGeometry, origin: np.ndarray, direction: np.ndarray) -> Hi
         direction: (R, 3), of any length but not straight up or down.
     """
     origin, direction = np.broadcast_arrays(np.asarray(origin, np.float64), np.asarray(direction, np.float64))
-    borders = geometry.sector != geometry.beyond
-    walls = _Walls(
-        *(array[borders] for array in (geometry.segments, geometry.sector, geometry.beyond, geometry.grating))
-    )
+    walls = _Walls.of(geometry)
     chunk = max(1, PAIRS_AT_A_TIME // len(walls.segments))
     parts = [
         _cast(geometry, walls, origin[start : start + chunk], direction[start : start + chunk])
@@ -183,12 +180,19 @@ def standing_height(geometry: MapGeometry, position: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Walls:
-    """The lines that border something, each as seen from the sector to its right."""
+    """The lines, each as seen from the sector to its right, and so those within a sector twice."""
 
     segments: np.ndarray
     sector: np.ndarray
     beyond: np.ndarray
     grating: np.ndarray
+
+    @classmethod
+    def of(cls, geometry: MapGeometry) -> "_Walls":
+        within = geometry.sector == geometry.beyond
+        other_way = geometry.segments[within][:, [2, 3, 0, 1]]
+        rest = (np.append(array, array[within]) for array in (geometry.sector, geometry.beyond, geometry.grating))
+        return cls(np.concatenate([geometry.segments, other_way]), *rest)
 
 
 def _cast(

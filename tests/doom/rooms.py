@@ -20,7 +20,9 @@ def build(
 ) -> MapGeometry:
     """A map of lines and the (floor, ceiling) of each sector; `gratings` are indices of lines."""
     listed = [(*line, index in gratings) for index, line in enumerate(lines)]
-    listed += [(x2, y2, x1, y1, left, right, hung) for x1, y1, x2, y2, right, left, hung in listed if left != VOID]
+    listed += [
+        (x2, y2, x1, y1, left, right, hung) for x1, y1, x2, y2, right, left, hung in listed if left not in (VOID, right)
+    ]
     values = np.array(listed, float)
     floor, ceiling = np.array(heights, float).T
     return MapGeometry(

@@ -112,6 +112,8 @@ def test_sky_doors_gratings_and_missing_frames_are_unknown():
     door = abs(seen.point[:, 0] - 5) < 1e-9
     np.testing.assert_array_equal(sight == Sight.UNKNOWN, door)
     assert door.any()
+    _, sight, _ = between(two_rooms((0, 4), (0, 0), moving=[1]), eye, eye, 0, math.pi)
+    np.testing.assert_array_equal(sight == Sight.UNKNOWN, door)  # nor is it outside
 
     _, sight, seen = between(two_rooms((0, 4), (0, 4), gratings=[0]), eye, eye)
     np.testing.assert_array_equal(sight == Sight.UNKNOWN, seen.point[:, 0] > 5)

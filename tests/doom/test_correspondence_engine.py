@@ -117,7 +117,7 @@ def test_distances_are_those_of_the_depth_buffer(pairs):
         sure = ~case.hits.uncertain & np.isin(case.hits.surface, (Surface.WALL, Surface.FLOOR, Surface.CEILING))
         error = case.hits.distance.clip(max=DEEPEST) - case.target.depth.ravel()[PIXELS].clip(max=DEEPEST)
         agree.append(abs(error[sure]) < QUANTISATION)
-    assert np.concatenate(agree).mean() > (0.85 if pairs[0].has_trees else 0.98)
+    assert np.concatenate(agree).mean() > (0.9 if pairs[0].has_trees else 0.98)
 
 
 def test_points_called_visible_land_within_one_patch(pairs):
@@ -143,13 +143,14 @@ def test_hidden_points_are_recognised(pairs):
         inside &= abs(target_depth - own).min(0) < QUANTISATION  # not behind a tree in the target itself
         depth, nearby = case.seen.depth[inside, 0], around(case.past.depth, case.seen.place[inside, 0])
         hidden, shown = (nearby < depth - QUANTISATION).all(0), (nearby > depth - QUANTISATION).all(0)
+        shown &= (nearby < DEEPEST).all(0)  # sky that is drawn before something hides it, and is deep in the buffer
         called.append((case.seen.sight[inside, 0] == Sight.HIDDEN)[hidden | shown])
         buffer.append(hidden[hidden | shown])
     called, buffer = np.concatenate(called), np.concatenate(buffer)
     assert buffer.sum() > 20
     precision, recall = (called & buffer).sum() / called.sum(), (called & buffer).sum() / buffer.sum()
-    assert precision > (0.85 if pairs[0].has_trees else 0.97)
-    assert recall > (0.65 if pairs[0].has_trees else 0.95)
+    assert precision > 0.95
+    assert recall > (0.6 if pairs[0].has_trees else 0.95)
 
 
 def test_corresponding_places_look_alike_more_than_the_same_places(pairs):

@@ -90,6 +90,8 @@ def test_sky_is_no_ceiling_and_ends_the_view_where_the_map_does():
     assert look(two_rooms((0, 4), (0, 2.5), sky=[0]), 1, 0, 0.8) == (Surface.WALL, 2)  # a house under the sky
     assert look(two_rooms((0, 4), (0, 2.5), sky=[0, 1]), 1, 0, 0.8) == (Surface.SKY, 2)  # sky meets lower sky
     assert look(two_rooms((0, 4), (1, 2.5), sky=[0, 1]), 1, 0, -0.4) == (Surface.WALL, 2)
+    assert look(two_rooms((0, 4), (0, 2.5), sky=[0, 1]), -1, 0, 0.6) == (Surface.WALL, 3)  # one-sided walls are drawn
+    assert look(two_rooms((0, 4), (-6, -2), sky=[0, 1]), 1, 0, -1)[0] == Surface.FLOOR  # at the edge of a deep valley
 
 
 def test_doors_and_what_is_behind_gratings_are_uncertain():
@@ -109,6 +111,9 @@ def test_doors_and_what_is_behind_gratings_are_uncertain():
     assert not uncertain(grating, -1, 0, 0)
     eye = np.array([8.0, 4.0, 1.5])
     assert cast(grating, eye[None], np.array([[-1.0, 0, 0]])).uncertain[0]
+    fence = build([(5, 0, 5, 8, 0, 0), *room(0, 0, 10, 8)], [(0, 4)], gratings=[0])  # within a sector
+    assert uncertain(fence, 1, 0, 0)
+    assert cast(fence, eye[None], np.array([[-1.0, 0, 0]])).uncertain[0]
 
 
 def test_a_line_within_a_sector_stops_nothing():
