@@ -2,17 +2,14 @@
 
 import colorsys
 from collections.abc import Sequence
-from functools import cache
-from pathlib import Path
 
-import matplotlib
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from cdit.doom.correspondence import Correspondence, Sight
 from cdit.doom.raycast import Surface
-from cdit.inspection.figures import frame_name
+from cdit.inspection.figures import font, frame_name
 
 CELL, GAP, HEADING, RADIUS = 384, 16, 40, 11
 INK, PAPER, FAINT, CROSS = (24, 24, 28), (255, 255, 255), (120, 120, 128), (230, 30, 40)
@@ -50,14 +47,14 @@ def correspondence_figure(
     for frame, corner, name in zip([target, *past], corners, ["target", *names], strict=True):
         picture = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
         canvas.paste(picture.resize((CELL, height), Image.Resampling.BICUBIC), corner)
-        draw.text((corner[0], 12), name, INK, _font(17))
+        draw.text((corner[0], 12), name, INK, font(17))
 
     def put(corner: tuple[float, float], place: np.ndarray) -> tuple[float, float]:
         return corner[0] + place[1] / columns * CELL, corner[1] + place[0] / rows * height
 
     def write(corner: tuple[float, float], *lines: str) -> None:
         for i, line in enumerate(lines):
-            draw.text((corner[0], HEADING + height + 8 + 22 * i), line, FAINT, _font(14))
+            draw.text((corner[0], HEADING + height + 8 + 22 * i), line, FAINT, font(14))
 
     known = (correspondence.sight != Sight.UNKNOWN).any(-1)
     for number, patch in enumerate(chosen):
@@ -93,9 +90,4 @@ def _point(draw: ImageDraw.ImageDraw, x: float, y: float, number: int, crossed: 
     draw.ellipse(
         (x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS), colour, CROSS if crossed else INK, 2 if crossed else 1
     )
-    draw.text((x, y), str(number), INK, _font(13), anchor="mm")
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
+    draw.text((x, y), str(number), INK, font(13), anchor="mm")
