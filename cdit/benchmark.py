@@ -1,4 +1,4 @@
-"""`python -m cdit.benchmark [attention|forward|training|sampling|latents|all]`: what each choice costs on this machine.
+"""`python -m cdit.benchmark [attention|forward|training|probes|sampling|latents|all]`: what choices cost on this machine.
 
 Prints Markdown tables of times and ratios. Only ratios travel between machines: the alternatives of a row are timed in
 turn, round after round, and a ratio is the median over rounds, with its middle half in brackets. `all` leaves out
@@ -31,6 +31,7 @@ from cdit.data.loader import collate
 from cdit.data.windows import DataConfig, WindowDataset
 from cdit.diffusion import TIMESTEPS, Flow, FlowConfig, SamplerConfig
 from cdit.errors import UserError
+from cdit.inspection.probe import AttentionConfig, inspect_attention
 from cdit.model import CDiT, ContextCache, ModelConfig
 from cdit.model.blocks import ContextBlock
 from cdit.model.describe import flops
@@ -80,6 +81,8 @@ class BenchmarkConfig:
     """Denoising steps."""
     past_frames: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16])
     """Numbers of past frames for which the FLOPs of CDiT and of a plain DiT are compared."""
+    probe_every: int = 1000
+    """Training steps between the probes of attention whose share of training time is measured (probe.every)."""
     compile: bool = True
     """Whether to compile the network too, which takes a while."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(preset="tiny", patch_size=8))
@@ -287,30 +290,66 @@ def against_dit(config: BenchmarkConfig) -> Table:
 
 def training(bench: Bench) -> Iterator[Table]:
     """Training steps: forward, backward and AdamW."""
-    config, flow = bench.config, Flow(FlowConfig())
-    generator = torch.Generator(bench.device).manual_seed(0)
-
-    def step_of(network: nn.Module, cdit: CDiT, bfloat16: bool) -> Callable[[], None]:
-        optimizer = torch.optim.AdamW(cdit.parameters(), 1e-6, fused=True)
-
-        def step() -> None:
-            noise, when = torch.randn_like(bench.sample), flow.draw_time(bench.timestep.shape, generator)
-            with autocast(bench.device, bfloat16):
-                noisy = flow.add_noise(bench.sample, noise, when)
-                out = network(noisy, when * TIMESTEPS, bench.action, bench.time_shift, bench.context)
-            optimizer.zero_grad()
-            flow.loss(out, bench.sample, noise, when).mean().backward()
-            optimizer.step()
-
-        return step
-
+    config = bench.config
     cdit = bench.cdit.train()
     count = config.batch_size * config.goals
-    entries = [(name, count, step_of(cdit, cdit, name != "float32")) for name in ("float32", "bfloat16")]
+    entries = [(name, count, training_step(bench, cdit, name != "float32")) for name in ("float32", "bfloat16")]
     if config.compile:
-        entries.append(("bfloat16, compiled", count, step_of(torch.compile(cdit), cdit, True)))
+        entries.append(("bfloat16, compiled", count, training_step(bench, torch.compile(cdit), True)))
     title = f"Training, {config.batch_size} contexts of {config.goals} goals, {config.context_frames} past frames"
     yield bench.rate_table(title, "samples/s", entries)
+
+
+def training_step(bench: Bench, network: nn.Module, bfloat16: bool) -> Callable[[], None]:
+    """A step of the network, which may be compiled, with an optimizer of its own."""
+    flow, generator = Flow(FlowConfig()), torch.Generator(bench.device).manual_seed(0)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-6, fused=True)
+
+    def step() -> None:
+        noise, when = torch.randn_like(bench.sample), flow.draw_time(bench.timestep.shape, generator)
+        with autocast(bench.device, bfloat16):
+            noisy = flow.add_noise(bench.sample, noise, when)
+            out = network(noisy, when * TIMESTEPS, bench.action, bench.time_shift, bench.context)
+        optimizer.zero_grad()
+        flow.loss(out, bench.sample, noise, when).mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def probes(bench: Bench) -> Iterator[Table]:
+    """A probe of attention, all that it measures, draws and writes, against the training steps from one to the next."""
+    config, attention = bench.config, AttentionConfig()
+    world = WorldModel(bench.cdit, PixelCodec(), WorldDescription(tuple(config.image_size), fps=4.0))
+    world.description.sampler.steps = config.steps
+    samples, goals = attention.samples, config.goals
+    batch = {
+        "context": torch.randint(256, (samples, config.context_frames, 3, *config.image_size), dtype=torch.uint8),
+        "context_mask": torch.ones(samples, config.context_frames, dtype=torch.bool),
+        "target": torch.randint(256, (samples, goals, 3, *config.image_size), dtype=torch.uint8),
+        "action": torch.randn(samples, goals, 3),
+        "action_mask": torch.ones(samples, goals, dtype=torch.bool),
+        "time_shift": torch.rand(samples, goals),
+        "spacing": torch.ones(samples),
+    }
+    grid = world.cdit.grid
+    shape = (samples, goals, grid[0] * grid[1], config.context_frames, 2)
+    places = torch.rand(shape) * torch.tensor(grid)  # as a dataset gives them that knows them
+
+    with TemporaryDirectory() as folder:
+
+        def probe() -> None:
+            report = inspect_attention(world, batch, attention, 0, list(map(str, range(samples))), places)
+            report.save(folder)
+            report.to_wandb(folder)
+
+        seconds = bench.times({"step": training_step(bench, bench.cdit.train(), False), "probe": probe})
+    share = 100 * seconds["probe"] / (config.probe_every * seconds["step"])
+    contexts = f"{config.batch_size} contexts of {goals} goals"
+    names = [f"step of {contexts} [ms]", f"probe of {samples} contexts [ms]", "probe / training time [%]"]
+    row = [f"{1000 * np.median(value):.3g}" for value in seconds.values()]
+    title = f"Probes of attention, one every {config.probe_every} steps"
+    yield Table(title, ["", *names], [["float32", *row, ratio(share)]])
 
 
 def sampling(bench: Bench) -> Iterator[Table]:
@@ -455,7 +494,7 @@ def machine(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-PARTS = {part.__name__: part for part in (attention, forward, training, sampling, latents)}
+PARTS = {part.__name__: part for part in (attention, forward, training, probes, sampling, latents)}
 
 
 def benchmark(bench: Bench, part: str = "all") -> Iterator[Table]:
