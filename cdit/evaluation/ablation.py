@@ -55,8 +55,9 @@ class AblationConfig:
     """What is measured, see `python -m cdit.evaluate --help`."""
     evaluate: dict[str, Any] = field(default_factory=dict)
     """Further options of cdit.evaluate, such as {sampler.steps: 8}."""
-    launch: str = "accelerate launch"
-    """What train.py and cdit.evaluate are started with."""
+    launch: str | None = None
+    """What train.py and cdit.evaluate are started with, such as "accelerate launch --num_processes 4"; by default
+    Accelerate's launcher without options."""
     output: str = "runs/ablations"
     """Folder of all ablations."""
 
@@ -150,7 +151,7 @@ def train(run: Run, config: AblationConfig) -> None:
     """
     if (run.folder / "last" / DESCRIPTION).is_file():
         return
-    _call([*shlex.split(config.launch), str(TRAIN), *run.options, "--resume", "auto"], run)
+    _call([*_launcher(config), str(TRAIN), *run.options, "--resume", "auto"], run)
 
 
 def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> Path:
@@ -206,7 +207,7 @@ def evaluate(run: Run, config: AblationConfig, data: dict[str, Any], index: Path
         "tracking": "none",
         **config.evaluate,
     }
-    _call([*shlex.split(config.launch), "-m", "cdit.evaluate", *_options(options)], run)
+    _call([*_launcher(config), "-m", "cdit.evaluate", *_options(options)], run)
 
 
 def report(config: AblationConfig, runs: list[Run]) -> str:
@@ -282,8 +283,17 @@ def _written(value: Any) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).split("\n")[0]
 
 
+def _launcher(config: AblationConfig) -> list[str]:
+    if config.launch is None:
+        return [sys.executable, "-m", "accelerate.commands.launch"]
+    return shlex.split(config.launch)
+
+
 def _call(command: list[str], run: Run) -> None:
-    done = subprocess.run(command)
+    try:
+        done = subprocess.run(command)
+    except OSError as error:
+        raise UserError(f"launch: {command[0]} cannot be started ({error.strerror})") from error
     if done.returncode:
         raise UserError(
             f"variant {run.variant!r}, seed {run.seed}: exit code {done.returncode} of {shlex.join(command)}"

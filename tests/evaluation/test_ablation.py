@@ -92,6 +92,12 @@ def test_a_variant_that_cannot_be_trained_is_found_before_anything_is(walks: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_launcher_that_is_not_there(tmp_path: Path):
+    config = parse_config(AblationConfig, "", ["--config", str(spec(tmp_path, launch="no_such_launcher --fast"))])
+    with pytest.raises(UserError, match="launch: no_such_launcher cannot be started"):
+        train(runs_of(config, "One frame")[0], config)
+
+
 def test_what_is_compared_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="reference is 'five', expected one of Four frames, One frame"):
         ablate([str(spec(tmp_path, reference="five"))])
