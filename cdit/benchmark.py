@@ -1,4 +1,4 @@
-"""`python -m cdit.benchmark [attention|forward|training|probes|sampling|latents|all]`: what choices cost on this machine.
+"""`python -m cdit.benchmark [attention|forward|training|probes|sampling|latents|all]`: what each choice costs here.
 
 Prints Markdown tables of times and ratios. Only ratios travel between machines: the alternatives of a row are timed in
 turn, round after round, and a ratio is the median over rounds, with its middle half in brackets. `all` leaves out

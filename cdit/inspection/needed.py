@@ -29,7 +29,7 @@ def importance_section(
     measured: Importance, curve: PruningCurve, choosing: np.ndarray, trajectories: Sequence[str], seed: int
 ) -> str:
     """The most and the least needed head of each layer, and how the loss rises as more and more heads go."""
-    sites = dict.fromkeys((head.kind, head.layer) for head in measured.heads)
+    sites = sorted({(head.kind, head.layer) for head in measured.heads})
     lines = []
     for kind, layer in sites:
         columns = measured.of(layer, kind)
