@@ -78,5 +78,5 @@ class Drawings:
     def _scene(self, sample: int) -> Scene:
         target = self.batch["target"][sample, 0].cpu()
         if self.kind == "self":
-            return Scene(target[None], torch.ones(1, dtype=torch.bool), target, self.patch, ["the target"])
+            return Scene(target[None], torch.ones(1, dtype=torch.bool), target, self.patch, ["itself"])
         return Scene(self.batch["context"][sample].cpu(), self.batch["context_mask"][sample].cpu(), target, self.patch)

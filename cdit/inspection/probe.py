@@ -160,13 +160,12 @@ def inspect_attention(
 
     if page is not None:
         cross = [line for line in lines if line.kind == "cross"]
-        heads = [
-            HeadInfo(
-                line.row.layer, line.row.head, line.row.type.name, line.numbers, line.row.time, line.row.type.reason
-            )
-            for line in cross
-        ]
-        page.set_heads(heads, explain(measure_names(cross), {line.row.type.name for line in cross}))
+        measures = measure_names(cross)
+        heads = []
+        for line in cross:
+            row, numbers = line.row, {name: line.numbers[name] for name in measures}
+            heads.append(HeadInfo(row.layer, row.head, row.type.name, numbers, row.time, row.type.reason))
+        page.set_heads(heads, explain(measures, {line.row.type.name for line in cross}))
     columns, cells = table(lines)
     text = "\n\n".join(summary) + "\n"
     return AttentionReport(text, images, thumbnails, columns, cells, series(lines), page)
