@@ -21,7 +21,7 @@ from cdit.doom.record import record
 from cdit.errors import DataError, UserError
 from cdit.randomness import seed_of
 
-RECORDER_VERSION = 1
+RECORDER_VERSION = 2
 """Grows when the same options no longer give the same recording."""
 
 WAYPOINT_SPACING = 0.3

@@ -88,15 +88,24 @@ class MapGeometry:
         """Whether there are sectors too low to pass, as closed doors are."""
         return bool((self.ceiling - self.floor < PLAYER_HEIGHT).any())
 
+    def sectors_at(self, points: np.ndarray) -> np.ndarray:
+        """Index of the sector around each of (P, 2) points in metres: (P,) int64; -1 in the void."""
+        border = self.sector != self.beyond  # a line within a sector does not enclose it
+        x1, y1, x2, y2 = self.segments[border].T
+        sector = self.sector[border]
+        found = np.full(len(points), -1)
+        for i, (x, y) in enumerate(points):
+            crosses = (y1 > y) != (y2 > y)
+            x_there = x1[crosses] + (y - y1[crosses]) * (x2 - x1)[crosses] / (y2 - y1)[crosses]
+            crossings = np.bincount(sector[crosses][x < x_there], minlength=len(self.floor))
+            around = np.flatnonzero(crossings % 2)
+            found[i] = around[0] if len(around) else -1
+        return found
+
     def sector_at(self, point: np.ndarray) -> int | None:
         """Index of the sector around a (2,) point in metres; None in the void."""
-        (x, y), (x1, y1, x2, y2) = point, self.segments.T
-        crosses = (y1 > y) != (y2 > y)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            is_right = x < x1 + (y - y1) * (x2 - x1) / (y2 - y1)
-        crossings = np.bincount(self.sector[crosses & is_right], minlength=len(self.floor))
-        around = np.flatnonzero(crossings % 2)
-        return int(around[0]) if len(around) else None
+        sector = int(self.sectors_at(point[None])[0])
+        return None if sector < 0 else sector
 
     def is_free(self, point: np.ndarray) -> bool:
         """Whether somebody can stand at a (2,) point in metres: in a sector high enough, clear of blocking walls."""

@@ -142,21 +142,6 @@ def cast(geometry: MapGeometry, origin: np.ndarray, direction: np.ndarray) -> Hi
     return Hits(surface, distance, point, sector, uncertain)
 
 
-def sectors_at(geometry: MapGeometry, points: np.ndarray) -> np.ndarray:
-    """Index of the sector around each of (P, 2) points in metres: (P,) int64; -1 in the void."""
-    border = geometry.sector != geometry.beyond
-    x1, y1, x2, y2 = geometry.segments[border].T
-    sector = geometry.sector[border]
-    found = np.full(len(points), -1)
-    for i, (x, y) in enumerate(points):
-        crosses = (y1 > y) != (y2 > y)
-        x_there = x1[crosses] + (y - y1[crosses]) * (x2 - x1)[crosses] / (y2 - y1)[crosses]
-        crossings = np.bincount(sector[crosses][x < x_there], minlength=len(geometry.floor))
-        around = np.flatnonzero(crossings % 2)
-        found[i] = around[0] if len(around) else -1
-    return found
-
-
 def standing_height(geometry: MapGeometry, position: np.ndarray) -> np.ndarray:
     """The floor under players who stand at (P, 2) positions in metres: (P,) metres, NaN in the void.
 
@@ -164,7 +149,7 @@ def standing_height(geometry: MapGeometry, position: np.ndarray) -> np.ndarray:
     """
     height = np.full(len(position), np.nan)
     segments, lower = geometry.segments, np.minimum
-    for i, (point, sector) in enumerate(zip(position, sectors_at(geometry, position), strict=True)):
+    for i, (point, sector) in enumerate(zip(position, geometry.sectors_at(position), strict=True)):
         if sector < 0:
             continue
         ends = segments.reshape(-1, 2, 2) - point

@@ -15,7 +15,7 @@ from cdit.doom.correspondence import Correspondence, Sight, WindowCorrespondence
 from cdit.doom.dataset import Job, map_path
 from cdit.doom.engine import Engine, Observation, camera
 from cdit.doom.geometry import MapGeometry
-from cdit.doom.raycast import Hits, Surface, View, cast, sectors_at
+from cdit.doom.raycast import Hits, Surface, View, cast
 from cdit.doom.record import record
 
 pytest.importorskip("vizdoom", reason="the engine is part of the extra 'doom'")
@@ -54,7 +54,7 @@ def pairs(request) -> list[Pair]:
         while len(pairs) < PAIRS:
             here = geometry.random_free_point(rng)
             there = here + rng.normal(0, 1.2, 2)
-            if (sectors_at(geometry, np.stack((here, there))) < 0).any() or not geometry.is_free(there):
+            if (geometry.sectors_at(np.stack((here, there))) < 0).any() or not geometry.is_free(there):
                 continue
             yaw = rng.uniform(0, 2 * math.pi)
             target = engine.reset(1, *here, yaw)

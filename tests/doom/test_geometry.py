@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -30,6 +32,19 @@ def test_sector_at(rooms):
     assert rooms.sector_at(np.array([1.0, 1.0])) == 0
     assert rooms.sector_at(np.array([6.0, 3.0])) == 1
     assert rooms.sector_at(np.array([9.0, 1.0])) is None
+
+
+def test_a_line_within_a_sector_encloses_nothing(rooms):
+    """Of a fence in the first room there is one side, or both; neither changes where the room is."""
+    for lines in (1, 2):
+        fence = np.array([[1.5, 0.5, 1.5, 1.5], [1.5, 1.5, 1.5, 0.5]])[:lines]
+        fenced = replace(
+            rooms,
+            segments=np.concatenate([rooms.segments, fence]),
+            sector=np.concatenate([rooms.sector, [0] * lines]),
+            beyond=np.concatenate([rooms.beyond, [0] * lines]),
+        )
+        assert fenced.sectors_at(np.array([[1.0, 1.0], [6.0, 3.0], [9.0, 1.0]])).tolist() == [0, 1, -1]
 
 
 def test_one_stands_clear_of_walls_and_under_high_ceilings(rooms):

@@ -7,7 +7,7 @@ from rooms import build, pillar, room, two_rooms
 
 from cdit.data.layout import Camera
 from cdit.doom.geometry import MapGeometry
-from cdit.doom.raycast import Hits, Surface, View, cast, sectors_at, standing_height
+from cdit.doom.raycast import Hits, Surface, View, cast, standing_height
 from cdit.errors import UserError
 
 EYE = np.array([3.0, 4.0, 1.5])
@@ -119,7 +119,7 @@ def test_doors_and_what_is_behind_gratings_are_uncertain():
 def test_a_line_within_a_sector_stops_nothing():
     geometry = build([*room(0, 0, 10, 8), (5, 0, 5, 8, 0, 0)], [(0, 4)])
     assert look(geometry, 1, 0, 0) == (Surface.WALL, 7)
-    assert sectors_at(geometry, np.array([[3.0, 4], [7, 4], [11, 4]])).tolist() == [0, 0, -1]
+    assert geometry.sectors_at(np.array([[3.0, 4], [7, 4], [11, 4]])).tolist() == [0, 0, -1]
 
 
 def test_rays_that_leave_the_map_meet_nothing():
