@@ -42,13 +42,18 @@ def test_the_tracker_gets_the_pictures_of_the_folder(offline: tuple[subprocess.C
     media, probes = wandb_run(run) / "files" / "media", run / "probes"
     shown = {picture: np.asarray(Image.open(picture).convert("RGB")) for picture in (media / "images").rglob("*.png")}
     pictures = [*probes.rglob("predictions.png"), *probes.rglob("rollout_*.png"), *probes.rglob("attention/*.png")]
-    assert len(pictures) == len(shown) == 9  # three kinds at three steps
+    assert len(pictures) == len(shown)
+    for name in ("predictions", "rollout_0", "layer01_t0.5_sample0", "types", "measures_entropy"):
+        assert sum(picture.stem == name for picture in pictures) == 3  # steps
     for picture in pictures:
         pixels = np.asarray(Image.open(picture).convert("RGB"))
         assert any(np.array_equal(pixels, other) for other in shown.values()), picture
     videos = {path.read_bytes() for path in (media / "videos").rglob("*.mp4")}
     assert videos == {path.read_bytes() for path in probes.rglob("*.mp4")}
     assert len(videos) == 3
+    pages = {path.read_bytes() for path in (media / "html").rglob("*.html")}
+    assert pages == {path.read_bytes() for path in probes.rglob("attention/index.html")}
+    assert len(pages) == 3
     tables = [json.loads(path.read_text()) for path in (media / "table").rglob("horizons*.table.json")]
     assert len(tables) == 3
     assert {row[0] for table in tables for row in table["data"]} >= {"model", "copy_last"}
