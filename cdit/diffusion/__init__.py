@@ -2,7 +2,7 @@
 
 from cdit.diffusion.ddpm import DDPM, DDPMConfig
 from cdit.diffusion.flow import Flow, FlowConfig
-from cdit.diffusion.objective import Objective, ObjectiveName, check_scheduler, make_objective
+from cdit.diffusion.objective import Objective, ObjectiveName, check_sampler, make_objective
 from cdit.diffusion.sampling import TIMESTEPS, SamplerConfig
 
 __all__ = [
@@ -14,6 +14,6 @@ __all__ = [
     "Objective",
     "ObjectiveName",
     "SamplerConfig",
-    "check_scheduler",
+    "check_sampler",
     "make_objective",
 ]

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from cdit.data.layout import DatasetInfo
 from cdit.data.windows import DataConfig, WindowDataset
-from cdit.diffusion import SamplerConfig, check_scheduler
+from cdit.diffusion import SamplerConfig, check_sampler
 from cdit.errors import UserError
 from cdit.world_model import WorldDescription, WorldModel
 
@@ -43,7 +43,7 @@ class SamplerOptions:
             raise UserError(f"sampler.guidance is {self.guidance}, but the model was trained without action_dropout")
         given = {name: value for name, value in asdict(self).items() if value is not None}
         config = replace(description.sampler, **given)
-        check_scheduler(description.objective, config.scheduler)
+        check_sampler(description.objective, config)
         return config
 
 

@@ -9,7 +9,7 @@ import yaml
 
 from cdit.codec import CodecConfig
 from cdit.data.windows import DataConfig
-from cdit.diffusion import DDPMConfig, FlowConfig, ObjectiveName, SamplerConfig, check_scheduler
+from cdit.diffusion import DDPMConfig, FlowConfig, ObjectiveName, SamplerConfig, check_sampler
 from cdit.errors import UserError
 from cdit.inspection.probe import AttentionConfig
 from cdit.model import ModelConfig
@@ -169,7 +169,7 @@ class TrainConfig:
             UserError: a value is out of its range; the message names the field.
         """
         self.data.validate()
-        check_scheduler(self.objective, self.sampler.scheduler)
+        check_sampler(self.objective, self.sampler)
         positive = {
             "steps": self.steps,
             "batch_size": self.batch_size,

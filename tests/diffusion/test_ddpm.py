@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from cdit.diffusion import DDPM, DDPMConfig, SamplerConfig, check_scheduler
+from cdit.diffusion import DDPM, DDPMConfig, SamplerConfig, check_sampler
 from cdit.errors import UserError
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
@@ -261,6 +261,22 @@ def test_guidance_moves_the_noise_and_keeps_the_variance():
 def test_schedulers_that_do_not_fit_are_named():
     for objective, scheduler in [("flow", "ddpm"), ("flow", "ddim"), ("ddpm", "euler"), ("ddpm", "heun")]:
         with pytest.raises(UserError, match=rf"sampler.scheduler is {scheduler}.*dpm, unipc"):
-            check_scheduler(objective, scheduler)
+            check_sampler(objective, SamplerConfig(scheduler))
     for objective, scheduler in [("flow", "heun"), ("flow", "dpm"), ("ddpm", "ddim"), ("ddpm", "unipc")]:
-        check_scheduler(objective, scheduler)
+        check_sampler(objective, SamplerConfig(scheduler))
+
+
+@pytest.mark.parametrize("scheduler", DDPM.schedulers)
+def test_the_most_steps_there_can_be(scheduler):
+    """All of them give finite frames; with one more some steps would stay where they are, which divides by zero."""
+    most = 1000 if scheduler == "ddpm" else 999
+    check_sampler("ddpm", SamplerConfig(scheduler, most))
+    ddpm = DDPM(DDPMConfig())
+    noise = draw(1, 1, 2, 2)
+    out = ddpm.sample(
+        lambda noisy, timestep: torch.cat((0.1 * noisy, 0 * noisy), dim=-3), noise, SamplerConfig(scheduler, most)
+    )
+    assert out.isfinite().all()
+    with pytest.raises(UserError, match=f"sampler.steps is {most + 1}, expected at most {most} with {scheduler}"):
+        check_sampler("ddpm", SamplerConfig(scheduler, most + 1))
+    check_sampler("flow", SamplerConfig("euler", 5000))
