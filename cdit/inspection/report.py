@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class AttentionReport:
     """Of cross-attention; None where nothing was drawn."""
 
     def save(self, folder: Path | str) -> None:
-        """Writes summary.md, index.html, table.csv, scalars.json, captions.json and the figures.
+        """Writes summary.md, index.html, table.csv, scalars.json (null where not finite), captions.json and the figures.
 
         These are called `layer03_t0.25_sample0.png`, and those of the table lie in thumbnails/.
         """
@@ -51,7 +52,8 @@ class AttentionReport:
             (folder / file).parent.mkdir(exist_ok=True)
             image.save(folder / file)
         (folder / "captions.json").write_text(json.dumps(captions, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        (folder / "scalars.json").write_text(json.dumps(self.scalars, indent=2) + "\n", "utf-8")
+        finite = {name: value if math.isfinite(value) else None for name, value in self.scalars.items()}
+        (folder / "scalars.json").write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", "utf-8")
         with (folder / "table.csv").open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([self.columns, *self.rows])
 
