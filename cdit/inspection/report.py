@@ -35,9 +35,9 @@ class AttentionReport:
     """Of cross-attention; None where nothing was drawn."""
 
     def save(self, folder: Path | str) -> None:
-        """Writes summary.md, index.html, table.csv, scalars.json (null where not finite), captions.json and the figures.
+        """Writes summary.md, index.html, table.csv, scalars.json (null: not finite), captions.json and figures.
 
-        These are called `layer03_t0.25_sample0.png`, and those of the table lie in thumbnails/.
+        Figures are called `layer03_t0.25_sample0.png`, and those of the table lie in thumbnails/.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
