@@ -147,8 +147,10 @@ def check(config: SampleConfig) -> None:
     for name in ("samples", "length"):
         if getattr(config, name) < 1:
             raise UserError(f"{name} is {getattr(config, name)}, expected at least 1")
-    if config.fps is not None and config.fps <= 0:
-        raise UserError(f"fps is {config.fps:g}, expected more than 0")
+    for name in ("fps", "spacing"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
+            raise UserError(f"{name} is {value:g}, expected more than 0")
     if any(horizon < 1 for horizon in config.horizons):
         raise UserError(f"horizons is {config.horizons}, expected numbers of frames from 1 up")
 
@@ -159,7 +161,7 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
     if config.actions is not None:
         info = DatasetInfo.load(Path(config.data))
         given = read_actions(config.actions, step=(info and info.metric_waypoint_spacing) or DEFAULT_STEP)
-    dataset = windows_for(world, config.data, config.split, config.splits, config.spacing)
+    dataset = windows_for(world, config.data, config.split, config.splits, config.spacing, acting=given is not None)
     recorded = config.length if given is None else 0  # frames of the trajectory that are needed after the context
     windows = spread(dataset.windows_with([recorded]), config.samples)
     if not windows:
@@ -176,7 +178,8 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
     if given is not None:
         actions, truth = torch.from_numpy(given).expand(len(windows), -1, -1), None
     else:
-        actions, truth = items["action"] if dataset.info.has_actions else None, items["target"]
+        known = dataset.info.has_actions and world.description.has_actions
+        actions, truth = items["action"] if known else None, items["target"]
     length = recorded if given is None else len(given)
     return Scenes(names, sources, items["context"], items["context_mask"], actions, truth, length, items["spacing"])
 

@@ -25,23 +25,26 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds tiny worlds with random weights, a dataset with poses and one without, and an image."""
+    """Holds tiny worlds with random weights, datasets with poses, without, and without dataset.json, and an image."""
     place = tmp_path_factory.mktemp("place")
     torch.manual_seed(0)
-    for name, position in (("world", "rotary"), ("slots", "learned"), ("blind", "rotary")):
+    for name, position in (("world", "rotary"), ("slots", "learned"), ("blind", "rotary"), ("mixed", "rotary")):
         cdit = CDiT((16, 24), max_context=3, patch_size=8, hidden_size=16, depth=1, num_heads=2, position=position)
         for parameter in cdit.parameters():
             nn.init.normal_(parameter, std=0.1)
         description = WorldDescription((16, 24), fps=5.0, sampler=SamplerConfig(steps=2), has_actions=name != "blind")
+        description.units.spacing = None if name == "mixed" else 1.0
         WorldModel(cdit, PixelCodec(), description).save_pretrained(place / name / "best")
     random = np.random.default_rng(0)
-    for name in ("walks", "video"):
+    for name in ("walks", "video", "bare"):
         for trajectory, length in (("a", 12), ("b", 9)):
             frames = random.integers(256, size=(length, 20, 30, 3), dtype=np.uint8)
-            poses = (random.normal(size=(length, 2)), random.normal(size=length)) if name == "walks" else ()
+            poses = (random.normal(size=(length, 2)), random.normal(size=length)) if name != "video" else ()
             write_trajectory(place / name, trajectory, frames, *poses)
         write_split(place / name, "test", ["a", "b"])
-        DatasetInfo(name, fps=5.0, metric_waypoint_spacing=0.5, has_actions=name == "walks").save(place / name)
+        spacing = 0.5 if name == "walks" else None
+        if name != "bare":
+            DatasetInfo(name, fps=5.0, metric_waypoint_spacing=spacing, has_actions=name == "walks").save(place / name)
     Image.fromarray(random.integers(256, size=(40, 40, 3), dtype=np.uint8)).save(place / "view.png")
     return place
 
@@ -134,6 +137,41 @@ def test_a_dataset_without_poses(place: Path, sample):
     assert len(taken["psnr"]) == 2
 
 
+def test_a_model_without_actions_is_told_none(place: Path, sample):
+    done = sample("--checkpoint", "blind", "--data", "walks", "--samples", "1", "--length", "2", "--out", "untold")
+    assert done.returncode == 0, done.stderr
+    (taken,) = json.loads((place / "untold/samples.json").read_text())["samples"]
+    assert taken["actions"] is None
+
+
+def test_a_spacing_is_asked_for_where_it_counts(place: Path, sample):
+    """By a model of several, of what nothing says it of: not of a dataset that says it, and not without actions."""
+    asked = ["--checkpoint", "mixed", "--samples", "1", "--length", "1", "--horizons", "[]", "--out", "spaced"]
+    acts, view = ["--actions", "forward"], ["--image", "view.png", "--actions", "forward"]
+    for chosen in (["--data", "bare"], ["--data", "bare", *acts], ["--data", "video", *acts], view):
+        done = sample(*asked, *chosen)
+        assert done.returncode == 2
+        assert done.stderr.count("error: ") == 1
+        assert "different spacings" in done.stderr
+        assert "give spacing" in done.stderr or "give the spacing" in done.stderr
+        assert not (place / "spaced").exists()
+    for chosen in (["--data", "bare", "--spacing", "0.5"], [*view, "--spacing", "0.5"], ["--data", "walks"]):
+        assert sample(*asked, *chosen).returncode == 0
+    assert sample(*asked, "--data", "video").returncode == 0
+
+
+def test_the_spacing_is_the_unit_of_actions(place: Path, sample):
+    """What is one spacing ahead looks the same in any: the same files, and others for other actions."""
+    often = ["--checkpoint", "mixed", "--image", "view.png", "--samples", "1", "--sampler.steps", "1"]
+    runs = {"one": ("0.5", "forward(0.5)"), "two": ("2", "forward(2)"), "three": ("2", "forward(0.5)")}
+    for out, (spacing, action) in runs.items():
+        assert sample(*often, "--spacing", spacing, "--actions", action, "--out", out).returncode == 0
+    one, two, three = ({name: files(place / out)[name] for name in ("00_view.png", "direct.png")} for out in runs)
+    assert one == two
+    assert one["00_view.png"] != three["00_view.png"]
+    assert one["direct.png"] != three["direct.png"]
+
+
 WALKS = ["--checkpoint", "world", "--data", "walks"]
 
 
@@ -153,6 +191,7 @@ WALKS = ["--checkpoint", "world", "--data", "walks"]
         (["--checkpoint", "blind", "--data", "walks", "--actions", "forward*3"], "without actions"),
         ([*WALKS, "--horizons", "[0]"], "horizons is [0]"),
         ([*WALKS, "--fps", "0"], "fps is 0"),
+        (["--checkpoint", "mixed", "--image", "view.png", "--actions", "stay", "--spacing", "0"], "spacing is 0"),
         ([*WALKS, "--device", "abacus"], "'abacus'"),
         ([*WALKS, "--attention", "--inspect.layers", "[5]", "--length", "1"], "inspect.layers is [5]"),
         ([*WALKS, "--lenght", "3"], "--lenght"),

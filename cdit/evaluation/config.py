@@ -50,7 +50,7 @@ class EvaluateConfig:
     """Folder with <split>/traj_names.txt, where that is not <data>/splits."""
     spacing: float | None = None
     """Metres between consecutive frames, the unit of normalised actions of models trained on several datasets; by
-    default what dataset.json says, or 1."""
+    default what dataset.json says."""
     protocols: list[Literal["time", "rollout"]] = field(default_factory=lambda: ["time", "rollout"])
     """Which."""
     time: TimeConfig = field(default_factory=TimeConfig)

@@ -72,7 +72,12 @@ def load_world(checkpoint: str, device: str) -> WorldModel:
 
 
 def windows_for(
-    world: WorldModel, folder: str, split: str, splits: str | None = None, spacing: float | None = None
+    world: WorldModel,
+    folder: str,
+    split: str,
+    splits: str | None = None,
+    spacing: float | None = None,
+    acting: bool = False,
 ) -> WindowDataset:
     """The windows of a split as the model takes them: its frame size and crop, its context, its frames a second.
 
@@ -82,11 +87,12 @@ def windows_for(
         split: name of the split.
         splits: folder with <split>/traj_names.txt, where that is not <folder>/splits.
         spacing: metres between consecutive frames, by default what dataset.json says.
+        acting: whether the model is given actions even where the dataset has none.
 
     Says so on stderr where the dataset's own frames a second differ.
 
     Raises:
-        UserError: the dataset cannot be used.
+        UserError: the dataset cannot be used, or the model has to be told a spacing that nobody knows.
     """
     description = world.description
     config = DataConfig(
@@ -105,7 +111,14 @@ def windows_for(
             f"{folder}: dataset.json says {recorded.fps:g} frames a second; taken for the model's {description.fps:g}",
             file=sys.stderr,
         )
-    return WindowDataset(config, split)
+    dataset = WindowDataset(config, split)
+    known = spacing or (recorded is not None and recorded.metric_waypoint_spacing)
+    if description.units.spacing is None and not known and (acting or dataset.info.has_actions):
+        raise UserError(
+            f"spacing: the model was trained on datasets of different spacings, and {folder}/dataset.json does not say "
+            "that of this one: give spacing, the metres between consecutive frames"
+        )
+    return dataset
 
 
 def spread(items: list[int], count: int) -> list[int]:

@@ -82,7 +82,8 @@ def main() -> None:
     if config.out is not None and not Path(config.out).parent.is_dir():
         raise UserError(f"out is {config.out}, but there is no folder {Path(config.out).parent}")
     world = load_world(config.checkpoint, config.device)
-    dataset = windows_for(world, config.data, config.split, config.splits)
+    # Turns on the spot are the same in any unit of length.
+    dataset = windows_for(world, config.data, config.split, config.splits, spacing=1.0)
     if dataset.info.camera is None:
         raise UserError(f"{config.data}/dataset.json has no camera, so that the size of a turn is not known in pixels")
     focal = focal_lengths(dataset.info.camera, dataset.config.image_size, dataset.config.crop)

@@ -111,7 +111,7 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         image_size=config.data.image_size,
         fps=dataset.info.fps,
         crop=config.data.crop,
-        has_actions=dataset.info.has_actions,
+        has_actions=dataset.info.has_actions and config.model.use_action,
         action_dropout=config.action_dropout,
         min_history=config.data.min_history,
         units=units,

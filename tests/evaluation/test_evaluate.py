@@ -2,6 +2,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -221,6 +222,23 @@ def test_an_index_file_says_what_is_measured(evaluate: Callable[..., Done]):
     Path("time.pkl").write_bytes(pickle.dumps([("b", 7, -7, 8), ("a", 4, -4, 12), ("b", 3, 0, 8)]))
     assert evaluate("--protocols", "[time]", "--time.index", "time.pkl").code == 0
     assert results()["protocols"]["time"]["cases"] == [["b", 7], ["a", 4], ["b", 3]]
+
+
+def test_a_spacing_that_nobody_knows_is_asked_for(evaluate: Callable[..., Done], world, walks: Path, tmp_path: Path):
+    """Where the model was trained on several and dataset.json is missing, or silent."""
+    mixed = world()
+    mixed.description.units.spacing = None
+    mixed.save_pretrained(tmp_path / "mixed")
+    shutil.copytree(walks, "bare")
+    Path("bare/dataset.json").unlink()
+    options = ["--protocols", "[time]", "--checkpoint", "mixed"]
+    done = evaluate(*options, "--data", "bare")
+    assert done.code == 2
+    assert re.search(r"error: spacing: .* bare/dataset.json .*: give spacing", done.err)
+    assert not Path("out").exists()
+    assert evaluate(*options, "--data", "bare", "--spacing", "0.25").code == 0
+    assert evaluate(*options, "--out", "told").code == 0
+    assert results()["protocols"]["time"] == results("told")["protocols"]["time"]
 
 
 class Poison:

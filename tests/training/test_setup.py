@@ -68,6 +68,11 @@ def test_weights_are_a_function_of_the_seed(config: Callable[..., TrainConfig], 
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_a_model_that_is_not_told_actions_has_none(config: Callable[..., TrainConfig], train_set: WindowDataset):
+    assert build_world(config(), train_set).description.has_actions
+    assert not build_world(config("--model.use_action", "false"), train_set).description.has_actions
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
