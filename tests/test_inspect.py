@@ -26,6 +26,7 @@ from cdit.cli import run  # noqa: E402
 from cdit.codec import PixelCodec  # noqa: E402
 from cdit.data.layout import Camera, DatasetInfo, write_split, write_trajectory  # noqa: E402
 from cdit.diffusion import SamplerConfig  # noqa: E402
+from cdit.errors import UserError  # noqa: E402
 from cdit.evaluation.bootstrap import Estimate  # noqa: E402
 from cdit.inspect import initial, main  # noqa: E402
 from cdit.inspection.importance import Head, Importance  # noqa: E402
@@ -218,6 +219,18 @@ def test_images_come_in_order_with_the_motion_between_them(place):
     few = images_source(place / "images", world, [6], 9, None, None).batch
     assert few["context_mask"].tolist() == [[False, True, True]]  # eight images leave two as the past
     assert not few["action_mask"].any()
+
+
+def test_actions_that_a_model_cannot_be_told(place):
+    world = WorldModel.from_pretrained(place / "world")
+    arguments = (place / "images", world, [1], 9, "stay*7", None)
+    world.description.units.spacing = None
+    with pytest.raises(UserError, match=r"spacing: .* different spacings"):
+        images_source(*arguments)
+    assert images_source(*arguments[:-1], 0.4).batch["spacing"].tolist() == pytest.approx([0.4] * 5)
+    world.description.has_actions = False
+    with pytest.raises(UserError, match="trained without actions"):
+        images_source(*arguments)
 
 
 def test_wandb_has_what_the_folder_has(inspect, place, monkeypatch):

@@ -115,6 +115,8 @@ def inspect_attention(
     batch = {name: value[rows] for name, value in batch.items()}
     longest = cdit.config.max_context
     batch |= {name: batch[name][:, -longest:] for name in ("context", "context_mask")}
+    if not world.description.has_actions:
+        batch["action_mask"] = torch.zeros_like(batch["action_mask"])
     trajectories = [trajectories[row] for row in rows]
     places = None if places is None else places[rows]
     choosing = halves(trajectories, seed)

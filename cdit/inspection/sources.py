@@ -77,7 +77,8 @@ def images_source(
         spacing: metres between consecutive frames, for models that ask for it.
 
     Raises:
-        UserError: no such folder, too few images, or another number of actions than of steps.
+        UserError: no such folder, too few images, another number of actions than of steps, or actions that the model
+            cannot be told.
     """
     if not folder.is_dir():
         raise UserError(f"frames is {folder}: expected a folder of images")
@@ -93,6 +94,10 @@ def images_source(
     steps = None if actions is None else torch.from_numpy(read_actions(actions))
     if steps is not None and len(steps) != len(files) - 1:
         raise UserError(f"actions has {len(steps)} steps, expected {len(files) - 1}: from each image to the next")
+    if steps is not None and not world.description.has_actions:
+        raise UserError("the model was trained without actions: leave actions out")
+    if steps is not None and spacing is None and world.description.units.spacing is None:
+        raise UserError("spacing: the model was trained on datasets of different spacings: give that of these images")
     first = min(past, len(files) - max(offsets)) - 1  # full contexts, where there are any
     nows = spread(list(range(first, len(files) - max(offsets))), samples)
     frames = torch.stack([

@@ -224,6 +224,18 @@ def test_the_page_has_the_numbers_of_the_table(make_world, make_batch):
     assert {"entropy", "edge lift", data["table"][0]["type"]} <= set(data["explanations"])
 
 
+def test_a_model_without_actions_is_told_none(make_world, make_batch):
+    """Whatever the batch says; with actions it looks elsewhere."""
+    world, config = make_world(), AttentionConfig(layers=[1], times=[0.5])
+    batches = [make_batch(), make_batch()]
+    batches[1]["action"] = batches[1]["action"] + 3
+    told = [look(world, batch, config).scalars["attention/layer01/head0/entropy"] for batch in batches]
+    world.description.has_actions = False
+    silent = [look(world, batch, config).scalars["attention/layer01/head0/entropy"] for batch in batches]
+    assert told[0] != told[1]
+    assert silent[0] == silent[1]
+
+
 def marching(make_world, make_batch) -> tuple[WorldModel, dict[str, torch.Tensor], torch.Tensor]:
     """A world, and true places of which every target patch has one, in the newest frame alone."""
     places = torch.full((2, 2, 24, 3, 2), float("nan"))
