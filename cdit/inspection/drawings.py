@@ -1,17 +1,19 @@
 """Draws samples of a probe set while their attention runs by: figures, small pictures, and the page."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from cdit.inspection.examples import Example, examples_figure, one_of_each_type
 from cdit.inspection.figures import Scene
-from cdit.inspection.measures import Layout
+from cdit.inspection.measures import Layout, frame_maps
 from cdit.inspection.overlays import overlay, thumbnails
 from cdit.inspection.page import AttentionPage
 from cdit.inspection.recording import Kind, LayerAttention
+from cdit.inspection.table import HeadLine
 
 
 @dataclass
@@ -31,6 +33,8 @@ class Drawings:
     images: dict[str, tuple[Image.Image, str]] = field(default_factory=dict)
     small: dict[tuple[int, float, int], Image.Image] = field(default_factory=dict)
     """By layer, time and head, of the first sample and goal."""
+    looks: dict[tuple[int, float], Tensor] = field(default_factory=dict)
+    """By layer and time, (H, T, rows, columns): where the chosen patch of the first sample and goal looks."""
 
     @property
     def goals(self) -> list[int]:
@@ -65,12 +69,24 @@ class Drawings:
                 self.page.add_weights(sample * len(self.goals) + number, layer, time, weights[goal])
         scene = self._scene(sample)
         if sample == 0:
+            row, column = self.patch
+            chosen = weights[0, :, row * self.layout.columns + column]
+            self.looks[layer, time] = frame_maps(chosen, self.layout).float().cpu()
             for head, image in enumerate(thumbnails(weights[0], self.layout, scene)):
                 self.small[layer, time, head] = image
         if layer in self.figure_layers:
             name = f"attention/{'' if self.kind == 'cross' else 'self/'}layer{layer:02d}/t{time:g}/sample{sample}"
             where = self._where(sample, 0)
             self.images[name] = overlay(weights[0], self.layout, scene, self.kind, layer, time, where)
+
+    def examples(self, lines: Sequence[HeadLine], predictions: Tensor, places: Tensor | None) -> Image.Image:
+        """One head of each type, from the chosen patch of the first sample and goal; arguments as of `add_samples`."""
+        chosen = [
+            Example(line, self.looks[line.row.layer, line.row.time][line.row.head]) for line in one_of_each_type(lines)
+        ]
+        row, column = self.patch
+        place = None if places is None else places[0, 0, row * self.layout.columns + column]
+        return examples_figure(self._scene(0), predictions[0, 0], chosen, place)
 
     def _where(self, sample: int, goal: int) -> str:
         return f"sample {sample}, goal {float(self.batch['time_shift'][sample, goal]):+.2g} s"

@@ -64,7 +64,7 @@ def attention_figure(scene: Scene, chosen: HeadMaps, average: HeadMaps, title: s
     largest weight in it, printed at its left, for the chosen patch and for the average apart.
     """
     heads, frames, rows, columns = chosen.frames.shape
-    size = _cell_size(*scene.target.shape[-2:])
+    size = cell_size(*scene.target.shape[-2:])
     width, height = size
     row_height = max(height, 14 * (frames + 1), 44) + GAP  # bars stay legible beside frames that are low
     names = scene.names
@@ -80,21 +80,21 @@ def attention_figure(scene: Scene, chosen: HeadMaps, average: HeadMaps, title: s
     canvas = Image.new("RGB", (max(canvas_width, title_width), top + (heads + 1) * row_height + 2 * GAP), PAPER)
     draw = ImageDraw.Draw(canvas)
     draw.text((2 * GAP, 10), title, INK, font(17, bold=True))
-    box = _patch_box(scene.patch, (rows, columns), size)
+    box = patch_box(scene.patch, (rows, columns), size)
 
     target_left = LABEL_WIDTH
-    target = _frame(scene.target, size)
-    _outline(ImageDraw.Draw(target), box)
+    target = frame_image(scene.target, size)
+    outline(ImageDraw.Draw(target), box)
     draw.text((target_left, top - 22), "target", INK, font(13))
     lefts = [target_left + width + 4 * GAP]
     lefts.append(lefts[0] + group_width + 2 * GAP)
-    past = [_frame(frame, size) for frame in scene.context]
+    past = [frame_image(frame, size) for frame in scene.context]
     for left, heading in zip(lefts, headings, strict=True):
         draw.text((left, top - 44), heading, INK, font(14, bold=True))
         for i, name in enumerate(names):
             heading = f"frame {name}" if scene.frame_names is None else name
             draw.text((left + i * (width + GAP), top - 22), heading, INK, font(13))
-            canvas.paste(past[i] if scene.context_mask[i] else _missing(size), (left + i * (width + GAP), top))
+            canvas.paste(past[i] if scene.context_mask[i] else missing_frame(size), (left + i * (width + GAP), top))
         bars_left = left + frames * (width + GAP) + GAP
         _colour_scale(draw, bars_left + 5, top + 4)
         draw.text((bars_left + 5, top + row_height - GAP - 16), "attention mass", INK, font(13))
@@ -110,11 +110,11 @@ def attention_figure(scene: Scene, chosen: HeadMaps, average: HeadMaps, title: s
         canvas.paste(target, (target_left, y))
         for group, peak, left in zip((chosen, average), peaks, lefts, strict=True):
             for i in range(frames):
-                cell = _missing(size)
+                cell = missing_frame(size)
                 if scene.context_mask[i]:
-                    cell = _overlay(past[i], group.frames[head, i] / max(peak, 1e-30))
+                    cell = heat_overlay(past[i], group.frames[head, i] / max(peak, 1e-30))
                     if group is chosen:
-                        _outline(ImageDraw.Draw(cell), box, thin=True)
+                        outline(ImageDraw.Draw(cell), box, thin=True)
                 canvas.paste(cell, (left + i * (width + GAP), y))
             masses = {
                 name: float(group.frames[head, i].sum()) if scene.context_mask[i] else None
@@ -131,10 +131,10 @@ def thumbnail(scene: Scene, maps: Tensor, height: int = 44) -> Image.Image:
     size = (round(height * scene.target.shape[-1] / scene.target.shape[-2]), height)
     canvas = Image.new("RGB", (len(maps) * (size[0] + 2) - 2, height), PAPER)
     for i, heat in enumerate(maps):
-        cell = _missing(size)
+        cell = missing_frame(size)
         if scene.context_mask[i]:
-            cell = _overlay(_frame(scene.context[i], size), heat / max(float(maps.max()), 1e-30))
-            _outline(ImageDraw.Draw(cell), _patch_box(scene.patch, tuple(heat.shape), size), thin=True)
+            cell = heat_overlay(frame_image(scene.context[i], size), heat / max(float(maps.max()), 1e-30))
+            outline(ImageDraw.Draw(cell), patch_box(scene.patch, tuple(heat.shape), size), thin=True)
         canvas.paste(cell, (i * (size[0] + 2), 0))
     return canvas
 
@@ -145,19 +145,20 @@ def frame_name(index: int, frames: int) -> str:
     return f"−{back}" if back else "0"
 
 
-def _cell_size(height: int, width: int) -> tuple[int, int]:
+def cell_size(height: int, width: int) -> tuple[int, int]:
     """(width, height) of a drawn frame."""
     longest = max(height, width)
     factor = max(1, round(CELL / longest)) if longest <= LARGEST else LARGEST / longest
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
-def _frame(frame: Tensor, size: tuple[int, int]) -> Image.Image:
+def frame_image(frame: Tensor, size: tuple[int, int]) -> Image.Image:
+    """A frame (3, H, W) uint8 at a size (width, height)."""
     image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
     return image.resize(size, Image.Resampling.NEAREST if size[0] >= image.width else Image.Resampling.BOX)
 
 
-def _overlay(frame: Image.Image, heat: Tensor) -> Image.Image:
+def heat_overlay(frame: Image.Image, heat: Tensor) -> Image.Image:
     """The frame in grey, under a heat map (rows, columns) in [0, 1] that covers it the more the hotter it is."""
     heat_image = Image.fromarray(heat.cpu().numpy().astype(np.float32)).resize(frame.size, Image.Resampling.NEAREST)
     heat_HW = np.asarray(heat_image)
@@ -167,7 +168,8 @@ def _overlay(frame: Image.Image, heat: Tensor) -> Image.Image:
     return Image.fromarray(np.uint8(255 * ((1 - cover) * grey + cover * colour) + 0.5))
 
 
-def _missing(size: tuple[int, int]) -> Image.Image:
+def missing_frame(size: tuple[int, int]) -> Image.Image:
+    """What stands for a frame that does not exist."""
     image = Image.new("RGB", size, (236, 236, 240))
     draw = ImageDraw.Draw(image)
     for x in range(-size[1], size[0], 12):
@@ -176,7 +178,7 @@ def _missing(size: tuple[int, int]) -> Image.Image:
     return image
 
 
-def _patch_box(patch: tuple[int, int], grid: tuple[int, int], size: tuple[int, int]) -> tuple[float, ...]:
+def patch_box(patch: tuple[int, int], grid: tuple[int, int], size: tuple[int, int]) -> tuple[float, ...]:
     """Left, top, right and bottom pixel of a patch."""
     (row, column), (rows, columns), (width, height) = patch, grid, size
     return (
@@ -187,7 +189,8 @@ def _patch_box(patch: tuple[int, int], grid: tuple[int, int], size: tuple[int, i
     )
 
 
-def _outline(draw: ImageDraw.ImageDraw, box: tuple[float, ...], thin: bool = False) -> None:
+def outline(draw: ImageDraw.ImageDraw, box: tuple[float, ...], thin: bool = False) -> None:
+    """A box that shows on any picture: two-coloured around it, or thin on its edge."""
     left, top, right, bottom = box
     if not thin:
         draw.rectangle((left - 3, top - 3, right + 3, bottom + 3), outline=(0, 0, 0))

@@ -137,7 +137,8 @@ def inspect_attention(
             maps = drawn * len(drawings.goals) * len(config.times) * len(layers) * cdit.config.num_heads
             kept = affordable_top_k(layout, maps)
             page = drawings.page = AttentionPage(title, layout, world.description.fps, cdit.config.extra_kv, kept)
-            drawings.add_samples(_predictions(world, batch, drawn, seed), places)
+            predictions = _predictions(world, batch, drawn, seed)
+            drawings.add_samples(predictions, places)
 
         statistics = measure_heads(
             world, batch, trajectories, config.times, seed, kind, layers, truth, watch=drawings.watch
@@ -147,6 +148,9 @@ def inspect_attention(
         ]
         lines += found
         images |= drawings.images | _charts(kind, found, statistics)
+        if kind == "cross" and drawn:
+            caption = "one head of each type, from one patch of the first sample; rings are where it truly was"
+            images["attention/examples"] = drawings.examples(found, predictions, places), caption
         if drawn:
             thumbnails |= {
                 line.thumbnail: drawings.small[line.row.layer, line.row.time, line.row.head] for line in found

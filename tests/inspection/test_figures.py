@@ -28,22 +28,22 @@ def test_figures_grow_with_frames_and_heads(frames, size, grid):
         attention_figure(scene(count, size), maps(heads, count, grid), maps(heads, count, grid), "title").size
         for heads, count in ((2, frames), (3, frames), (2, frames + 1))
     ]
-    cell = figures._cell_size(*size)
+    cell = figures.cell_size(*size)
     assert sizes[1][1] - sizes[0][1] >= cell[1]
     assert sizes[2][0] - sizes[0][0] == 2 * (cell[0] + figures.GAP)
 
 
 def test_small_frames_are_magnified_by_whole_numbers_and_large_ones_shrunk():
-    assert figures._cell_size(64, 64) == (128, 128)
-    assert figures._cell_size(24, 40) == (160, 96)
-    assert figures._cell_size(480, 640) == (256, 192)
+    assert figures.cell_size(64, 64) == (128, 128)
+    assert figures.cell_size(24, 40) == (160, 96)
+    assert figures.cell_size(480, 640) == (256, 192)
 
 
 def test_the_hot_patch_glows_where_it_is():
     heat = torch.zeros(2, 3)
     heat[1, 2] = 1
-    frame = figures._frame(torch.full((3, 20, 30), 100, dtype=torch.uint8), (60, 40))
-    pixels = np.asarray(figures._overlay(frame, heat)).sum(-1)
+    frame = figures.frame_image(torch.full((3, 20, 30), 100, dtype=torch.uint8), (60, 40))
+    pixels = np.asarray(figures.heat_overlay(frame, heat)).sum(-1)
     hot = np.zeros((40, 60), bool)
     hot[20:, 40:] = True
     assert pixels[hot].min() > pixels[~hot].max() + 100
@@ -54,7 +54,7 @@ def test_missing_frames_are_shown_as_such():
     whole = np.asarray(attention_figure(view, maps(2, 2, (8, 8)), maps(2, 2, (8, 8)), ""))
     view.context_mask[0] = False
     missing = np.asarray(attention_figure(view, maps(2, 2, (8, 8)), maps(2, 2, (8, 8)), ""))
-    hatch = np.asarray(figures._missing((128, 128)))
+    hatch = np.asarray(figures.missing_frame((128, 128)))
 
     def count(picture: np.ndarray) -> int:
         left = figures.LABEL_WIDTH + 128 + 4 * figures.GAP
