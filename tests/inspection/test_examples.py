@@ -24,8 +24,8 @@ def test_the_first_head_of_each_type_and_the_mixed_last():
 def test_where_the_colours_and_rings_are():
     """Two heads over three grey frames of 4 × 6 patches; the second one looks at two places, one half as much."""
     frames, grid, side = 3, (4, 6), 64
-    scene = Scene(torch.full((frames, 3, side, side * 3 // 2), 90, dtype=torch.uint8), torch.tensor([False, True, True]),
-                  torch.zeros(3, side, side * 3 // 2, dtype=torch.uint8), (1, 2))  # fmt: skip
+    past = torch.full((frames, 3, side, side * 3 // 2), 90, dtype=torch.uint8)
+    scene = Scene(past, torch.tensor([False, True, True]), torch.zeros_like(past[0]), (1, 2))
     maps = torch.zeros(2, frames, *grid)
     maps[0, 2, 3, 5] = 0.8
     maps[1, 1, 0, 0], maps[1, 2, 2, 4] = 0.6, 0.3
