@@ -208,6 +208,34 @@ def test_guidance_extrapolates_velocities():
     torch.testing.assert_close(out, x.clamp(-1, 1), atol=1e-4, rtol=0)
 
 
+@torch.no_grad()
+def test_guidance_of_a_ddpm_moves_the_noise_and_keeps_the_known_variance():
+    flow, (context, actions, seconds) = build(), inputs()
+    cdit = CDiT(**{**dict(flow.cdit.config), "learn_variance": True}).eval()
+    for p in cdit.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    world = WorldModel(cdit, PixelCodec(), replace(flow.description, objective="ddpm"))
+    asked = []
+    world.objective.sample = lambda predict, noise, *_: asked.append(predict) or noise  # what it would be sampled with
+    hidden = torch.tensor([[True, False, True], [True, True, True]])
+    world.predict(
+        context,
+        actions,
+        seconds,
+        action_mask=hidden,
+        sampler=SamplerConfig("ddpm", 2, guidance=2.5),
+        generator=seeded(),
+    )
+    action, shift = UNITS.normalize(actions, seconds)
+    x, times = torch.randn(2, 3, 3, 8, 12, generator=seeded()), torch.full((2, 3), 700)
+    known, unknown = (cdit(x, times, told, shift, context, action_mask=hidden) for told in (action, None))
+    out = asked[0](x, torch.tensor(700))
+    assert out.shape == (2, 3, 6, 8, 12)
+    torch.testing.assert_close(out[:, :, :3], (unknown + 2.5 * (known - unknown))[:, :, :3], atol=1e-4, rtol=0)
+    torch.testing.assert_close(out[:, :, 3:], known[:, :, 3:], atol=1e-4, rtol=0)
+    assert not torch.allclose(known[:, :, 3:], unknown[:, :, 3:], atol=1e-2)
+
+
 # --- rollout ---
 
 
@@ -245,6 +273,24 @@ def test_a_rollout_through_an_autoencoder_encodes_its_own_frames(dialect):
         frame = world.predict(window[:, -3:], actions[:, :, step], torch.full((1, 1), 0.25), generator=generator)
         torch.testing.assert_close(out[:, :, step], frame, atol=1e-4, rtol=0)
         window = torch.cat((window, out[:, 0, step, None]), dim=1)
+
+
+@pytest.mark.parametrize("dialect", ["native", "nwm"])
+def test_a_rollout_tells_each_context_its_own_spacing_and_the_time_of_a_step(dialect):
+    world, (context, _, _) = build(dialect), inputs()
+    world.description.units = replace(UNITS, spacing=None)
+    actions = torch.randn(2, 2, 3, 3, generator=seeded(3))
+    with spied(world.cdit) as calls:
+        world.rollout(context, actions, spacing=torch.tensor([0.5, 2.0]), fps=2.0, generator=seeded())
+    for step, call in enumerate(calls[::3]):  # three denoising steps each
+        _, _, action, shift, _ = call.args
+        metres = actions[:, :, step, :2].flatten(0, 1) / torch.tensor([0.5, 0.5, 2.0, 2.0])[:, None]
+        torch.testing.assert_close(action[:, 0, :2], metres * torch.tensor([2.0, 3.0]) + torch.tensor([-0.25, 0.0]))
+        torch.testing.assert_close(shift, torch.full((4, 1), 0.5 / 16))
+    world.description.units = replace(UNITS, spacing=0.25)  # which then is the only one
+    with spied(world.cdit) as calls:
+        world.predict(context, actions[:, :, 0], torch.ones(2, 2), spacing=torch.tensor([0.5, 2.0]))
+    torch.testing.assert_close(calls[0].args[2][..., 1], actions[:, :, 0, 1] / 0.25 * 3)
 
 
 # --- files ---
