@@ -4,6 +4,8 @@ Two protocols, beside baselines: *time* predicts each horizon in one jump, *roll
 `accelerate launch -m cdit.evaluate …` on many processes, with the same results. OUT gets results.json (numbers, and
 those of every sample), results.md (tables) and index.html (tables and pictures). What was computed stays in OUT/parts:
 the same command goes on after an interruption, and only draws anew where nothing is missing.
+
+`python -m cdit.evaluate ablate SPEC.yaml` trains and evaluates variants of a config (see `ablate --help`).
 """
 
 import sys

@@ -103,13 +103,22 @@ def ablate(argv: list[str]) -> None:
     Raises:
         UserError: the spec is wrong, which is found before anything is trained, or a training or evaluation failed.
     """
-    if not argv or argv[0].startswith("--"):
-        raise UserError("usage: python -m cdit.evaluate ablate SPEC.yaml [--seeds [0,1,2] …]")
-    config = parse_config(AblationConfig, __doc__, ["--config", *argv])
+    if argv[:1] not in (["--help"], ["-h"]):
+        if not argv or argv[0].startswith("-"):
+            raise UserError("usage: python -m cdit.evaluate ablate SPEC.yaml [--seeds [0,1,2] …]")
+        argv = ["--config", *argv]
+    config = parse_config(AblationConfig, __doc__, argv)
     if config.reference not in config.variants:
         raise UserError(f"reference is {config.reference!r}, expected one of {', '.join(config.variants)}")
+    if not config.seeds:
+        raise UserError("seeds is [], expected at least one")
     runs = [run for name in config.variants for run in runs_of(config, name)]
+    if len({run.folder for run in runs}) < len(runs):
+        raise UserError("variants and seeds: two runs would share a folder, which is named by letters, digits and seed")
     resolved = {run.variant: resolve(run) for run in runs if run.seed == config.seeds[0]}
+    check_comparable(config, resolved)
+    for run in runs:
+        check_folder(run, resolved[run.variant])
     for number, run in enumerate(runs, start=1):
         print(f"\n{config.name}, run {number} of {len(runs)}: {run.variant}, seed {run.seed}", file=sys.stderr)
         train(run, config)
@@ -143,6 +152,40 @@ def resolve(run: Run) -> dict[str, Any]:
     return yaml.safe_load(done.stdout)
 
 
+def check_comparable(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> None:
+    """Checks that all variants can be measured on the same cases.
+
+    Raises:
+        UserError: they are of different datasets, or of several.
+    """
+    datasets = [values["data"] for values in resolved.values()]
+    if any(data["mix"] for data in datasets):
+        raise UserError(f"base is {config.base}: variants are measured on one dataset, data.folder, not on a data.mix")
+    if any(data[key] != datasets[0][key] for data in datasets for key in ("folder", "splits", "test_split", "fps")):
+        raise UserError("variants of different datasets cannot be compared")
+
+
+def check_folder(run: Run, resolved: dict[str, Any]) -> None:
+    """Checks that what a run's folder holds, if anything, was trained with the config that is asked for.
+
+    Args:
+        run: which.
+        resolved: the config of the run's variant, with any seed.
+
+    Raises:
+        UserError: it was not; the message names the fields.
+    """
+    path = run.folder / "config.yaml"
+    if not path.is_file():
+        return
+    asked = resolved | {"seed": run.seed, "name": run.folder.name}
+    changed = [name for name in _differences(yaml.safe_load(path.read_text()), asked) if name != "resume"]
+    if changed:
+        raise UserError(
+            f"{run.folder} holds a run of another config (other {', '.join(changed)}): give another name, or delete it"
+        )
+
+
 def train(run: Run, config: AblationConfig) -> None:
     """Trains, or goes on where it was interrupted, unless it is done already.
 
@@ -160,13 +203,10 @@ def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> 
     They have as many past frames as the variant that looks at most of them.
 
     Raises:
-        UserError: the variants are of different datasets, or no trajectory is long enough.
+        UserError: no trajectory is long enough.
     """
     datasets = [values["data"] for values in resolved.values()]
-    where = ("folder", "splits", "test_split", "fps")
-    if any(data[key] != datasets[0][key] for data in datasets for key in where):
-        raise UserError("variants of different datasets cannot be compared")
-    folder, splits, split, _ = (datasets[0][key] for key in where)
+    folder, splits, split = (datasets[0][key] for key in ("folder", "splits", "test_split"))
     longest = max(data["context_frames"] for data in datasets)
     dataset = WindowDataset(DataConfig(folder, splits=splits, context_frames=longest, cache_gb=0), split)
     offsets = [round(seconds * dataset.info.fps) for seconds in config.seconds]
@@ -223,9 +263,10 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
     }
     reference = found[config.reference]
     trajectories = reference[0].trajectories
+    measured = {row.metric for row in reference[0].rows}  # LPIPS may not be to be had
     rows, compared = [], []
     for name, results in found.items():
-        for metric in config.metrics:
+        for metric in [metric for metric in config.metrics if metric in measured]:
             for seconds in config.seconds:
                 ours, theirs = (
                     np.stack([result.values("model", metric, seconds) for result in some])
@@ -269,6 +310,17 @@ def differences_table(compared: list[Comparison], reference: str) -> str:
             lines.append(f"| {variant} | " + " | ".join(cells) + " |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables) + "\n"
+
+
+def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names of the saved fields that are asked to be something else."""
+    found = []
+    for name, value in saved.items():
+        if isinstance(value, dict):
+            found += _differences(value, asked.get(name) or {}, f"{prefix}{name}.")
+        elif value != asked.get(name):
+            found.append(prefix + name)
+    return found
 
 
 def _options(values: dict[str, Any]) -> list[str]:

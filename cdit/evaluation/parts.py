@@ -53,9 +53,16 @@ class Parts:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def begin(self) -> None:
-        """Writes what the parts are made of, before the first of them."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._replace(FINGERPRINT, lambda partial: partial.write_text(json.dumps(self.made_of, indent=2) + "\n"))
+        """Writes what the parts are made of, before the first of them.
+
+        Raises:
+            UserError: the folder cannot be made, or written to.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._replace(FINGERPRINT, lambda partial: partial.write_text(json.dumps(self.made_of, indent=2) + "\n"))
+        except OSError as error:
+            raise UserError(f"out: {self.folder} cannot be written to ({error.strerror})") from error
 
     def missing(self) -> list[int]:
         """The batches that are still to be computed."""

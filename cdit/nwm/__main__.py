@@ -98,6 +98,9 @@ COMMANDS = {"convert": (ConvertConfig, convert), "export": (ExportConfig, export
 
 def main() -> None:
     """The command line."""
+    if sys.argv[1:2] in (["--help"], ["-h"]):
+        print(f"{__doc__}\nOptions: python -m cdit.nwm convert --help")
+        return
     if not sys.argv[1:] or sys.argv[1] not in COMMANDS:
         raise UserError("usage: python -m cdit.nwm convert CHECKPOINT OUT [--spacing 0.25 …] or export WORLD OUT")
     config_class, command = COMMANDS[sys.argv[1]]

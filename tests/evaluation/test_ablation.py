@@ -15,7 +15,16 @@ import yaml
 from cdit.cli import parse_config
 from cdit.errors import UserError
 from cdit.evaluation import ablation
-from cdit.evaluation.ablation import AblationConfig, ablate, report, runs_of, train
+from cdit.evaluation.ablation import (
+    AblationConfig,
+    ablate,
+    check_comparable,
+    check_folder,
+    report,
+    resolve,
+    runs_of,
+    train,
+)
 from cdit.evaluation.results import ProtocolResult, Results
 from cdit.evaluation.tables import Row
 from cdit.training.config import TrainConfig, flat
@@ -75,10 +84,17 @@ def test_an_ablation_from_end_to_end(walks: Path, tmp_path: Path):
     assert last["variant"] == "One frame"
     assert last["difference"]["mean"] == pytest.approx((one - four).mean())
     assert last["seeds"] == pytest.approx([(one - four).mean()])
+    # Asked for something else, it does not give the old runs' numbers for the answer.
+    config = parse_config(AblationConfig, "", ["--config", str(spec(tmp_path))])
+    run = runs_of(config, "One frame")[0]
+    resolved = resolve(run)
+    check_folder(run, resolved)
+    other = resolved | {"steps": 2, "optimizer": resolved["optimizer"] | {"betas": [0.9, 0.9]}}
+    with pytest.raises(UserError, match=r"one_frame_seed0 .* of another config \(other steps, optimizer.betas\)"):
+        check_folder(run, other)
     # What is done is not done again: without its config, a run could not be trained.
     (tmp_path / "base.yaml").unlink()
-    config = parse_config(AblationConfig, "", ["--config", str(spec(tmp_path))])
-    train(runs_of(config, "One frame")[0], config)
+    train(run, config)
     with pytest.raises(UserError, match="variant 'One frame', seed 1: exit code 2"):
         train(runs_of(replace(config, seeds=[1]), "One frame")[0], config)
 
@@ -103,6 +119,27 @@ def test_what_is_compared_is_named(tmp_path: Path):
         ablate([str(spec(tmp_path, reference="five"))])
     with pytest.raises(UserError, match="usage"):
         ablate([])
+    with pytest.raises(UserError, match="seeds is "):
+        ablate([str(spec(tmp_path)), "--seeds", "[]"])
+    with pytest.raises(UserError, match="two runs would share a folder"):
+        ablate([str(spec(tmp_path, variants={"Four frames": {}, "four-frames": {"steps": 2}}))])
+
+
+def test_help(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as end:
+        ablate(["--help"])
+    assert end.value.code == 0
+    assert "--variants" in capsys.readouterr().out
+
+
+def test_variants_are_measured_on_one_dataset(tmp_path: Path):
+    config = parse_config(AblationConfig, "", ["--config", str(spec(tmp_path))])
+    one = {"data": {"folder": "a", "mix": [], "splits": None, "test_split": "test", "fps": None}}
+    check_comparable(config, {"Four frames": one, "One frame": one})
+    for key, value, message in [("mix", [{"folder": "b"}], "one dataset"), ("fps", 2.0, "different datasets")]:
+        other = {"data": one["data"] | {key: value}}
+        with pytest.raises(UserError, match=message):
+            check_comparable(config, {"Four frames": one, "One frame": other})
 
 
 def results_of(values: dict[float, np.ndarray], trajectories: list[str]) -> Results:

@@ -241,6 +241,14 @@ def test_a_spacing_that_nobody_knows_is_asked_for(evaluate: Callable[..., Done],
     assert results()["protocols"]["time"] == results("told")["protocols"]["time"]
 
 
+def test_out_that_is_a_file(evaluate: Callable[..., Done], computed: list):
+    Path("out").write_text("words")
+    done = evaluate()
+    assert done.code == 2
+    assert "error: out: out/parts/time cannot be written to" in done.err
+    assert not computed
+
+
 class Poison:
     def __reduce__(self) -> tuple:
         return os.mkdir, ("poisoned",)

@@ -154,6 +154,14 @@ def test_convert_replaces_world_models_only(checkpoint, codec, command, tmp_path
     assert torch.equal(found, read(Path(checkpoint))["model"]["_orig_mod.pos_embed"])
 
 
+@pytest.mark.parametrize("argv", [("--help",), ("-h",)])
+def test_help_names_both_commands(argv, command, capsys):
+    command(*argv)
+    printed = capsys.readouterr().out
+    assert "convert CHECKPOINT OUT" in printed
+    assert "export WORLD OUT" in printed
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
