@@ -178,6 +178,15 @@ def test_ancestral_sampling_over_a_respaced_chain(steps):
     np.testing.assert_allclose(out.numpy(), x, rtol=1e-9, atol=1e-9)
 
 
+def test_one_normal_is_drawn_at_every_step_also_at_the_last():
+    """What is sampled next from the same generator, as in a rollout, begins after that one."""
+    sampler, counted = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    noise = draw(2, 1, 2, 4, 4)
+    DDPM(DDPMConfig()).sample(toy_network, noise, SamplerConfig("ddpm", 3), sampler)
+    torch.randn(3, *noise.shape, generator=counted)
+    assert torch.equal(torch.rand(4, generator=sampler), torch.rand(4, generator=counted))
+
+
 def test_the_network_is_told_the_timesteps_of_the_long_chain():
     told = []
 

@@ -52,6 +52,7 @@ class Knowing(nn.Module):
 
     def predict(self, context, actions, time_shift, context_mask, action_mask, spacing, sampler, generator) -> Tensor:
         assert bool(action_mask.all())
+        assert spacing.tolist() == [0.25] * len(context)
         self.noises.append(float(torch.rand((), generator=generator)))
         return torch.stack(
             [
@@ -61,6 +62,9 @@ class Knowing(nn.Module):
         )
 
     def rollout(self, context, actions, context_mask, action_mask, fps, spacing, sampler, generator) -> Tensor:
+        assert action_mask.shape == actions.shape[:3]
+        assert bool(action_mask.all())
+        assert spacing.tolist() == [0.25] * len(context)
         self.noises.append(float(torch.rand((), generator=generator)))
         films = []
         for b, past in enumerate(context):

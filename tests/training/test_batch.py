@@ -12,7 +12,7 @@ from cdit.data.windows import WindowDataset, WindowKey
 from cdit.training.batch import NoisyBatch, noisy_batch
 from cdit.training.config import TrainConfig
 from cdit.training.setup import build_world
-from cdit.world_model import WorldModel
+from cdit.world_model import Units, WorldModel
 
 CPU = torch.device("cpu")
 KEYS = [WindowKey(3, 1, 0), WindowKey(27, 1, 1), WindowKey(9, 1, 2)]
@@ -130,6 +130,17 @@ def test_units_of_actions_and_times(config: Callable[..., TrainConfig], train_se
     batch = noisy_batch(world, items, CPU)
     torch.testing.assert_close(batch.action, torch.tensor([1.0, -0.5, 0.5]).expand(3, 2, 3))
     torch.testing.assert_close(batch.time_shift, torch.tensor([1.0, -0.5]).expand(3, 2))
+
+
+def test_actions_are_in_units_of_each_windows_dataset(world: WorldModel, train_set: WindowDataset):
+    world.description.units = Units((2.0, 3.0, 0.5), (-0.25, 0.0, 0.0), spacing=None)
+    items = stacked(train_set, KEYS)
+    items["spacing"] = torch.tensor([0.2, 0.4, 0.8])
+    found = noisy_batch(world, items, CPU).action
+    for sample, spacing in enumerate((0.2, 0.4, 0.8)):
+        dx, dy, dyaw = items["action"][sample].unbind(-1)
+        expected = torch.stack((2 * dx / spacing - 0.25, 3 * dy / spacing, 0.5 * dyaw), dim=-1)
+        torch.testing.assert_close(found[sample], expected)
 
 
 def test_the_farthest_goal_may_lie_in_the_past(config: Callable[..., TrainConfig], train_set: WindowDataset):

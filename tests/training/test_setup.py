@@ -68,6 +68,25 @@ def test_weights_are_a_function_of_the_seed(config: Callable[..., TrainConfig], 
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
+def test_what_the_description_says_of_a_ddpm_in_published_units(
+    config: Callable[..., TrainConfig], train_set: WindowDataset
+):
+    options = ["--objective", "ddpm", "--units", "nwm", "--sampler.scheduler", "ddim", "--action_dropout", "0.3"]
+    crop = ["--data.crop", "4:3", "--data.min_history", "2"]
+    world = build_world(config(*options, *crop), train_set)
+    said = world.description
+    assert (said.objective, said.crop, said.min_history, said.action_dropout) == ("ddpm", "4:3", 2, 0.3)
+    assert said.sampler.scheduler == "ddim"
+    assert world.cdit.out_channels == 6
+    # Five frames a second, 0.2 m apart: a second ahead is 5/128, 5 spacings forward are 1.
+    action, shift = said.units.normalize(torch.tensor([[[1.0, 0.8, 0.5]]]), torch.tensor([[1.0]]))
+    torch.testing.assert_close(action, torch.tensor([[[1.0, 1.0, 0.5]]]))
+    torch.testing.assert_close(shift, torch.tensor([[5 / 128]]))
+    plain = build_world(config(*options, "--ddpm.learn_variance", "false"), train_set)
+    assert plain.cdit.out_channels == 3
+    assert not plain.objective.learn_variance
+
+
 def test_a_model_that_is_not_told_actions_has_none(config: Callable[..., TrainConfig], train_set: WindowDataset):
     assert build_world(config(), train_set).description.has_actions
     assert not build_world(config("--model.use_action", "false"), train_set).description.has_actions
