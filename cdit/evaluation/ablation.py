@@ -22,6 +22,7 @@ from cdit.cli import parse_config
 from cdit.data.windows import DataConfig, WindowDataset
 from cdit.errors import UserError
 from cdit.evaluation.bootstrap import Estimate, estimates, paired_difference
+from cdit.evaluation.config import EvaluateConfig
 from cdit.evaluation.loading import spread
 from cdit.evaluation.results import RESULTS, Results
 from cdit.evaluation.tables import Row, markdown_table
@@ -65,6 +66,11 @@ class AblationConfig:
     def folder(self) -> Path:
         """The ablation's folder."""
         return Path(self.output) / self.name
+
+    @property
+    def index(self) -> Path:
+        """The index file of the cases."""
+        return self.folder / "cases.pkl"
 
 
 @dataclass(frozen=True)
@@ -119,12 +125,14 @@ def ablate(argv: list[str]) -> None:
     check_comparable(config, resolved)
     for run in runs:
         check_folder(run, resolved[run.variant])
+        options = evaluation_options(run, config, resolved[run.variant]["data"])
+        parse_config(EvaluateConfig, "options of cdit.evaluate", options).validate()
     for number, run in enumerate(runs, start=1):
         print(f"\n{config.name}, run {number} of {len(runs)}: {run.variant}, seed {run.seed}", file=sys.stderr)
         train(run, config)
-    index = write_cases(config, resolved)
+    write_cases(config, resolved)
     for run in runs:
-        evaluate(run, config, resolved[run.variant]["data"], index)
+        evaluate(run, config, resolved[run.variant]["data"])
     print(report(config, runs))
     print(f"{config.folder} holds results.md, results.json and all runs")
 
@@ -197,8 +205,8 @@ def train(run: Run, config: AblationConfig) -> None:
     _call([*_launcher(config), str(TRAIN), *run.options, "--resume", "auto"], run)
 
 
-def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> Path:
-    """Writes the cases that all are measured on, as an index file of NWM, and returns its path.
+def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> None:
+    """Writes the cases that all are measured on, as an index file of NWM.
 
     They have as many past frames as the variant that looks at most of them.
 
@@ -217,23 +225,11 @@ def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> 
     for window in windows:
         trajectory, now = dataset.locate(window)
         cases.append((dataset.trajectories[trajectory].name, now, min(offsets), max(offsets)))
-    path = config.folder / "cases.pkl"
-    path.write_bytes(pickle.dumps(cases))
-    return path
+    config.index.write_bytes(pickle.dumps(cases))
 
 
-def evaluate(run: Run, config: AblationConfig, data: dict[str, Any], index: Path) -> None:
-    """Measures a trained run on the cases; what is measured already is not measured again.
-
-    Args:
-        run: trained.
-        config: the ablation.
-        data: the data section of the run's training config.
-        index: the cases.
-
-    Raises:
-        UserError: the evaluation failed.
-    """
+def evaluation_options(run: Run, config: AblationConfig, data: dict[str, Any]) -> list[str]:
+    """Options of cdit.evaluate for a run whose training config has this data section."""
     options = {
         "checkpoint": run.folder,
         "data": data["folder"],
@@ -241,13 +237,22 @@ def evaluate(run: Run, config: AblationConfig, data: dict[str, Any], index: Path
         "splits": data["splits"],
         "out": run.folder / EVALUATION,
         "protocols": ["time"],
-        "time.index": index,
+        "time.index": config.index,
         "time.seconds": config.seconds,
         "metrics": config.metrics,
         "tracking": "none",
         **config.evaluate,
     }
-    _call([*_launcher(config), "-m", "cdit.evaluate", *_options(options)], run)
+    return _options(options)
+
+
+def evaluate(run: Run, config: AblationConfig, data: dict[str, Any]) -> None:
+    """Measures a trained run on the cases; what is measured already is not measured again.
+
+    Raises:
+        UserError: the evaluation failed.
+    """
+    _call([*_launcher(config), "-m", "cdit.evaluate", *evaluation_options(run, config, data)], run)
 
 
 def report(config: AblationConfig, runs: list[Run]) -> str:

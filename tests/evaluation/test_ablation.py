@@ -108,6 +108,16 @@ def test_a_variant_that_cannot_be_trained_is_found_before_anything_is(walks: Pat
     assert not (tmp_path / "out").exists()
 
 
+def test_what_cannot_be_evaluated_is_found_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = {"folder": "somewhere", "test_split": "test", "splits": None, "mix": [], "fps": None}
+    monkeypatch.setattr(ablation, "resolve", lambda run: {"data": data})
+    monkeypatch.setattr(ablation, "train", lambda run, config: pytest.fail("trained"))
+    with pytest.raises(UserError, match="batch_size is 0"):
+        ablate([str(spec(tmp_path, evaluate={"batch_size": 0}))])
+    with pytest.raises(SystemExit):
+        ablate([str(spec(tmp_path, metrics=["pnsr"]))])
+
+
 def test_a_launcher_that_is_not_there(tmp_path: Path):
     config = parse_config(AblationConfig, "", ["--config", str(spec(tmp_path, launch="no_such_launcher --fast"))])
     with pytest.raises(UserError, match="launch: no_such_launcher cannot be started"):
