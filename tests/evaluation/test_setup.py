@@ -15,7 +15,9 @@ from cdit.nwm.normalization import normalization
 from cdit.world_model import WorldModel
 
 
-def test_compatible_rollouts_are_in_the_spacings_of_the_dataset(world: Callable[[], WorldModel], dataset: WindowDataset):
+def test_compatible_rollouts_are_in_the_spacings_of_the_dataset(
+    world: Callable[[], WorldModel], dataset: WindowDataset
+):
     """The release's numbers of a path, from its own description, in units of the walks' 0.25 m."""
     world = world()
     world.description.units = normalization()
