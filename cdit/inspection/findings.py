@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cdit.evaluation.bootstrap import Estimate
-from cdit.inspection.intervals import Best, best_head, mean_estimates, split_halves
+from cdit.inspection.intervals import Best, best_head, mean_estimates, reporting, split_halves
 from cdit.inspection.statistics import HeadStatistics
 from cdit.inspection.truth import SCORES
 
@@ -61,7 +61,7 @@ def best_scores(statistics: HeadStatistics, choosing: np.ndarray) -> tuple[str, 
     if not np.isfinite(values[choosing]).any():
         return None
     column = best_head(values, choosing, statistics.trajectories).column
-    others = [name for name, chose in zip(statistics.trajectories, choosing, strict=True) if not chose]
+    others = reporting(statistics.trajectories, choosing)
     of_head = np.stack([statistics.values(score)[0][~choosing, column] for score in SCORES], axis=1)
     layer, time, head = labels[column]
     estimates = mean_estimates(of_head, others, statistics.seed)
@@ -70,6 +70,6 @@ def best_scores(statistics: HeadStatistics, choosing: np.ndarray) -> tuple[str, 
 
 def mean_scores(statistics: HeadStatistics, choosing: np.ndarray) -> dict[str, Estimate]:
     """`SCORES` of all heads and times on the half that reports."""
-    others = [name for name, chose in zip(statistics.trajectories, choosing, strict=True) if not chose]
+    others = reporting(statistics.trajectories, choosing)
     means = np.stack([np.nanmean(statistics.values(score)[0][~choosing], axis=1) for score in SCORES], axis=1)
     return dict(zip(SCORES, mean_estimates(means, others, statistics.seed), strict=True))

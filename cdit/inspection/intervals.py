@@ -45,6 +45,11 @@ def split_halves(trajectories: Sequence[Hashable], seed: int = 0) -> np.ndarray:
     return np.array([name in choosing for name in trajectories])
 
 
+def reporting(trajectories: Sequence[Hashable], choosing: np.ndarray) -> list[Hashable]:
+    """The trajectories of the samples that do not choose, which report; both arguments as in `best_head`."""
+    return [name for name, chose in zip(trajectories, choosing, strict=True) if not chose]
+
+
 @dataclass(frozen=True)
 class Best:
     """A column that was the best on one half of the samples."""
@@ -75,5 +80,5 @@ def best_head(
     """
     means = np.array([estimate.mean for estimate in mean_estimates(values[choosing], ["one"] * int(choosing.sum()))])
     column = int(np.nanargmax(means if highest else -means))
-    others = [name for name, chose in zip(trajectories, choosing, strict=True) if not chose]
-    return Best(column, float(means[column]), mean_estimates(values[~choosing][:, [column]], others, seed)[0])
+    (estimate,) = mean_estimates(values[~choosing][:, [column]], reporting(trajectories, choosing), seed)
+    return Best(column, float(means[column]), estimate)

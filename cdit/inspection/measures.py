@@ -95,7 +95,11 @@ def offset_mass(weights: Tensor, layout: Layout) -> Tensor:
 
 def preferred_offset(weights: Tensor, layout: Layout) -> Tensor:
     """The offset (rows down, columns right) with the largest `offset_mass`: (…, 2) int64 in patches."""
-    mass = offset_mass(weights, layout)
+    return largest_offset(offset_mass(weights, layout), layout)
+
+
+def largest_offset(mass: Tensor, layout: Layout) -> Tensor:
+    """The offset (rows down, columns right) that has most of an `offset_mass`: (…, 2) int64 in patches."""
     index = mass.flatten(-2).argmax(-1)
     columns = mass.shape[-1]
     return torch.stack((index // columns - (layout.rows - 1), index % columns - (layout.columns - 1)), dim=-1)

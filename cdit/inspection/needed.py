@@ -9,7 +9,7 @@ from PIL import Image
 
 from cdit.evaluation.bootstrap import Estimate
 from cdit.inspection.importance import Head, Importance
-from cdit.inspection.intervals import best_head, mean_estimates
+from cdit.inspection.intervals import best_head, mean_estimates, reporting
 from cdit.inspection.pruning import PruningCurve
 from cdit.inspection.summary import markdown, shown
 
@@ -40,7 +40,7 @@ def importance_section(
             cells += [f"head {number}", shown(best.estimate, 2)]
         lines.append(cells)
     header = ["attention", "layer", "most needed", "loss rise", "least needed", "loss rise"]
-    others = [name for name, chose in zip(trajectories, choosing, strict=True) if not chose]
+    others = reporting(trajectories, choosing)
     (loss,) = mean_estimates(measured.loss[~choosing, None], others, seed)
     text = (
         "Each head by itself is taken out, its output replaced by zeros; the loss of the whole network is "

@@ -18,6 +18,7 @@ from cdit.inspection.glossary import explain
 from cdit.inspection.heads import measure_heads
 from cdit.inspection.heatmaps import distance_chart, measure_heatmap, type_chart
 from cdit.inspection.importance import Head
+from cdit.inspection.intervals import reporting
 from cdit.inspection.measures import Layout
 from cdit.inspection.page import AttentionPage, HeadInfo
 from cdit.inspection.page.compression import affordable_top_k
@@ -229,7 +230,7 @@ def _correspondence(
     layout: Layout,
     choosing: np.ndarray,
 ) -> str:
-    others = [name for name, chose in zip(statistics.trajectories, choosing, strict=True) if not chose]
+    others = reporting(statistics.trajectories, choosing)
     scores = {}
     for name, found in {"best head": statistics, "untrained, best head": untrained}.items():
         best = None if found is None else best_scores(found, choosing)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cdit.evaluation.bootstrap import Estimate
 from cdit.inspection.importance import Importance, ImportanceConfig, losses_without
-from cdit.inspection.intervals import mean_estimates
+from cdit.inspection.intervals import mean_estimates, reporting
 from cdit.inspection.outputs import head_outputs
 from cdit.inspection.recording import unwrap
 from cdit.world_model import WorldModel
@@ -69,6 +69,6 @@ def pruning_curve(
     variants = [order[:count] for order in orders for count in counts]
     losses = losses_without(world, others, variants, config, seed, means, progress)
     by_order = losses.reshape(-1, len(orders), len(counts))
-    names = [name for name, chose in zip(trajectories, choosing, strict=True) if not chose]
+    names = reporting(trajectories, choosing)
     ordered, random = (mean_estimates(values, names, seed) for values in (by_order[:, 0], by_order[:, 1:].mean(axis=1)))
     return PruningCurve(counts, ordered, random)

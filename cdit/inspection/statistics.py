@@ -181,13 +181,12 @@ class HeadStatistics:
         heads = values.shape[-1]
         estimated = mean_estimates(values.flatten(1).double().numpy(), trajectories, self.seed)
         offset_maps = sums.offsets / len(samples)
+        offsets = measures.largest_offset(offset_maps, self.layout).tolist()
+        offset_shares = (offset_maps.amax((-2, -1)) / offset_maps.sum((-2, -1))).tolist()
         rows = []
         for head in range(heads):
             means = dict(zip(names, estimated[head::heads], strict=True))
-            peak = int(offset_maps[head].argmax())
-            down, right = divmod(peak, offset_maps.shape[-1])
-            offset = (down - (self.layout.rows - 1), right - (self.layout.columns - 1))
-            offset_share = float(offset_maps[head].flatten()[peak] / offset_maps[head].sum())
+            offset, offset_share = tuple(offsets[head]), offset_shares[head]
             turning, walking = self._trends(sums, head) if sums.motions else (None, None)
             kind = head_type(_numbers(means, offset, offset_share, turning, walking), thresholds)
             rows.append(HeadRow(layer, head, time, means, offset, offset_share, turning, walking, kind))

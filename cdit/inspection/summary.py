@@ -1,6 +1,5 @@
 """summary.md: what the heads do, in words and small tables."""
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -8,7 +7,7 @@ import numpy as np
 from cdit.evaluation.bootstrap import Estimate
 from cdit.inspection.findings import BestHead
 from cdit.inspection.glossary import type_sentences
-from cdit.inspection.statistics import HeadRow
+from cdit.inspection.statistics import HeadRow, type_counts
 from cdit.inspection.truth import SCORES
 
 
@@ -41,10 +40,10 @@ def about_samples(trajectories: Sequence[str], goals: int, times: Sequence[float
 def types_section(title: str, rows: Sequence[HeadRow]) -> str:
     """How many heads of each layer are of each type, at each diffusion time, and what these types are."""
     times, layers = (sorted({getattr(row, name) for row in rows}) for name in ("time", "layer"))
+    counts = type_counts(rows)
 
     def cell(layer: int, time: float) -> str:
-        counts = Counter(row.type.name for row in rows if (row.layer, row.time) == (layer, time))
-        return ", ".join(f"{count} {name}" for name, count in counts.most_common())
+        return ", ".join(f"{count} {name}" for name, count in counts[layer, time].most_common())
 
     lines = [[str(layer), *(cell(layer, time) for time in times)] for layer in layers]
     found = {row.type.name for row in rows}
