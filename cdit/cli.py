@@ -1,5 +1,6 @@
 """Command lines from typed dataclasses: help from docstrings, YAML files, one clear error, exit code 2."""
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -10,7 +11,9 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
 
-from cdit.errors import UserError
+from cdit.errors import Interrupted, UserError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -76,11 +79,25 @@ def parser_instance(config_class: type[T], values: dict[str, Any]) -> T:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Runs a command line's `main`; a `UserError` becomes one line on stderr and exit code 2."""
+    """Runs a command line's `main`; what ends it early becomes one line on stderr and an exit code.
+
+    `UserError`, or a disk that is full or cannot be written to: 2. `Interrupted`: 75. Ctrl-C: 130.
+    """
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _end(f"error: {error}", 2)
+    except Interrupted as error:
+        _end(f"stopped: {error}", 75)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        _end(f"error: {where}{error.strerror}", 2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _end(message: str, code: int) -> NoReturn:
+    print(message, file=sys.stderr)
+    sys.exit(code)

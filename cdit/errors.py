@@ -1,4 +1,4 @@
-"""The one exception for mistakes a person can mend: a wrong value, a broken file, an empty folder."""
+"""How a program ends early: by a mistake that a person can mend, or by an interruption that it can go on after."""
 
 
 class UserError(Exception):
@@ -10,3 +10,10 @@ class UserError(Exception):
 
 class DataError(UserError):
     """A dataset on disk is missing, malformed or too small. The message names the file."""
+
+
+class Interrupted(Exception):
+    """Something outside ended a run that can go on: a signal, a killed worker, other processes that are gone.
+
+    There is nothing to mend; the message says how to continue. Command lines exit with code 75, "try again".
+    """
