@@ -2,11 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from cdit.training.config import EMAConfig
 
@@ -43,15 +41,11 @@ class EMA:
             self.average.restore(self.network.parameters())
             self.network.train(training)
 
-    def save(self, path: Path) -> None:
-        """Writes the average as safetensors, under the network's parameter names."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The average itself, under the network's parameter names."""
         names = [name for name, _ in self.network.named_parameters()]
-        shadows = (shadow.contiguous() for shadow in self.average.shadow_params)
-        save_file(dict(zip(names, shadows, strict=True)), path)
+        return dict(zip(names, self.average.shadow_params, strict=True))
 
-    def load(self, path: Path, step: int) -> None:
-        """Reads what `save` wrote after that many steps."""
-        tensors = load_file(path)
-        for (name, _), shadow in zip(self.network.named_parameters(), self.average.shadow_params, strict=True):
-            shadow.copy_(tensors[name])
+    def resume(self, step: int) -> None:
+        """Goes on as after that many steps."""
         self.average.optimization_step = step + self._ahead
