@@ -91,16 +91,17 @@ class Block(nn.Module):
         Args:
             x_BND: target tokens.
             condition_BD: what AdaLN follows.
-            keys_values: this block's keys and values of S contexts; or, with `context_modulation`, the normalised
-                context tokens (B, M, D).
+            keys_values: this block's keys and values of S contexts; or, for the block to make them, the normalised
+                context tokens (S, M, D), with `context_modulation` of S = B.
             mask_SM: True where a context token exists; None where all do.
             rotation: of the target's tokens.
-            context_rotation: of the context tokens; used with `context_modulation` only.
+            context_rotation: of the context tokens; used where they are given.
         """
         chunks = self.ada_ln(condition_BD)[:, None].chunk(self.chunks, dim=-1)
         for_self, for_cross, for_mlp = (Modulation(*chunks[i : i + 3]) for i in (0, 3, 6))
         if isinstance(keys_values, Tensor):
-            keys_values = self.cross_attn.project_kv(modulate(keys_values, *chunks[9:]), context_rotation)
+            tokens_SMD = modulate(keys_values, *chunks[9:]) if len(chunks) > 9 else keys_values
+            keys_values = self.cross_attn.project_kv(tokens_SMD, context_rotation)
         mask = None if mask_SM is None else mask_SM[:, None, None, :]
 
         def self_attention(x: Tensor) -> Tensor:

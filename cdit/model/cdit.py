@@ -30,9 +30,10 @@ class ContextCache:
     """Past frames, encoded: what cross-attention looks at, reused at every denoising step and for every goal."""
 
     keys_values: list[KeysValues]
-    """Per block, (B, H, M, K) each. Empty where K and V follow the condition and cannot be kept."""
+    """Per block, (B, H, M, K) each. Empty where every block makes its own, from `tokens_BMD`."""
     tokens_BMD: Tensor | None
-    """Normalised context tokens where K and V follow the condition, else None."""
+    """Normalised context tokens where K and V follow the condition, or are not worth their memory (activation
+    checkpointing), else None."""
     mask_BM: Tensor | None
     """True where a token's frame exists; None where all do."""
     frame_T: Tensor
@@ -56,6 +57,9 @@ class ContextCache:
 class CDiT(ModelMixin, ConfigMixin):
     """Predicts what a frame's denoising objective asks for, from a noisy frame, past frames, action and time shift.
 
+    After `enable_gradient_checkpointing()` a block leaves only its input in memory, and makes the rest, its keys and
+    values of the context among it, once more in the backward pass (Chen et al. 2016, arXiv 1604.06174).
+
     Args:
         image_size: (height, width) of what is denoised, in pixels or latent cells; multiples of patch_size.
         in_channels: C.
@@ -67,6 +71,8 @@ class CDiT(ModelMixin, ConfigMixin):
     Raises:
         UserError: sizes that do not divide, naming the fields.
     """
+
+    _supports_gradient_checkpointing = True
 
     @register_to_config
     def __init__(
@@ -101,6 +107,7 @@ class CDiT(ModelMixin, ConfigMixin):
             raise UserError(f"rotary positions need heads of even width, not {hidden_size // num_heads}")
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.out_channels = in_channels * (2 if learn_variance else 1)
+        self.gradient_checkpointing = False
 
         self.patch_embed = PatchEmbed(tuple(image_size), patch_size, in_channels, hidden_size)
         self.time_embed = ScalarEmbedding(hidden_size)
@@ -175,11 +182,12 @@ class CDiT(ModelMixin, ConfigMixin):
         frame_T = torch.arange(end - count + 1, end + 1, device=x.device)
         x = x.flatten(0, 1)
         for block in self.context_blocks:
-            x = block(x, self._rotation(frame_T[-1:]))
+            x = self._run(block, x, self._rotation(frame_T[-1:]))
         x = self.context_norm(x).unflatten(0, (batch, count)).flatten(1, 2)
+        in_blocks = self.config.context_modulation or self._checkpointing
         return ContextCache(
-            keys_values=[] if self.config.context_modulation else self._keys_values(x, frame_T),
-            tokens_BMD=x if self.config.context_modulation else None,
+            keys_values=[] if in_blocks else self._keys_values(x, frame_T),
+            tokens_BMD=x if in_blocks else None,
             mask_BM=None if mask is None else mask.repeat_interleave(x.shape[1] // count, dim=1),
             frame_T=frame_T,
         )
@@ -261,13 +269,21 @@ class CDiT(ModelMixin, ConfigMixin):
         rotation, context_rotation = self._rotation(context.frame_T[-1:] + 1), None
         per_block, mask_BM = context.keys_values, context.mask_BM
         if context.tokens_BMD is not None:
-            goals = len(x) // context.batch
+            # Keys and values that follow the condition are each goal's own.
+            goals = len(x) // context.batch if self.config.context_modulation else 1
             per_block = [context.tokens_BMD.repeat_interleave(goals, 0)] * len(self.blocks)
             mask_BM = None if mask_BM is None else mask_BM.repeat_interleave(goals, 0)
             context_rotation = self._rotation(context.frame_T)
         for block, keys_values in zip(self.blocks, per_block, strict=True):
-            x = block(x, condition, keys_values, mask_BM, rotation, context_rotation)
+            x = self._run(block, x, condition, keys_values, mask_BM, rotation, context_rotation)
         return self._unpatchify(self.final_layer(x, condition)).reshape(*sample.shape[:-3], -1, *sample.shape[-2:])
+
+    @property
+    def _checkpointing(self) -> bool:
+        return self.gradient_checkpointing and torch.is_grad_enabled()
+
+    def _run(self, block: nn.Module, *inputs: Tensor | KeysValues | Rotation | None) -> Tensor:
+        return self._gradient_checkpointing_func(block, *inputs) if self._checkpointing else block(*inputs)
 
     def _keys_values(self, tokens_BMD: Tensor, frame_T: Tensor) -> list[KeysValues]:
         rotation = self._rotation(frame_T)

@@ -100,6 +100,8 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         learn_variance=config.objective == "ddpm" and config.ddpm.learn_variance,
         **config.model.arguments(),
     )
+    if config.activation_checkpointing:
+        cdit.enable_gradient_checkpointing()
     farthest = max(abs(config.data.min_offset), abs(config.data.max_offset), 1)
     units = Units(
         action_scale=(1 / farthest, 1 / farthest, 1 / torch.pi), time_scale=dataset.info.fps / farthest, spacing=None
