@@ -26,6 +26,8 @@ class NoisyBatch:
     action_mask: Tensor
     clean: Tensor
     noise: Tensor
+    weight: Tensor
+    """(B,) 1, or 0 for what only fills the batch up."""
 
     def inputs(self) -> dict[str, Tensor | None]:
         """Keyword arguments of `CDiT.forward`."""
@@ -92,4 +94,5 @@ def noisy_batch(
         action_mask=items["action_mask"].to(device) & torch.stack(kept),
         clean=latents[:, past:],
         noise=noise,
+        weight=items["weight"].to(device),
     )

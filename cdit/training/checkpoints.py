@@ -4,7 +4,7 @@
         manifest.json           size and SHA-256 of every other file, written last
         state.json              `RunState`
         config.yaml             the run's config
-        model.safetensors       the weights; where they are sharded, model-00001-of-00008.safetensors … hold each process's part
+        model.safetensors       the weights; sharded ones in model-00001-of-00008.safetensors …, a part each
         average.safetensors     their running average, likewise
         optimizer.safetensors   `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, likewise
         process_00000.json      random states of each process
@@ -13,14 +13,14 @@
 """
 
 import json
-import os
 import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ from cdit.training import manifest
 from cdit.training.config import TrainConfig, flat
 from cdit.training.ema import EMA
 from cdit.training.random_state import random_state, restore_random_state
-from cdit.training.tensors import SavedTensors, fill, part, run_tensors
+from cdit.training.tensors import SavedTensors, file_name, fill, part, run_tensors
 
 STATE = "state.json"
 CONFIG = "config.yaml"
@@ -72,6 +72,8 @@ class RunState:
     """Steps that were skipped because their gradient was not finite."""
     bad_in_a_row: int = 0
     """The last so many of them one after the other."""
+    skipped_samples: int = 0
+    """Samples that could not be read and counted for nothing."""
 
 
 class Checkpoints:
@@ -126,11 +128,17 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         if self.accelerator.scaler is not None:
             state.scaler = self.accelerator.scaler.state_dict()
-        tensors = {kind: self._copy(kind, named) for kind, named in self._tensors().items()}
-        texts = {f"process_{self.accelerator.process_index:05d}.json": json.dumps(random_state())}
+        index, processes = self.accelerator.process_index, self.accelerator.num_processes
+        tensors = {
+            file_name(kind, named, index, processes): self._copy(kind, named) for kind, named in self._tensors().items()
+        }
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        texts = {f"process_{index:05d}.json": json.dumps(random_state())}
         if self.accelerator.is_main_process:
             texts[STATE] = json.dumps(asdict(state), indent=2) + "\n"
             texts[CONFIG] = yaml.safe_dump(self.config.plain(), sort_keys=False)
+        tensors = {file: copies for file, copies in tensors.items() if copies}
         self._writing = self._writer.submit(self._write, partial, tensors, texts)
         self.saved_step = state.step
         if not self.config.checkpoint.background:
@@ -170,7 +178,7 @@ class Checkpoints:
                 restore_random_state(json.loads(own.read_text()))
             if self.accelerator.scaler is not None and state.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
-        except Exception as error:  # missing files, foreign weights, broken archives: each library has its own exceptions
+        except Exception as error:  # missing files, foreign weights: each library has its own exceptions
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(f"resume: {folder} cannot be continued from: {reason}") from error
         self.ema.resume(state.step)
@@ -184,23 +192,166 @@ class Checkpoints:
         """This process's part of the tensors as they are now, in memory that the next copy uses again."""
         copies = {}
         for name, tensor in named.items():
-            mine = part(tensor)
-            if mine is None:
-                continue
-            if (kind, name) not in self._copies:
-                self._copies[kind, name] = torch.empty_like(mine, device="cpu", pin_memory=mine.is_cuda)
-            copies[name] = self._copies[kind, name].copy_(mine, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            mine = part(tensor, self.accelerator.is_main_process)
+            if mine is not None:
+                if (kind, name) not in self._copies:
+                    self._copies[kind, name] = torch.empty(mine.shape, dtype=mine.dtype, pin_memory=mine.is_cuda)
+                copies[name] = self._copies[kind, name].copy_(mine, non_blocking=True)
         return copies
 
     def _write(self, partial: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str]) -> None:
-        """Writes this process's files, and on the main process, when all have, the manifest."""
+        """Writes this process's files; the main process waits for the others' and makes a checkpoint of them."""
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
-        sharded = any(part.is_sharded for part in ())  # replaced below
         with _disk_errors(partial):
-            files = []
-            for name, text in texts.items():
-                manifest.write_through(partial / name, text)
-                files.append(name)
-            receipt = {name: manifest.entry(partial / name) for name in files}
+            for file, named in tensors.items():
+                save_file(named, partial / file)
+            for file, text in texts.items():
+                (partial / file).write_text(text)
+            files = [partial / file for file in (*tensors, *texts)]
+            manifest.flush(files)
+            entries = {path.name: manifest.entry(path) for path in files}
+            if not self.accelerator.is_main_process:
+                receipt = partial / f".{index:05d}.partial"
+                manifest.write_through(receipt, json.dumps(entries))
+                receipt.rename(partial / f".{index:05d}.receipt")
+                return
+            entries |= self._others(partial, processes - 1)
+            manifest.write_manifest(partial, dict(sorted(entries.items())))
+            manifest.flush([partial])
+            self._publish(partial)
+
+    def _others(self, partial: Path, count: int) -> dict[str, manifest.Entry]:
+        """What the other processes have written, when all have."""
+        until = time.monotonic() + 60 * self.config.timeout_minutes
+        while len(receipts := list(partial.glob(".*.receipt"))) < count:
+            if self._broken_off or time.monotonic() > until:
+                raise UserError(f"{partial}: {count - len(receipts)} other processes have not written their part")
+            time.sleep(POLL_S)
+        entries = {}
+        for receipt in receipts:
+            entries |= json.loads(receipt.read_text())
+            receipt.unlink()
+        return entries
+
+    def _publish(self, partial: Path) -> None:
+        """Gives a finished checkpoint its name, points `latest` to it, and deletes those not to be kept."""
+        final = self.folder / partial.name.removeprefix(".").removesuffix(".partial")
+        if final.exists():
+            final.rename(partial.with_suffix(".old"))
+        partial.rename(final)
+        link = self.folder / f".{LATEST}"
+        link.unlink(missing_ok=True)
+        link.symlink_to(final.name)
+        link.replace(self.folder / LATEST)
+        manifest.flush([self.folder])
+        keep, keep_every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
+        for old in checkpoints(self.config.folder)[:-keep]:
+            if not keep_every or step_of(old) % keep_every:
+                old.rename(old.with_name(f".{old.name}.old"))
+        for old in self.folder.glob(".step_*.old"):
+            shutil.rmtree(old)
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """The run's complete checkpoints, oldest first; they may have been damaged since."""
+    found = (run / "checkpoints").glob("step_*")
+    return sorted(p for p in found if re.fullmatch(r"step_\d{8}", p.name) and p.is_dir())
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step a checkpoint was made at, by its name."""
+    return int(checkpoint.name.removeprefix("step_"))
+
+
+def find_resume(config: TrainConfig) -> Path | None:
+    """The checkpoint to continue, found sound and to go with the config; None to start afresh.
+
+    With `auto`, damaged ones are named on stderr, and renamed so that they are kept and not looked at again.
+
+    Raises:
+        UserError: the run would be overwritten, or the checkpoint is not there or damaged, or all are, or it was made
+            with another config.
+    """
+    folder = _named(config.resume, config.folder)
+    if folder is not None:
+        check_config(config, folder)
+    return folder
+
+
+def _named(resume: str, run: Path) -> Path | None:
+    """The sound checkpoint that the config's `resume` means."""
+    existing = checkpoints(run)
+    if resume == "no":
+        if existing:
+            raise UserError(
+                f"{run} already holds checkpoints: continue with --resume auto, choose another --name, or delete it"
+            )
+        return None
+    if resume == "auto":
+        return _newest_sound(existing)
+    folder = Path(resume)
+    if not folder.is_dir():
+        raise UserError(f"resume is {resume!r}, expected no, auto, or a checkpoint folder (with {manifest.MANIFEST})")
+    if existing and existing[-1].resolve() != folder.resolve():
+        raise UserError(
+            f"resume is {resume!r}, but {run} already holds checkpoints up to {existing[-1].name}: "
+            "continue with --resume auto, choose another --name, or delete them"
+        )
+    if problem := manifest.problem(folder):
+        raise UserError(f"resume: {folder} cannot be continued from: {problem}")
+    return folder
+
+
+def _newest_sound(existing: list[Path]) -> Path | None:
+    for folder in reversed(existing):
+        problem = manifest.problem(folder)
+        if problem is None:
+            return folder
+        kept = folder.with_name(f"{folder.name}.damaged")
+        shutil.rmtree(kept, ignore_errors=True)  # of an earlier time at the same step
+        folder.rename(kept)
+        print(f"{folder} is damaged: {problem}; kept as {kept.name}", file=sys.stderr)
+    if existing:
+        raise UserError(
+            f"resume: all checkpoints of {existing[0].parent} are damaged; choose another --name, or delete the run"
+        )
+    return None
+
+
+def check_config(config: TrainConfig, folder: Path) -> None:
+    """Compares the config with the one that the checkpoint was made with.
+
+    With `allow_changes`, what changed is only said on stderr.
+
+    Raises:
+        UserError: something differs that cannot change on the way; the message names field, old and new value.
+    """
+    try:
+        saved = flat(yaml.safe_load((folder / CONFIG).read_text()))
+    except (OSError, ValueError, AttributeError, yaml.YAMLError, RecursionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"resume: {folder} cannot be continued from: its {CONFIG}: {reason}") from error
+    before = {**flat(TrainConfig().plain()), **saved}  # what was not a field yet was as it is by default
+    changed = [
+        f"{name} is {value}, was {before[name]}"
+        for name, value in flat(config.plain()).items()
+        if not MAY_DIFFER.fullmatch(name) and value != before[name]
+    ]
+    if changed and not config.allow_changes:
+        raise UserError(
+            f"resume: {folder} cannot be continued with another config: {'; '.join(changed)} "
+            "(--allow_changes true to do it all the same)"
+        )
+    if changed:
+        print(f"resume: changed from here on: {'; '.join(changed)}", file=sys.stderr)
+
+
+@contextmanager
+def _disk_errors(folder: Path) -> Iterator[None]:
+    """A disk that takes no more, as a `UserError`; nothing of the checkpoint stays there then."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        reason = (isinstance(error, OSError) and error.strerror) or error
+        raise UserError(f"{folder}: the checkpoint cannot be written ({reason})") from error

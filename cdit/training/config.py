@@ -31,6 +31,9 @@ class OptimizerConfig:
     """Decoupled weight decay, on matrices only."""
     max_grad_norm: float = 1.0
     """Global gradient norm is clipped to this."""
+    max_bad_steps: int = 10
+    """Steps whose gradient norm is not finite are skipped, counted, and their batch left in <run>/bad_steps/; after so
+    many in a row the training stops."""
 
 
 @dataclass
@@ -86,6 +89,10 @@ class CheckpointConfig:
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 2
     """How many checkpoints are kept, the newest ones."""
+    keep_every: int = 0
+    """Checkpoints of steps that are a multiple of this are kept for ever, too; 0: none."""
+    background: bool = True
+    """Whether a thread writes them while the training goes on, from a copy in memory."""
 
 
 @dataclass
@@ -111,7 +118,9 @@ class TrainConfig:
     resume: str = "no"
     """Continue an earlier run: auto (from its newest checkpoint, or from the start where there is none), or the path of
     a checkpoint folder; no starts afresh and refuses a folder that holds checkpoints. What the weights were learned
-    with cannot change on the way."""
+    with cannot change on the way. A checkpoint that was damaged is named, kept, and an older one taken."""
+    allow_changes: bool = False
+    """Continue even where the config says something else of what the weights were learned with."""
     seed: int = 0
     """Key of all randomness: weights, batches, goals, noise, diffusion times."""
     steps: int = 1000
@@ -124,6 +133,12 @@ class TrainConfig:
     """Contexts per process and forward pass; smaller ones accumulate gradients. None: the process's whole share."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Autocast precision."""
+    deterministic: bool = False
+    """On a GPU, use only kernels that give the same bits every time, and stop where there is none; slower. On a CPU they
+    always do, for the same number of threads."""
+    timeout_minutes: float = 30.0
+    """How long processes wait for one another before all end. Longer than a probe takes, which one of them does alone;
+    data that takes longer to record is to be recorded before."""
     compile: bool = False
     """Whether to compile the network (torch.compile); pays on a GPU and on long CPU runs."""
     activation_checkpointing: bool = False
@@ -190,6 +205,8 @@ class TrainConfig:
             "probe.final_samples": self.probe.final_samples,
             "checkpoint.every": self.checkpoint.every,
             "checkpoint.keep": self.checkpoint.keep,
+            "optimizer.max_bad_steps": self.optimizer.max_bad_steps,
+            "timeout_minutes": self.timeout_minutes,
             "probe.rows": self.probe.rows,
             "tracking.every": self.tracking.every,
             **{
@@ -209,6 +226,7 @@ class TrainConfig:
             "optimizer.weight_decay": self.optimizer.weight_decay,
             "ema.warmup_power": self.ema.warmup_power,
             "probe.every": self.probe.every,
+            "checkpoint.keep_every": self.checkpoint.keep_every,
             "probe.rollouts": self.probe.rollouts,
             "probe.rollout_frames": self.probe.rollout_frames,
             "probe.attention.samples": self.probe.attention.samples,

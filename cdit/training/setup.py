@@ -1,5 +1,7 @@
 """Builds what a run is made of from its config: the recorded data, the world model, the optimizer."""
 
+import math
+import os
 import shlex
 import subprocess
 import sys
@@ -24,22 +26,21 @@ from cdit.nwm.normalization import normalization
 from cdit.training.config import OptimizerConfig, TrainConfig
 from cdit.world_model import Units, WorldDescription, WorldModel
 
-PATIENCE = timedelta(hours=24)
-"""How long processes wait for one that records data, or probes."""
-
-
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """Device, processes, precision and tracker.
 
     Raises:
         UserError: the device does not have that precision.
     """
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
+        torch.use_deterministic_algorithms(True)
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             dynamo_backend="inductor" if config.compile else "no",
             log_with="wandb" if config.tracking.backend == "wandb" else None,
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes))],
         )
     except ValueError as error:
         if config.mixed_precision in str(error):
@@ -51,19 +52,9 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def micro_batches(config: TrainConfig, processes: int) -> int:
-    """Into how many parts each process cuts its share of a batch.
-
-    Raises:
-        UserError: they would not be equal.
-    """
-    share = config.batch_size // processes
-    size = min(config.micro_batch_size or share, share)
-    if share == 0 or config.batch_size % processes or share % size:
-        raise UserError(
-            f"batch_size is {config.batch_size}, expected a multiple of processes × micro_batch_size = "
-            f"{processes} × {config.micro_batch_size or 1}"
-        )
-    return share // size
+    """Into how many parts each process cuts its share of a batch."""
+    share = math.ceil(config.batch_size / processes)
+    return math.ceil(share / (config.micro_batch_size or share))
 
 
 def prepare_data(config: DataConfig, accelerator: Accelerator) -> None:
@@ -79,6 +70,20 @@ def prepare_data(config: DataConfig, accelerator: Accelerator) -> None:
         if done.returncode:
             raise UserError(f"data.prepare: `python {config.prepare}` failed with exit code {done.returncode}")
     accelerator.wait_for_everyone()
+
+
+def prepare_folder(config: TrainConfig, accelerator: Accelerator) -> None:
+    """Makes the run's folder and leaves the config there.
+
+    Raises:
+        UserError: not all processes see it.
+    """
+    if accelerator.is_main_process:
+        config.folder.mkdir(parents=True, exist_ok=True)
+        config.save(config.folder / "config.yaml")
+    accelerator.wait_for_everyone()
+    if not (config.folder / "config.yaml").is_file():
+        raise UserError(f"output is {config.output!r}: expected a folder that is the same on all machines")
 
 
 def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:

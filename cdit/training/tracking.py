@@ -12,6 +12,7 @@ from accelerate import Accelerator
 
 from cdit.training.checkpoints import RunState
 from cdit.training.config import TrainConfig
+from cdit.training.manifest import write_through
 from cdit.wandb_run import offline_note, start_options
 
 METRICS = "metrics.jsonl"
@@ -24,8 +25,7 @@ class Tracker:
         self.accelerator = accelerator
         self.path = config.folder / METRICS
         self.wandb = config.tracking.backend == "wandb"
-        if accelerator.is_main_process:
-            _drop_after(self.path, state.step)
+        self.rows = _keep_rows(self.path, state.rows) if accelerator.is_main_process else 0
         if self.wandb:
             state.tracker_id = state.tracker_id or secrets.token_hex(4)
             self._start(config, state.tracker_id)
@@ -46,6 +46,7 @@ class Tracker:
             row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
             with self.path.open("a") as file:
                 file.write(json.dumps({"step": step, **row}, allow_nan=False) + "\n")
+            self.rows += 1
         self.accelerator.log(metrics, step=step)
 
     def show(self, media: dict[str, Any], step: int) -> None:
@@ -58,15 +59,10 @@ class Tracker:
         self.accelerator.end_training()
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Removes the rows that a resumed run is going to write again, and what a killed one left half-written."""
-    lines = path.read_text().splitlines() if path.is_file() else []
-    kept = [line for line in lines if _step_of(line) <= step] if step else []
-    path.write_text("".join(line + "\n" for line in kept))
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def _keep_rows(path: Path, count: int) -> int:
+    """Leaves a file of lines its first `count`: a resumed run writes the later ones again. Returns how many there are."""
+    lines = path.read_text(errors="replace").splitlines()[:count] if path.is_file() else []
+    partial = path.with_name(f".{path.name}.partial")
+    write_through(partial, "".join(line + "\n" for line in lines))
+    partial.replace(path)
+    return len(lines)

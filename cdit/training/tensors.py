@@ -1,0 +1,93 @@
+"""The tensors of a run by name, whole or in each process's part, and the safetensors files that hold them.
+
+Sharded tensors (see `cdit.training.sharding`) are cut along their first dimension as `torch.chunk` cuts; the parts of
+all processes, one after the other, are the whole.
+"""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from cdit.training.ema import EMA
+
+
+def run_tensors(cdit: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, dict[str, Tensor]]:
+    """The live tensors of a run: `model`, `average` and `optimizer`, each by name.
+
+    AdamW's state is made, as its first step would make it, where there is none yet.
+    """
+    moments = {}
+    for name, parameter in cdit.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        state = optimizer.state[parameter]
+        if not state:
+            state["step"] = torch.zeros((), device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        moments |= {f"{name}.{key}": tensor for key, tensor in state.items()}
+    return {"model": cdit.state_dict(), "average": ema.tensors(), "optimizer": moments}
+
+
+def part(tensor: Tensor, main: bool) -> Tensor | None:
+    """What of a tensor this process has to save: its own part of a sharded one; else all, on the main process."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return tensor if main else None
+
+
+def fill(tensor: Tensor, whole: Tensor) -> None:
+    """Copies a whole tensor, or this process's part of it, into one that exists.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if tensor.shape != whole.shape:
+        raise ValueError(f"expected {tuple(tensor.shape)}, not {tuple(whole.shape)}")
+    if isinstance(tensor, DTensor):
+        mesh, tensor = tensor.device_mesh, tensor.to_local()
+        parts = whole.chunk(mesh.size())
+        index = mesh.get_local_rank()
+        whole = parts[index] if index < len(parts) else whole[:0]
+    with torch.no_grad():
+        tensor.copy_(whole)
+
+
+def file_name(kind: str, tensors: Mapping[str, Tensor], index: int, processes: int) -> str:
+    """The file of a kind of tensors: one for all processes, or one for each where any is sharded."""
+    sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
+    return f"{kind}-{index + 1:05d}-of-{processes:05d}.safetensors" if sharded else f"{kind}.safetensors"
+
+
+class SavedTensors:
+    """The tensors of one kind in a checkpoint's folder, whole again; a context manager."""
+
+    def __init__(self, folder: Path, kind: str):
+        self.paths = sorted([*folder.glob(f"{kind}.safetensors"), *folder.glob(f"{kind}-*-of-*.safetensors")])
+        if not self.paths:
+            raise FileNotFoundError(f"{kind}.safetensors is missing")
+
+    def __enter__(self) -> "SavedTensors":
+        self._stack = ExitStack()
+        self._files = [self._stack.enter_context(safe_open(path, "pt")) for path in self.paths]
+        self._names = [set(file.keys()) for file in self._files]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self, name: str) -> Tensor:
+        """A tensor, put together from its parts.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        parts = [file.get_tensor(name) for file, names in zip(self._files, self._names, strict=True) if name in names]
+        if not parts:
+            raise KeyError(name)
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
