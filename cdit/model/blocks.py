@@ -120,6 +120,10 @@ class Block(nn.Module):
         x_BND = self._residual(x_BND, for_cross, cross_attention)
         return self._residual(x_BND, for_mlp, self.mlp)
 
+    def project_kv(self, tokens_SMD: Tensor, rotation: Rotation | None = None) -> KeysValues:
+        """Keys and values that `forward` takes, of normalised context tokens; not for `context_modulation`."""
+        return self.cross_attn.project_kv(tokens_SMD, rotation)
+
     def _residual(self, x_BND: Tensor, m: Modulation, branch: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre_norm:
             y_BND = branch(modulate(self.norm(x_BND), m.shift, m.scale))

@@ -8,7 +8,7 @@ Shape suffixes: B contexts, G goals of a context (their targets share its keys a
 P patches of a frame, M = T·P context tokens, D width.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -32,8 +32,7 @@ class ContextCache:
     keys_values: list[KeysValues]
     """Per block, (B, H, M, K) each. Empty where every block makes its own, from `tokens_BMD`."""
     tokens_BMD: Tensor | None
-    """Normalised context tokens where K and V follow the condition, or are not worth their memory (activation
-    checkpointing), else None."""
+    """Normalised context tokens where K and V follow the condition, or are used once only, else None."""
     mask_BM: Tensor | None
     """True where a token's frame exists; None where all do."""
     frame_T: Tensor
@@ -171,6 +170,15 @@ class CDiT(ModelMixin, ConfigMixin):
         Raises:
             ValueError: more frames than max_context.
         """
+        context = self._encode(frames, mask, end)
+        if self.config.context_modulation:
+            return context
+        rotation = self._rotation(context.frame_T)
+        keys_values = [block.project_kv(context.tokens_BMD, rotation) for block in self.blocks]
+        return replace(context, keys_values=keys_values, tokens_BMD=None)
+
+    def _encode(self, frames: Tensor, mask: Tensor | None = None, end: int = 0) -> ContextCache:
+        """Past frames as tokens, of which each block is to make its own keys and values."""
         batch, count = frames.shape[:2]
         if count > self.config.max_context:
             raise ValueError(f"{count} past frames, but max_context is {self.config.max_context}")
@@ -184,10 +192,9 @@ class CDiT(ModelMixin, ConfigMixin):
         for block in self.context_blocks:
             x = self._run(block, x, self._rotation(frame_T[-1:]))
         x = self.context_norm(x).unflatten(0, (batch, count)).flatten(1, 2)
-        in_blocks = self.config.context_modulation or self._checkpointing
         return ContextCache(
-            keys_values=[] if in_blocks else self._keys_values(x, frame_T),
-            tokens_BMD=x if in_blocks else None,
+            keys_values=[],
+            tokens_BMD=x,
             mask_BM=None if mask is None else mask.repeat_interleave(x.shape[1] // count, dim=1),
             frame_T=frame_T,
         )
@@ -250,7 +257,7 @@ class CDiT(ModelMixin, ConfigMixin):
             action_mask: (B[, G]), False where the action is unknown; None where all are known.
         """
         if isinstance(context, Tensor):
-            context = self.encode_context(context, context_mask)
+            context = self._encode(context, context_mask)
         if action is None:
             action = sample.new_zeros(*timestep.shape, 3)
             action_mask = torch.zeros_like(timestep, dtype=torch.bool)
@@ -278,16 +285,9 @@ class CDiT(ModelMixin, ConfigMixin):
             x = self._run(block, x, condition, keys_values, mask_BM, rotation, context_rotation)
         return self._unpatchify(self.final_layer(x, condition)).reshape(*sample.shape[:-3], -1, *sample.shape[-2:])
 
-    @property
-    def _checkpointing(self) -> bool:
-        return self.gradient_checkpointing and torch.is_grad_enabled()
-
     def _run(self, block: nn.Module, *inputs: Tensor | KeysValues | Rotation | None) -> Tensor:
-        return self._gradient_checkpointing_func(block, *inputs) if self._checkpointing else block(*inputs)
-
-    def _keys_values(self, tokens_BMD: Tensor, frame_T: Tensor) -> list[KeysValues]:
-        rotation = self._rotation(frame_T)
-        return [block.cross_attn.project_kv(tokens_BMD, rotation) for block in self.blocks]
+        checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
+        return self._gradient_checkpointing_func(block, *inputs) if checkpointing else block(*inputs)
 
     def _rotation(self, frame_T: Tensor) -> Rotation | None:
         """Rotation of the tokens of frames at these coordinates, T·P of them; None where positions are learned."""
