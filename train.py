@@ -1,6 +1,7 @@
 """Trains a CDiT world model: `accelerate launch train.py --config configs/quickstart.yaml`."""
 
 import os
+import sys
 import time
 from dataclasses import replace
 from datetime import timedelta
@@ -141,8 +142,11 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
 
             # All processes' samples together are the step's batch: its loss is their weighted mean.
             parts = [next(loaded) for _ in range(accelerator.gradient_accumulation_steps)]
-            weight, skipped = sum(part["weight"].sum().item() for part in parts), sum(len(part["skipped"]) for part in parts)
-            samples, skipped, stopping = processes.sum(weight, skipped, signals.received is not None)
+            weight = sum(part["weight"].sum().item() for part in parts)
+            missing = [message for part in parts for message in part["skipped"]]
+            samples, skipped, stopping = processes.sum(weight, len(missing), signals.received is not None)
+            for message in missing:
+                tqdm.write(f"skipped: {message}", file=sys.stderr)
             if stopping:
                 if checkpoints.saved_step != state.step:
                     save()

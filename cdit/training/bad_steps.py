@@ -75,13 +75,14 @@ class BadSteps:
             self._keep(step, norm, loss)
             if state.bad_in_a_row >= self.limit:
                 raise UserError(
-                    f"the gradient was not finite in {state.bad_in_a_row} steps in a row, up to step {step}: try a lower "
-                    f"optimizer.learning_rate, or look at their batches in {self.folder}"
+                    f"the gradient was not finite in {state.bad_in_a_row} steps in a row, the last one step {step}: "
+                    f"try a lower optimizer.learning_rate, or look at their batches in {self.folder}"
                 )
 
     def _keep(self, step: int, norm: float, loss: float) -> None:
         parts = list(self.batch(step))
-        tensors = {name: torch.cat([part[name] for part in parts]) for name, x in parts[0].items() if isinstance(x, Tensor)}
+        names = [name for name, value in parts[0].items() if isinstance(value, Tensor)]
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in names}
         path = self.folder / f"step_{step:08d}_process_{self.accelerator.process_index}"
         self.folder.mkdir(exist_ok=True)
         save_file(tensors, path.with_suffix(".safetensors"))

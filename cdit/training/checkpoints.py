@@ -1,15 +1,15 @@
 """Everything a run needs to be continued: <run>/checkpoints/.
 
-    step_00001000/              one checkpoint, complete: until it is, its name is .step_00001000.partial
-        manifest.json           size and SHA-256 of every other file, written last
-        state.json              `RunState`
-        config.yaml             the run's config
-        model.safetensors       the weights; sharded ones in model-00001-of-00008.safetensors …, a part each
-        average.safetensors     their running average, likewise
-        optimizer.safetensors   `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, likewise
-        process_00000.json      random states of each process
-    latest                      link to the newest one
-    step_00000500.damaged/      one that was found damaged, kept to be looked at
+step_00001000/              one checkpoint, complete: until it is, its name is .step_00001000.partial
+    manifest.json           size and SHA-256 of every other file, written last
+    state.json              `RunState`
+    config.yaml             the run's config
+    model.safetensors       the weights; sharded ones in model-00001-of-00008.safetensors …, a part each
+    average.safetensors     their running average, likewise
+    optimizer.safetensors   `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, likewise
+    process_00000.json      random states of each process
+latest                      link to the newest one
+step_00000500.damaged/      one that was found damaged, kept to be looked at
 """
 
 import json

@@ -134,8 +134,8 @@ class TrainConfig:
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Autocast precision."""
     deterministic: bool = False
-    """On a GPU, use only kernels that give the same bits every time, and stop where there is none; slower. On a CPU they
-    always do, for the same number of threads."""
+    """On a GPU, use only kernels that give the same bits every time, and stop where there is none; slower. On a CPU all
+    do, for the same number of threads."""
     timeout_minutes: float = 30.0
     """How long processes wait for one another before all end. Longer than a probe takes, which one of them does alone;
     data that takes longer to record is to be recorded before."""

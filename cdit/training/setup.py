@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.checkpoint import checkpoint
 
 from cdit.codec import Codec, latent_size, load_codec
 from cdit.data.latents import Encoding
@@ -25,6 +27,7 @@ from cdit.model import CDiT
 from cdit.nwm.normalization import normalization
 from cdit.training.config import OptimizerConfig, TrainConfig
 from cdit.world_model import Units, WorldDescription, WorldModel
+
 
 def build_accelerator(config: TrainConfig) -> Accelerator:
     """Device, processes, precision and tracker.
@@ -106,7 +109,7 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         **config.model.arguments(),
     )
     if config.activation_checkpointing:
-        cdit.enable_gradient_checkpointing()
+        cdit.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))  # what torch.compile knows
     farthest = max(abs(config.data.min_offset), abs(config.data.max_offset), 1)
     units = Units(
         action_scale=(1 / farthest, 1 / farthest, 1 / torch.pi), time_scale=dataset.info.fps / farthest, spacing=None

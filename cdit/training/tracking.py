@@ -60,7 +60,7 @@ class Tracker:
 
 
 def _keep_rows(path: Path, count: int) -> int:
-    """Leaves a file of lines its first `count`: a resumed run writes the later ones again. Returns how many there are."""
+    """Leaves a file its first `count` lines, since a resumed run writes the later ones again; says how many it had."""
     lines = path.read_text(errors="replace").splitlines()[:count] if path.is_file() else []
     partial = path.with_name(f".{path.name}.partial")
     write_through(partial, "".join(line + "\n" for line in lines))
