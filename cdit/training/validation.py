@@ -1,5 +1,7 @@
 """Denoising loss on held-out windows: always the same windows, goals, noise and diffusion times."""
 
+import math
+
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -39,16 +41,21 @@ class Validation:
             accelerator: the windows are shared out among its processes.
         """
         sums = torch.zeros(2, self.bins, dtype=torch.float64)  # on the CPU: not every device has float64
-        mine = range(accelerator.process_index, len(self.keys), accelerator.num_processes)
+        # Where the weights are sharded, all processes have to call the network equally often, each with something:
+        # what they lack is filled up with the first window, which counts for nothing there.
+        processes, windows = accelerator.num_processes, len(self.keys)
+        mine = range(accelerator.process_index, processes * math.ceil(windows / processes), processes)
         for start in range(0, len(mine), CHUNK):
-            chosen = list(mine[start : start + CHUNK])
+            places = mine[start : start + CHUNK]
+            chosen = [place if place < windows else 0 for place in places]
+            counted = torch.tensor([place < windows for place in places]).double()[:, None]
             items = collate([self.dataset[self.keys[i]] for i in chosen])
             batch = noisy_batch(world, items, accelerator.device, time=self.times[chosen])
             loss = world.objective.loss(network(**batch.inputs()), batch.clean, batch.noise, batch.time)
-            loss = loss.float().cpu().double().flatten()
+            loss = loss.float().cpu().double()
             bins = (self.times[chosen] * self.bins).long().clamp(max=self.bins - 1).flatten()
-            sums[0].index_add_(0, bins, loss)
-            sums[1].index_add_(0, bins, torch.ones_like(loss))
+            sums[0].index_add_(0, bins, (counted * loss).flatten())
+            sums[1].index_add_(0, bins, counted.expand_as(loss).flatten())
         sums = accelerator.reduce(sums.to(accelerator.device, torch.float32), "sum").cpu().double()
         named = {}
         for i, (total, count) in enumerate(sums.T.tolist()):

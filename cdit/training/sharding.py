@@ -1,0 +1,93 @@
+"""Fully sharded training (FSDP2): every process holds some rows of each weight, of its average and of its moments.
+
+A block's weights are gathered for as long as the block computes, its gradients are summed to where their rows are. It
+is torch's own `fully_shard` (Zhao et al. 2023, arXiv 2304.11277), the same on CPUs (gloo) and GPUs (NCCL); parameters
+become `DTensor`s, cut along their first dimension. Gradients of micro-batches are summed as they come, which costs
+traffic but leaves no whole gradient in memory.
+"""
+
+import os
+import warnings
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from cdit.attention import MultiHeadAttention
+from cdit.model import CDiT
+from cdit.world_model import WorldModel
+
+
+def take_wish() -> bool:
+    """Whether `accelerate launch` was told to shard (`distributed_type: FSDP`). To be called before `Accelerator` is.
+
+    The wish is taken out of the environment: an `Accelerator` that found it there would shard by itself on GPUs,
+    without what `shard` knows of this network, and on CPUs would quietly give every process the whole network.
+    """
+    return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def shard(network: CDiT, accelerator: Accelerator, compile: bool = False) -> nn.Module:
+    """Cuts a network up, in place, among two or more processes, and returns what to train.
+
+    Its parameters are others afterwards: an optimizer or an average is to be made of them now. They must have been the
+    same on every process.
+
+    Args:
+        network: on the CPU, or already on the accelerator's device.
+        accelerator: its processes and precision. It is not to `prepare` the network, which would add DDP.
+        compile: whether to compile the blocks, each by itself, so that gathering stays outside.
+    """
+    # Its warning is of outputs that are changed in place, which a prediction is not.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for block in (*network.context_blocks, *network.blocks):
+        if compile:
+            block.compile()
+        fully_shard(block, mesh=mesh, mp_policy=_precision(block, network, accelerator))
+    # By default the outermost part stays gathered after a call, and would miss that its average was put in its place.
+    fully_shard(network, mesh=mesh, reshard_after_forward=True)
+    for block in network.blocks:
+        register_fsdp_forward_method(block, "project_kv")
+    register_fsdp_forward_method(network, "encode_context")
+    return accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)  # autocast alone
+
+
+def _precision(block: nn.Module, network: CDiT, accelerator: Accelerator) -> MixedPrecisionPolicy:
+    """What a block's weights are gathered in: bfloat16 where autocast would round them to it at their first use.
+
+    That halves the traffic, and the memory of what autocast would otherwise keep rounded for the backward pass, and
+    changes no bit. It is so of linear maps, and of the extra keys and values where no rotation comes before. Whatever
+    else a block has, autocast uses in float32; then all of it is gathered so.
+    """
+    rounded_first = {nn.Linear} if network.can_push else {nn.Linear, MultiHeadAttention}
+    owners = {type(module) for module in block.modules() if module._parameters}
+    if accelerator.mixed_precision != "bf16" or not owners <= rounded_first:
+        return MixedPrecisionPolicy(cast_forward_inputs=False)
+    return MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor with all its rows. Every process must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def whole_world(world: WorldModel) -> WorldModel | None:
+    """The world model with all its weights, for the main process to use alone; None on the others if it is sharded.
+
+    Every process must call it. Where nothing is sharded it is the same world model.
+    """
+    if not isinstance(world.cdit, FSDPModule):
+        return world
+    weights = get_model_state_dict(world.cdit, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not weights:
+        return None
+    with torch.device("meta"):
+        cdit = CDiT.from_config(world.cdit.config)
+    cdit.load_state_dict(weights, assign=True)
+    device = next(world.cdit.parameters()).device
+    return WorldModel(cdit.to(device).train(world.cdit.training), world.codec, world.description)
