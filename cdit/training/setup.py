@@ -29,11 +29,15 @@ from cdit.training.config import OptimizerConfig, TrainConfig
 from cdit.world_model import Units, WorldDescription, WorldModel
 
 
-def build_accelerator(config: TrainConfig) -> Accelerator:
+def build_accelerator(config: TrainConfig, sharded: bool = False) -> Accelerator:
     """Device, processes, precision and tracker.
 
+    Args:
+        config: of the run.
+        sharded: whether `cdit.training.sharding.shard` takes the place of `prepare` for the network.
+
     Raises:
-        UserError: the device does not have that precision.
+        UserError: the device, or sharding, does not have that precision.
     """
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
@@ -41,7 +45,7 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
-            dynamo_backend="inductor" if config.compile else "no",
+            dynamo_backend="inductor" if config.compile and not sharded else "no",
             log_with="wandb" if config.tracking.backend == "wandb" else None,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes))],
         )
@@ -51,6 +55,8 @@ def build_accelerator(config: TrainConfig) -> Accelerator:
         raise
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate trains in full precision
         raise UserError("mixed_precision is fp16, expected no or bf16 on a CPU")
+    if config.mixed_precision == "fp16" and sharded:  # each process would scale by what its own rows need
+        raise UserError("mixed_precision is fp16, expected no or bf16 where weights are sharded")
     return accelerator
 
 

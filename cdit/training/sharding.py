@@ -23,12 +23,15 @@ from cdit.world_model import WorldModel
 
 
 def take_wish() -> bool:
-    """Whether `accelerate launch` was told to shard (`distributed_type: FSDP`). To be called before `Accelerator` is.
+    """Whether `accelerate launch` was told to shard (`distributed_type: FSDP`), and there are processes to share with.
+
+    To be called before there is an `Accelerator`.
 
     The wish is taken out of the environment: an `Accelerator` that found it there would shard by itself on GPUs,
     without what `shard` knows of this network, and on CPUs would quietly give every process the whole network.
     """
-    return os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    wish = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return wish and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def shard(network: CDiT, accelerator: Accelerator, compile: bool = False) -> nn.Module:
