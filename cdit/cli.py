@@ -4,18 +4,21 @@ import errno
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
 
 from cdit.errors import Interrupted, UserError
+from cdit.plain import check_plain, safe_loader
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
+set_loader("yaml", load_yaml := safe_loader(get_loader("yaml")), (yaml.YAMLError,))
 
 T = TypeVar("T")
 
@@ -28,7 +31,7 @@ class _Parser(ArgumentParser):
 
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
         with suppress(yaml.YAMLError):  # which is reported below
-            values = yaml.safe_load(content)
+            values = load_yaml(content)
             if self.sections is not None and isinstance(values, dict):
                 content = yaml.safe_dump({name: values[name] for name in self.sections if name in values})
         return super().parse_string(content, *args, **kwargs)
@@ -72,10 +75,29 @@ def parse_config(
 
 
 def parser_instance(config_class: type[T], values: dict[str, Any]) -> T:
-    """Builds a (nested) config dataclass from plain values, with the same checks as the command line."""
+    """Builds a (nested) config dataclass from plain values, with the same checks as the command line.
+
+    Raises:
+        UserError: a value is none that a config can hold, or a group of fields is something else.
+        Exception: of jsonargparse, for other fields or types than the dataclass has.
+    """
+    try:
+        check_plain(values)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    _check_groups(config_class, values)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config_class, "it", fail_untyped=True)
     return parser.instantiate(parser.parse_object({"it": values})).it
+
+
+def _check_groups(config_class: type, values: Any, name: str = "") -> None:
+    """Refuses what is no group of fields where one is expected; jsonargparse would not see it."""
+    if not isinstance(values, dict):
+        raise UserError(f"{name or config_class.__name__} is {ascii(values)[:100]}, expected fields with values")
+    for field, kind in get_type_hints(config_class).items():
+        if is_dataclass(kind) and field in values:
+            _check_groups(kind, values[field], f"{name}.{field}".lstrip("."))
 
 
 def run(main: Callable[[], Any]) -> None:
