@@ -2,4 +2,15 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--faults",
+        choices=("short", "all"),
+        default="short",
+        help="how much of tests/faults to run: a selection, or the whole suite (minutes), which prints its table",
+    )

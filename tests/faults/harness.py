@@ -1,0 +1,235 @@
+"""Starts train.py with faults, sees that nothing of it is left over, and counts the bits in which two runs differ."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from safetensors.numpy import load_file
+
+LAUNCH = Path(__file__).with_name("launch.py")
+SIGKILLED = -9
+ENDS_S = 15.0
+"""Until then processes that a dead run has started notice that it is dead (torch's loader workers look every 5 s)."""
+
+
+@dataclass
+class Ended:
+    """A run that has ended."""
+
+    code: int
+    """Its exit code; negative: the signal that ended it."""
+    said: str
+    """What it wrote to stdout and stderr, without progress bars."""
+    after_signal_s: float | None
+    """How long after the last signal that it sent itself."""
+
+    @property
+    def message(self) -> str:
+        """The last line, which says why a run ended."""
+        return (self.said.strip().splitlines() or [""])[-1]
+
+
+@dataclass
+class Trainer:
+    """Runs train.py on a small config, every time under the eyes of `launch.py`.
+
+    Args:
+        folder: for logs; the working folder of the runs.
+        config: config file of all runs.
+        environment: variables of all runs.
+    """
+
+    folder: Path
+    config: Path
+    environment: dict[str, str]
+    references: dict[str, Path] = field(default_factory=dict)
+    _count: int = 0
+
+    def __enter__(self) -> "Trainer":
+        # `launch.py --serve` has imported what train.py needs.
+        self._server = subprocess.Popen(
+            [sys.executable, str(LAUNCH), "--serve"],
+            env=self.environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.stdin.close()
+        self._server.wait()
+
+    def run(
+        self,
+        output: Path,
+        *arguments: object,
+        faults: Sequence[dict[str, Any]] = (),
+        processes: int | None = None,
+        launcher: Sequence[str] | None = None,
+        environment: dict[str, str] | None = None,
+        while_it_runs: Callable[[], None] = lambda: None,
+        timeout_s: float = 240,
+    ) -> Ended:
+        """Trains with `--resume auto` in <output>/run until it ends, by itself or by a fault.
+
+        Args:
+            output: folder of the run's folder.
+            arguments: of train.py, after the config.
+            faults: as `launch.py` takes them.
+            processes: how many, under torch.distributed.run; None for one without launcher.
+            launcher: the command line before the script, in place of torch.distributed.run.
+            environment: more variables.
+            while_it_runs: called again and again.
+            timeout_s: a run that takes longer is a failure.
+        """
+        self._count += 1
+        log, mark = self.folder / f"{self._count:04d}.log", f"{os.getpid()}.{self._count}"
+        log.touch()
+        arguments = ["--config", self.config, "--output", output, "--name", "run", "--resume", "auto", *arguments]
+        variables = {**self.environment, **(environment or {}), "FAULTS": json.dumps(list(faults)), "FAULTS_RUN": mark}
+        if processes:
+            launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        if launcher:
+            command = [sys.executable, *launcher, str(LAUNCH), *map(str, arguments)]
+            with log.open("a") as file:
+                process = subprocess.Popen(
+                    command, cwd=self.folder, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file,
+                    start_new_session=True,
+                )  # fmt: skip
+            pid, look = process.pid, process.poll
+        else:
+            request = {"arguments": [*map(str, arguments)], "environment": variables}
+            pid = self._ask({**request, "folder": str(self.folder), "output": str(log)})
+            look = lambda: self._ask({"look": pid})  # noqa: E731
+        until = time.monotonic() + timeout_s
+        while (code := look()) is None:
+            assert time.monotonic() < until, f"still running:\n{log.read_text()[-3000:]}"
+            while_it_runs()
+            time.sleep(0.01)
+        ended = time.time()
+        said = [line.rpartition("\r")[2] for line in log.read_text(errors="replace").replace("\x1b[A", "").split("\n")]
+        sent = [float(line.rpartition(" ")[2]) for line in said if "signal sent at" in line]
+        assert_nothing_is_left(pid, mark)
+        return Ended(code, "\n".join(said), ended - sent[-1] if sent else None)
+
+    def reference(self, *arguments: object, processes: int | None = None, environment: dict[str, str] | None = None) -> Path:
+        """Folder of the run with these arguments that nothing disturbs; it is run once."""
+        key = repr((arguments, processes, environment))
+        if key not in self.references:
+            output = self.folder / f"reference_{len(self.references)}"
+            ended = self.run(output, *arguments, processes=processes, environment=environment)
+            assert ended.code == 0, ended.said
+            self.references[key] = output / "run"
+        return self.references[key]
+
+    def _ask(self, request: dict[str, Any]) -> Any:
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+
+def assert_nothing_is_left(session: int, mark: str) -> None:
+    """No process of that session, or that has the run's mark in its environment, lives on for long."""
+    until = time.monotonic() + ENDS_S
+    while left := _processes(session, mark):
+        assert time.monotonic() < until, f"left over: {left}"
+        time.sleep(0.05)
+
+
+def _processes(session: int, mark: str) -> dict[int, str]:
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, _, its_session = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+            marked = f"FAULTS_RUN={mark}\0".encode() in (process / "environ").read_bytes()
+            if state != "Z" and (int(its_session) == session or marked):
+                found[int(process.name)] = (process / "cmdline").read_text().replace("\0", " ")
+        except OSError:
+            continue
+    return found
+
+
+# Comparing.
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """What a finished run leaves behind, by name: every tensor, row of metrics and picture, as bytes.
+
+    The tensors are those of the models and of the last checkpoint: weights, their average, optimizer. The speed, which
+    is no result, is left out of the rows.
+    """
+    found = {}
+    newest = (run / "checkpoints" / "latest").resolve()
+    for path in [*run.glob("best/cdit/*.safetensors"), *run.glob("last/cdit/*.safetensors"), *newest.glob("*.safetensors")]:
+        for name, tensor in load_file(path).items():
+            found[f"{path.parent.name}/{path.name}/{name}"] = tensor.tobytes()
+    state = json.loads((newest / "state.json").read_text())
+    found["state.json"] = json.dumps({**state, "tracker_id": None}).encode()
+    for i, line in enumerate((run / "metrics.jsonl").read_text().splitlines()):
+        row = json.loads(line)
+        row.pop("train/samples_per_second", None)
+        found[f"row {i}"] = json.dumps(row).encode()
+    for path in run.glob("probes/*/*.png"):
+        found[str(path.relative_to(run))] = np.asarray(Image.open(path)).tobytes()
+    return found
+
+
+def differing_bits(run: Path, reference: Path) -> int:
+    """In how many bits two finished runs differ; what only one of them has differs in all its bits."""
+    a, b = contents(run), contents(reference)
+    assert len(b) > 40
+    return sum(_bits(a.get(name, b""), b.get(name, b"")) for name in a.keys() | b.keys())
+
+
+def _bits(a: bytes, b: bytes) -> int:
+    shared = min(len(a), len(b))
+    different = np.frombuffer(a[:shared], np.uint8) ^ np.frombuffer(b[:shared], np.uint8)
+    return int(np.unpackbits(different).sum()) + 8 * (len(a) + len(b) - 2 * shared)
+
+
+# The table.
+
+
+@dataclass
+class Row:
+    """What became of a kind of fault."""
+
+    injected: int = 0
+    recovered: int = 0
+    bits: int = 0
+    notes: list[str] = field(default_factory=list)
+
+
+class Table:
+    """Fault, times injected, runs recovered, differing bits."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, Row] = {}
+
+    def injected(self, fault: str, times: int = 1) -> None:
+        """A fault was injected."""
+        self.rows.setdefault(fault, Row()).injected += times
+
+    def recovered(self, fault: str, bits: int, times: int = 1, note: str = "") -> None:
+        """The run went on after it, and differs from the undisturbed one in so many bits."""
+        row = self.rows[fault]
+        row.recovered, row.bits = row.recovered + times, row.bits + bits
+        if note and note not in row.notes:
+            row.notes.append(note)
+
+    def text(self) -> str:
+        """The table in Markdown."""
+        lines = ["| fault | injected | recovered | differing bits | how the run ended |", "|---|---:|---:|---:|---|"]
+        for fault, row in self.rows.items():
+            lines.append(f"| {fault} | {row.injected} | {row.recovered} | {row.bits} | {'; '.join(row.notes)} |")
+        total = [sum(getattr(row, name) for row in self.rows.values()) for name in ("injected", "recovered", "bits")]
+        return "\n".join([*lines, f"| **all** | {total[0]} | {total[1]} | {total[2]} | |"])
