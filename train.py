@@ -8,10 +8,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 from tqdm import tqdm
 
 from cdit.cli import parse_config, run
-from cdit.data.loader import loader
+from cdit.data.loader import WindowLoader, loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import WindowDataset
 from cdit.errors import Interrupted, UserError
@@ -37,6 +38,7 @@ from cdit.training.setup import (
 from cdit.training.signals import StopSignals, end_with_launcher
 from cdit.training.tracking import Tracker
 from cdit.training.validation import Validation
+from cdit.world_model import WorldModel
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
@@ -74,37 +76,32 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
     network, optimizer = accelerator.prepare(cdit, optimizer)
     ema = EMA(cdit, config.ema)
 
+    def batches(start: int, stop: int) -> KeyedBatchSampler:
+        """Which windows this process has in these steps."""
+        return KeyedBatchSampler(
+            len(train_set),
+            config.batch_size,
+            config.seed,
+            start_step=start,
+            steps=stop,
+            process_index=accelerator.process_index,
+            processes=accelerator.num_processes,
+            micro_batches=accelerator.gradient_accumulation_steps,
+        )
+
+    def batch_again(step: int) -> WindowLoader:
+        return loader(train_set, batches(step, step + 1), replace(config.data, workers=0))
+
+    validation = Validation(test_set, config.validation, config.seed)
+    probes = Probes(test_set, cdit, config, accelerator)
+    bad_steps = BadSteps(optimizer, accelerator, config.folder, config.optimizer.max_bad_steps, batch_again)
     prepare_folder(config, accelerator)
     with Checkpoints(accelerator, config, cdit, optimizer, ema) as checkpoints:
         state = RunState()
         if resume_from:
             state = checkpoints.load(resume_from)
             resume_schedule(schedule, state.schedule)
-
-        def batches(start: int, stop: int) -> KeyedBatchSampler:
-            """Which windows this process has in these steps."""
-            return KeyedBatchSampler(
-                len(train_set),
-                config.batch_size,
-                config.seed,
-                start_step=start,
-                steps=stop,
-                process_index=accelerator.process_index,
-                processes=accelerator.num_processes,
-                micro_batches=accelerator.gradient_accumulation_steps,
-            )
-
         loaded = iter(loader(train_set, batches(state.step, config.steps), config.data))
-        reread = replace(config.data, workers=0)
-        bad_steps = BadSteps(
-            optimizer,
-            accelerator,
-            config.folder,
-            config.optimizer.max_bad_steps,
-            batch=lambda step: loader(train_set, batches(step, step + 1), reread),
-        )
-        validation = Validation(test_set, config.validation, config.seed)
-        probes = Probes(test_set, cdit, config, accelerator)
         tracker = Tracker(accelerator, config, state)
 
         def save() -> None:
@@ -152,25 +149,12 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
                     save()
                 checkpoints.wait()
                 raise Interrupted(f"at step {state.step}, which is saved; --resume auto continues")
-            share = 1 / max(samples, 1)
-            step_losses = []
-            for i, part in enumerate(parts):
-                batch = noisy_batch(world, part, accelerator.device, config.action_dropout)
-                number = i * accelerator.num_processes + accelerator.process_index
-                torch.manual_seed(seed_of(config.seed, state.step, number, 1))  # what model.dropout draws from
-                with accelerator.accumulate(network):
-                    prediction = network(**batch.inputs())
-                    loss = world.objective.loss(prediction, batch.clean, batch.noise, batch.time).mean(1)
-                    loss = share * (batch.weight @ loss)
-                    # Accelerate divides by the number of parts, the processes take the mean of their gradients.
-                    accelerator.backward(loss * len(parts) * accelerator.num_processes)
-                    step_losses.append(loss.detach())
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
-                        bad_steps.before(state.step, norm, torch.stack(step_losses).sum())
-                    optimizer.step()
-                    optimizer.zero_grad()
-            losses.append(torch.stack(step_losses).sum())
+            loss = backward(config, accelerator, world, network, parts, state.step, samples)
+            norm = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
+            bad_steps.before(state.step, norm, loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss)
             schedule.step()
             ema.step()
             state.step += 1
@@ -208,6 +192,44 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
                 world.save_pretrained(config.folder / "last")
         tracker.finish()
     accelerator.print(f"done: {config.folder} holds the world model, metrics.jsonl and pictures")
+
+
+def backward(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    world: WorldModel,
+    network: torch.nn.Module,
+    parts: list[dict[str, torch.Tensor]],
+    step: int,
+    samples: float,
+) -> torch.Tensor:
+    """The gradient of a step's loss, which is the weighted mean over the samples of all processes.
+
+    Args:
+        config: of the run.
+        accelerator: the processes.
+        world: gives codec, units and objective.
+        network: the CDiT to train.
+        parts: this process's micro-batches.
+        step: the step, counted from 0.
+        samples: how many there are in all processes together.
+
+    Returns:
+        () this process's share of the loss; all shares together are the loss.
+    """
+    shares = []
+    for i, part in enumerate(parts):
+        batch = noisy_batch(world, part, accelerator.device, config.action_dropout)
+        # What model.dropout draws from.
+        torch.manual_seed(seed_of(config.seed, step, i * accelerator.num_processes + accelerator.process_index, 1))
+        with accelerator.accumulate(network):
+            prediction = network(**batch.inputs())
+            loss = world.objective.loss(prediction, batch.clean, batch.noise, batch.time).mean(dim=1)
+            share = (batch.weight @ loss) / max(samples, 1)
+            # Accelerate divides by the number of parts, and processes take the mean of their gradients.
+            accelerator.backward(share * (len(parts) * accelerator.num_processes))
+        shares.append(share.detach())
+    return torch.stack(shares).sum()
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ step_00001000/              one checkpoint, complete: until it is, its name is .
     average.safetensors     their running average, likewise
     optimizer.safetensors   `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, likewise
     process_00000.json      random states of each process
-latest                      link to the newest one
+latest                      the name of the newest one
 step_00000500.damaged/      one that was found damaged, kept to be looked at
 """
 
@@ -239,10 +239,8 @@ class Checkpoints:
         if final.exists():
             final.rename(partial.with_suffix(".old"))
         partial.rename(final)
-        link = self.folder / f".{LATEST}"
-        link.unlink(missing_ok=True)
-        link.symlink_to(final.name)
-        link.replace(self.folder / LATEST)
+        manifest.write_through(self.folder / f".{LATEST}", final.name + "\n")
+        (self.folder / f".{LATEST}").replace(self.folder / LATEST)
         manifest.flush([self.folder])
         keep, keep_every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
         for old in checkpoints(self.config.folder)[:-keep]:

@@ -163,8 +163,13 @@ def build_optimizer(network: nn.Module, config: OptimizerConfig, steps: int) -> 
 
 
 def resume_schedule(schedule: LambdaLR, state: dict[str, Any]) -> None:
-    """Goes on from the schedule's `state_dict`, with the rate that its own number of steps, maybe another, asks for."""
+    """Goes on from the schedule's `state_dict`, with the rate that its own peak and number of steps ask for.
+
+    Those may be others than before.
+    """
+    own_peaks = schedule.base_lrs
     schedule.load_state_dict(state)
+    schedule.base_lrs = own_peaks
     for group, rate, factor in zip(
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
     ):

@@ -174,15 +174,17 @@ def _forget_accelerator() -> None:
 
 @pytest.fixture(scope="session")
 def launch(environment: dict[str, str], home: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs a script as a process, or as several under torchrun."""
+    """Runs a script as a process, or as several under torchrun, with further environment variables."""
 
-    def launch(script: Path, *arguments: str, processes: int | None = None) -> subprocess.CompletedProcess:
+    def launch(
+        script: Path, *arguments: str, processes: int | None = None, **variables: str
+    ) -> subprocess.CompletedProcess:
         several = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
         command = [sys.executable, *(several if processes else []), str(script), *map(str, arguments)]
         return subprocess.run(
             command,
             cwd=home,
-            env=environment,
+            env={**environment, **variables},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

@@ -1,8 +1,8 @@
-"""Writes the gradients of a training step, made with the parts and in the way of train.py: a script for torchrun.
+"""Writes the gradients of a training step as train.py makes them: a script for torchrun.
 
-    gradients.py CONFIG OUT [MICRO_BATCHES:WORKERS …]
+    gradients.py CONFIG OUT [BATCH_SIZE:MICRO_BATCHES:WORKERS …]
 
-OUT/<micro_batches>_<workers>_<process>.pt holds, of each process, the gradient of every parameter, the mean loss over
+OUT/<batch_size>_<micro_batches>_<workers>_<process>.pt holds, of each process, the gradient of every parameter, the mean loss over
 all processes, the loss on held-out windows with one and with three of them, and the number of processes.
 """
 
@@ -18,10 +18,12 @@ from cdit.cli import parse_config
 from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import WindowDataset
-from cdit.training.batch import noisy_batch
 from cdit.training.config import TrainConfig, ValidationConfig
 from cdit.training.setup import build_world
 from cdit.training.validation import Validation
+
+sys.path.append(str(Path(__file__).parents[2]))
+import train
 
 STEP = 3
 
@@ -38,7 +40,7 @@ def main(config_file: str, out: str, *cases: str) -> None:
     config = parse_config(TrainConfig, "", ["--config", config_file, "--action_dropout", "0.3"])
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     for case in cases:
-        micro_batches, workers = map(int, case.split(":"))
+        batch_size, micro_batches, workers = map(int, case.split(":"))
         data = replace(config.data, workers=workers)
         train_set = WindowDataset(data, "train", config.seed)
         world = build_world(config, train_set)
@@ -48,7 +50,7 @@ def main(config_file: str, out: str, *cases: str) -> None:
         accelerator.step = 0
         sampler = KeyedBatchSampler(
             len(train_set),
-            config.batch_size,
+            batch_size,
             config.seed,
             start_step=STEP,
             steps=STEP + 1,
@@ -56,17 +58,11 @@ def main(config_file: str, out: str, *cases: str) -> None:
             processes=accelerator.num_processes,
             micro_batches=micro_batches,
         )
-        losses = []
         network.train()
-        for items in loader(train_set, sampler, data):
-            batch = noisy_batch(world, items, accelerator.device, config.action_dropout)
-            with accelerator.accumulate(network):
-                prediction = network(**batch.inputs())
-                loss = world.objective.loss(prediction, batch.clean, batch.noise, batch.time).mean()
-                accelerator.backward(loss)
-                losses.append(loss.detach())
+        parts = list(loader(train_set, sampler, data))
+        assert len(parts) == micro_batches
+        loss = train.backward(config, accelerator, world, network, parts, STEP, batch_size)
         assert accelerator.sync_gradients
-        assert len(losses) == micro_batches
         world.cdit.eval()
         test_set = WindowDataset(data, "test", config.seed)
         held_out = [
@@ -75,11 +71,11 @@ def main(config_file: str, out: str, *cases: str) -> None:
         ]
         found = {
             "gradients": {name: p.grad.clone() for name, p in world.cdit.named_parameters()},
-            "loss": accelerator.reduce(torch.stack(losses).mean(), "mean").item(),
+            "loss": accelerator.reduce(loss, "sum").item(),
             "held_out": held_out,
             "processes": accelerator.num_processes,
         }
-        torch.save(found, Path(out) / f"{micro_batches}_{workers}_{accelerator.process_index}.pt")
+        torch.save(found, Path(out) / f"{case.replace(':', '_')}_{accelerator.process_index}.pt")
         optimizer.zero_grad()
         accelerator.free_memory()
     accelerator.end_training()

@@ -101,6 +101,7 @@ def test_share_of_hidden_actions(world: WorldModel, share: float):
         "time_shift": torch.ones(many, goals),
         "spacing": torch.ones(many),
         "seed": torch.arange(many) * 7919,
+        "weight": torch.ones(many),
     }
     items["action_mask"][0] = False
     hidden = ~noisy_batch(world, items, CPU, action_dropout=share).action_mask

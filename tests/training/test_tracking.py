@@ -71,7 +71,8 @@ def test_metrics_are_rows_of_their_step(straight: Path):
     training = [row for row in rows if "train/loss" in row]
     assert [row["step"] for row in training] == [1, 2, 3, 4, 5, 6]
     assert set(training[0]) == {"step"} | {
-        f"train/{name}" for name in ("loss", "gradient_norm", "learning_rate", "samples_per_second")
+        f"train/{name}"
+        for name in ("loss", "gradient_norm", "learning_rate", "samples_per_second", "bad_steps", "skipped_samples")
     }
     assert [row["step"] for row in rows if "validation/loss" in row] == [2, 4, 6]
     assert len({row["train/loss"] for row in training}) == 6
@@ -81,17 +82,21 @@ def test_metrics_are_rows_of_their_step(straight: Path):
 def track(config: Callable[..., TrainConfig], accelerator: Accelerator) -> Callable[[int], Tracker]:
     settings = config()
     settings.folder.mkdir(parents=True)
-    return lambda step: Tracker(accelerator, settings, RunState(step=step))
+    return lambda rows: Tracker(accelerator, settings, RunState(step=rows, rows=rows))
 
 
 def test_rows_after_the_checkpoint_are_written_anew(track: Callable[[int], Tracker]):
+    """Also those of its own step, such as a validation's, that came after it."""
     tracker = track(0)
-    for step in range(1, 6):
+    for step in (1, 2, 2, 2, 3):
         tracker.log({"value": 10.0 * step}, step)
+    assert tracker.rows == 5
     again = track(3)
-    again.log({"value": -1.0}, 4)
+    assert again.rows == 3
+    again.log({"value": -1.0}, 2)
+    assert again.rows == 4
     rows = [json.loads(line) for line in again.path.read_text().splitlines()]
-    assert [(row["step"], row["value"]) for row in rows] == [(1, 10.0), (2, 20.0), (3, 30.0), (4, -1.0)]
+    assert [(row["step"], row["value"]) for row in rows] == [(1, 10.0), (2, 20.0), (2, 20.0), (2, -1.0)]
     track(0)
     assert again.path.read_text() == ""
 

@@ -1,0 +1,287 @@
+"""Two processes that share the weights train as one that has them all."""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sharded import AVERAGE, DIALECTS, MAX_NORM, STEPS, batch, build, loss_of
+from torch import Tensor
+
+from cdit.training.sharding import take_wish
+from cdit.world_model import WorldModel
+
+SHARDED = Path(__file__).with_name("sharded.py")
+TRAIN = Path(os.environ.get("TRAIN", Path(__file__).parents[2] / "train.py"))
+WISH = {"ACCELERATE_USE_FSDP": "true"}
+KINDS = ("weights", "averages", "exp_avg", "exp_avg_sq")
+
+
+def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest relative distance of a tensor."""
+    assert set(found) == set(expected)
+    return max(((found[n] - expected[n]).norm() / expected[n].norm().clamp(min=1e-6)).item() for n in expected)
+
+
+def same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    return set(found) == set(expected) and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def without_key_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is added to all keys changes no attention: its gradient is rounding errors, which AdamW makes large."""
+    return {name: tensor[len(tensor) // 2 :] if name.endswith("self_attn.kv.bias") else tensor
+            for name, tensor in tensors.items()}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shared(
+    launch: Callable[..., subprocess.CompletedProcess], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, list[dict]]:
+    """What each of two processes finds."""
+    out = tmp_path_factory.mktemp("shared")
+    done = launch(SHARDED, out, processes=2, **WISH)
+    assert done.returncode == 0, done.stderr
+    return {name: [torch.load(out / f"{name}_{i}.pt") for i in range(2)] for name in (*DIALECTS, "bfloat16")}
+
+
+def alone(dialect: str) -> dict:
+    """The same training in plain PyTorch on the batch of both processes, its clipping and average by hand."""
+    network = build(dialect)
+    matrices, others = ([p for p in network.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99))
+    averages = {name: p.detach().clone() for name, p in network.named_parameters()}
+    losses, norms, direct = [], [], []
+    for step in range(STEPS):
+        loss = sum(loss_of(network(**batch(step, process)), step, process) for process in range(2)) / 2
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.cat([p.grad.flatten() for p in network.parameters()]).double().norm().item()
+        for p in network.parameters():
+            p.grad *= min(1.0, MAX_NORM / norm)
+        optimizer.step()
+        for name, p in network.named_parameters():
+            averages[name] = AVERAGE.decay * averages[name] + (1 - AVERAGE.decay) * p.detach()
+        with torch.no_grad():
+            averaged = build(dialect)
+            averaged.load_state_dict(averages)
+            direct.append(averaged(**batch(0, 0)))
+        losses.append(loss.item())
+        norms.append(norm)
+    named = dict(network.named_parameters())
+    return {
+        "losses": losses,
+        "norms": norms,
+        "direct": torch.stack(direct),
+        "weights": {name: p.detach() for name, p in named.items()},
+        "averages": averages,
+        **{kind: {name: optimizer.state[p][kind] for name, p in named.items()} for kind in ("exp_avg", "exp_avg_sq")},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_each_process_holds_its_rows_and_no_more(shared: dict[str, list[dict]], dialect: str):
+    sizes = {tuple(tensor.shape) for tensor in shared[dialect][0]["whole"]["weights"].values()}
+    assert {shape[0] for shape in sizes} >= {1, 36}  # of which one process has nothing, and both have as much
+    if dialect == "encoder":
+        assert 35 in {shape[0] for shape in sizes}
+    for kind in KINDS:
+        complete = sum(tensor.numel() for tensor in shared[dialect][0]["whole"][kind].values())
+        for name, tensor in shared[dialect][0]["whole"][kind].items():
+            first, second = (process["rows"][kind][name] for process in shared[dialect])
+            assert len(first) == -(-len(tensor) // 2)
+            assert torch.equal(torch.cat((first, second)), tensor)
+        for process in shared[dialect]:
+            assert process["bytes"][kind] < 0.51 * 4 * complete
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_steps_are_those_of_one_process(shared: dict[str, list[dict]], dialect: str):
+    expected = alone(dialect)
+    assert min(expected["norms"]) > 1.1 * MAX_NORM  # so that clipping matters
+    for process in shared[dialect]:
+        assert process["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert process["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+        for kind in KINDS:
+            assert distance(*map(without_key_bias, (process["whole"][kind], expected[kind]))) < 1e-4
+    assert distance(expected["averages"], dict(build(dialect).named_parameters())) > 0.01
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_averages_in_place_and_a_context_encoded_before(shared: dict[str, list[dict]], dialect: str):
+    expected = alone(dialect)["direct"]
+    assert (expected[0] - expected[-1]).abs().max() > 1e-2
+    for process in shared[dialect]:
+        torch.testing.assert_close(process["cached"], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_step_that_one_process_spoils_is_taken_by_none(shared: dict[str, list[dict]], dialect: str):
+    for process in shared[dialect]:
+        assert np.isnan(process["bad norm"])
+        assert same_bits(process["after a bad step"], process["whole"]["weights"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("dialect", "gathered"), [("native", torch.bfloat16), ("nwm", torch.bfloat16), ("encoder", torch.float32)]
+)
+def test_under_autocast_the_bits_are_those_of_ddp(shared: dict[str, list[dict]], dialect: str, gathered: torch.dtype):
+    """Also where weights travel in bfloat16; they do where autocast would round them first of all."""
+    for process in shared["bfloat16"]:
+        found = process[dialect]
+        assert found["gathered"] == [gathered]
+        assert same_bits(found["sharded"], found["ddp"])
+        assert found["ddp"]["output"].abs().max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("variables", "sharded"),
+    [
+        ({}, False),
+        ({"WORLD_SIZE": "2"}, False),
+        ({"ACCELERATE_USE_FSDP": "false", "WORLD_SIZE": "2"}, False),
+        ({"ACCELERATE_USE_FSDP": "true", "WORLD_SIZE": "2"}, True),
+        ({"ACCELERATE_USE_FSDP": "true"}, False),
+    ],
+)
+def test_the_wish_is_taken_from_the_launcher(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], sharded: bool):
+    for name in ("ACCELERATE_USE_FSDP", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert take_wish() is sharded
+    assert "ACCELERATE_USE_FSDP" not in os.environ
+
+
+@pytest.fixture(scope="module")
+def run(
+    launch: Callable[..., subprocess.CompletedProcess], tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The folder of a run of train.py on two processes that share the weights."""
+    output = tmp_path_factory.mktemp("sharded_run")
+    done = launch(TRAIN, "--config", tiny, "--output", output, "--probe.every", "4", processes=2, **WISH)
+    assert done.returncode == 0, done.stderr
+    return output / "tiny"
+
+
+def stopped(run: Path, output: Path, step: int) -> Path:
+    """A copy of the run as if it had been stopped after that step."""
+    copy = Path(shutil.copytree(run, output / "tiny", symlinks=True))
+    for later in copy.glob("checkpoints/step_*"):
+        if int(later.name.removeprefix("step_")) > step:
+            shutil.rmtree(later)
+    for result in ("last", "best"):
+        shutil.rmtree(copy / result)
+    return copy
+
+
+def consolidated(checkpoint: Path, kind: str) -> dict[str, Tensor]:
+    first, second = (load_file(checkpoint / f"{kind}-{i}-of-00002.safetensors") for i in ("00001", "00002"))
+    return {name: torch.cat((first[name], second[name])) if first[name].ndim else first[name] for name in first}
+
+
+def weights(model: Path) -> dict[str, Tensor]:
+    return load_file(model / "cdit/diffusion_pytorch_model.safetensors")
+
+
+@pytest.mark.slow
+def test_training_is_that_of_one_process(run: Path, straight: Path, rows: Callable[..., list[dict[str, float]]]):
+    for field in ("train/loss", "train/gradient_norm", "validation/loss", "probe/lpips/model/1_frames"):
+        expected, measured = rows(straight, field), rows(run, field)
+        assert expected, field
+        for row in expected:
+            (found,) = (other for other in measured if other["step"] == row["step"])
+            assert found[field] == pytest.approx(row[field], rel=1e-3)
+    assert distance(weights(run / "last"), weights(straight / "last")) < 1e-3
+
+
+@pytest.mark.slow
+def test_checkpoints_hold_each_processes_half(run: Path):
+    checkpoint = run / "checkpoints" / "step_00000006"
+    for kind in ("model", "average", "optimizer"):
+        sizes = [(checkpoint / f"{kind}-{i}-of-00002.safetensors").stat().st_size for i in ("00001", "00002")]
+        assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
+        assert not (checkpoint / f"{kind}.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_saved_models_are_whole_and_the_average(run: Path):
+    average = consolidated(run / "checkpoints" / "step_00000006", "average")
+    assert same_bits(weights(run / "last"), average)
+    assert not same_bits(consolidated(run / "checkpoints" / "step_00000006", "model"), average)
+    losses = {row["step"]: row["validation/loss"] for row in map(json.loads, (run / "metrics.jsonl").open())
+              if "validation/loss" in row}  # fmt: skip
+    best = min(losses, key=losses.get)
+    assert same_bits(weights(run / "best"), consolidated(run / "checkpoints" / f"step_{best:08d}", "average"))
+    world = WorldModel.from_pretrained(run / "last")
+    assert same_bits(dict(world.cdit.named_parameters()), average)
+    assert (run / "probes/step_00000004/predictions.png").is_file()
+    assert (run / "probes/step_00000006/rollout_0.mp4").is_file()
+
+
+@pytest.mark.slow
+def test_resumed_to_the_last_bit(
+    launch: Callable[..., subprocess.CompletedProcess],
+    run: Path,
+    tiny: Path,
+    tmp_path: Path,
+    rows: Callable[..., list[dict[str, float]]],
+):
+    copy = stopped(run, tmp_path, 3)
+    options = ("--config", tiny, "--output", tmp_path, "--probe.every", "4", "--resume", "auto")
+    done = launch(TRAIN, *options, processes=2, **WISH)
+    assert done.returncode == 0, done.stderr
+    assert rows(copy) == rows(run)
+    for kind in ("model", "average", "optimizer"):
+        found, expected = (consolidated(r / "checkpoints" / "step_00000006", kind) for r in (copy, run))
+        assert same_bits(found, expected)
+    for model in ("last", "best"):
+        assert same_bits(weights(copy / model), weights(run / model))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_goes_on_unsharded(
+    launch: Callable[..., subprocess.CompletedProcess],
+    train: Callable[..., Path],
+    run: Path,
+    tiny: Path,
+    tmp_path: Path,
+    rows: Callable[..., list[dict[str, float]]],
+    processes: int,
+):
+    copy = stopped(run, tmp_path, 3)
+    if processes == 1:
+        train(tmp_path, "--resume", "auto")
+    else:
+        done = launch(TRAIN, "--config", tiny, "--output", tmp_path, "--resume", "auto", processes=2)
+        assert done.returncode == 0, done.stderr
+    assert (copy / "checkpoints" / "step_00000006" / "model.safetensors").is_file()
+    for row, expected in zip(rows(copy, "train/loss"), rows(run, "train/loss"), strict=True):
+        assert row["train/loss"] == pytest.approx(expected["train/loss"], rel=1e-4)
+    assert distance(weights(copy / "last"), weights(run / "last")) < 1e-3
+
+
+@pytest.mark.slow
+def test_goes_on_sharded_from_one_process(
+    launch: Callable[..., subprocess.CompletedProcess],
+    straight: Path,
+    tiny: Path,
+    tmp_path: Path,
+):
+    copy = stopped(straight, tmp_path, 3)
+    done = launch(TRAIN, "--config", tiny, "--output", tmp_path, "--resume", "auto", processes=2, **WISH)
+    assert done.returncode == 0, done.stderr
+    assert (copy / "checkpoints" / "step_00000006" / "model-00001-of-00002.safetensors").is_file()
+    assert distance(weights(copy / "last"), weights(straight / "last")) < 1e-3

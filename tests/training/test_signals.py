@@ -1,0 +1,64 @@
+"""Signals as a training gets them; how train.py as a whole ends by them is in tests/faults."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from cdit.errors import Interrupted
+from cdit.training.signals import SIGNALS, StopSignals
+
+SECOND = """
+import os, signal, sys, time
+from cdit.training.signals import StopSignals
+with StopSignals() as signals:
+    signals.defer()
+    print("ready", flush=True)
+    while True:
+        time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted_for_the_loop(number: signal.Signals, capfd: pytest.CaptureFixture[str]):
+    before = signal.getsignal(number)
+    with StopSignals() as signals:
+        signals.defer()
+        assert signals.received is None
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # as passed on by a launcher
+        assert signals.received is number
+    assert signal.getsignal(number) is before
+    assert capfd.readouterr().err.count(number.name) == 1
+
+
+def test_before_the_loop_it_ends_what_goes_on():
+    with pytest.raises(Interrupted, match="SIGTERM"), StopSignals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        pytest.fail("went on")
+
+
+def test_one_that_was_swallowed_on_the_way_comes_again():
+    with StopSignals() as signals:
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            time.sleep(5)
+        except Exception:  # as libraries do
+            pass
+        with pytest.raises(Interrupted, match="SIGUSR1"):
+            signals.defer()
+
+
+@pytest.mark.slow
+def test_a_second_one_ends_the_process_at_once():
+    process = subprocess.Popen([sys.executable, "-c", SECOND], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1.2)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 128 + signal.SIGINT
