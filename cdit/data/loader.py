@@ -1,14 +1,23 @@
 """Batches of windows, loaded by worker processes."""
 
+import atexit
+import multiprocessing
+import signal
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cdit.data.windows import DataConfig, WindowDataset, WindowKey
-from cdit.errors import UserError
+from cdit.errors import DataError, Interrupted, UserError
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Which loader workers leave to the process that they work for."""
+SUBSTITUTES = 20
+"""How many windows are tried in place of one that cannot be read."""
 
 
 def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -17,9 +26,13 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def loader(dataset: WindowDataset, sampler: Iterable[list[WindowKey]], config: DataConfig) -> "WindowLoader":
-    """A loader of the sampler's batches with `config.workers` processes, in pinned memory where there is CUDA."""
+    """A loader of the sampler's batches with `config.workers` processes, in pinned memory where there is CUDA.
+
+    Batches have, beside the stacked items, `skipped`: a list of messages, one for each sample that could not be read
+    and so has weight 0 and another window's content. It is always empty where `config.on_error` is "stop".
+    """
     return WindowLoader(
-        Reporting(dataset),
+        Reporting(Skipping(dataset) if config.on_error == "skip" else dataset),
         batch_sampler=sampler,
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
@@ -29,17 +42,48 @@ def loader(dataset: WindowDataset, sampler: Iterable[list[WindowKey]], config: D
 
 
 class WindowLoader(DataLoader):
-    """A `DataLoader` that raises a worker's `UserError` as it was, without the worker's traceback in its message."""
+    """A `DataLoader` whose workers fail in plain words.
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for batch in super().__iter__():
-            if isinstance(batch, UserError):
-                raise batch
+    Raises a worker's `UserError` or `Interrupted` as it was, without the worker's traceback in its message; raises
+    `Interrupted` where a worker was killed. Workers leave signals that stop a run to the process they work for: such
+    signals often go to all processes of a run at once, and it still needs them to finish its step.
+    """
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        # Torch would have a signal handler raise where a worker dies, wherever the main process is just then. That a
+        # worker is missing is noticed without it, within seconds of waiting for its batch.
+        handler, children = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
+        admitted = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which workers inherit
+        try:
+            batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, admitted)
+        if signal.getsignal(signal.SIGCHLD) is not handler:
+            signal.signal(signal.SIGCHLD, handler)
+        for worker in set(multiprocessing.active_children()) - children:
+            atexit.register(worker.kill)  # Python ends its children with the SIGTERM that these do not take
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader worker (pid"):
+                    raise
+                raise Interrupted(
+                    f"a loader worker was killed ({error}); `--resume auto` continues. Where memory was short, take "
+                    "fewer data.workers or a smaller data.cache_gb"
+                ) from error
+            if isinstance(batch, Exception):
+                try:
+                    raise batch
+                finally:
+                    del batch  # or its traceback would keep it, and with it the workers
             yield batch
 
 
 class Reporting(Dataset):
-    """Gives a `UserError` as a value in the item's place."""
+    """Gives a `UserError` or `Interrupted` as a value in the item's place."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -50,9 +94,40 @@ class Reporting(Dataset):
     def __getitem__(self, key: Any) -> Any:
         try:
             return self.dataset[key]
-        except UserError as error:
+        except (UserError, Interrupted) as error:
             return error
 
 
-def _collate_or_report(items: list[dict[str, Tensor] | UserError]) -> dict[str, Tensor] | UserError:
-    return next((item for item in items if isinstance(item, UserError)), None) or collate(items)
+class Skipping(Dataset):
+    """Windows, and in place of one that cannot be read another, with weight 0 and what was wrong as `skipped`.
+
+    The substitutes come after the window at distances that grow by a factor, from 1 to about the whole dataset: one is
+    close by where a frame is broken, and farther away where a whole trajectory is.
+    """
+
+    def __init__(self, dataset: WindowDataset):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: WindowKey) -> dict[str, Any]:
+        try:
+            return self.dataset[key]
+        except DataError as error:
+            first = error
+        for distance in np.geomspace(1, len(self), SUBSTITUTES, endpoint=False):
+            try:
+                item = self.dataset[key._replace(window=(key.window + int(distance)) % len(self), weight=0.0)]
+            except DataError:
+                continue
+            return item | {"skipped": str(first)} if key.weight else item  # padding has counted for nothing before
+        raise first
+
+
+def _collate_or_report(items: list[dict[str, Any] | Exception]) -> dict[str, Any] | Exception:
+    for item in items:
+        if isinstance(item, Exception):
+            return item
+    skipped = [item.pop("skipped") for item in items if "skipped" in item]
+    return {**collate(items), "skipped": skipped}

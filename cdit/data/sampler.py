@@ -1,12 +1,13 @@
 """Which windows each step trains on, as a function of (seed, step) alone."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import numpy as np
 
+from cdit.data.order import shuffled
 from cdit.data.windows import WindowKey
 from cdit.errors import UserError
-from cdit.randomness import seed_of
 
 
 class KeyedBatchSampler:
@@ -14,7 +15,9 @@ class KeyedBatchSampler:
 
     Step s consumes places s·batch_size … (s+1)·batch_size - 1 of an endless sequence of epochs, each a permutation of
     all windows keyed by (seed, epoch). There is no state: a run resumed at `start_step` sees the batches it would have
-    seen. All processes' micro-batches of a step together are the step's batch, each sample once.
+    seen. All processes' micro-batches of a step together are the step's batch, each sample once: process p of P takes
+    its samples p, p + P, … and cuts them into `micro_batches` parts. What a part lacks to the size of the others is
+    filled up with keys of weight 0, so that every process does the same work.
 
     Args:
         windows: number of windows in the dataset.
@@ -25,9 +28,10 @@ class KeyedBatchSampler:
         process_index: this process, from 0.
         processes: how many share each batch.
         micro_batches: into how many parts each process cuts its share (gradient accumulation); yielded in order.
+        order: gives the permutation (windows,) of an epoch; by default `shuffled` with the seed.
 
     Raises:
-        UserError: batch_size is not divisible by processes · micro_batches.
+        UserError: batch_size is less than 1.
     """
 
     def __init__(
@@ -40,36 +44,31 @@ class KeyedBatchSampler:
         process_index: int = 0,
         processes: int = 1,
         micro_batches: int = 1,
+        order: Callable[[int], np.ndarray] | None = None,
     ):
-        if batch_size < 1 or batch_size % (processes * micro_batches):
-            raise UserError(
-                f"batch_size is {batch_size}, expected a multiple of processes × micro_batches = "
-                f"{processes} × {micro_batches}"
-            )
+        if batch_size < 1:
+            raise UserError(f"batch_size is {batch_size}, expected at least 1")
         self.windows = windows
         self.batch_size = batch_size
-        self.seed = seed
         self.steps = range(start_step, steps)
         self.process_index = process_index
         self.processes = processes
         self.micro_batches = micro_batches
+        self.order = order or (lambda epoch: shuffled(windows, seed, epoch))
 
     def __len__(self) -> int:
         return len(self.steps) * self.micro_batches
 
     def __iter__(self) -> Iterator[list[WindowKey]]:
-        share = self.batch_size // (self.processes * self.micro_batches)
-        epoch, order = -1, np.empty(0, np.int64)
+        size = -(-self.batch_size // (self.processes * self.micro_batches))  # of a part, rounded up
+        own = self.process_index % self.batch_size  # the sample that padding repeats: of this process, if it has any
+        order = lru_cache(maxsize=2)(self.order)  # a batch may reach into the next epoch, and padding back
         for step in self.steps:
-            for micro_batch in range(self.micro_batches):
-                first = (micro_batch * self.processes + self.process_index) * share
+            for part in range(self.micro_batches):
                 keys = []
-                for sample in range(first, first + share):
-                    sample_epoch, place = divmod(step * self.batch_size + sample, self.windows)
-                    if sample_epoch != epoch:
-                        epoch, order = sample_epoch, self._permutation(sample_epoch)
-                    keys.append(WindowKey(int(order[place]), step, sample))
+                for place in range(part * size, (part + 1) * size):
+                    sample = self.process_index + place * self.processes
+                    is_real = sample < self.batch_size
+                    epoch, index = divmod(step * self.batch_size + (sample if is_real else own), self.windows)
+                    keys.append(WindowKey(int(order(epoch)[index]), step, sample, float(is_real)))
                 yield keys
-
-    def _permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng(seed_of(self.seed, epoch)).permutation(self.windows)

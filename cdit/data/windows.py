@@ -59,6 +59,9 @@ class DataConfig:
     """Memory for decoded frames in GB, for each process and split; taken as it fills."""
     workers: int = 2
     """Loader processes; 0 loads in the main process."""
+    on_error: Literal["stop", "skip"] = "stop"
+    """What becomes of a training sample whose frames cannot be read: the run stops with an error, or leaves the sample
+    out, weights the others of its batch accordingly, and counts it."""
     latents: Literal["auto", "no"] = "auto"
     """With a codec of latents: train on those that `python -m cdit.data.encode` left in the dataset's folder, where
     there are any (auto), or encode the images at each step (no)."""
@@ -105,6 +108,8 @@ class WindowKey(NamedTuple):
     """Training step."""
     sample: int
     """Index of the sample in the step's global batch."""
+    weight: float = 1.0
+    """How much the sample counts: 0 for one that only fills a batch up."""
 
 
 class WindowDataset(Dataset):
@@ -121,6 +126,7 @@ class WindowDataset(Dataset):
         time_shift    (G,) float32          seconds to the goal, negative in the past
         spacing       () float32            metres between consecutive frames of the window's dataset
         seed          () int64              seed of the sample's further draws: `seed_of(seed, step, sample)`
+        weight        () float32            that of its key: how much the sample counts
 
     After `use_latents`, what an item holds as context and target is (T, S, C, h, w) and (G, S, C, h, w) float32 latents
     (see cdit.data.latents); `window` and `path` give frames all the same.
@@ -156,7 +162,7 @@ class WindowDataset(Dataset):
 
         A plain index stands for `WindowKey(index, step=0, sample=index)`.
         """
-        window, step, sample = key if isinstance(key, WindowKey) else (key, 0, key)
+        window, step, sample, weight = key if isinstance(key, WindowKey) else WindowKey(key, 0, key)
         trajectory, now = self.locate(window)
         past, future = now, len(self.trajectories[trajectory]) - 1 - now
         low, high = max(self.config.min_offset, -past), min(self.config.max_offset, future)
@@ -164,7 +170,7 @@ class WindowDataset(Dataset):
         draws = np.random.default_rng(seed)
         goals = now + draws.integers(low, high, size=self.config.goals, endpoint=True)
         item = self._item(trajectory, now, goals.tolist(), [now] * len(goals), self._latents or self.frames)
-        return item | {"seed": torch.tensor(seed)}
+        return item | {"seed": torch.tensor(seed), "weight": torch.tensor(weight, dtype=torch.float32)}
 
     def use_latents(self, encoding: Encoding) -> None:
         """Has items hold latents in place of frames, if there are any in the dataset's folder (in all, of a mix).
@@ -182,7 +188,7 @@ class WindowDataset(Dataset):
         return trajectory, self._first + window - int(self._starts[trajectory])
 
     def window(self, index: int, offsets: Sequence[int]) -> dict[str, Tensor]:
-        """The window `index` with its goals at these offsets in frames: an item without `seed`.
+        """The window `index` with its goals at these offsets in frames: an item without `seed` and `weight`.
 
         Raises:
             IndexError: an offset leads out of the trajectory.
@@ -204,8 +210,8 @@ class WindowDataset(Dataset):
     def path(self, index: int, length: int) -> dict[str, Tensor]:
         """The window's context and the `length` frames that follow it one by one, for rollouts.
 
-        An item without `seed`, with G = length: target i is frame t+1+i, its action the motion from frame t+i to t+i+1
-        in the local frame of t+i, its time shift 1 / fps.
+        An item without `seed` and `weight`, with G = length: target i is frame t+1+i, its action the motion from frame
+        t+i to t+i+1 in the local frame of t+i, its time shift 1 / fps.
 
         Raises:
             IndexError: the trajectory ends before.

@@ -1,9 +1,11 @@
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from cdit.data.sampler import KeyedBatchSampler
+from cdit.data.windows import WindowKey
 from cdit.errors import UserError
 from cdit.randomness import seed_of
 
@@ -25,17 +27,57 @@ def test_a_batch_larger_than_the_dataset():
     assert sorted(batch[:5]) == sorted(batch[5:10]) == list(range(5))
 
 
-@pytest.mark.parametrize(("processes", "micro_batches"), [(2, 1), (1, 3), (2, 3), (4, 3), (12, 1)])
-def test_shares_are_the_whole_batch_at_any_split(processes, micro_batches):
-    whole = keys()
-    shares = [keys(process_index=index, processes=processes, micro_batches=micro_batches) for index in range(processes)]
-    for share in shares:
+SPLITS = [(2, 1), (1, 3), (2, 3), (4, 3), (12, 1), (3, 2), (5, 1), (1, 5), (7, 4), (16, 1), (13, 2)]
+
+
+@pytest.mark.parametrize(("processes", "micro_batches"), SPLITS)
+@pytest.mark.parametrize(("windows", "batch_size"), [(37, 12), (12, 12), (5, 12), (37, 1), (1, 3), (40, 7), (3, 64)])
+def test_shares_are_the_whole_batch_at_any_split(windows, batch_size, processes, micro_batches):
+    """What one process alone draws, dealt out like cards, and filled up with what counts for nothing."""
+    whole = keys(windows, batch_size)
+    shares = [
+        keys(windows, batch_size, process_index=index, processes=processes, micro_batches=micro_batches)
+        for index in range(processes)
+    ]
+    size = math.ceil(batch_size / (processes * micro_batches))
+    for index, share in enumerate(shares):
         assert len(share) == 10 * micro_batches
-        assert {len(batch) for batch in share} == {12 // processes // micro_batches}
-    for step, batch in enumerate(whole):
-        parts = [share[step * micro_batches + micro] for share in shares for micro in range(micro_batches)]
-        assert sorted(itertools.chain(*parts)) == sorted(batch)
-        assert sorted(key.sample for key in itertools.chain(*parts)) == list(range(12))
+        assert {len(part) for part in share} == {size}
+        for step, batch in enumerate(whole):
+            dealt = list(itertools.chain(*share[step * micro_batches : (step + 1) * micro_batches]))
+            own = batch[index::processes]
+            assert dealt[: len(own)] == own
+            padding = dealt[len(own) :]
+            assert {key.weight for key in padding} <= {0.0}
+            assert {key.window for key in padding} <= {key.window for key in own or batch}
+            assert all(key.step == step and key.sample >= batch_size for key in padding)
+
+
+@pytest.mark.parametrize(("processes", "micro_batches"), SPLITS)
+@pytest.mark.parametrize(("windows", "batch_size"), [(35, 7), (35, 5), (4, 2), (6, 1)])
+def test_every_window_counts_once_an_epoch_at_any_split(windows, batch_size, processes, micro_batches):
+    weights = np.zeros(windows)
+    for index in range(processes):
+        for part in keys(windows, batch_size, 1, 0, windows // batch_size, process_index=index, processes=processes,
+                         micro_batches=micro_batches):  # fmt: skip
+            for key in part:
+                weights[key.window] += key.weight
+    assert (weights == 1).all()
+
+
+def test_one_process_draws_as_it_always_did():
+    """The keys of a batch that divides evenly, derived once more from the definition."""
+    for step, batch in enumerate(keys()):
+        for sample, key in enumerate(batch):
+            epoch, place = divmod(step * 12 + sample, 37)
+            window = np.random.default_rng(seed_of(1, epoch)).permutation(37)[place]
+            assert key == WindowKey(window, step, sample, 1.0)
+
+
+def test_another_order():
+    """One that tells its epoch."""
+    batches = keys(windows=4, batch_size=3, steps=3, order=lambda epoch: 10 * epoch + np.arange(4))
+    assert [[key.window for key in batch] for batch in batches] == [[0, 1, 2], [3, 10, 11], [12, 13, 20]]
 
 
 def test_resuming_gives_the_batches_that_were_left():
@@ -59,7 +101,6 @@ def test_length():
     assert len(keys(start_step=4, processes=2, micro_batches=3)) == 18
 
 
-@pytest.mark.parametrize(("batch_size", "processes", "micro_batches"), [(12, 5, 1), (12, 4, 2), (0, 1, 1)])
-def test_a_batch_that_cannot_be_shared(batch_size, processes, micro_batches):
-    with pytest.raises(UserError, match=rf"batch_size is {batch_size}, .*{processes} × {micro_batches}"):
-        KeyedBatchSampler(10, batch_size, 0, 0, 1, 0, processes, micro_batches)
+def test_an_empty_batch():
+    with pytest.raises(UserError, match="batch_size is 0, expected at least 1"):
+        KeyedBatchSampler(10, 0, 0, 0, 1)

@@ -11,9 +11,7 @@ import torch
 from PIL import Image
 
 from cdit.data.layout import POSES
-from cdit.data.loader import loader
 from cdit.data.motion import local_motion
-from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import DataConfig, WindowDataset, WindowKey
 from cdit.errors import DataError, UserError
 from cdit.randomness import seed_of
@@ -59,6 +57,7 @@ def test_item_shapes_and_types(dataset):
         "time_shift": ((4,), torch.float32),
         "spacing": ((), torch.float32),
         "seed": ((), torch.int64),
+        "weight": ((), torch.float32),
     }
 
 
@@ -143,6 +142,14 @@ def test_goals_are_keyed_by_seed_step_and_sample(dataset):
     offsets = (windows[WindowKey(3, 2, 0)]["time_shift"] * 5).round().int().tolist()
     assert offsets != np.random.default_rng((5, 2)).integers(1, 8, size=16, endpoint=True).tolist()
     assert offsets == np.random.default_rng(seed_of(5, 2, 0)).integers(1, 8, size=16, endpoint=True).tolist()
+
+
+def test_the_weight_is_that_of_the_key(dataset):
+    windows = WindowDataset(config_of(dataset), "train")
+    assert windows[3]["weight"] == windows[WindowKey(3, 0, 3)]["weight"] == 1
+    filling = windows[WindowKey(3, 0, 3, 0.0)]
+    assert filling.pop("weight") == 0
+    assert all(torch.equal(value, windows[3][name]) for name, value in filling.items())
 
 
 def test_window_with_given_offsets(dataset):
@@ -245,28 +252,6 @@ def test_problems_are_listed_and_cut_short(dataset):
         WindowDataset(config_of(dataset), "train")
     assert "none19" in str(error.value)
     assert "none20" not in str(error.value)
-
-
-def batches(dataset, workers: int):
-    config = DataConfig(folder=str(dataset), image_size=(12, 16), workers=workers)
-    windows = WindowDataset(config, "train", seed=4)
-    return list(loader(windows, KeyedBatchSampler(len(windows), 8, 4, 0, 3), config))
-
-
-def test_loader_gives_the_same_with_and_without_workers(dataset):
-    for alone, worker in zip(batches(dataset, 0), batches(dataset, 2), strict=True):
-        assert alone["context"].shape == (8, 4, 3, 12, 16)
-        assert all(torch.equal(alone[key], worker[key]) for key in alone)
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_frame_is_a_plain_error_from_workers(dataset, workers):
-    file = dataset / "b" / "6.jpg"
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(DataError) as error:
-        batches(dataset, workers)
-    assert str(error.value).startswith(str(file))
-    assert "\n" not in str(error.value)
 
 
 def test_data_does_not_import_the_model():
