@@ -3,6 +3,8 @@ import pickle
 import pickletools
 import resource
 import struct
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -214,7 +216,22 @@ ATTACKS = {
     "text bomb": b"\x8d" + struct.pack("<Q", 2**62),
     "bytes length bomb": b"\x8e" + struct.pack("<Q", 2**62),
     "frame bomb": b"\x95" + struct.pack("<Q", 2**62),
+    "array changed in place": FROMBUFFER
+    + argument(bytearray(8), F8, (1,), "C")
+    + b"R"
+    + literal((0,))
+    + literal(1.0)
+    + b"s",
+    "bytes changed in place": literal(bytearray(8)) + b"K\x01a",
+    "key of a tuple": b"}" + literal((1, 2)) + b"Ns",
+    "set of tuples": b"\x8f(" + literal((1, 2)) + b"\x90",
+    "frozen set of tuples": b"(" + literal((1, 2)) + b"\x91",
+    "set of a list of tuples": named("builtins", "set") + argument([(1, 2)]) + b"R",
+    "dict of tuples": b"(" + literal((1, 2)) + b"Nd",
+    "key of complex numbers": b"}" + SCALAR + argument(dtype_of("c16"), literal(bytes(16))) + b"RNs",
+    "key of a huge number": b"}" + literal(2**64) + b"Ns",
     "extension": b"\x82\x01",
+    "buffer from outside": b"\x97",
     "persistent": b"Ptext\n",
 }
 
@@ -241,6 +258,76 @@ def test_no_memory_is_taken_for_memo_entries_that_are_not_there(tmp_path):
     used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert safe_pickle.load(tmp_path / "memo.pkl") is None
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used < 100_000  # kB; the C unpickler takes 64 GiB
+
+
+def memoized(code: bytes, times: int, use: bytes) -> bytes:
+    """A value that is used many times over, each time anew."""
+    return code + b"q\x000" + use * times
+
+
+LIST = b"](" + b"K\x01" * 100_000 + b"e"
+TEXT = b"X" + struct.pack("<I", 1_000_000) + b"x" * 1_000_000
+BYTES = b"B" + struct.pack("<I", 1_000_000) + bytes(1_000_000)
+NESTED = b"](K\x00K\x00eq\x00" + b"".join(b"](h%ch%ceq%c" % (i, i, i + 1) for i in range(60))
+TUPLES = b"K\x00K\x00\x86q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
+BOMBS = {
+    "one bytearray of 64 GB": b"\x96" + struct.pack("<Q", 2**36),
+    "text encoded again and again": memoized(TEXT, 100_000, ENCODE + b"h\x00" + literal("latin1") + b"\x86R0"),
+    "sets of one list": memoized(LIST, 100_000, named("builtins", "set") + b"h\x00\x85R0"),
+    "arrays of one string of bytes": memoized(
+        BYTES, 5_000, EMPTY + b"(K\x01K\x01\x85" + dtype_of("S1000000") + b"\x89h\x00tb0"
+    ),
+    "scalars of one string of bytes": memoized(BYTES, 5_000, SCALAR + dtype_of("S1000000") + b"h\x00\x86R"),
+    "long shapes": memoized(LIST, 5_000, EMPTY + b"(K\x01h\x00" + F8 + b"\x89C\x00tb0"),
+    "empty sets": b"\x8f" * 5_000_000,
+    "empty lists": b"]" * 5_000_000,
+    "marks": b"(" * 5_000_000,
+    "copies of a number": b"K\x01" + b"2" * 5_000_000,
+    "tuples of tuples as a key": b"}" + TUPLES + b"Ns",
+    "lists of lists as an index": FROMBUFFER + argument(bytearray(8), F8, (1,), "C") + b"R" + NESTED + b"K\x01s",
+    "numbers that hash alike": b"}(" + b"".join(literal(i * (2**61 - 1)) + b"N" for i in range(1, 100_000)) + b"u",
+    "a number of a million digits": b"I" + b"1" * 1_000_000 + b"\n",
+    "a fraction of a million digits": b"F" + b"1" * 1_000_000 + b"e-1000000\n" + b"F0x\n",
+    "a name of a million letters": named("x" * 1_000_000, "y"),
+}
+
+
+def test_bombs_take_little_time_and_memory(tmp_path):
+    """In a process of its own with 3 GB of memory; the file limit and this number are what bounds any pickle."""
+    for bomb, code in BOMBS.items():
+        (tmp_path / bomb).write_bytes(b"\x80\x05" + code + b".")
+    program = f"""
+import resource, sys, time
+from pathlib import Path
+from cdit.data import safe_pickle
+from cdit.errors import DataError
+resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9, 3 * 10**9))
+for path in sorted(Path({str(tmp_path)!r}).iterdir()):
+    begun = time.process_time()
+    try:
+        safe_pickle.load(path)
+        raise SystemExit(f"{{path.name}}: was read")
+    except DataError as error:
+        assert len(str(error)) < 1000 and "MemoryError" not in str(error.__cause__.__class__), (path.name, error)
+    took = time.process_time() - begun
+    print(f"{{path.name}}: {{took:.1f}} s")
+    assert took < 20, path.name
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" s\n") == len(BOMBS)
+
+
+def test_values_that_share_their_bytes_are_read(tmp_path):
+    """Pickles name what is the same object once; a thousand numbers of one byte are, and so may arrays be."""
+    one, text = np.zeros(1000), "x" * 1000
+    values = {"scalars": [np.int8(i % 2) for i in range(1000)], "arrays": [one] * 9, "texts": [text] * 999}
+    for protocol in range(6):
+        (tmp_path / "shared.pkl").write_bytes(pickle.dumps(values, protocol))
+        read = safe_pickle.load(tmp_path / "shared.pkl")
+        assert read["scalars"] == values["scalars"]
+        assert all(array is read["arrays"][0] for array in read["arrays"])
+        assert read["texts"] == values["texts"]
 
 
 def test_a_pickle_cannot_change_how_the_next_one_is_read(tmp_path):
