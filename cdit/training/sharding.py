@@ -68,7 +68,7 @@ def _precision(block: nn.Module, network: CDiT, accelerator: Accelerator) -> Mix
     else a block has, autocast uses in float32; then all of it is gathered so.
     """
     rounded_first = {nn.Linear} if network.can_push else {nn.Linear, MultiHeadAttention}
-    owners = {type(module) for module in block.modules() if module._parameters}
+    owners = {type(module) for module in block.modules() if [*module.parameters(recurse=False)]}
     if accelerator.mixed_precision != "bf16" or not owners <= rounded_first:
         return MixedPrecisionPolicy(cast_forward_inputs=False)
     return MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
