@@ -3,7 +3,7 @@
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,14 +18,22 @@ from cdit.errors import DataError
 Crop = Literal["aspect", "4:3", "none"]
 
 
-def decode(path: Path) -> Tensor:
+class Member(Protocol):
+    """An image file within another file; as text, it names both."""
+
+    def read(self) -> Tensor:
+        """Its bytes (N,) uint8."""
+
+
+def decode(path: Path | Member) -> Tensor:
     """Reads an image file as (3, H, W) uint8 RGB.
 
     Raises:
         DataError: the file is missing, cut short, or not an 8-bit image.
     """
     try:
-        image = decode_image(read_file(str(path)), ImageReadMode.RGB)
+        data = read_file(str(path)) if isinstance(path, Path) else path.read()
+        image = decode_image(data, ImageReadMode.RGB)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].rsplit(", ", 1)[-1]  # behind the decoder's source file and line
         raise DataError(f"{path}: not a readable image ({reason})") from error
