@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import wandb
 
 from cdit.cli import parse_config, run
 from cdit.codec import CodecConfig, load_codec
@@ -29,7 +28,7 @@ from cdit.inspection.sources import Source, images_source, windows_source
 from cdit.model import CDiT
 from cdit.nwm import load_checkpoint, published_world
 from cdit.output import finished_folder
-from cdit.wandb_run import offline_note, start_options
+from cdit.wandb_run import WandbRun
 from cdit.world_model import WorldModel
 
 
@@ -192,11 +191,9 @@ def device_of(world: WorldModel) -> torch.device:
 
 def track(report: AttentionReport, config: InspectConfig, out: Path) -> None:
     """A run at W&B with the very files of the folder."""
-    with wandb.init(project=config.project, name=out.name, config=asdict(config), **start_options(out)) as started:
-        started.log(report.scalars | report.to_wandb(out))
-        note = offline_note(started)
-    if note:
-        print(note)
+    run = WandbRun(out, project=config.project, name=out.name, config=asdict(config))
+    run.log(lambda: report.scalars | report.to_wandb(out))
+    run.finish()
 
 
 if __name__ == "__main__":

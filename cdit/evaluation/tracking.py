@@ -7,7 +7,7 @@ from typing import Any
 import wandb
 
 from cdit.evaluation.results import Results
-from cdit.wandb_run import offline_note, start_options
+from cdit.wandb_run import WandbRun
 
 
 def track(
@@ -22,6 +22,12 @@ def track(
         config: of the evaluation.
         folder: where the run's own files go, and its name.
     """
+    run = WandbRun(folder, project=project, name=folder.name, config=config)
+    run.log(lambda: _content(results, pictures))
+    run.finish()
+
+
+def _content(results: Results, pictures: Mapping[str, Mapping[str, Path]]) -> dict[str, Any]:
     media: dict[str, Any] = {}
     rows, numbers = [], {}
     for name, result in results.protocols.items():
@@ -33,8 +39,4 @@ def track(
             media[f"{name}/{file.stem}{'_video' if show else ''}"] = show or wandb.Image(str(file), caption=caption)
     columns = ["protocol", "method", "seconds ahead", "metric", "mean", "low", "high"]
     media["results"] = wandb.Table(columns=columns, data=rows)
-    with wandb.init(project=project, name=folder.name, config=config, **start_options(folder)) as run:
-        run.log(numbers | media)
-        note = offline_note(run)
-    if note:
-        print(note)
+    return numbers | media

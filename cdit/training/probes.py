@@ -1,10 +1,13 @@
 """What a person looks at during training: predicted frames, metrics beside baselines, rollouts, attention maps."""
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 import wandb
 from accelerate import Accelerator
+from PIL import Image
 
 from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset
@@ -78,7 +81,7 @@ class Probes:
         grid.save(folder / "predictions.png")
         rows = [[row.method, row.frames, row.seconds, row.metric, row.mean] for row in result.rows]
         tracker.show(
-            {
+            lambda: {
                 "probe/predictions": wandb.Image(grid, caption=f"test windows, step {step}"),
                 "probe/horizons": wandb.Table(["method", "frames ahead", "seconds ahead", "metric", "mean"], rows),
             },
@@ -108,13 +111,7 @@ class Probes:
             save_mp4(rollout_video(context, truth, prediction[i], fps), video, fps)
             picture.save(folder / f"rollout_{i}.png")
             caption = f"autoregressive rollout {i}, step {step}"
-            tracker.show(
-                {
-                    f"probe/rollout_{i}": wandb.Video(str(video), caption=caption, format="mp4"),
-                    f"probe/rollout_strip_{i}": wandb.Image(picture, caption=caption),
-                },
-                step,
-            )
+            tracker.show(partial(_rollout_media, i, video, picture, caption), step)
 
     def _attention(self, world: WorldModel, tracker: Tracker, step: int, folder: Path) -> None:
         config, offsets = self.config.probe.attention, self.config.probe.offsets
@@ -132,7 +129,7 @@ class Probes:
         )
         report.save(folder / "attention")
         tracker.log(report.scalars, step)
-        tracker.show(report.to_wandb(folder / "attention"), step)
+        tracker.show(lambda: report.to_wandb(folder / "attention"), step)
 
     def _reaching(self, offsets: list[int], field: str) -> list[int]:
         windows = self.dataset.windows_with(offsets)
@@ -142,6 +139,13 @@ class Probes:
                 "full context and these frames"
             )
         return windows
+
+
+def _rollout_media(number: int, video: Path, picture: Image.Image, caption: str) -> dict[str, Any]:
+    return {
+        f"probe/rollout_{number}": wandb.Video(str(video), caption=caption, format="mp4"),
+        f"probe/rollout_strip_{number}": wandb.Image(picture, caption=caption),
+    }
 
 
 def _scalars(result: HorizonResult) -> dict[str, float]:

@@ -30,7 +30,7 @@ from cdit.world_model import Units, WorldDescription, WorldModel
 
 
 def build_accelerator(config: TrainConfig, sharded: bool = False) -> Accelerator:
-    """Device, processes, precision and tracker.
+    """Device, processes and precision.
 
     Args:
         config: of the run.
@@ -46,7 +46,6 @@ def build_accelerator(config: TrainConfig, sharded: bool = False) -> Accelerator
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             dynamo_backend="inductor" if config.compile and not sharded else "no",
-            log_with="wandb" if config.tracking.backend == "wandb" else None,
             kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(minutes=config.timeout_minutes))],
         )
     except ValueError as error:
