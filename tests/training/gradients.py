@@ -2,8 +2,9 @@
 
     gradients.py CONFIG OUT [BATCH_SIZE:MICRO_BATCHES:WORKERS …]
 
-OUT/<batch_size>_<micro_batches>_<workers>_<process>.pt holds, of each process, the gradient of every parameter, the mean loss over
-all processes, the loss on held-out windows with one and with three of them, and the number of processes.
+OUT/<batch_size>_<micro_batches>_<workers>_<process>.pt holds, of each process, the gradient of every
+parameter, the loss over all processes, the loss on held-out windows with one and with three of them, and the number of
+processes.
 """
 
 import sys

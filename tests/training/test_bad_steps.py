@@ -24,10 +24,7 @@ class Training:
 
     def _batch(self, step: int) -> list[dict]:
         self.asked.append(step)
-        return [
-            {"seed": torch.tensor([step, 10 * step]), "skipped": []},
-            {"seed": torch.tensor([-step]), "skipped": []},
-        ]
+        return [{"seed": torch.tensor(seeds), "skipped": []} for seeds in ([step, 10 * step], [-step])]
 
     def step(self, gradient: float) -> None:
         self.weight.grad = torch.tensor([gradient, 1.0])

@@ -43,12 +43,11 @@ def joint(
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """Largest relative distance of a parameter's gradient."""
     assert set(a) == set(b)
-    return max(((a[name] - b[name]).norm() / b[name].norm()).item() for name in b)
+    return max(((a[name] - b[name]).norm() / b[name].norm().clamp(min=1e-12)).item() for name in b)
 
 
 def compare(found: dict, loss: float, gradients: dict[str, torch.Tensor]) -> None:
     assert found["loss"] == pytest.approx(loss, rel=1e-5)
-    assert all(gradient.abs().max() > 0 for gradient in gradients.values())
     assert distance(found["gradients"], gradients) < 2e-5
 
 
@@ -77,6 +76,7 @@ def together(
 def test_parts_of_the_batch_have_other_gradients(joint: Callable):
     """So that the tests below would notice a process that kept its share for itself."""
     whole = joint(slice(None))[1]
+    assert all(gradient.abs().max() > 0 for gradient in whole.values())
     for part in (slice(0, 2), slice(2, 4), slice(0, 4, 2), slice(0, 1)):
         assert distance(joint(part)[1], whole) > 0.1
 
