@@ -1,0 +1,88 @@
+"""Bytes that a training step keeps for its backward pass, derived on paper from the network's own code.
+
+Under bfloat16 autocast on a GPU linear maps and attention compute in bfloat16 (2 bytes), LayerNorm in float32 (4), and
+`addcmul` in the wider of its inputs. An operation keeps what its gradient is made of: a linear map its input, rounded
+to bfloat16; LayerNorm its input and, for the scale that follows, its output; the fused attention q, k, v, its output
+and a float32 per head and query (Dao et al. 2022, arXiv 2205.14135, algorithm 2); GELU its input; a gate what it
+multiplies. Kept views keep the whole that they are a view of. So, in bytes per token and unit of width, with a residual
+stream of s bytes (2 with rotary positions; 4 with learned ones, whose float32 table is added to it):
+
+    self-attention   8 LayerNorm + 4 inputs of Q and of K, V + 2 q + 4 k, v + 2 output + s, rotated 2 k + 2 output
+    cross-attention  8 LayerNorm + 2 input of Q + 2 q + 2 output + s, rotated 2 output
+    MLP              8 LayerNorm + 2 input + 2·ratio before GELU + 2·ratio after it + s
+    context          2 input of K, V + 4 k, v, rotated 2 k; with an extra key and value 2 + 2 k + 2 v either way
+
+(what is rotated is another tensor, and lies head by head, so that the output has to be copied for W_O).
+
+Not counted, as they do not grow with the batch or hardly weigh: rounded copies of the weights, angles of rotation,
+what lies before the first block but the context's norm. Compiled, a step keeps less: what is cheap is computed again.
+"""
+
+from cdit.errors import UserError
+from cdit.model.cdit import CDiT
+
+
+def block_bytes(cdit: CDiT, context_frames: int, goals: int) -> int:
+    """What one block keeps for one context and its goals, without checkpointing.
+
+    Raises:
+        UserError: the arithmetic does not know the network's options.
+    """
+    config = cdit.config
+    unknown = {"norm": "pre", "qk_norm": False, "dropout": 0.0, "context_depth": 0}
+    for name, known in unknown.items():
+        if config[name] != known:
+            raise UserError(f"model.{name} is {config[name]}: activations are derived for {known} only")
+    width, heads = config.hidden_size, config.num_heads
+    rotary, stream = config.position == "rotary", _stream(cdit)
+    self_attention = 8 + 4 + 2 + 4 + 2 + stream + (2 + 2) * rotary
+    cross_attention = 8 + 2 + 2 + 2 + stream + 2 * rotary
+    mlp = 8 + 2 + stream
+    hidden = 2 * 2 * int(width * config.mlp_ratio)
+    statistics = 3 * 2 * 4 + 2 * 4 * heads  # mean and deviation of each LayerNorm; the fused attentions' float32
+    keys = 2 + (4 if config.extra_kv else 4 + 2 * rotary)
+    chunks = 11 if config.context_modulation else 9
+    scales = 4 * (4 if config.context_modulation else 3)
+    gates = 2 * chunks if rotary else 3 * 4  # a view of all chunks, or copies in the stream's float32
+    return (
+        _targets(cdit, goals) * ((self_attention + cross_attention + mlp) * width + hidden + statistics)
+        + _context_tokens(cdit, context_frames, goals) * keys * width
+        + goals * (scales + gates) * width
+    )
+
+
+def activation_bytes(cdit: CDiT, context_frames: int, goals: int, checkpointing: bool) -> int:
+    """What all of the network keeps for one context and its goals.
+
+    With checkpointing, blocks keep their input, and share the context's tokens; the one whose gradient is being
+    computed has its insides made again.
+
+    Raises:
+        UserError: the arithmetic does not know the network's options.
+    """
+    config = cdit.config
+    block, depth = block_bytes(cdit, context_frames, goals), len(cdit.blocks)
+    targets, past = _targets(cdit, goals) * config.hidden_size, _patches(cdit) * context_frames * config.hidden_size
+    ends = (8 + 2) * targets + 4 * past  # the final layer's norm and map; the input of the context's norm
+    tokens = 4 * _context_tokens(cdit, context_frames, goals) * config.hidden_size
+    if checkpointing:
+        return depth * _stream(cdit) * targets + block + ends + tokens
+    return depth * block + ends + (tokens if config.context_modulation else 0)
+
+
+def _patches(cdit: CDiT) -> int:
+    return cdit.grid[0] * cdit.grid[1]
+
+
+def _targets(cdit: CDiT, goals: int) -> int:
+    return _patches(cdit) * goals
+
+
+def _context_tokens(cdit: CDiT, context_frames: int, goals: int) -> int:
+    """Tokens that keys and values are made of: those that follow the condition are each goal's own."""
+    return _patches(cdit) * context_frames * (goals if cdit.config.context_modulation else 1)
+
+
+def _stream(cdit: CDiT) -> int:
+    """Bytes of a number of the residual stream."""
+    return 2 if cdit.config.position == "rotary" else 4
