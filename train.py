@@ -35,6 +35,7 @@ from cdit.training.setup import (
     resume_schedule,
     use_latents,
 )
+from cdit.training.sharding import shard, take_wish, whole, whole_world
 from cdit.training.signals import StopSignals, end_with_launcher
 from cdit.training.tracking import Tracker
 from cdit.training.validation import Validation
@@ -55,7 +56,8 @@ def main() -> None:
 
 def train(config: TrainConfig, signals: StopSignals) -> None:
     """Data, model, the loop."""
-    accelerator = build_accelerator(config)
+    sharded = take_wish()
+    accelerator = build_accelerator(config, sharded)
     processes = Processes(accelerator, timedelta(minutes=config.timeout_minutes))
     accelerator.gradient_accumulation_steps = micro_batches(config, accelerator.num_processes)
     if accelerator.device.type == "cpu":  # the launcher leaves each process one thread
@@ -72,8 +74,9 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
     cdit = world.cdit
     world.codec.to(accelerator.device)
     use_latents((train_set, test_set), world.codec, config)
+    network = shard(cdit, accelerator, config.compile) if sharded else accelerator.prepare(cdit)
     optimizer, schedule = build_optimizer(cdit, config.optimizer, config.steps)
-    network, optimizer = accelerator.prepare(cdit, optimizer)
+    optimizer = accelerator.prepare(optimizer)
     ema = EMA(cdit, config.ema)
 
     def batches(start: int, stop: int) -> KeyedBatchSampler:
@@ -127,12 +130,12 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
                     measured = validation.run(world, network, accelerator)
                     if measured["validation/loss"] < state.best_loss:
                         state.best_loss = measured["validation/loss"]
-                        if accelerator.is_main_process:
-                            world.save_pretrained(config.folder / "best")
+                        if complete := whole_world(world, accelerator):
+                            complete.save_pretrained(config.folder / "best")
                 tracker.log(measured, state.step)
             if finished or (state.step and config.probe.every and state.step % config.probe.every == 0):
                 with ema.applied():
-                    probes.run(world, tracker, state.step, finished)
+                    probes.run(whole_world(world, accelerator), tracker, state.step, finished)
             since += time.perf_counter() - pause
             if state.step >= last_step:
                 break
@@ -150,7 +153,7 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
                 checkpoints.wait()
                 raise Interrupted(f"at step {state.step}, which is saved; --resume auto continues")
             loss = backward(config, accelerator, world, network, parts, state.step, samples)
-            norm = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
+            norm = whole(accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm))
             bad_steps.before(state.step, norm, loss)
             optimizer.step()
             optimizer.zero_grad()
@@ -188,8 +191,8 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
 
         bar.close()
         with ema.applied():
-            if accelerator.is_main_process:
-                world.save_pretrained(config.folder / "last")
+            if complete := whole_world(world, accelerator):
+                complete.save_pretrained(config.folder / "last")
         tracker.finish()
     accelerator.print(f"done: {config.folder} holds the world model, metrics.jsonl and pictures")
 

@@ -79,18 +79,16 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def whole_world(world: WorldModel) -> WorldModel | None:
-    """The world model with all its weights, for the main process to use alone; None on the others if it is sharded.
-
-    Every process must call it. Where nothing is sharded it is the same world model.
-    """
-    if not isinstance(world.cdit, FSDPModule):
-        return world
-    weights = get_model_state_dict(world.cdit, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if not weights:
+def whole_world(world: WorldModel, accelerator: Accelerator) -> WorldModel | None:
+    """The world model with all its weights, for the main process alone; None on the others, which must call it, too."""
+    weights = None
+    if isinstance(world.cdit, FSDPModule):
+        weights = get_model_state_dict(world.cdit, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if not accelerator.is_main_process:
         return None
+    if weights is None:
+        return world
     with torch.device("meta"):
         cdit = CDiT.from_config(world.cdit.config)
     cdit.load_state_dict(weights, assign=True)
-    device = next(world.cdit.parameters()).device
-    return WorldModel(cdit.to(device).train(world.cdit.training), world.codec, world.description)
+    return WorldModel(cdit.to(accelerator.device).eval(), world.codec, world.description)

@@ -18,7 +18,7 @@ from cdit.training.sharding import take_wish
 from cdit.world_model import WorldModel
 
 SHARDED = Path(__file__).with_name("sharded.py")
-TRAIN = Path(os.environ.get("TRAIN", Path(__file__).parents[2] / "train.py"))
+TRAIN = Path(__file__).parents[2] / "train.py"
 WISH = {"ACCELERATE_USE_FSDP": "true"}
 KINDS = ("weights", "averages", "exp_avg", "exp_avg_sq")
 
