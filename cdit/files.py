@@ -26,7 +26,7 @@ def read_bytes(path: Path | str, limit: int) -> bytes:
                 raise DataError(f"{path}: not a regular file")
             content = file.read(limit + 1)
     except (OSError, ValueError) as error:  # ValueError: no path at all
-        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+        raise DataError(f"{path}: not readable ({getattr(error, 'strerror', None) or error})") from error
     if len(content) > limit:
         raise DataError(f"{path}: larger than {limit} bytes, the most that is read of such a file")
     return content

@@ -8,12 +8,17 @@ from typing import Literal, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
+from cdit.data.image_header import MAX_PIXELS, read_header
 from cdit.data.layout import Camera
 from cdit.data.trajectory import Trajectory
 from cdit.errors import DataError
+from cdit.files import read_bytes
+
+MAX_BYTES = 4 * MAX_PIXELS
+"""Largest image file: pixels that are not compressed, and as much again for what else it holds."""
 
 Crop = Literal["aspect", "4:3", "none"]
 
@@ -26,19 +31,24 @@ class Member(Protocol):
 
 
 def decode(path: Path | Member) -> Tensor:
-    """Reads an image file as (3, H, W) uint8 RGB.
+    """Reads a JPEG or PNG file as (3, H, W) uint8 RGB, turned upright as its EXIF orientation says.
+
+    Grey, palette and CMYK become RGB; transparency is dropped; of an animated PNG the first frame is taken.
 
     Raises:
-        DataError: the file is missing, cut short, or not an 8-bit image.
+        DataError: the file is missing, cut short, no such image, of more than 8 bits a channel, or of more than
+            `MAX_PIXELS` pixels, which is seen before any is decoded.
     """
+    data = read_bytes(path, MAX_BYTES) if isinstance(path, Path) else path.read().numpy().tobytes()
     try:
-        data = read_file(str(path)) if isinstance(path, Path) else path.read()
-        image = decode_image(data, ImageReadMode.RGB)
+        width, height, _ = read_header(data)
+        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0].rsplit(", ", 1)[-1]  # behind the decoder's source file and line
         raise DataError(f"{path}: not a readable image ({reason})") from error
-    if image.dtype != torch.uint8:
-        raise DataError(f"{path}: not an 8-bit image")
+    if image.shape not in ((3, height, width), (3, width, height)):
+        raise DataError(f"{path}: not a readable image (decoded as {tuple(image.shape)}, but {width}×{height} stated)")
     return image
 
 
@@ -56,9 +66,9 @@ def crop_and_resize(image: Tensor, image_size: tuple[int, int], crop: Crop) -> T
     height, width = image_size
     if crop == "aspect":
         scale = min(h / height, w / width)
-        image = F.center_crop(image, [round(height * scale), round(width * scale)])
+        image = F.center_crop(image, [max(1, round(height * scale)), max(1, round(width * scale))])
     elif crop == "4:3":
-        image = F.center_crop(image, [h, 4 * h // 3] if w > h else [3 * w // 4, w])
+        image = F.center_crop(image, [h, 4 * h // 3] if w > h else [max(1, 3 * w // 4), w])
     return F.resize(image, list(image_size), F.InterpolationMode.BILINEAR, antialias=True)
 
 

@@ -17,7 +17,7 @@ from cdit.evaluation.loading import spread
 from cdit.inspection.truth import true_places
 from cdit.world_model import WorldModel
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGES = (".jpg", ".jpeg", ".png")
 
 
 @dataclass

@@ -76,7 +76,7 @@ CASES = {
     ),
     "poses of text": (lambda d: change_poses(d / "a", yaw=["east"] * 20), "not arrays of numbers", False),
     "poses without yaw": (lambda d: (d / "a" / POSES).write_bytes(pickle.dumps({"position": 1})), "and 'yaw'", False),
-    "poses missing": (lambda d: (d / "a" / POSES).unlink(), f"a/{POSES}: not a readable pickle", False),
+    "poses missing": (lambda d: (d / "a" / POSES).unlink(), f"a/{POSES}: not readable (No such file", False),
     "poses cut short": (lambda d: cut(d / "a" / POSES), f"a/{POSES}: not a readable pickle", False),
     "poisoned poses": (lambda d: (d / "a" / POSES).write_bytes(pickle.dumps(Poison())), ".system, and only", False),
     "too short": (lambda d: keep_one_frame(d / "a"), "a: 1 frames, too few for a window, which takes 2", False),
