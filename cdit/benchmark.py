@@ -1,4 +1,6 @@
-"""`python -m cdit.benchmark [attention|forward|training|probes|sampling|latents|all]`: what each choice costs here.
+"""`python -m cdit.benchmark [PART]`: what each choice costs here.
+
+Parts: attention, forward, training, checkpoints, probes, sampling, latents, all.
 
 Prints Markdown tables of times and ratios. Only ratios travel between machines: the alternatives of a row are timed in
 turn, round after round, and a ratio is the median over rounds, with its middle half in brackets. `all` leaves out
@@ -9,7 +11,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +20,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,6 +39,9 @@ from cdit.model import CDiT, ContextCache, ModelConfig
 from cdit.model.blocks import ContextBlock
 from cdit.model.describe import flops
 from cdit.pictures import to_float
+from cdit.training.checkpoints import Checkpoints, RunState
+from cdit.training.config import CheckpointConfig, EMAConfig, TrainConfig
+from cdit.training.ema import EMA
 from cdit.world_model import WorldDescription, WorldModel
 
 
@@ -83,6 +89,8 @@ class BenchmarkConfig:
     """Numbers of past frames for which the FLOPs of CDiT and of a plain DiT are compared."""
     probe_every: int = 1000
     """Training steps between the probes of attention whose share of training time is measured (probe.every)."""
+    checkpoint_every: int = 20
+    """Training steps between the checkpoints whose cost is measured (checkpoint.every)."""
     compile: bool = True
     """Whether to compile the network too, which takes a while."""
     model: ModelConfig = field(default_factory=lambda: ModelConfig(preset="tiny", patch_size=8))
@@ -300,10 +308,12 @@ def training(bench: Bench) -> Iterator[Table]:
     yield bench.rate_table(title, "samples/s", entries)
 
 
-def training_step(bench: Bench, network: nn.Module, bfloat16: bool) -> Callable[[], None]:
-    """A step of the network, which may be compiled, with an optimizer of its own."""
+def training_step(
+    bench: Bench, network: nn.Module, bfloat16: bool, optimizer: torch.optim.Optimizer | None = None
+) -> Callable[[], None]:
+    """A step of the network, which may be compiled, with an optimizer of its own if none is given."""
     flow, generator = Flow(FlowConfig()), torch.Generator(bench.device).manual_seed(0)
-    optimizer = torch.optim.AdamW(network.parameters(), 1e-6, fused=True)
+    optimizer = optimizer or torch.optim.AdamW(network.parameters(), 1e-6, fused=True)
 
     def step() -> None:
         noise, when = torch.randn_like(bench.sample), flow.draw_time(bench.timestep.shape, generator)
@@ -315,6 +325,39 @@ def training_step(bench: Bench, network: nn.Module, bfloat16: bool) -> Callable[
         optimizer.step()
 
     return step
+
+
+def checkpoints(bench: Bench) -> Iterator[Table]:
+    """Training steps with a checkpoint among them: none, one that a thread writes, one that the steps wait for."""
+    accelerator = Accelerator(cpu=bench.device.type == "cpu", mixed_precision="no")
+    cdit, steps = bench.cdit.train(), bench.config.checkpoint_every
+    optimizer = torch.optim.AdamW(cdit.parameters(), 1e-6, fused=True)
+    step, ema = training_step(bench, cdit, True, optimizer), EMA(cdit, EMAConfig())
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+
+        def with_checkpoint(background: bool) -> Callable[[], None]:
+            config = TrainConfig(name=str(background), output=folder, checkpoint=CheckpointConfig(keep=1))
+            config.checkpoint.background = background
+            written = stack.enter_context(Checkpoints(accelerator, config, cdit, optimizer, ema))
+
+            def call() -> None:
+                written.save(RunState())
+                for _ in range(steps):
+                    step()
+                written.wait()
+
+            return call
+
+        def without() -> None:
+            for _ in range(steps):
+                step()
+
+        row = bench.compare(
+            f"{steps} steps and a checkpoint",
+            {"no checkpoint": without, "by a thread": with_checkpoint(True), "waited for": with_checkpoint(False)},
+        )
+        size = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors")) / 2
+    yield Table(f"Checkpoints of {size / 1e6:.3g} MB", header("", "no checkpoint", "by a thread", "waited for"), [row])
 
 
 def probes(bench: Bench) -> Iterator[Table]:
@@ -494,7 +537,7 @@ def machine(device: torch.device) -> str:
     return f"{name}, torch {torch.__version__}"
 
 
-PARTS = {part.__name__: part for part in (attention, forward, training, probes, sampling, latents)}
+PARTS = {part.__name__: part for part in (attention, forward, training, checkpoints, probes, sampling, latents)}
 
 
 def benchmark(bench: Bench, part: str = "all") -> Iterator[Table]:
