@@ -14,7 +14,8 @@ SMALL = [
     "--latents.blocks=[32, 32]", "--latents.model.hidden_size=16", "--latents.model.depth=1",
     "--latents.model.num_heads=2",
 ]  # fmt: skip
-TABLES = {"attention": 1, "forward": 4, "training": 1, "checkpoints": 1, "probes": 1, "sampling": 1, "latents": 1, "all": 9}
+TABLES = {"attention": 1, "forward": 4, "training": 1, "checkpoints": 1, "probes": 1, "sampling": 1, "latents": 1}
+TABLES["all"] = sum(TABLES.values()) - TABLES["latents"]
 
 
 def test_every_part_is_known():
@@ -39,7 +40,5 @@ def test_each_part_prints_its_tables(part, monkeypatch, capsys):
 
 def test_an_unknown_part_is_named(monkeypatch):
     monkeypatch.setattr("sys.argv", ["cdit.benchmark", "speed"])
-    with pytest.raises(
-        UserError, match=r"'speed': expected one of attention, forward, training, checkpoints, probes, sampling, latents or all"
-    ):
+    with pytest.raises(UserError, match=r"'speed': expected one of attention, .*, latents or all"):
         main()
