@@ -48,6 +48,8 @@ class SampleConfig:
     """Split of the dataset."""
     splits: str | None = None
     """Folder with <split>/traj_names.txt, where that is not <data>/splits."""
+    follow_links: bool = False
+    """Whether links within the dataset's folder may lead out of it."""
     image: str | None = None
     """In place of data, an image file as the only past frame; then actions have to be given."""
     history: Literal["auto", "missing", "still"] = "auto"
@@ -161,7 +163,9 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
     if config.actions is not None:
         info = DatasetInfo.load(Path(config.data))
         given = read_actions(config.actions, step=(info and info.metric_waypoint_spacing) or DEFAULT_STEP)
-    dataset = windows_for(world, config.data, config.split, config.splits, config.spacing, acting=given is not None)
+    dataset = windows_for(
+        world, config.data, config.split, config.splits, config.follow_links, config.spacing, acting=given is not None
+    )
     recorded = config.length if given is None else 0  # frames of the trajectory that are needed after the context
     windows = spread(dataset.windows_with([recorded]), config.samples)
     if not windows:

@@ -52,7 +52,7 @@ def evaluate(config: EvaluateConfig) -> None:
     is_main = accelerator.is_main_process
     world = load_world(config.checkpoint, str(accelerator.device))
     sampler, weights = config.sampler.over(world.description), weights_hash(world)
-    dataset = windows_for(world, config.data, config.split, config.splits, config.spacing)
+    dataset = windows_for(world, config.data, config.split, config.splits, config.follow_links, config.spacing)
     studies = build_studies(config, world, dataset)
     with accelerator.local_main_process_first():  # so that the others find downloads done
         judge = build_judge(config, world, studies, accelerator.device)

@@ -46,6 +46,8 @@ class InspectConfig(AttentionConfig):
     """Split of the dataset."""
     splits: str | None = None
     """Folder with <split>/traj_names.txt, where that is not <data>/splits."""
+    follow_links: bool = False
+    """Whether links within the dataset's folder may lead out of it."""
     spacing: float | None = None
     """Metres between frames, for models trained on datasets of different spacings; by default the dataset's."""
     frames: str | None = None
@@ -142,7 +144,7 @@ def open_source(config: InspectConfig, world: WorldModel) -> Source:
     if config.frames is not None:
         offsets = config.offsets or [1]
         return images_source(Path(config.frames), world, offsets, config.samples, config.actions, config.spacing)
-    dataset = windows_for(world, config.data, config.split, config.splits, config.spacing)
+    dataset = windows_for(world, config.data, config.split, config.splits, config.follow_links, config.spacing)
     named = f"split {config.split!r} of {config.data}"
     return windows_source(dataset, world.cdit.grid, config.offsets or [1, 4, 8], config.samples, named)
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from cdit.cli import run
 from cdit.data.frames import decode
+from cdit.data.shards import is_sharded
 from cdit.data.trajectory import Trajectory, read_names, read_split
 from cdit.errors import DataError
 
@@ -36,6 +37,7 @@ def check(
     decode_frames: bool = True,
     split_folder: Path | str | None = None,
     min_frames: int = 2,
+    follow_links: bool = False,
 ) -> Findings:
     """Reads the splits of a dataset and decodes each frame, with a progress bar.
 
@@ -45,17 +47,20 @@ def check(
         decode_frames: whether to decode the frames, too.
         split_folder: what holds `<split>/traj_names.txt`, where that is not `<folder>/splits`.
         min_frames: the least frames of a trajectory: the smallest window.
+        follow_links: whether links within the dataset may lead out of its folder.
     """
     folder = Path(folder)
     if not folder.is_dir():
         return Findings([f"{folder}: no such dataset folder"])
+    if is_sharded(folder):
+        return Findings([f"{folder}: holds shards, which `python -m cdit.data.shard verify` checks"])
     if splits is None:
         there = Path(split_folder or folder / "splits").glob("*/traj_names.txt")
         splits = dict.fromkeys(["train", "test", *sorted(path.parent.name for path in there)])
     findings = Findings()
     splits_of: dict[str, list[str]] = {}
     for split in splits:
-        findings.trajectories[split], problems = read_split(folder, split, split_folder, min_frames)
+        findings.trajectories[split], problems = read_split(folder, split, split_folder, min_frames, follow_links)
         findings.problems += [problem for problem in problems if problem not in findings.problems]
         with suppress(DataError):  # among the problems already
             for name in dict.fromkeys(read_names(folder, split, split_folder)):
@@ -111,8 +116,16 @@ def main() -> None:
     parser.add_argument("--split_folder", type=Path, help="folder with <split>/traj_names.txt (default: FOLDER/splits)")
     parser.add_argument("--min_frames", type=int, default=2, help="least frames of a trajectory (default: 2)")
     parser.add_argument("--fast", action="store_true", help="do not decode the frames")
+    parser.add_argument("--follow_links", action="store_true", help="admit links that lead out of the folder")
     options = parser.parse_args()
-    findings = check(options.folder, options.splits, not options.fast, options.split_folder, options.min_frames)
+    findings = check(
+        options.folder,
+        options.splits,
+        not options.fast,
+        options.split_folder,
+        options.min_frames,
+        options.follow_links,
+    )
     if findings.problems:
         raise DataError(f"{options.folder}: {len(findings.problems)} problems\n  " + "\n  ".join(findings.problems))
     summary = "; ".join(

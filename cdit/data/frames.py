@@ -26,8 +26,8 @@ Crop = Literal["aspect", "4:3", "none"]
 class Member(Protocol):
     """An image file within another file; as text, it names both."""
 
-    def read(self) -> Tensor:
-        """Its bytes (N,) uint8."""
+    def read(self) -> bytes:
+        """Its contents."""
 
 
 def decode(path: Path | Member) -> Tensor:
@@ -39,12 +39,14 @@ def decode(path: Path | Member) -> Tensor:
         DataError: the file is missing, cut short, no such image, of more than 8 bits a channel, or of more than
             `MAX_PIXELS` pixels, which is seen before any is decoded.
     """
-    data = read_bytes(path, MAX_BYTES) if isinstance(path, Path) else path.read().numpy().tobytes()
+    data = read_bytes(path, MAX_BYTES) if isinstance(path, Path) else path.read()
     try:
         width, height, _ = read_header(data)
         encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
         image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-    except (RuntimeError, ValueError) as error:
+    except ValueError as error:
+        raise DataError(f"{path}: not a readable image ({error})") from error
+    except RuntimeError as error:
         reason = str(error).splitlines()[0].rsplit(", ", 1)[-1]  # behind the decoder's source file and line
         raise DataError(f"{path}: not a readable image ({reason})") from error
     if image.shape not in ((3, height, width), (3, width, height)):

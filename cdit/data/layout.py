@@ -21,11 +21,14 @@ import torch
 from torchvision.io import encode_jpeg
 
 from cdit.cli import parser_instance
-from cdit.errors import DataError
+from cdit.errors import DataError, UserError
+from cdit.files import read_json
 
 FORMAT_VERSION = 1
 POSES = "traj_data.pkl"
 DESCRIPTION = "dataset.json"
+LATENTS = "latents"
+"""Folder of the latent cache (see cdit.data.latents)."""
 
 
 @dataclass
@@ -68,10 +71,33 @@ class DatasetInfo:
     version: int = FORMAT_VERSION
     """Version of this format."""
 
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: a value is out of its range; the message names the field.
+        """
+        requirements = {
+            "fps": 0 < self.fps < 1e6,
+            "metric_waypoint_spacing": self.metric_waypoint_spacing is None or 0 < self.metric_waypoint_spacing < 1e6,
+        }
+        if self.camera:
+            requirements |= {
+                "camera.width": 0 < self.camera.width < 2**16,
+                "camera.height": 0 < self.camera.height < 2**16,
+                "camera.horizontal_fov": 0 < self.camera.horizontal_fov < np.pi,
+                "camera.eye_height": abs(self.camera.eye_height) < 1e6,
+                "camera.pitch": abs(self.camera.pitch) < np.pi,
+            }
+        for name, holds in requirements.items():
+            if not holds:
+                raise UserError(f"{name} is out of range")
+
     def save(self, folder: Path, name: str = DESCRIPTION) -> None:
         """Writes `<folder>/dataset.json` (or the file `name` there), whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{name}.partial"
+        partial.unlink(missing_ok=True)  # it may be a link to somewhere
         partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
         os.replace(partial, folder / name)
 
@@ -80,13 +106,14 @@ class DatasetInfo:
         """Reads `<folder>/dataset.json` (or the file `name` there); None where there is none.
 
         Raises:
-            DataError: the file is not JSON, has unknown or ill-typed fields, or a newer version.
+            DataError: the file is not JSON, has unknown or ill-typed fields, values out of range, or a newer version.
         """
         path = Path(folder) / name
         if not path.is_file():
             return None
         try:
-            info = parser_instance(cls, json.loads(path.read_text()))
+            info = parser_instance(cls, read_json(path))
+            info.validate()
         except Exception as error:
             raise DataError(f"{path}: not a dataset description ({error})") from error
         if info.version > FORMAT_VERSION:

@@ -9,9 +9,12 @@ from pathlib import Path
 import numpy as np
 
 from cdit.data import safe_pickle
-from cdit.data.layout import POSES, DatasetInfo, split_file
+from cdit.data.layout import DESCRIPTION, LATENTS, POSES, DatasetInfo, split_file
 from cdit.errors import DataError
+from cdit.files import check_inside, check_name, read_text
 
+MAX_POSE = 1e9
+"""Largest coordinate (metres) and yaw (radians): what is finite here has finite differences and squares in float32."""
 FRAME_FILE = re.compile(r"(\d+)\.(?:jpe?g|png)", re.IGNORECASE)
 
 
@@ -46,20 +49,26 @@ def read_names(folder: Path | str, split: str, split_folder: Path | str | None =
     """The trajectory names of a split as listed, without blank lines.
 
     Raises:
-        DataError: the list is missing, unreadable or empty.
+        DataError: the list is missing, unreadable or empty, or a name leads out of the dataset (see `check_name`).
     """
     listing = split_file(Path(folder), split) if split_folder is None else Path(split_folder, split, "traj_names.txt")
     try:
-        names = [line.strip() for line in listing.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{listing}: split {split!r} cannot be read ({error})") from error
+        names = [line.strip() for line in read_text(listing).splitlines() if line.strip()]
+    except DataError as error:
+        raise DataError(f"split {split!r} cannot be read: {error}") from error
     if not names:
         raise DataError(f"{listing}: split {split!r} is empty")
+    for name in names:
+        check_name(name, listing)
     return names
 
 
 def read_split(
-    folder: Path | str, split: str, split_folder: Path | str | None = None, min_frames: int = 2
+    folder: Path | str,
+    split: str,
+    split_folder: Path | str | None = None,
+    min_frames: int = 2,
+    follow_links: bool = False,
 ) -> tuple[list[Trajectory], list[str]]:
     """Reads the trajectories of a split; frames are listed, not decoded.
 
@@ -68,6 +77,7 @@ def read_split(
         split: name of the split.
         split_folder: what holds `<split>/traj_names.txt`, where that is not `<folder>/splits`.
         min_frames: trajectories with fewer frames are a problem.
+        follow_links: whether links within the dataset may lead out of its folder; else those are problems.
 
     Returns:
         The trajectories without a problem, in the order of the split file; and the problems, one line each.
@@ -77,10 +87,13 @@ def read_split(
     if not folder.is_dir():
         return [], [f"{folder}: no such dataset folder"]
     problems = []
+    info = None
     try:
+        if not follow_links:
+            for path in (folder / DESCRIPTION, split_file(folder, split), folder / LATENTS):
+                check_inside(path, folder)
         info = DatasetInfo.load(folder)
     except DataError as error:
-        info = None
         problems.append(str(error))
     try:
         names = read_names(folder, split, split_folder)
@@ -95,6 +108,9 @@ def read_split(
         if not (folder / name).is_dir():
             problems.append(f"{folder / name}: listed in split {split!r}, but there is no such folder")
             continue
+        if not follow_links and (leading_out := _links_out(folder / name, folder)):
+            problems.append(leading_out)
+            continue
         trajectory, found = _read_trajectory(folder / name, name, has_poses, min_frames)
         problems += found
         if trajectory is not None:
@@ -102,10 +118,23 @@ def read_split(
     return trajectories, problems
 
 
+def _links_out(trajectory: Path, dataset: Path) -> str | None:
+    """What is wrong with a trajectory of which a link leads out of the dataset."""
+    try:
+        check_inside(trajectory, dataset)
+        with os.scandir(trajectory) as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    check_inside(Path(entry.path), dataset)
+    except DataError as error:
+        return str(error)
+    return None
+
+
 def _read_trajectory(folder: Path, name: str, has_poses: bool, min_frames: int) -> tuple[Trajectory | None, list[str]]:
-    files, problems = _frame_files(folder)
-    if len(files) < min_frames:
-        problems.append(f"{folder}: {len(files)} frames, too few for a window, which takes {min_frames}")
+    files, length, problems = _frame_files(folder)
+    if length < min_frames:
+        problems.append(f"{folder}: {length} frames, too few for a window, which takes {min_frames}")
     position = yaw = None
     if has_poses:
         try:
@@ -113,18 +142,22 @@ def _read_trajectory(folder: Path, name: str, has_poses: bool, min_frames: int) 
         except DataError as error:
             problems.append(str(error))
         else:
-            if len(position) != len(files):
-                problems.append(f"{folder}: {len(files)} frames, but {len(position)} poses in {POSES}")
-            broken = np.flatnonzero(~(np.isfinite(position).all(axis=1) & np.isfinite(yaw)))
+            if len(position) != length:
+                problems.append(f"{folder}: {length} frames, but {len(position)} poses in {POSES}")
+            largest = np.maximum(np.abs(position).max(axis=1), np.abs(yaw))
+            broken = np.flatnonzero(~(largest <= MAX_POSE))
             if len(broken):
-                problems.append(f"{folder / POSES}: {len(broken)} poses are not finite, the first at frame {broken[0]}")
+                problems.append(
+                    f"{folder / POSES}: {len(broken)} poses are not finite, or beyond {MAX_POSE:g} metres or radians, "
+                    f"the first at frame {broken[0]}"
+                )
     if problems:
         return None, problems
     return Trajectory(name, folder, np.array(files), position, yaw), []
 
 
-def _frame_files(folder: Path) -> tuple[list[str], list[str]]:
-    """The files of frames 0, 1, … up to the last one; gaps are problems, and empty names in the list."""
+def _frame_files(folder: Path) -> tuple[list[str], int, list[str]]:
+    """The files of the frames in time order, how many there should be by their numbers, and what is wrong with them."""
     found: dict[int, str] = {}
     problems = []
     for file in sorted(os.listdir(folder)):
@@ -133,12 +166,11 @@ def _frame_files(folder: Path) -> tuple[list[str], list[str]]:
             if time in found:
                 problems.append(f"{folder}: frame {time} is there twice, as {found[time]} and {file}")
             found[time] = file
-    length = max(found, default=-1) + 1
-    missing = length - len(found)
-    if missing:
+    length = max(found, default=-1) + 1  # of which no list is made: a file's name can have any number
+    if missing := length - len(found):
         first = next(time for time in range(length) if time not in found)
         problems.append(f"{folder}: {missing} of {length} frames missing, the first is frame {first}")
-    return [found.get(time, "") for time in range(length)], problems
+    return [found[time] for time in sorted(found)], length, problems
 
 
 def _read_poses(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -149,7 +181,8 @@ def _read_poses(path: Path) -> tuple[np.ndarray, np.ndarray]:
     # Not lists: a few that hold each other many times over would unfold to more than any memory.
     if not all(isinstance(poses[key], np.ndarray) and poses[key].dtype.kind in "iuf" for key in ("position", "yaw")):
         raise DataError(f"{path}: position and yaw are not arrays of numbers")
-    position, yaw = np.asarray(poses["position"], np.float64), np.asarray(poses["yaw"], np.float64)
+    with np.errstate(over="ignore"):  # numbers of more bits than float64 become infinite
+        position, yaw = np.asarray(poses["position"], np.float64), np.asarray(poses["yaw"], np.float64)
     length = len(position) if position.ndim else 0
     if position.shape != (length, 2) or yaw.shape not in ((length,), (length, 1)):
         raise DataError(f"{path}: expected position (T, 2) and yaw (T,), not {position.shape} and {yaw.shape}")

@@ -214,9 +214,11 @@ def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> 
         UserError: no trajectory is long enough.
     """
     datasets = [values["data"] for values in resolved.values()]
-    folder, splits, split = (datasets[0][key] for key in ("folder", "splits", "test_split"))
+    folder, splits, split, links = (datasets[0][key] for key in ("folder", "splits", "test_split", "follow_links"))
     longest = max(data["context_frames"] for data in datasets)
-    dataset = WindowDataset(DataConfig(folder, splits=splits, context_frames=longest, cache_gb=0), split)
+    dataset = WindowDataset(
+        DataConfig(folder, splits=splits, follow_links=links, context_frames=longest, cache_gb=0), split
+    )
     offsets = [round(seconds * dataset.info.fps) for seconds in config.seconds]
     windows = spread(dataset.windows_with(offsets), config.cases)
     if not windows:
@@ -235,6 +237,7 @@ def evaluation_options(run: Run, config: AblationConfig, data: dict[str, Any]) -
         "data": data["folder"],
         "split": data["test_split"],
         "splits": data["splits"],
+        "follow_links": data["follow_links"],
         "out": run.folder / EVALUATION,
         "protocols": ["time"],
         "time.index": config.index,

@@ -48,6 +48,8 @@ class EvaluateConfig:
     """Split of the dataset."""
     splits: str | None = None
     """Folder with <split>/traj_names.txt, where that is not <data>/splits."""
+    follow_links: bool = False
+    """Whether links within the dataset's folder may lead out of it."""
     spacing: float | None = None
     """Metres between consecutive frames, the unit of normalised actions of models trained on several datasets; by
     default what dataset.json says."""

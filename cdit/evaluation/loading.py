@@ -76,6 +76,7 @@ def windows_for(
     folder: str,
     split: str,
     splits: str | None = None,
+    follow_links: bool = False,
     spacing: float | None = None,
     acting: bool = False,
 ) -> WindowDataset:
@@ -86,6 +87,7 @@ def windows_for(
         folder: the dataset.
         split: name of the split.
         splits: folder with <split>/traj_names.txt, where that is not <folder>/splits.
+        follow_links: whether links within the dataset's folder may lead out of it.
         spacing: metres between consecutive frames, by default what dataset.json says.
         acting: whether the model is given actions even where the dataset has none.
 
@@ -98,6 +100,7 @@ def windows_for(
     config = DataConfig(
         folder=folder,
         splits=splits,
+        follow_links=follow_links,
         image_size=tuple(description.image_size),
         crop=description.crop,
         context_frames=world.cdit.config.max_context,

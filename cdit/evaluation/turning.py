@@ -41,6 +41,8 @@ class TurningConfig:
     """Split the contexts are from."""
     splits: str | None = None
     """Folder with <split>/traj_names.txt, where that is not <data>/splits."""
+    follow_links: bool = False
+    """Whether links within the dataset's folder may lead out of it."""
     contexts: int = 128
     """How many contexts, spread over the split."""
     turns: list[float] = field(default_factory=lambda: [5.0, 10.0, 15.0, 20.0])
@@ -83,7 +85,7 @@ def main() -> None:
         raise UserError(f"out is {config.out}, but there is no folder {Path(config.out).parent}")
     world = load_world(config.checkpoint, config.device)
     # Turns on the spot are the same in any unit of length.
-    dataset = windows_for(world, config.data, config.split, config.splits, spacing=1.0)
+    dataset = windows_for(world, config.data, config.split, config.splits, config.follow_links, spacing=1.0)
     if dataset.info.camera is None:
         raise UserError(f"{config.data}/dataset.json has no camera, so that the size of a turn is not known in pixels")
     focal = focal_lengths(dataset.info.camera, dataset.config.image_size, dataset.config.crop)
