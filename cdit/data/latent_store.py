@@ -1,0 +1,92 @@
+"""Latents as windows read them: from a dataset's latent cache, or out of shards."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cdit.data.latents import TENSOR, Encoding, LatentCache, opened
+from cdit.data.shards import LatentMember, ShardTrajectory
+from cdit.data.trajectory import Trajectory
+from cdit.errors import DataError
+
+
+class LatentStore:
+    """The latents of some trajectories, read from their files as they are asked for.
+
+    Files are mapped into memory for the time of a read, so that only the frames asked for are read, processes share the
+    pages, and none of it counts against the process.
+    """
+
+    def __init__(self, files: Sequence[Path | LatentMember]):
+        self.files = files
+
+    def read(self, trajectory: int, times: Sequence[int]) -> Tensor:
+        """Latents (len(times), S, C, h, w) float32 of a trajectory (by its index) at `times`, repetitions allowed.
+
+        Raises:
+            DataError: the file is gone or broken.
+        """
+        file = self.files[trajectory]
+        if isinstance(file, LatentMember):
+            return file.read(times).float()
+        with opened(file) as file:
+            latents = file.get_slice(TENSOR)
+            return torch.stack([latents[time] for time in times]).float()
+
+
+def open_latents(trajectories: Sequence[Trajectory | ShardTrajectory], encoding: Encoding) -> LatentStore | None:
+    """The latents of all the trajectories, or None if any of their datasets has none.
+
+    Files are opened and asked what they are; their numbers are not read. Those in shards are taken at the index's word.
+
+    Raises:
+        DataError: a dataset's latents have another encoding, or lack trajectories.
+    """
+    datasets: dict[Path, list[Trajectory | ShardTrajectory]] = {}
+    for trajectory in trajectories:
+        datasets.setdefault(trajectory.dataset, []).append(trajectory)
+    files: dict[Path, list[Path | LatentMember] | None] = {
+        folder: _in_shards(found, encoding) if isinstance(found[0], ShardTrajectory) else _in_cache(found, encoding)
+        for folder, found in datasets.items()
+    }
+    without = [str(folder) for folder, found in files.items() if found is None]
+    if without:
+        if len(without) < len(files):
+            tqdm.write(f"{', '.join(without)}: no latents, so the images of the whole mix are read", file=sys.stderr)
+        return None
+    in_turn = {folder: iter(found) for folder, found in files.items()}
+    return LatentStore([next(in_turn[trajectory.dataset]) for trajectory in trajectories])
+
+
+def _in_cache(trajectories: Sequence[Trajectory], encoding: Encoding) -> list[Path] | None:
+    """The files of trajectories of one folder; None where it has no latent cache."""
+    cache = LatentCache.open(trajectories[0].dataset)
+    if cache is None:
+        return None
+    cache.expect(encoding)
+    problems = [problem for trajectory in trajectories if (problem := cache.problem(trajectory))]
+    if problems:
+        raise DataError(
+            f"{cache.folder} lacks the latents of {len(problems)} of {len(trajectories)} trajectories (the first: "
+            f"{problems[0]}). Run `python -m cdit.data.encode` with this config, or train on the images with "
+            "--data.latents no"
+        )
+    return [cache.file(trajectory) for trajectory in trajectories]
+
+
+def _in_shards(trajectories: Sequence[ShardTrajectory], encoding: Encoding) -> list[LatentMember] | None:
+    """The members of trajectories of one sharded split; None where its shards hold frames alone."""
+    shard = trajectories[0].shard
+    if shard.split.latents is None:
+        return None
+    if shard.split.latents.encoding != encoding:
+        raise DataError(
+            f"{shard.shards.location}: its latents were made with {shard.split.latents.encoding}; asked for "
+            f"{encoding}. Make shards of latents of this encoding (python -m cdit.data.shard), or train on the images, "
+            "where they are in the shards, with --data.latents no"
+        )
+    return [LatentMember(trajectory) for trajectory in trajectories]

@@ -1,0 +1,210 @@
+"""Files fetched from afar, each once per machine, and let go of when they were not needed for longest."""
+
+import errno
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from fsspec import AbstractFileSystem
+from fsspec.core import url_to_fs
+
+from cdit.errors import DataError, Interrupted, UserError
+
+T = TypeVar("T")
+
+PAUSES = (1.0, 4.0, 16.0)
+"""Seconds to wait before a file is asked for again."""
+TOUCH_EVERY = 60.0
+"""Seconds within which a file in use counts as used once."""
+ABANDONED_AFTER = 3600.0
+"""Seconds after which a file that does not grow is one that its process did not live to finish."""
+LOCKS = 256
+"""How many files a machine may fetch at a time."""
+LOCAL = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
+"""Errors of the disk that is written to, not of the network."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file as it has to be."""
+
+    file: str
+    """Name in the dataset's folder."""
+    bytes: int
+    """Size."""
+    sha256: str
+    """Checksum in hexadecimal."""
+
+
+def default_folder() -> Path:
+    """Where fetched files are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdit" / "shards"
+
+
+class ShardCache:
+    """A folder of fetched files, named by their checksums, which the processes of a machine share.
+
+    Only what has its size and checksum is ever there under its name. A file may be let go of while it is open; who
+    finds it gone asks for it again.
+
+    Args:
+        folder: where to; made when something is fetched. By default `default_folder()`.
+        capacity_gb: most it holds in GB (10⁹ bytes).
+    """
+
+    def __init__(self, folder: Path | str | None = None, capacity_gb: float = 64.0):
+        self.folder = Path(folder) if folder else default_folder()
+        self.capacity = int(capacity_gb * 1e9)
+        self._touched: dict[str, float] = {}
+
+    def path(self, location: str, record: FileRecord) -> Path:
+        """Where the file stands here, fetched from the folder `location` (what fsspec takes) if it did not.
+
+        Raises:
+            DataError: there is no such file, or another one.
+            UserError: the cache cannot be written to, or is too small.
+            Interrupted: it could not be fetched, several times over.
+        """
+        path = self.folder / record.sha256
+        if not path.exists():
+            try:
+                self._fetch(location, record, path)
+            except OSError as error:
+                raise UserError(f"data.shard_cache: {self.folder} cannot be written to ({error.strerror})") from error
+        now = time.monotonic()
+        if now - self._touched.get(record.sha256, -TOUCH_EVERY) >= TOUCH_EVERY:
+            self._touched[record.sha256] = now
+            try:
+                os.utime(path)
+            except FileNotFoundError:  # let go of just now
+                return self.path(location, record)
+        return path
+
+    def _fetch(self, location: str, record: FileRecord, path: Path) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._lock(f"fetch_{int(record.sha256[:8], 16) % LOCKS}"):
+            if path.exists():  # another process was faster
+                return
+            partial = path.with_name(_partial_name(record))
+            with self._lock("space"):
+                self._make_room(record)
+                partial.touch()
+            try:
+                url = f"{location.rstrip('/')}/{record.file}"
+                _attempts(lambda: _copy(url, record, partial), url)
+                partial.replace(path)
+            finally:
+                partial.unlink(missing_ok=True)
+
+    def _make_room(self, record: FileRecord) -> None:
+        """Lets go of the files not needed for longest, so that there is room for one more."""
+        if record.bytes > self.capacity:
+            raise UserError(
+                f"data.shard_cache_gb is {self.capacity / 1e9:g}, expected more: {record.file} alone takes "
+                f"{record.bytes / 1e9:.3g} GB"
+            )
+        taken, kept = record.bytes, []
+        for file in self.folder.iterdir():
+            try:
+                status = file.stat()
+            except FileNotFoundError:  # finished just now, or let go of
+                continue
+            if file.suffix == ".partial" and time.time() - status.st_mtime > ABANDONED_AFTER:
+                file.unlink(missing_ok=True)
+            elif file.suffix == ".partial" and file.name != _partial_name(record):
+                taken += int(file.name.split(".")[1])  # what it will have
+            elif not file.suffix:
+                taken += status.st_size
+                kept.append((status.st_mtime, status.st_size, file))
+        for _, size, file in sorted(kept):
+            if taken <= self.capacity:
+                break
+            file.unlink(missing_ok=True)
+            taken -= size
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[None]:
+        """Excludes the other processes of this machine; a process that dies lets go."""
+        with open(self.folder / f"{name}.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def read_remote(url: str, limit: int) -> bytes:
+    """The contents of a small file, given as fsspec takes it.
+
+    Raises:
+        DataError: there is no such file, or it is larger than `limit` bytes.
+        Interrupted: it could not be fetched, several times over.
+    """
+    system, path = _system(url)
+    content = _attempts(lambda: system.cat_file(path, 0, limit + 1), url)
+    if len(content) > limit:
+        raise DataError(f"{url}: larger than {limit} bytes, the most that is read of such a file")
+    return content
+
+
+class _Different(Exception):
+    """A file that is not what it has to be."""
+
+
+def _copy(url: str, record: FileRecord, partial: Path) -> None:
+    system, path = _system(url)
+    system.get_file(path, str(partial))
+    if partial.stat().st_size != record.bytes:
+        raise _Different(f"{partial.stat().st_size} bytes, expected {record.bytes}")
+    if sha256(partial) != record.sha256:
+        raise _Different("its contents do not have the checksum they should")
+
+
+def _attempts(attempt: Callable[[], T], url: str) -> T:
+    """The result of the first attempt that succeeds, with pauses between them."""
+    pauses = iter(PAUSES)
+    while True:
+        try:
+            return attempt()
+        except FileNotFoundError as error:
+            raise DataError(f"{url}: no such file") from error
+        except UserError:
+            raise
+        except Exception as error:  # each kind of storage has its own
+            if getattr(error, "errno", None) in LOCAL:
+                raise
+            pause = next(pauses, None)
+            if pause is None:
+                if isinstance(error, _Different):
+                    raise DataError(f"{url}: {error}") from error
+                text = str(error) or type(error).__name__
+                raise Interrupted(f"{url} cannot be fetched ({text}); `--resume auto` continues") from error
+            time.sleep(pause)
+
+
+def _system(url: str) -> tuple[AbstractFileSystem, str]:
+    """What reads the URL, and its path there; made anew in every process, as most cannot be handed to a fork.
+
+    Raises:
+        UserError: no such kind of storage is known or installed.
+    """
+    try:
+        return url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{url}: {error}") from error
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _partial_name(record: FileRecord) -> str:
+    return f"{record.sha256}.{record.bytes}.partial"

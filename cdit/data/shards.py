@@ -1,0 +1,391 @@
+"""A dataset in a few large files, to be read from afar: more than fits a disk.
+
+    <folder>/shards.json            the splits: their tables, and their shards with the trajectories in each
+    <folder>/dataset.json           what the dataset is (see cdit.data.layout)
+    <folder>/<split>.safetensors    the split's table: where each frame lies in its shard, and the pose at each
+    <folder>/<split>-00000.tar, …   the shards: WebDataset's, whole trajectories with their
+        <trajectory>/000000.jpg, …  frames (JPEG or PNG, the files of the dataset they were made of) and
+        <trajectory>/latents.npy    latents (T, S, C, h, w), either or both
+
+Made by `python -m cdit.data.shard`. The tables hold, over all trajectories of a split one after the other, `offset` and
+`size` (N,) int64 of every frame's file within its shard, `position` (N, 2) and `yaw` (N,) float64, and, for each
+trajectory, `latents` (M,) int64: the offset of its latents' file.
+
+Nothing is unpacked. What is read at an offset has to have the tar header that the index makes one expect: a plain file
+of that name and size.
+"""
+
+import io
+import math
+import os
+import re
+import stat
+import tarfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cdit.cli import parser_instance
+from cdit.data.latents import LatentInfo
+from cdit.data.layout import DESCRIPTION as DATASET
+from cdit.data.layout import DatasetInfo
+from cdit.data.shard_cache import FileRecord, ShardCache, read_remote
+from cdit.errors import DataError
+from cdit.files import MAX_TEXT, check_name, parse_json, read_bytes
+
+FORMAT_VERSION = 1
+DESCRIPTION = "shards.json"
+MAX_DESCRIPTION = 2**28
+BLOCK = tarfile.BLOCKSIZE
+LATENTS = "latents.npy"
+NPY_HEADER = 256
+"""Bytes in which the header of an .npy file has its end; that of five dimensions has 128."""
+FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(?:tar|safetensors)")
+FRAME_SUFFIXES = ("jpg", "jpeg", "png")
+
+
+@dataclass(frozen=True)
+class ShardRecord(FileRecord):
+    """A shard."""
+
+    trajectories: dict[str, int]
+    """Number of frames of each trajectory in it, in order."""
+
+
+@dataclass(frozen=True)
+class SplitRecord:
+    """A split."""
+
+    table: FileRecord
+    """Of offsets and poses."""
+    shards: list[ShardRecord]
+    """In the order of the split's trajectories."""
+    frames: bool
+    """Whether the frames are in the shards."""
+    poses: bool
+    """Whether the table has poses."""
+    latents: LatentInfo | None
+    """What the latents in the shards were made with, if they are there."""
+    latent_shape: tuple[int, ...]
+    """(S, C, h, w) of a frame's latents."""
+
+
+def is_sharded(folder: str | Path) -> bool:
+    """Whether a dataset's folder, or URL, is one of shards: all URLs are."""
+    return "://" in str(folder) or (Path(folder) / DESCRIPTION).is_file()
+
+
+class Shards:
+    """A dataset in shards, in a folder or behind a URL that fsspec takes.
+
+    Args:
+        location: the folder or URL.
+        cache: where shards from afar are kept; a local folder's are read where they are.
+
+    Raises:
+        DataError: the index is missing or broken, or of a newer version.
+    """
+
+    def __init__(self, location: str | Path, cache: ShardCache | None = None):
+        self.location, self.is_remote = str(location), "://" in str(location)
+        self.cache = cache or ShardCache()
+        origin = f"{self.location.rstrip('/')}/{DESCRIPTION}"
+        content = self._read_small(DESCRIPTION, MAX_DESCRIPTION)
+        try:
+            values = parse_json(content.decode(), origin)
+            version = values["version"]
+            if version > FORMAT_VERSION:
+                raise DataError(f"{origin}: format version {version}, but this code reads up to {FORMAT_VERSION}")
+            self.splits = {name: _split(split, origin) for name, split in values["splits"].items()}
+        except DataError:
+            raise
+        except Exception as error:
+            raise DataError(f"{origin}: not a description of shards ({error!r})") from error
+
+    @property
+    def info(self) -> DatasetInfo:
+        """What the dataset is.
+
+        Raises:
+            DataError: its dataset.json is missing or broken.
+        """
+        origin = f"{self.location.rstrip('/')}/{DATASET}"
+        content = self._read_small(DATASET, MAX_TEXT)
+        try:
+            return parser_instance(DatasetInfo, parse_json(content.decode(), origin))
+        except Exception as error:
+            raise DataError(f"{origin}: not a dataset description ({error})") from error
+
+    def file(self, record: FileRecord) -> Path:
+        """Where a file stands on this machine, fetched if it has to be."""
+        return self.cache.path(self.location, record) if self.is_remote else Path(self.location) / record.file
+
+    def trajectories(self, split: str) -> "list[ShardTrajectory]":
+        """The trajectories of a split.
+
+        Raises:
+            DataError: there is no such split, or its table is broken or does not fit the index.
+        """
+        if split not in self.splits:
+            raise DataError(f"{self.location}: no split {split!r} in these shards, only {', '.join(self.splits)}")
+        record = self.splits[split]
+        table = self._table(record)
+        found: list[ShardTrajectory] = []
+        start = 0
+        for shard in (Shard(self, shard, record) for shard in record.shards):
+            for name, frames in shard.record.trajectories.items():
+                frame = slice(start, start + frames)
+                found.append(
+                    ShardTrajectory(
+                        name,
+                        Path(self.location) / name,
+                        shard,
+                        frames,
+                        *(table[key][frame] if key in table else None for key in ("offset", "size")),
+                        int(table["latents"][len(found)]) if record.latents else None,
+                        *(table[key][frame] if key in table else None for key in ("position", "yaw")),
+                    )
+                )
+                start += frames
+        return found
+
+    def _table(self, record: SplitRecord) -> dict[str, np.ndarray]:
+        """The arrays of a split's table, mapped into memory."""
+        path = self.file(record.table)
+        counts = [count for shard in record.shards for count in shard.trajectories.values()]
+        frames = sum(counts)
+        expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        if record.frames:
+            expected |= {"offset": ((frames,), torch.int64), "size": ((frames,), torch.int64)}
+        if record.poses:
+            expected |= {"position": ((frames, 2), torch.float64), "yaw": ((frames,), torch.float64)}
+        if record.latents:
+            expected["latents"] = ((len(counts),), torch.int64)
+        try:
+            with safe_open(path, "pt") as file:
+                table = {name: file.get_tensor(name) for name in expected}
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{path}: not readable ({error})") from error
+        for name, tensor in table.items():
+            if (tuple(tensor.shape), tensor.dtype) != expected[name]:
+                raise DataError(
+                    f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {expected[name][0]} "
+                    f"{expected[name][1]}"
+                )
+        if record.poses and not (table["position"].isfinite().all() and table["yaw"].isfinite().all()):
+            raise DataError(f"{path}: poses that are not finite")
+        return {name: tensor.numpy() for name, tensor in table.items()}
+
+    def _read_small(self, name: str, limit: int) -> bytes:
+        if self.is_remote:
+            return read_remote(f"{self.location.rstrip('/')}/{name}", limit)
+        return read_bytes(Path(self.location) / name, limit)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard of a split."""
+
+    shards: Shards
+    record: ShardRecord
+    split: SplitRecord
+
+    def __str__(self) -> str:
+        return f"{self.shards.location.rstrip('/')}/{self.record.file}"
+
+    def read(self, offset: int, size: int) -> bytes:
+        """These bytes of the shard.
+
+        Raises:
+            DataError: it has not as many, or is missing.
+        """
+        if not 0 <= offset <= offset + size <= self.record.bytes:
+            raise DataError(f"{self}: asked for bytes {offset} to {offset + size} of {self.record.bytes}")
+        while True:
+            path = self.shards.file(self.record)
+            try:
+                # Opening a pipe would wait for a writer.
+                with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb", buffering=0) as file:
+                    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                        raise DataError(f"{self}: not a regular file")
+                    content = os.pread(file.fileno(), size, offset)
+                break
+            except OSError as error:
+                # One fetched from afar may have been let go of meanwhile.
+                if not (self.shards.is_remote and isinstance(error, FileNotFoundError)):
+                    raise DataError(f"{self}: not readable ({error.strerror})") from error
+        if len(content) < size:
+            raise DataError(f"{self}: ends before byte {offset + size}, though the index gives it {self.record.bytes}")
+        return content
+
+
+@dataclass(frozen=True)
+class ShardTrajectory:
+    """A trajectory in a shard; otherwise like `cdit.data.trajectory.Trajectory`."""
+
+    name: str
+    folder: Path
+    """Where it would be, were the shards a folder of trajectories."""
+    shard: Shard
+    length: int
+    offset: np.ndarray | None
+    """(T,) where each frame's file begins in the shard; None if no frames are there."""
+    size: np.ndarray | None
+    """(T,) bytes of each frame's file."""
+    latents: int | None
+    """Where the latents' file begins; None if it is not there."""
+    position: np.ndarray | None
+    yaw: np.ndarray | None
+
+    def __len__(self) -> int:
+        return self.length
+
+    @property
+    def dataset(self) -> Path:
+        """The dataset's folder."""
+        return Path(self.shard.shards.location)
+
+    def frame(self, time: int) -> "FrameMember":
+        """The frame's file at `time` (0…T-1).
+
+        Raises:
+            DataError: the shards hold latents alone.
+        """
+        if self.offset is None:
+            raise DataError(f"{self.shard}: holds latents and no frames, which were asked for")
+        return FrameMember(self, time)
+
+
+@dataclass(frozen=True)
+class FrameMember:
+    """A frame's file in a shard."""
+
+    trajectory: ShardTrajectory
+    time: int
+
+    def __str__(self) -> str:
+        return f"{self.trajectory.shard}:{self.trajectory.name}/{self.time:06d}"
+
+    def read(self) -> bytes:
+        """The contents of the file.
+
+        Raises:
+            DataError: it is not where the index says.
+        """
+        offset, size = int(self.trajectory.offset[self.time]), int(self.trajectory.size[self.time])
+        content = self.trajectory.shard.read(offset - BLOCK, BLOCK + size)
+        name = member(content[:BLOCK], size, str(self))
+        stem, _, suffix = name.rpartition(".")
+        if stem != f"{self.trajectory.name}/{self.time:06d}" or suffix not in FRAME_SUFFIXES:
+            raise DataError(f"{self}: not where the index says, but {name!a}")
+        return content[BLOCK:]
+
+
+@dataclass(frozen=True)
+class LatentMember:
+    """A trajectory's latents in a shard."""
+
+    trajectory: ShardTrajectory
+
+    def __str__(self) -> str:
+        return f"{self.trajectory.shard}:{self.trajectory.name}/{LATENTS}"
+
+    def read(self, times: Sequence[int]) -> Tensor:
+        """Latents (len(times), S, C, h, w), in the precision they are stored in.
+
+        Raises:
+            DataError: they are not where the index says.
+        """
+        shard, split = self.trajectory.shard, self.trajectory.shard.split
+        shape = (len(self.trajectory), *split.latent_shape)
+        dtype = np.dtype(split.latents.precision).newbyteorder("<")
+        frame_bytes = math.prod(shape[1:]) * dtype.itemsize
+        offset = self.trajectory.latents
+        content = shard.read(offset - BLOCK, BLOCK + NPY_HEADER)
+        stored, header = npy_header(content[BLOCK:], str(self))
+        if stored != (shape, dtype):
+            raise DataError(f"{self}: {stored[0]} {stored[1]}, expected {shape} {dtype}")
+        if member(content[:BLOCK], header + shape[0] * frame_bytes, str(self)) != f"{self.trajectory.name}/{LATENTS}":
+            raise DataError(f"{self}: not where the index says")
+        rows = [shard.read(offset + header + time * frame_bytes, frame_bytes) for time in times]
+        return torch.from_numpy(np.frombuffer(bytearray(b"".join(rows)), dtype).reshape(len(times), *shape[1:]))
+
+
+def member(block: bytes, size: int | None, origin: str) -> str:
+    """The name in a tar header, which has to be that of a plain file of this size (any, if None).
+
+    Raises:
+        DataError: it is another, or none.
+    """
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except (tarfile.HeaderError, ValueError) as error:
+        raise DataError(f"{origin}: no file begins here in the shard ({error})") from error
+    if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
+        raise DataError(f"{origin}: {header.name!a} is a link or something else that is no plain file")
+    if header.size < 0 or size not in (None, header.size):
+        raise DataError(f"{origin}: {header.name!a} has {header.size} bytes, expected {size}")
+    return header.name
+
+
+def npy_header(start: bytes, origin: str) -> tuple[tuple[tuple[int, ...], np.dtype], int]:
+    """Shape and dtype in the header that an .npy file starts with, and how long it is.
+
+    Raises:
+        DataError: it is none, or of an array in Fortran's order.
+    """
+    file = io.BytesIO(start)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("not version 1.0 of the format")
+        shape, in_fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+        if in_fortran_order:
+            raise ValueError("in Fortran's order")
+    except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
+        raise DataError(f"{origin}: not an array of numbers ({error})") from error
+    return (shape, dtype), file.tell()
+
+
+def _split(values: dict[str, Any], origin: str) -> SplitRecord:
+    """A split as the index describes it."""
+    latents = values["latents"]
+    record = SplitRecord(
+        table=_file(values["table"], origin),
+        shards=[_shard(shard, origin) for shard in values["shards"]],
+        frames=bool(values["frames"]),
+        poses=bool(values["poses"]),
+        latents=None if latents is None else parser_instance(LatentInfo, latents),
+        latent_shape=tuple(_count(length) for length in values["latent_shape"]),
+    )
+    names = [name for shard in record.shards for name in shard.trajectories]
+    if not names or len(set(names)) < len(names):
+        raise DataError(f"{origin}: a split without trajectories, or with the same one twice")
+    return record
+
+
+def _shard(values: dict[str, Any], origin: str) -> ShardRecord:
+    for name in values["trajectories"]:
+        check_name(name, origin)
+    trajectories = {name: _count(frames) for name, frames in values["trajectories"].items()}
+    return ShardRecord(**vars(_file(values, origin)), trajectories=trajectories)
+
+
+def _file(values: dict[str, Any], origin: str) -> FileRecord:
+    file, checksum = values["file"], values["sha256"]
+    if not FILE.fullmatch(file):
+        raise DataError(f"{origin}: {file!a} is no name of a shard or table")
+    if not re.fullmatch("[0-9a-f]{64}", checksum):
+        raise DataError(f"{origin}: {file} has no SHA-256")
+    return FileRecord(file, _count(values["bytes"]), checksum)
+
+
+def _count(value: Any) -> int:
+    if not (isinstance(value, int) and 0 < value < 2**50):
+        raise ValueError(f"{value!r} is no number of frames or bytes")
+    return value
