@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -22,7 +23,7 @@ INIT_S = 30.0
 CALL_S = 60.0
 """Longest wait for any one call: to start, with the login, or to take what is logged, which it only puts on disk."""
 FINISH_S = 60.0
-"""Longest wait for what has not been uploaded when the program ends. It stays in the folder, for `wandb sync`."""
+"""Longest wait for what has not been uploaded when the program ends. `wandb sync --include-online` does it later."""
 SERVICE = "wandb-core"
 
 
@@ -50,9 +51,15 @@ class WandbRun:
         self._folder, self._calls = folder, _Calls()
         # Where pictures in tables wait for `wandb sync`; by default that would be the home folder.
         os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb").absolute()))
-        self._run = self._try(lambda: _start(folder, run_id, os.environ.get("WANDB_MODE"), about), "it is kept offline")
-        if self._run is None:
-            self._run = self._try(lambda: _start(folder, run_id, "offline", about), "nothing is shown there")
+        # Reports of W&B's errors to its makers; where the server is gone, they wait for it for long when Python ends.
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        for mode, otherwise in (
+            (os.environ.get("WANDB_MODE"), "trying offline"),
+            ("offline", "nothing is shown there"),
+        ):
+            self._run = self._try(partial(_start, folder, run_id, mode, about), otherwise, CALL_S)
+            if self._run is not None:
+                break
         if self._run is None:
             return
         atexit.register(self.finish)  # after wandb's own, which it thereby precedes: that one waits without end
@@ -66,19 +73,17 @@ class WandbRun:
         """Logs what a function returns: numbers, W&B objects. What goes wrong in making them is W&B's trouble, too."""
         run = self._run
         if run is not None and (step is None or step >= self.next_step):
-            self._try(lambda: run.log(dict(content()), step=step), f"what follows is in {self._folder} alone")
+            self._try(lambda: run.log(dict(content()), step=step), f"what follows is in {self._folder} alone", CALL_S)
 
     def finish(self) -> None:
-        """Uploads the rest, and ends the run."""
+        """Uploads the rest, and ends the run; W&B itself says so where that is not done in time."""
         atexit.unregister(self.finish)
-        run, folder = self._run, self._folder / "wandb"
+        run = self._run
         if run is not None:
-            self._try(
-                run.finish, f"`wandb sync` of the newest folder in {folder} adds what it lacks", FINISH_S + CALL_S
-            )
+            self._try(lambda: (run.finish(), wandb.teardown()), f"see {self._folder} for the rest", FINISH_S + CALL_S)
         self._run = None
 
-    def _try(self, call: Callable[[], T], otherwise: str, seconds: float = CALL_S) -> T | None:
+    def _try(self, call: Callable[[], T], otherwise: str, seconds: float) -> T | None:
         """What a call returns; else None, and the run is given up with everything of W&B in this process."""
         try:
             return self._calls.result(call, seconds)
@@ -98,9 +103,7 @@ class WandbRun:
 def _start(folder: Path, run_id: str | None, mode: str | None, about: Mapping[str, Any]) -> Any:
     if mode is None and not wandb.login(prompt=False, verify=False):
         mode = "offline"
-    settings = wandb.Settings(
-        silent=True, console="off", init_timeout=INIT_S, finish_timeout=FINISH_S, finish_timeout_raises=True
-    )
+    settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_S, finish_timeout=FINISH_S)
     # What is synced of an offline run that resumes another is appended to it with other steps than it was logged with.
     resume = None if mode == "offline" else "allow"
     return wandb.init(id=run_id, mode=mode, resume=resume, dir=str(folder), settings=settings, **about)
@@ -125,6 +128,8 @@ class _Calls:
         try:
             return future.result(seconds)
         except TimeoutError:
+            if future.done():  # and this is what the call raised
+                raise
             raise TimeoutError(f"no answer within {seconds:g} s") from None
 
     def _work(self) -> None:
