@@ -1,6 +1,5 @@
 """Command lines from typed dataclasses: help from docstrings, YAML files, one clear error, exit code 2."""
 
-import errno
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -11,11 +10,10 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
+from tqdm import tqdm
 
-from cdit.errors import Interrupted, UserError
+from cdit.errors import DISK_ERRORS, Interrupted, UserError
 from cdit.plain import check_plain, safe_loader
-
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 set_loader("yaml", load_yaml := safe_loader(get_loader("yaml")), (yaml.YAMLError,))
@@ -121,5 +119,7 @@ def run(main: Callable[[], Any]) -> None:
 
 
 def _end(message: str, code: int) -> NoReturn:
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()  # else the message stands behind it, and it is drawn again below
     print(message, file=sys.stderr)
     sys.exit(code)

@@ -16,7 +16,7 @@ from cdit.cli import parser_instance
 from cdit.codec import AutoencoderCodec, Codec, CodecConfig, load_codec
 from cdit.data.frames import Crop
 from cdit.diffusion import DDPMConfig, FlowConfig, ObjectiveName, SamplerConfig, make_objective
-from cdit.errors import UserError
+from cdit.errors import UserError, writing
 from cdit.model import CDiT, ContextCache
 
 DESCRIPTION = "world_model.json"
@@ -229,23 +229,30 @@ class WorldModel(nn.Module):
         """Writes what `from_pretrained` reads: world_model.json, cdit/ and, for an autoencoder, codec/.
 
         An older model in the folder is replaced when the new one is written in full.
+
+        Raises:
+            UserError: the disk is full, or cannot be written to.
         """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".partial_", dir=folder) as partial:
-            self.cdit.save_pretrained(Path(partial) / "cdit")
-            if isinstance(self.codec, AutoencoderCodec):
-                self.codec.autoencoder.save_pretrained(Path(partial) / "codec")
-            description = {"codec": self.codec.kind, **asdict(self.description)}
-            (Path(partial) / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
-            (folder / DESCRIPTION).unlink(
-                missing_ok=True
-            )  # without it the folder is no world model, until all is there
-            for name in ("cdit", "codec"):
-                shutil.rmtree(folder / name, ignore_errors=True)
-                if (Path(partial) / name).is_dir():
-                    (Path(partial) / name).replace(folder / name)
-            (Path(partial) / DESCRIPTION).replace(folder / DESCRIPTION)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for leftover in folder.glob(".partial_*"):  # of a process that was killed
+                shutil.rmtree(leftover)
+            with TemporaryDirectory(prefix=".partial_", dir=folder) as partial:
+                self._write(folder, Path(partial))
+
+    def _write(self, folder: Path, partial: Path) -> None:
+        self.cdit.save_pretrained(partial / "cdit")
+        if isinstance(self.codec, AutoencoderCodec):
+            self.codec.autoencoder.save_pretrained(partial / "codec")
+        description = {"codec": self.codec.kind, **asdict(self.description)}
+        (partial / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        (folder / DESCRIPTION).unlink(missing_ok=True)  # without it the folder is no world model, until all is there
+        for name in ("cdit", "codec"):
+            shutil.rmtree(folder / name, ignore_errors=True)
+            if (partial / name).is_dir():
+                (partial / name).replace(folder / name)
+        (partial / DESCRIPTION).replace(folder / DESCRIPTION)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "WorldModel":

@@ -286,7 +286,7 @@ def _named(resume: str, run: Path) -> Path | None:
             )
         return None
     if resume == "auto":
-        return _newest_sound(existing)
+        return _newest_sound(run)
     folder = Path(resume)
     if not folder.is_dir():
         raise UserError(f"resume is {resume!r}, expected no, auto, or a checkpoint folder (with {manifest.MANIFEST})")
@@ -300,8 +300,8 @@ def _named(resume: str, run: Path) -> Path | None:
     return folder
 
 
-def _newest_sound(existing: list[Path]) -> Path | None:
-    for folder in reversed(existing):
+def _newest_sound(run: Path) -> Path | None:
+    for folder in reversed(checkpoints(run)):
         problem = manifest.problem(folder)
         if problem is None:
             return folder
@@ -309,10 +309,8 @@ def _newest_sound(existing: list[Path]) -> Path | None:
         shutil.rmtree(kept, ignore_errors=True)  # of an earlier time at the same step
         folder.rename(kept)
         print(f"{folder} is damaged: {problem}; kept as {kept.name}", file=sys.stderr)
-    if existing:
-        raise UserError(
-            f"resume: all checkpoints of {existing[0].parent} are damaged; choose another --name, or delete the run"
-        )
+    if list(run.glob("checkpoints/step_*.damaged")):
+        raise UserError(f"resume: all checkpoints of {run} are damaged; choose another --name, or delete the run")
     return None
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset
-from cdit.errors import UserError
+from cdit.errors import UserError, writing
 from cdit.evaluation.horizons import HorizonResult, evaluate_horizons
 from cdit.evaluation.loading import spread
 from cdit.evaluation.metrics import load_metrics
@@ -59,8 +59,8 @@ class Probes:
         """
         if self.accelerator.is_main_process:
             folder = self.config.folder / "probes" / f"step_{step:08d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            with self.accelerator.autocast():
+            with writing(folder), self.accelerator.autocast():
+                folder.mkdir(parents=True, exist_ok=True)
                 self._predictions(world, tracker, step, final, folder)
                 self._rollouts(world, tracker, step, folder)
                 self._attention(world, tracker, step, folder)

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from cdit.codec import Codec, latent_size, load_codec
 from cdit.data.latents import Encoding
 from cdit.data.windows import DataConfig, WindowDataset
-from cdit.errors import UserError
+from cdit.errors import UserError, writing
 from cdit.model import CDiT
 from cdit.nwm.normalization import normalization
 from cdit.training.config import OptimizerConfig, TrainConfig
@@ -84,13 +84,15 @@ def prepare_folder(config: TrainConfig, accelerator: Accelerator) -> None:
     """Makes the run's folder and leaves the config there.
 
     Raises:
-        UserError: not all processes see it.
+        UserError: it cannot be written to, or not all processes see it.
     """
+    path = config.folder / "config.yaml"
     if accelerator.is_main_process:
-        config.folder.mkdir(parents=True, exist_ok=True)
-        config.save(config.folder / "config.yaml")
+        with writing(path):
+            config.folder.mkdir(parents=True, exist_ok=True)
+            config.save(path)
     accelerator.wait_for_everyone()
-    if not (config.folder / "config.yaml").is_file():
+    if not path.is_file():
         raise UserError(f"output is {config.output!r}: expected a folder that is the same on all machines")
 
 
