@@ -107,6 +107,8 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
     (home / "config.yaml").write_text(yaml.safe_dump(values))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     places = {"HOME": str(home), "XDG_CONFIG_HOME": str(home / "config"), "XDG_CACHE_HOME": str(home / "cache")}
+    (home / "tmp").mkdir()  # what a killed process leaves in it goes with it
+    places["TMPDIR"] = str(home / "tmp")
     devices = {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     logs = tmp_path_factory.mktemp("faults")
     with Trainer(logs, home / "config.yaml", {**kept, **places, **devices}) as trainer:

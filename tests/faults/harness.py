@@ -14,6 +14,9 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file
 
+from cdit.training.checkpoints import checkpoints
+from cdit.training.manifest import problem
+
 LAUNCH = Path(__file__).with_name("launch.py")
 SIGKILLED = -9
 ENDS_S = 15.0
@@ -121,7 +124,9 @@ class Trainer:
         assert_nothing_is_left(pid, mark)
         return Ended(code, "\n".join(said), ended - sent[-1] if sent else None)
 
-    def reference(self, *arguments: object, processes: int | None = None, environment: dict[str, str] | None = None) -> Path:
+    def reference(
+        self, *arguments: object, processes: int | None = None, environment: dict[str, str] | None = None
+    ) -> Path:
         """Folder of the run with these arguments that nothing disturbs; it is run once."""
         key = repr((arguments, processes, environment))
         if key not in self.references:
@@ -168,8 +173,12 @@ def contents(run: Path) -> dict[str, bytes]:
     is no result, is left out of the rows.
     """
     found = {}
-    newest = (run / "checkpoints" / "latest").resolve()
-    for path in [*run.glob("best/cdit/*.safetensors"), *run.glob("last/cdit/*.safetensors"), *newest.glob("*.safetensors")]:
+    newest = checkpoints(run)[-1]
+    for path in [
+        *run.glob("best/cdit/*.safetensors"),
+        *run.glob("last/cdit/*.safetensors"),
+        *newest.glob("*.safetensors"),
+    ]:
         for name, tensor in load_file(path).items():
             found[f"{path.parent.name}/{path.name}/{name}"] = tensor.tobytes()
     state = json.loads((newest / "state.json").read_text())
@@ -199,6 +208,61 @@ def _bits(a: bytes, b: bytes) -> int:
 # The table.
 
 
+def survive(
+    trainer: Trainer,
+    table: "Table",
+    fault: str,
+    output: Path,
+    *arguments: object,
+    code: int | Sequence[int],
+    faults: Sequence[dict[str, Any]] = (),
+    says: str = "",
+    mend: Callable[[], object] = lambda: None,
+    reference: Path | None = None,
+    again: dict[str, Any] | None = None,
+    within_s: float | None = None,
+    **options: Any,
+) -> Ended:
+    """Injects a fault into a run, resumes it, compares it with the undisturbed run, and says so in the table.
+
+    Args:
+        trainer: runs it.
+        table: takes it.
+        fault: its name there.
+        output: where the run is.
+        arguments: of train.py.
+        code: with what the disturbed run has to end, or one of several.
+        faults: what is to go wrong.
+        says: what has to stand in its last line.
+        mend: called before it is resumed.
+        reference: the undisturbed run, by default the one of the config itself.
+        again: options of the resumed run, where they are others.
+        within_s: the longest time from the signal, that the fault is, to the end.
+        options: of `Trainer.run`.
+    """
+    table.injected(fault)
+    ended = trainer.run(output, *arguments, faults=faults, **options)
+    codes = [code] if isinstance(code, int) else code
+    assert ended.code in codes, (ended.code, ended.said)
+    if ended.code in (2, 75) and not options:
+        assert ended.message.startswith("error: " if ended.code == 2 else "stopped: "), ended.said
+        assert "Traceback" not in ended.said, ended.said
+    assert says in ended.message, ended.said
+    sound = [problem(folder) for folder in checkpoints(output / "run")]
+    assert not any(sound), sound
+    mend()
+    resumed = trainer.run(output, *arguments, **(options if again is None else again))
+    assert resumed.code == 0, resumed.said
+    bits = differing_bits(output / "run", reference or trainer.reference())
+    note = f"exit {ended.code}"
+    if ended.after_signal_s is not None:
+        table.took(fault, ended.after_signal_s)
+        assert within_s is None or ended.after_signal_s < within_s
+    table.recovered(fault, bits, note=note)
+    assert bits == 0
+    return ended
+
+
 @dataclass
 class Row:
     """What became of a kind of fault."""
@@ -207,6 +271,8 @@ class Row:
     recovered: int = 0
     bits: int = 0
     notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    """The longest time from the fault to the end of the run, where it was measured."""
 
 
 class Table:
@@ -226,10 +292,15 @@ class Table:
         if note and note not in row.notes:
             row.notes.append(note)
 
+    def took(self, fault: str, seconds: float) -> None:
+        """So long from the fault to the end of the run."""
+        self.rows[fault].seconds = max(self.rows[fault].seconds, seconds)
+
     def text(self) -> str:
         """The table in Markdown."""
         lines = ["| fault | injected | recovered | differing bits | how the run ended |", "|---|---:|---:|---:|---|"]
         for fault, row in self.rows.items():
-            lines.append(f"| {fault} | {row.injected} | {row.recovered} | {row.bits} | {'; '.join(row.notes)} |")
+            how = "; ".join([*row.notes, *([f"{row.seconds:.1f} s" if row.seconds else ""])])
+            lines.append(f"| {fault} | {row.injected} | {row.recovered} | {row.bits} | {how.strip('; ')} |")
         total = [sum(getattr(row, name) for row in self.rows.values()) for name in ("injected", "recovered", "bits")]
         return "\n".join([*lines, f"| **all** | {total[0]} | {total[1]} | {total[2]} | |"])

@@ -101,19 +101,23 @@ def kill_children(name: str) -> None:
 
 
 def fill(folder: str) -> None:
-    """Fills the disk that the folder is on, but for a few bytes: what is open there is found too short in its middle."""
+    """Fills the disk that the folder is on."""
     with open(Path(folder) / "filler", "wb", buffering=0) as file:
-        try:
-            while True:
-                file.write(bytes(1 << 12))
-        except OSError:
-            pass
-        file.truncate(max(0, file.tell() - (1 << 12)))
+        for size in (1 << 16, 1 << 12):
+            try:
+                while True:
+                    file.write(bytes(size))
+            except OSError:
+                continue
 
 
-def limit_files(size: int) -> None:
-    """No file may grow beyond so many bytes."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+def limit_file(limit: tuple[str, int]) -> None:
+    """No file may grow beyond the size that this one has now, and so many bytes."""
+    path, room = limit
+    shown = subprocess.Popen(["cat"], stdin=subprocess.PIPE)  # so that the log, a file, too, may grow
+    os.dup2(shown.stdin.fileno(), 1)
+    os.dup2(shown.stdin.fileno(), 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (os.stat(path).st_size + room, resource.RLIM_INFINITY))
 
 
 def limit_memory(room: int) -> None:
@@ -255,7 +259,12 @@ def _kill_in(seconds: float) -> None:
     """Has the kernel kill this process after that time, whatever it does then: `timer_create` with SIGKILL."""
 
     class Event(ctypes.Structure):
-        _fields_ = (("value", ctypes.c_void_p), ("signal", ctypes.c_int), ("how", ctypes.c_int), ("_", ctypes.c_byte * 48))
+        _fields_ = (
+            ("value", ctypes.c_void_p),
+            ("signal", ctypes.c_int),
+            ("how", ctypes.c_int),
+            ("_", ctypes.c_byte * 48),
+        )
 
     times = (ctypes.c_long * 4)(0, 0, int(seconds), max(1, int(seconds % 1 * 1e9)))  # interval, then the first time
     libc, timer, event = ctypes.CDLL(None, use_errno=True), ctypes.c_void_p(), Event(None, signal.SIGKILL, 0)
@@ -279,6 +288,8 @@ def train(arguments: list[str]) -> None:
 
 def serve() -> list[str]:
     """Answers requests; returns in each fork, with the arguments for train.py."""
+    from wandb.sdk.data_types._private import MEDIA_TMP
+
     runpy.run_path(str(TRAIN), run_name="imported")
     for line in sys.stdin:
         request = json.loads(line)
@@ -294,6 +305,7 @@ def serve() -> list[str]:
             os.environ.clear()
             os.environ.update(request["environment"])
             os.chdir(request["folder"])
+            MEDIA_TMP.__init__("wandb-media")  # the folder made on import is deleted by the first fork that ends
             return request["arguments"]
         print(json.dumps(answer), flush=True)
     sys.exit()

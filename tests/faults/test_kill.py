@@ -30,13 +30,13 @@ def undisturbed(trainer: Trainer) -> dict[str, list[dict]]:
     return entries
 
 
-def disturb(trainer: Trainer, output: Path, table: Table, faults: list[tuple[str, dict]]) -> None:
+def disturb(trainer: Trainer, output: Path, table: Table, faults: list[tuple[str, dict]], *arguments: str) -> None:
     """Injects one fault after the other, resuming after each, in as many runs as that takes."""
     attempt, open_faults = 0, []
     while faults or open_faults:
         name, fault = faults.pop(0) if faults else ("", None)
         run = output / f"{attempt}"
-        ended = trainer.run(run, faults=[fault] if fault else [])
+        ended = trainer.run(run, *arguments, faults=[fault] if fault else [])
         if ended.code == SIGKILLED:
             assert fault is not None
             table.injected(name)
@@ -46,7 +46,7 @@ def disturb(trainer: Trainer, output: Path, table: Table, faults: list[tuple[str
         if fault is not None:  # the run was over before
             assert open_faults, f"never happens: {fault}"
             faults.insert(0, (name, fault))
-        bits = differing_bits(run / "run", trainer.reference())
+        bits = differing_bits(run / "run", trainer.reference(*arguments))
         for name in open_faults:
             table.recovered(name, bits, note="SIGKILL")
         assert bits == 0, open_faults
@@ -70,17 +70,16 @@ def test_killed_at_random_moments(
 
 @pytest.mark.faults("all")
 @pytest.mark.parametrize("phase", ["rename", "write", "logging", "model"])
-def test_killed_before_each_operation_on_a_file(
-    trainer: Trainer, undisturbed: dict[str, list[dict]], table: Table, tmp_path: Path, phase: str
-):
-    """Opening, renaming, linking and deleting, one after the other; of checkpoints when there are old ones to delete."""
-    count = max(entry["operations"] for entry in undisturbed[phase])
+def test_killed_before_each_operation_on_a_file(trainer: Trainer, table: Table, tmp_path: Path, phase: str):
+    """Opening, renaming, linking and deleting, one after the other; of checkpoints, when there are old ones to delete."""
+    each_step = ("--checkpoint.every", "1", "--validation.every", "1", "--tracking.every", "1")
+    log = tmp_path / "phases.log"
+    trainer.run(tmp_path / "timed", *each_step, environment={"PHASES_LOG": str(log)})
+    entries = [entry for entry in map(json.loads, log.read_text().splitlines()) if entry["phase"] == phase]
+    name, count = f"kill -9 before a file operation: {NAMES.get(phase, phase)}", entries[2]["operations"]
     assert count
-    name = f"kill -9 before each file operation: {NAMES.get(phase, phase)}"
-    for operation in range(1, count + 1):
-        fault = {"act": "kill", "phase": phase, "entry": 3, "operation": operation}
-        output = tmp_path / str(operation)
-        disturb(trainer, output, table, [(name, fault)])
+    faults = [{"act": "kill", "phase": phase, "entry": 3, "operation": number + 1} for number in range(count)]
+    disturb(trainer, tmp_path, table, [(name, fault) for fault in faults], *each_step)
 
 
 def test_a_kill_is_seen(trainer: Trainer, tmp_path: Path):
