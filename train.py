@@ -90,6 +90,7 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
             process_index=accelerator.process_index,
             processes=accelerator.num_processes,
             micro_batches=accelerator.gradient_accumulation_steps,
+            order=train_set.order,
         )
 
     def batch_again(step: int) -> WindowLoader:

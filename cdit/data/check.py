@@ -15,7 +15,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from cdit.cli import run
-from cdit.data.frames import decode
+from cdit.data.frames import Member, decode
 from cdit.data.shards import is_sharded
 from cdit.data.trajectory import Trajectory, read_names, read_split
 from cdit.errors import DataError
@@ -84,7 +84,7 @@ def _frame_problems(trajectories: Iterable[Trajectory]) -> list[str]:
         for trajectory in trajectories:
             first_of_size: dict[str, str] = {}
             paths = map(trajectory.frame, range(len(trajectory)))
-            for file, size in zip(trajectory.files, threads.map(_size_or_problem, paths), strict=True):
+            for file, size in zip(trajectory.files, threads.map(size_or_problem, paths), strict=True):
                 bar.update()
                 if isinstance(size, DataError):
                     problems.append(str(size))
@@ -96,7 +96,8 @@ def _frame_problems(trajectories: Iterable[Trajectory]) -> list[str]:
     return problems
 
 
-def _size_or_problem(path: Path) -> str | DataError:
+def size_or_problem(path: Path | Member) -> str | DataError:
+    """Width × height of an image, or what is wrong with it."""
     try:
         height, width = decode(path).shape[-2:]
     except DataError as error:

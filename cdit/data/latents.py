@@ -11,8 +11,7 @@ the SHA-256 of the numbers.
 import hashlib
 import json
 import os
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,15 +21,15 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from tqdm import tqdm
 
 from cdit.cli import parser_instance
 from cdit.data.frames import Crop
+from cdit.data.layout import LATENTS
 from cdit.data.trajectory import Trajectory
 from cdit.errors import DataError
+from cdit.files import parse_json, read_json
 
 FORMAT_VERSION = 1
-FOLDER = "latents"
 DESCRIPTION = "latents.json"
 TENSOR = "latents"
 METADATA = "shard"
@@ -88,11 +87,11 @@ class LatentCache:
         Raises:
             DataError: its description is broken, or of a newer version.
         """
-        path = dataset / FOLDER / DESCRIPTION
+        path = dataset / LATENTS / DESCRIPTION
         if not path.is_file():
             return None
         try:
-            info = parser_instance(LatentInfo, json.loads(path.read_text()))
+            info = parser_instance(LatentInfo, read_json(path))
         except Exception as error:
             raise DataError(f"{path}: not a description of latents ({error})") from error
         if info.version > FORMAT_VERSION:
@@ -111,9 +110,10 @@ class LatentCache:
             if cache.info.precision != precision:
                 raise DataError(f"{cache.folder} holds {cache.info.precision}, asked for {precision}: delete it first")
             return cache
-        cache = cls(dataset / FOLDER, LatentInfo(encoding, precision))
+        cache = cls(dataset / LATENTS, LatentInfo(encoding, precision))
         cache.folder.mkdir(parents=True, exist_ok=True)
         partial = cache.folder / f".{DESCRIPTION}.partial"
+        partial.unlink(missing_ok=True)  # it may be a link to somewhere
         partial.write_text(json.dumps(asdict(cache.info), indent=2) + "\n")
         os.replace(partial, cache.folder / DESCRIPTION)
         return cache
@@ -140,6 +140,7 @@ class LatentCache:
         final = self.file(trajectory)
         final.parent.mkdir(parents=True, exist_ok=True)
         partial = final.with_name(f".{final.name}.partial")
+        partial.unlink(missing_ok=True)  # it may be a link to somewhere
         shard = json.dumps({**self._belongs(trajectory), "sha256": _sha256(latents)})
         partial.write_bytes(save({TENSOR: latents}, {METADATA: shard}))
         os.replace(partial, final)
@@ -155,20 +156,22 @@ class LatentCache:
         if not path.is_file():
             return f"{path}: missing"
         try:
-            with _opened(path) as file:
-                shard = json.loads(file.metadata()[METADATA])
+            with opened(path) as file:
+                shard = parse_json(file.metadata()[METADATA], path)
                 recorded = shard.pop("sha256")
                 stored = file.get_slice(TENSOR)
-                frames, dtype = stored.get_shape()[0], stored[:0].dtype
+                shape, dtype = stored.get_shape(), stored[:0].dtype
                 found = _sha256(file.get_tensor(TENSOR)) if checksum else recorded
-        except (DataError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except Exception as error:  # safetensors and torch raise as they please
             return f"{path}: damaged ({error})"
         if shard != self._belongs(trajectory):
             return f"{path}: of another trajectory or encoding"
         if dtype != self.info.dtype:
             return f"{path}: not in {self.info.precision}"
-        if frames != len(trajectory):
-            return f"{path}: {frames} frames, but the trajectory has {len(trajectory)}"
+        if len(shape) != 5:
+            return f"{path}: an array {tuple(shape)}, expected (T, S, C, h, w)"
+        if shape[0] != len(trajectory):
+            return f"{path}: {shape[0]} frames, but the trajectory has {len(trajectory)}"
         return None if found == recorded else f"{path}: damaged (its numbers do not have its checksum)"
 
     def _belongs(self, trajectory: Trajectory) -> dict[str, Any]:
@@ -183,58 +186,8 @@ class LatentCache:
         }
 
 
-class LatentStore:
-    """The latents of some trajectories, read from their files as they are asked for.
-
-    Files are mapped into memory for the time of a read, so that only the frames asked for are read, processes share the
-    pages, and none of it counts against the process.
-    """
-
-    def __init__(self, files: Sequence[Path]):
-        self.files = files
-
-    def read(self, trajectory: int, times: Sequence[int]) -> Tensor:
-        """Latents (len(times), S, C, h, w) float32 of a trajectory (by its index) at `times`, repetitions allowed.
-
-        Raises:
-            DataError: the file is gone or broken.
-        """
-        with _opened(self.files[trajectory]) as file:
-            latents = file.get_slice(TENSOR)
-            return torch.stack([latents[time] for time in times]).float()
-
-
-def open_latents(trajectories: Sequence[Trajectory], encoding: Encoding) -> LatentStore | None:
-    """The latents of all the trajectories, or None if the folder of any of their datasets has no latent cache.
-
-    Files are opened and asked what they are; their numbers are not read.
-
-    Raises:
-        DataError: a cache has another encoding, or lacks trajectories.
-    """
-    datasets: dict[Path, list[Trajectory]] = {}
-    for trajectory in trajectories:
-        datasets.setdefault(trajectory.dataset, []).append(trajectory)
-    caches = {folder: LatentCache.open(folder) for folder in datasets}
-    without = [str(folder) for folder, cache in caches.items() if cache is None]
-    if without:
-        if len(without) < len(caches):
-            tqdm.write(f"{', '.join(without)}: no latents, so the images of the whole mix are read", file=sys.stderr)
-        return None
-    for folder, cache in caches.items():
-        cache.expect(encoding)
-        problems = [problem for trajectory in datasets[folder] if (problem := cache.problem(trajectory))]
-        if problems:
-            raise DataError(
-                f"{cache.folder} lacks the latents of {len(problems)} of {len(datasets[folder])} trajectories (the "
-                f"first: {problems[0]}). Run `python -m cdit.data.encode` with this config, or train on the images "
-                "with --data.latents no"
-            )
-    return LatentStore([caches[trajectory.dataset].file(trajectory) for trajectory in trajectories])
-
-
 @contextmanager
-def _opened(path: Path) -> Iterator[Any]:
+def opened(path: Path) -> Iterator[Any]:
     """A safetensors file.
 
     Raises:
@@ -243,7 +196,7 @@ def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, "pt") as file:
             yield file
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # RuntimeError: torch's, of a damaged shape
         raise DataError(f"{path}: not readable ({error})") from error
 
 

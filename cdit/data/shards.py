@@ -280,9 +280,10 @@ class FrameMember:
         """
         offset, size = int(self.trajectory.offset[self.time]), int(self.trajectory.size[self.time])
         content = self.trajectory.shard.read(offset - BLOCK, BLOCK + size)
-        name = member(content[:BLOCK], size, str(self))
+        name, stored = member(content[:BLOCK], str(self))
         stem, _, suffix = name.rpartition(".")
-        if stem != f"{self.trajectory.name}/{self.time:06d}" or suffix not in FRAME_SUFFIXES:
+        expected = f"{self.trajectory.name}/{self.time:06d}"
+        if (stem, stored) != (expected, size) or suffix not in FRAME_SUFFIXES:
             raise DataError(f"{self}: not where the index says, but {name!a}")
         return content[BLOCK:]
 
@@ -311,14 +312,15 @@ class LatentMember:
         stored, header = npy_header(content[BLOCK:], str(self))
         if stored != (shape, dtype):
             raise DataError(f"{self}: {stored[0]} {stored[1]}, expected {shape} {dtype}")
-        if member(content[:BLOCK], header + shape[0] * frame_bytes, str(self)) != f"{self.trajectory.name}/{LATENTS}":
+        expected = f"{self.trajectory.name}/{LATENTS}", header + shape[0] * frame_bytes
+        if member(content[:BLOCK], str(self)) != expected:
             raise DataError(f"{self}: not where the index says")
         rows = [shard.read(offset + header + time * frame_bytes, frame_bytes) for time in times]
         return torch.from_numpy(np.frombuffer(bytearray(b"".join(rows)), dtype).reshape(len(times), *shape[1:]))
 
 
-def member(block: bytes, size: int | None, origin: str) -> str:
-    """The name in a tar header, which has to be that of a plain file of this size (any, if None).
+def member(block: bytes, origin: str) -> tuple[str, int]:
+    """Name and size in a tar header, which has to be that of a plain file.
 
     Raises:
         DataError: it is another, or none.
@@ -329,9 +331,9 @@ def member(block: bytes, size: int | None, origin: str) -> str:
         raise DataError(f"{origin}: no file begins here in the shard ({error})") from error
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
         raise DataError(f"{origin}: {header.name!a} is a link or something else that is no plain file")
-    if header.size < 0 or size not in (None, header.size):
-        raise DataError(f"{origin}: {header.name!a} has {header.size} bytes, expected {size}")
-    return header.name
+    if header.size < 0:
+        raise DataError(f"{origin}: {header.name!a} has {header.size} bytes")
+    return header.name, header.size
 
 
 def npy_header(start: bytes, origin: str) -> tuple[tuple[tuple[int, ...], np.dtype], int]:

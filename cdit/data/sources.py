@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from cdit.data.layout import Camera, DatasetInfo
+from cdit.data.shard_cache import ShardCache
+from cdit.data.shards import Shards, ShardTrajectory, is_sharded
 from cdit.data.trajectory import Trajectory, read_split
 from cdit.errors import DataError
 
@@ -18,13 +20,15 @@ class Source:
     """One dataset of a mix."""
 
     folder: str
-    """The dataset folder."""
+    """The dataset folder; or a folder or URL of shards."""
     splits: str | None = None
     """Folder with <split>/traj_names.txt, where that is not <folder>/splits."""
     fps: float | None = None
     """Frames a second; by default what dataset.json says, or 4 where there is none."""
     spacing: float | None = None
     """Metres between consecutive frames; by default what dataset.json says, or 1."""
+    follow_links: bool = False
+    """Whether links within the folder may lead out of it."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +46,8 @@ class WindowInfo:
 
 
 def read_sources(
-    sources: Sequence[Source], split: str, min_frames: int
-) -> tuple[list[Trajectory], list[float], WindowInfo]:
+    sources: Sequence[Source], split: str, min_frames: int, cache: ShardCache
+) -> tuple[list[Trajectory | ShardTrajectory], list[float], WindowInfo]:
     """The trajectories of a split that have at least `min_frames`, dataset after dataset; says how many have not.
 
     Returns:
@@ -54,7 +58,7 @@ def read_sources(
     """
     trajectories, spacings, infos = [], [], []
     for source in sources:
-        found, info = _read(source, split, min_frames)
+        found, info = _read(source, split, min_frames, cache)
         trajectories += found
         spacings += [info.spacing] * len(found)
         infos.append(info)
@@ -62,12 +66,14 @@ def read_sources(
 
 
 def read_trajectories(source: Source, split: str) -> list[Trajectory]:
-    """All trajectories of a split of one dataset.
+    """All trajectories of a split of one dataset in a folder.
 
     Raises:
         DataError: it has problems, which the message lists.
     """
-    trajectories, problems = read_split(source.folder, split, source.splits)
+    if is_sharded(source.folder):
+        raise DataError(f"{source.folder}: holds shards; expected the dataset's folder that they were made of")
+    trajectories, problems = read_split(source.folder, split, source.splits, follow_links=source.follow_links)
     if problems:
         lines = problems[:LISTED_PROBLEMS]
         if len(problems) > len(lines):
@@ -76,9 +82,16 @@ def read_trajectories(source: Source, split: str) -> list[Trajectory]:
     return trajectories
 
 
-def _read(source: Source, split: str, min_frames: int) -> tuple[list[Trajectory], WindowInfo]:
+def _read(
+    source: Source, split: str, min_frames: int, cache: ShardCache
+) -> tuple[list[Trajectory | ShardTrajectory], WindowInfo]:
     """The trajectories of a dataset that are long enough for a window; says on stderr how many are not."""
-    trajectories = read_trajectories(source, split)
+    if is_sharded(source.folder):
+        shards = Shards(source.folder, cache)
+        trajectories, info = shards.trajectories(split), shards.info
+    else:
+        trajectories = read_trajectories(source, split)
+        info = DatasetInfo.load(source.folder) or DatasetInfo(name=source.folder)
     long_enough = [trajectory for trajectory in trajectories if len(trajectory) >= min_frames]
     if not long_enough:
         longest = max(map(len, trajectories))
@@ -92,7 +105,6 @@ def _read(source: Source, split: str, min_frames: int) -> tuple[list[Trajectory]
             f"{split!r} have fewer than {min_frames} frames and are left out",
             file=sys.stderr,
         )
-    info = DatasetInfo.load(source.folder) or DatasetInfo(name=source.folder)
     return long_enough, WindowInfo(
         fps=source.fps or info.fps,
         spacing=source.spacing or info.metric_waypoint_spacing or 1.0,

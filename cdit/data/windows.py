@@ -10,8 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cdit.data.frames import Crop, FrameStore
-from cdit.data.latents import Encoding, LatentStore, open_latents
+from cdit.data.latent_store import LatentStore, open_latents
+from cdit.data.latents import Encoding
 from cdit.data.motion import local_motion
+from cdit.data.order import laned, shuffled
+from cdit.data.shard_cache import ShardCache
+from cdit.data.shards import ShardTrajectory
 from cdit.data.sources import Source, read_sources
 from cdit.errors import UserError
 from cdit.randomness import seed_of
@@ -22,7 +26,7 @@ class DataConfig:
     """Which dataset, and what a training sample is made of."""
 
     folder: str | None = None
-    """The dataset folder (layout in cdit/data/layout.py)."""
+    """The dataset folder (layout in cdit/data/layout.py); or a folder of shards (cdit/data/shards.py), or their URL."""
     mix: list[Source] = field(default_factory=list)
     """In place of folder, several datasets, each with folder, splits, fps and spacing: all their windows are equally
     likely. Those without poses teach the model by the time shift alone."""
@@ -55,10 +59,23 @@ class DataConfig:
     """Frames a second; by default what dataset.json says, or 4 where there is none."""
     spacing: float | None = None
     """Metres between consecutive frames, the unit of normalised actions; by default what dataset.json says, or 1."""
+    follow_links: bool = False
+    """Whether links within the folder may lead out of it; the folder may be a link in any case."""
     cache_gb: float = 4.0
     """Memory for decoded frames in GB, for each process and split; taken as it fills."""
     workers: int = 2
     """Loader processes; 0 loads in the main process."""
+    lanes: int = 64
+    """From how many places of the dataset at once shards are read: a multiple of the number of processes, of the most
+    that will ever train this run. It goes into the order of windows."""
+    shuffle_shards: int = 2
+    """Over how many shards the windows of a lane are mixed: a lane needs that many and one more at a time."""
+    shard_cache: str | None = None
+    """Folder for shards fetched from a URL, shared by the processes of a machine; by default
+    $XDG_CACHE_HOME/cdit/shards."""
+    shard_cache_gb: float = 64.0
+    """Most that folder holds, in GB: at least this machine's share of lanes × (shuffle_shards + 1) shards, or shards
+    are fetched over and over."""
     on_error: Literal["stop", "skip"] = "stop"
     """What becomes of a training sample whose frames cannot be read: the run stops with an error, or leaves the sample
     out, weights the others of its batch accordingly, and counts it."""
@@ -83,20 +100,23 @@ class DataConfig:
             "spacing": (self.spacing is None or self.spacing > 0, "positive"),
             "cache_gb": (self.cache_gb >= 0, "at least 0"),
             "workers": (self.workers >= 0, "at least 0"),
+            "lanes": (self.lanes >= 1, "at least 1"),
+            "shuffle_shards": (self.shuffle_shards >= 1, "at least 1"),
+            "shard_cache_gb": (self.shard_cache_gb > 0, "positive"),
         }
         for name, (holds, expected) in requirements.items():
             if not holds:
                 raise UserError(f"data.{name} is {getattr(self, name)}, expected {expected}")
         if (self.folder is None) == (not self.mix):
             raise UserError("give either data.folder, a dataset folder, or data.mix, several")
-        alone = [name for name in ("prepare", "splits", "fps", "spacing") if getattr(self, name) is not None]
+        alone = [name for name in ("prepare", "splits", "fps", "spacing", "follow_links") if getattr(self, name)]
         if self.mix and alone:
             raise UserError(f"data.{alone[0]} goes with data.folder; with data.mix give it there, for each dataset")
 
     @property
     def sources(self) -> list[Source]:
         """The datasets: those of the mix, or the one."""
-        return self.mix or [Source(self.folder, self.splits, self.fps, self.spacing)]
+        return self.mix or [Source(self.folder, self.splits, self.fps, self.spacing, self.follow_links)]
 
 
 class WindowKey(NamedTuple):
@@ -149,7 +169,8 @@ class WindowDataset(Dataset):
         self._first = max(config.min_history - 1, -config.max_offset)
         self._reserved = max(config.min_offset, config.min_future)
         min_frames = self._first + self._reserved + 1
-        self.trajectories, self._spacing, self.info = read_sources(config.sources, split, min_frames)
+        cache = ShardCache(config.shard_cache, config.shard_cache_gb)
+        self.trajectories, self._spacing, self.info = read_sources(config.sources, split, min_frames, cache)
         self._starts = np.cumsum([0, *(len(trajectory) - min_frames + 1 for trajectory in self.trajectories)])
         self.frames = FrameStore(self.trajectories, config.image_size, config.crop, config.cache_gb)
         self._latents: LatentStore | None = None
@@ -179,6 +200,22 @@ class WindowDataset(Dataset):
             DataError: they were made with another encoding, or some are missing or cut short.
         """
         self._latents = open_latents(self.trajectories, encoding)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The permutation (windows,) in which an epoch visits them, as a function of (seed, epoch).
+
+        Of datasets in folders each permutation is equally likely; where there are shards, only few are needed at a time
+        (see cdit.data.order). In a mix of both, a trajectory in a folder is a shard of its own.
+        """
+        if not any(isinstance(trajectory, ShardTrajectory) for trajectory in self.trajectories):
+            return shuffled(len(self), self.seed, epoch)
+        shards = [
+            trajectory.shard if isinstance(trajectory, ShardTrajectory) else trajectory
+            for trajectory in self.trajectories
+        ]
+        first = [i for i in range(len(shards)) if i == 0 or shards[i] is not shards[i - 1]]
+        bounds = self._starts[[*first, len(shards)]]
+        return laned(bounds, self.seed, epoch, self.config.lanes, self.config.shuffle_shards)
 
     def locate(self, window: int) -> tuple[int, int]:
         """Index of the window's trajectory in `trajectories`, and its current time there in frames."""

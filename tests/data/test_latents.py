@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cdit.data.latents import DESCRIPTION, Encoding, LatentCache, open_latents
+from cdit.data.latent_store import open_latents
+from cdit.data.latents import DESCRIPTION, Encoding, LatentCache
 from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.sources import Source

@@ -1,0 +1,417 @@
+"""Makes shards of a dataset, for training from afar or from more than fits a disk, and checks them.
+
+    python -m cdit.data.shard convert data/recon shards/recon
+    python -m cdit.data.shard convert data/recon shards/recon --content latents --splits train
+    python -m cdit.data.shard verify shards/recon
+
+See cdit.data.shards for what is written. Stopped, `convert` goes on with the next shard when started again; without its
+last file, shards.json, a folder is no dataset. Splits may be added later, each with its own content.
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import tarfile
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import Tensor
+from tqdm import tqdm
+
+from cdit.cli import run
+from cdit.data.check import size_or_problem
+from cdit.data.latents import TENSOR, LatentCache, opened
+from cdit.data.layout import DatasetInfo
+from cdit.data.shard_cache import FileRecord, sha256
+from cdit.data.shards import (
+    BLOCK,
+    DESCRIPTION,
+    FORMAT_VERSION,
+    LATENTS,
+    LatentMember,
+    ShardRecord,
+    Shards,
+    ShardTrajectory,
+    SplitRecord,
+    is_sharded,
+    member,
+)
+from cdit.data.sources import Source, read_trajectories
+from cdit.data.trajectory import Trajectory
+from cdit.errors import DataError, UserError
+
+Content = Literal["frames", "latents", "both"]
+WORK = ".unfinished"
+
+
+def convert(
+    source: Source, out: Path, splits: Sequence[str] | None, content: Content = "frames", shard_mb: float = 256.0
+) -> None:
+    """Writes a dataset's splits to shards, in the splits' order; what was done before is kept.
+
+    Args:
+        source: the dataset, in a folder.
+        out: where to.
+        splits: their names; by default all there are.
+        content: frames, latents (of the dataset's latent cache), or both.
+        shard_mb: size of a shard in MB (10⁶ bytes); one trajectory alone may take more.
+
+    Raises:
+        UserError: the dataset has problems, `out` holds shards of another one, or of these splits.
+    """
+    folder = Path(source.folder)
+    lists = Path(source.splits or folder / "splits").glob("*/traj_names.txt")
+    splits = splits or sorted(path.parent.name for path in lists) or ["train"]
+    there = Shards(out) if is_sharded(out) else None
+    finished = dict(there.splits) if there else {}
+    if again := [split for split in splits if split in finished]:
+        raise UserError(f"{out}: holds split {again[0]!r} already; remove the folder, or name other --splits")
+    trajectories = {split: read_trajectories(source, split) for split in splits}
+    first = trajectories[splits[0]][0]
+    info = DatasetInfo.load(folder) or DatasetInfo(folder.resolve().name, has_actions=first.position is not None)
+    if there and there.info != info:
+        raise UserError(f"{out}: holds shards of another dataset, by its dataset.json")
+    cache = None
+    if content != "frames":
+        cache = LatentCache.open(folder)
+        if cache is None:
+            raise UserError(f"{folder}: has no latents; make them with `python -m cdit.data.encode`")
+    info.save(out)
+    for split in splits:
+        finished[split] = _Split(out, split, trajectories[split], content, cache, shard_mb).write()
+    index = {"version": FORMAT_VERSION, "splits": {name: asdict(record) for name, record in finished.items()}}
+    _put(out / DESCRIPTION, json.dumps(index, indent=1).encode())
+    shutil.rmtree(out / WORK, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file to be: a frame's file, or the latents of a trajectory."""
+
+    name: str
+    source: Path
+    size: int
+    modified: int
+    """Of the source."""
+    is_latents: bool
+
+    @property
+    def room(self) -> int:
+        """Bytes in the shard."""
+        return BLOCK + -(-self.size // BLOCK) * BLOCK
+
+
+class _Split:
+    """One split being written."""
+
+    def __init__(
+        self,
+        out: Path,
+        name: str,
+        trajectories: Sequence[Trajectory],
+        content: Content,
+        cache: LatentCache | None,
+        shard_mb: float,
+    ):
+        self.out, self.name, self.trajectories = out, name, trajectories
+        self.has_frames, self.cache, self.target = content != "latents", cache, shard_mb * 1e6
+        self.latent_shape: tuple[int, ...] = ()
+
+    def write(self) -> SplitRecord:
+        """Writes shards and table."""
+        work = self.out / WORK
+        work.mkdir(parents=True, exist_ok=True)
+        entries = [self._entries(trajectory) for trajectory in self.trajectories]
+        groups = _groups([sum(entry.room for entry in group) for group in entries], self.target)
+        records, offsets = [], []
+        total = sum(entry.room for group in entries for entry in group)
+        with tqdm(total=total, unit="B", unit_scale=True, desc=f"{self.out} {self.name}") as bar:
+            for number, group in enumerate(groups):
+                file = f"{self.name}-{number:05d}.tar"
+                record, found = self._shard(file, [entry for i in group for entry in entries[i]], work / f"{file}.json")
+                trajectories = {self.trajectories[i].name: len(self.trajectories[i]) for i in group}
+                records.append(ShardRecord(**vars(record), trajectories=trajectories))
+                offsets += found
+                bar.update(record.bytes - 2 * BLOCK)
+        table = self._table([entry for group in entries for entry in group], offsets)
+        path = self.out / f"{self.name}.safetensors"
+        _put(path, save(table))
+        return SplitRecord(
+            table=FileRecord(path.name, path.stat().st_size, sha256(path)),
+            shards=records,
+            frames=self.has_frames,
+            poses="position" in table,
+            latents=self.cache.info if self.cache else None,
+            latent_shape=self.latent_shape,
+        )
+
+    def _entries(self, trajectory: Trajectory) -> list[_Entry]:
+        """What becomes of a trajectory."""
+        files: dict[str, Path] = {}
+        if self.has_frames:
+            for time in range(len(trajectory)):
+                file = trajectory.frame(time)
+                files[f"{trajectory.name}/{time:06d}{file.suffix.lower()}"] = file
+        entries = [_Entry(name, file, *_size_and_time(file), is_latents=False) for name, file in files.items()]
+        if self.cache:
+            if problem := self.cache.problem(trajectory):
+                raise DataError(f"{problem}; make it again with `python -m cdit.data.encode`")
+            file = self.cache.file(trajectory)
+            with opened(file) as latents:
+                shape = tuple(latents.get_slice(TENSOR).get_shape())
+            if self.latent_shape not in ((), shape[1:]):
+                raise DataError(f"{file}: latents of another shape than those before, {shape[1:]}")
+            self.latent_shape = shape[1:]
+            dtype = self.cache.info.dtype
+            size = len(_npy_header(shape, dtype)) + math.prod(shape) * dtype.itemsize
+            name = f"{trajectory.name}/{LATENTS}"
+            entries.append(_Entry(name, file, size, _size_and_time(file)[1], is_latents=True))
+        return entries
+
+    def _shard(self, file: str, entries: Sequence[_Entry], done: Path) -> tuple[FileRecord, list[int]]:
+        """Writes a shard, unless it was already; and where its files begin."""
+        listed = json.dumps([[entry.name, entry.size, entry.modified] for entry in entries])
+        of = hashlib.sha256(listed.encode()).hexdigest()
+        offsets = (np.cumsum([0, *(entry.room for entry in entries[:-1])]) + BLOCK).tolist()
+        path = self.out / file
+        if done.is_file() and path.is_file():
+            before = json.loads(done.read_text())
+            if before["of"] == of and path.stat().st_size == before["bytes"]:
+                return FileRecord(file, before["bytes"], before["sha256"]), offsets
+        digest = hashlib.sha256()
+        partial = path.with_name(f".{file}.partial")
+        with open(partial, "wb") as shard:
+            for part in _tar(entries):
+                digest.update(part)
+                shard.write(part)
+            shard.flush()
+            os.fsync(shard.fileno())
+        record = FileRecord(file, partial.stat().st_size, digest.hexdigest())
+        os.replace(partial, path)
+        _put(done, json.dumps({"of": of, "bytes": record.bytes, "sha256": record.sha256}).encode())
+        return record, offsets
+
+    def _table(self, entries: Sequence[_Entry], offsets: Sequence[int]) -> dict[str, Tensor]:
+        """Offsets and poses of the split."""
+        is_latents = torch.tensor([entry.is_latents for entry in entries])
+        offset, size = torch.tensor(offsets), torch.tensor([entry.size for entry in entries])
+        table = {}
+        if self.has_frames:
+            table |= {"offset": offset[~is_latents], "size": size[~is_latents]}
+        if self.cache:
+            table["latents"] = offset[is_latents]
+        if self.trajectories[0].position is not None:
+            for key in ("position", "yaw"):
+                table[key] = torch.from_numpy(np.concatenate([getattr(t, key) for t in self.trajectories]))
+        return table
+
+
+def _tar(entries: Iterable[_Entry]) -> Iterator[bytes]:
+    """The bytes of a shard."""
+    for entry in entries:
+        header = tarfile.TarInfo(entry.name)
+        header.size = entry.size
+        try:
+            yield header.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
+        except ValueError as error:
+            raise DataError(f"{entry.source}: does not go into a shard ({error})") from error
+        content = _npy(entry.source) if entry.is_latents else entry.source.read_bytes()
+        if len(content) != entry.size:
+            raise DataError(f"{entry.source}: changed while it was read")
+        yield content
+        yield bytes(-len(content) % BLOCK)
+    yield bytes(2 * BLOCK)
+
+
+def _npy(file: Path) -> bytes:
+    with opened(file) as latents:
+        numbers = latents.get_tensor(TENSOR)
+    return _npy_header(tuple(numbers.shape), numbers.dtype) + numbers.numpy().tobytes()
+
+
+def _npy_header(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
+    header = io.BytesIO()
+    descr = {torch.float16: "<f2", torch.float32: "<f4"}[dtype]
+    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
+    return header.getvalue()
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _groups(sizes: Sequence[int], target: float) -> list[list[int]]:
+    """Consecutive indices whose sizes add up to at most the target, or single ones."""
+    groups: list[list[int]] = []
+    room = 0.0
+    for index, size in enumerate(sizes):
+        if not groups or size > room:
+            groups.append([])
+            room = target
+        groups[-1].append(index)
+        room -= size
+    return groups
+
+
+def _put(path: Path, content: bytes) -> None:
+    """Writes a file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def verify(location: str, decode_frames: bool = True) -> tuple[list[str], str]:
+    """Reads everything, with a progress bar.
+
+    Args:
+        location: folder or URL of the shards.
+        decode_frames: whether to decode the frames, too.
+
+    Returns:
+        The problems, one line each, naming the file; and what there is.
+
+    Raises:
+        DataError: the index is missing or broken.
+    """
+    shards = Shards(location)
+    problems, counts = [], []
+    try:
+        shards.info  # noqa: B018
+    except DataError as error:
+        problems.append(str(error))
+    for split, record in shards.splits.items():
+        try:
+            table = shards.file(record.table)
+            if problem := _file_problem(table, record.table):
+                problems.append(problem)
+            trajectories = shards.trajectories(split)
+        except UserError as error:
+            problems.append(str(error))
+            continue
+        counts.append(f"{split}: {len(trajectories)} trajectories, {sum(map(len, trajectories))} frames")
+        with tqdm(record.shards, split, unit="shard", leave=False) as bar:
+            for shard in bar:
+                found = [trajectory for trajectory in trajectories if trajectory.shard.record is shard]
+                problems += _shard_problems(shards, shard, found, decode_frames)
+    return problems, "; ".join(counts)
+
+
+def _file_problem(path: Path, record: FileRecord) -> str | None:
+    if not path.is_file():
+        return f"{path}: missing"
+    if path.stat().st_size != record.bytes:
+        return f"{path}: {path.stat().st_size} bytes, expected {record.bytes}"
+    return None if sha256(path) == record.sha256 else f"{path}: damaged (its contents do not have its checksum)"
+
+
+def _shard_problems(
+    shards: Shards, record: ShardRecord, trajectories: Sequence[ShardTrajectory], decode_frames: bool
+) -> list[str]:
+    try:
+        path = shards.file(record)
+    except UserError as error:
+        return [str(error)]
+    if problem := _file_problem(path, record):
+        return [problem]
+    problems = _member_problems(path, trajectories)
+    for trajectory in trajectories:
+        frames = [trajectory.frame(time) for time in range(len(trajectory))] if trajectory.offset is not None else []
+        with ThreadPoolExecutor() as threads:
+            sizes = set(threads.map(size_or_problem, frames if decode_frames else []))
+        problems += [str(size) for size in sizes if isinstance(size, DataError)]
+        if len({size for size in sizes if not isinstance(size, DataError)}) > 1:
+            problems.append(f"{trajectory.shard}:{trajectory.name}: frames of different sizes")
+        if trajectory.latents is not None:
+            try:
+                LatentMember(trajectory).read([0, len(trajectory) - 1])
+            except DataError as error:
+                problems.append(str(error))
+    return problems
+
+
+def _member_problems(path: Path, trajectories: Sequence[ShardTrajectory]) -> list[str]:
+    """Whether the shard holds the files that the table says, where it says, and nothing else."""
+    expected: dict[int, tuple[str, int]] = {}
+    for trajectory in trajectories:
+        if trajectory.offset is not None:
+            for time, (offset, size) in enumerate(zip(trajectory.offset, trajectory.size, strict=True)):
+                expected[int(offset)] = (f"{trajectory.name}/{time:06d}", int(size))
+        if trajectory.latents is not None:
+            expected[trajectory.latents] = (f"{trajectory.name}/{LATENTS}", -1)
+    problems = []
+    try:
+        for name, offset, size in _members(path):
+            stem, known_size = expected.pop(offset, ("", 0))
+            if stem not in (name, name.rpartition(".")[0]) or known_size not in (-1, size):
+                problems.append(f"{path}: {name!a} at byte {offset} is not in the table")
+    except DataError as error:
+        problems.append(str(error))
+    return problems + [f"{path}: {stem} is not at byte {offset}" for offset, (stem, _) in expected.items()]
+
+
+def _members(path: Path) -> Iterator[tuple[str, int, int]]:
+    """Name, offset and size of every file in a tar file.
+
+    Raises:
+        DataError: something in it is no plain file, or it is no tar file.
+    """
+    with open(path, "rb") as file:
+        while (block := file.read(BLOCK)).strip(b"\0"):
+            name, size = member(block, str(path))
+            yield name, file.tell(), size
+            file.seek(-(-size // BLOCK) * BLOCK, os.SEEK_CUR)
+
+
+def main() -> None:
+    """The command line.
+
+    Raises:
+        DataError: verify has found problems; the message lists them all.
+    """
+    parser = argparse.ArgumentParser(prog="python -m cdit.data.shard", description="Makes shards of a dataset.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("convert", help="write a dataset to shards")
+    making.add_argument("source", help="the dataset folder")
+    making.add_argument("out", type=Path, help="the folder to write to")
+    making.add_argument("--splits", nargs="+", help="splits to write (default: all there are)")
+    making.add_argument("--split_folder", help="folder with <split>/traj_names.txt (default: SOURCE/splits)")
+    making.add_argument(
+        "--content",
+        choices=get_args(Content),
+        default="frames",
+        help="what goes into the shards: latents are those of the latent cache (default: frames)",
+    )
+    making.add_argument("--shard_mb", type=float, default=256.0, help="size of a shard in MB (default: 256)")
+    checking = commands.add_parser("verify", help="read everything and list what is wrong")
+    checking.add_argument("shards", help="folder or URL of the shards")
+    checking.add_argument("--fast", action="store_true", help="do not decode the frames")
+    options = parser.parse_args()
+    if options.command == "convert":
+        if options.shard_mb <= 0:
+            raise UserError(f"shard_mb is {options.shard_mb}, expected more than 0")
+        source = Source(options.source, options.split_folder)
+        convert(source, options.out, options.splits, options.content, options.shard_mb)
+        print(f"{options.out}: written; check it with python -m cdit.data.shard verify {options.out}")
+        return
+    problems, counts = verify(options.shards, not options.fast)
+    if problems:
+        raise DataError(f"{options.shards}: {len(problems)} problems\n  " + "\n  ".join(problems))
+    print(f"{options.shards}: fine ({counts})")
+
+
+if __name__ == "__main__":
+    run(main)
