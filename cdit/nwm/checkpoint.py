@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cdit.errors import UserError
 from cdit.model import CDiT
+from cdit.nwm.archive import read_archive
 from cdit.nwm.tensors import cdit_arguments, differences, from_nwm, to_nwm
 
 LISTED = 4
@@ -47,7 +48,7 @@ def load_checkpoint(path: Path | str, weights: Literal["ema", "model"] = "ema", 
     if problems:
         raise UserError(f"{path}: not the network of NWM: in {weights!r}, {'; '.join(problems)}")
     state = from_nwm(tensors, cdit.config.num_heads)
-    # Copies: what torch.load gives is the file itself, mapped into memory.
+    # Copies: what is read is the file itself, mapped into memory.
     cdit.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, assign=True)
     return cdit.eval()
 
@@ -91,13 +92,11 @@ def _tensors(path: Path | str, weights: str) -> dict[str, Tensor]:
     """
     expected = f"expected a checkpoint of Navigation World Models: a dict of torch.save with tensors in {weights!r}"
     try:
-        with open(path, "rb"), torch.serialization.safe_globals([argparse.Namespace]):
-            try:
-                checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except Exception as error:  # a damaged or hostile file can raise nearly anything
-                raise UserError(f"{path}: {_reason(error)}; {expected}") from error
+        checkpoint = read_archive(path)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {expected}") from error
+    except Exception as error:  # a damaged or hostile file can raise nearly anything
+        raise UserError(f"{path}: {_reason(error)}; {expected}") from error
     found = checkpoint.get(weights) if isinstance(checkpoint, dict) else None
     if not (isinstance(found, dict) and found and all(isinstance(name, str) for name in found)):
         raise UserError(f"{path}: no {weights!r} in it; {expected}")
@@ -107,6 +106,8 @@ def _tensors(path: Path | str, weights: str) -> dict[str, Tensor]:
     tensors = {name.removeprefix("_orig_mod."): value for name, value in found.items()}
     if len(tensors) < len(found):
         raise UserError(f"{path}: {weights!r} has tensors twice, with and without the prefix _orig_mod.")
+    if sum(tensor.nbytes for tensor in tensors.values()) > os.path.getsize(path):
+        raise UserError(f"{path}: tensors of {weights!r} lie in the same place of the file")
     return tensors
 
 
@@ -141,8 +142,8 @@ def _some(names: list[str]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a file that torch cannot load; its own words are advice to load it unsafely."""
-    asked_for = re.search(r"GLOBAL (\S+)", str(error))
+    """What is wrong with a file that cannot be read."""
+    asked_for = re.match(r"it asks for (\S+), and", str(error))
     if asked_for:
         return f"it asks for {asked_for[1]!r}, and only tensors and plain values are admitted"
     return "damaged, cut short or not of torch.save"

@@ -33,6 +33,7 @@ HEADS = {
 }
 """Heads of the published networks by (width, depth): a checkpoint does not say."""
 
+MAX_BLOCKS = 1000
 UNKNOWN_ACTION = "action_embed.unknown"
 
 
@@ -86,10 +87,10 @@ def cdit_arguments(tensors: Mapping[str, Tensor], num_heads: int | None = None) 
     slots, patches, width = shapes["pos_embed"]
     _, channels, patch_size, _ = shapes["x_embedder.proj.weight"]
     side, depth = isqrt(patches), count_blocks(tensors)
-    if side**2 != patches or slots < 2 or depth < 1:
+    if side**2 != patches or slots < 2 or not 1 <= depth <= MAX_BLOCKS:
         raise UserError(
             f"not the network of NWM: {depth} blocks and pos_embed of shape {(slots, patches, width)}, "
-            "expected at least one block, two frames and a square number of patches"
+            f"expected 1 to {MAX_BLOCKS} blocks, at least two frames and a square number of patches"
         )
     if num_heads is None and (width, depth) not in HEADS:
         raise UserError(
