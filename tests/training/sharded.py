@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from cdit.model import CDiT
 from cdit.training.config import EMAConfig, OptimizerConfig
@@ -118,7 +119,7 @@ def trained(dialect: str, accelerator: Accelerator) -> dict[str, Any]:
 
 
 def under_autocast(accelerator: Accelerator) -> dict[str, Any]:
-    """By dialect: output and gradients, sharded and under DDP, and the precision that a block's weights come in."""
+    """By dialect: output and gradients, sharded and under DDP; the precision of a block's weights, collectives."""
     found, process = {}, accelerator.process_index
     for dialect in DIALECTS:
         cdit, twin = build(dialect), build(dialect)
@@ -126,10 +127,13 @@ def under_autocast(accelerator: Accelerator) -> dict[str, Any]:
         cdit.blocks[1].mlp.fc1.register_forward_pre_hook(lambda m, _, seen=gathered: seen.append(m.weight.dtype))
         gradients = []
         for network, bare in ((shard(cdit, accelerator), cdit), (accelerator.prepare(twin), twin)):
-            out = network(**batch(0, process))
-            loss_of(out, 0, process).backward()
+            with CommDebugMode() as traffic:
+                out = network(**batch(0, process))
+                loss_of(out, 0, process).backward()
+            if bare is cdit:
+                counts = {str(operation): count for operation, count in traffic.get_comm_counts().items()}
             gradients.append({name: whole(p.grad) for name, p in bare.named_parameters()} | {"output": out.detach()})
-        found[dialect] = {"sharded": gradients[0], "ddp": gradients[1], "gathered": gathered}
+        found[dialect] = {"sharded": gradients[0], "ddp": gradients[1], "gathered": gathered, "traffic": counts}
     return found
 
 

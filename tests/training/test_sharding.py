@@ -4,21 +4,29 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
 from sharded import AVERAGE, DIALECTS, MAX_NORM, STEPS, batch, build, loss_of
 from torch import Tensor
 
-from cdit.training.sharding import take_wish
+from cdit.training.config import EMAConfig
+from cdit.training.ema import EMA
+from cdit.training.sharding import shard, take_wish, whole, whole_world
 from cdit.world_model import WorldModel
 
 SHARDED = Path(__file__).with_name("sharded.py")
 TRAIN = Path(__file__).parents[2] / "train.py"
+LAUNCH = TRAIN.parent / "configs/accelerate/fsdp2_8gpu.yaml"
+CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 WISH = {"ACCELERATE_USE_FSDP": "true"}
 KINDS = ("weights", "averages", "exp_avg", "exp_avg_sq")
 
@@ -145,6 +153,50 @@ def test_under_autocast_the_bits_are_those_of_ddp(shared: dict[str, list[dict]],
         assert found["ddp"]["output"].abs().max() > 0.1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_a_block_is_gathered_twice_a_step(shared: dict[str, list[dict]], dialect: str):
+    """Forward and backward, though its keys and values are made of a context that is encoded before all blocks."""
+    parts = 2 + DIALECTS[dialect].get("context_depth", 0) + 1
+    for process in shared["bfloat16"]:
+        assert process[dialect]["traffic"] == {"c10d._allgather_base_": 2 * parts, "c10d._reduce_scatter_base_": parts}
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=CUDA)])
+def one(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Accelerator]:
+    """A process that shares with nobody, on a CPU or a GPU: sharded all the same."""
+    PartialState._reset_state()
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(cpu=request.param == "cpu", mixed_precision="no")
+    backend = {"cpu": "gloo", "cuda": "nccl"}[request.param]
+    dist.init_process_group(backend, init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield accelerator
+    dist.destroy_process_group()
+    PartialState._reset_state()
+    AcceleratorState._reset_state()
+
+
+def test_the_average_comes_and_goes_where_the_weights_are(one: Accelerator, world: WorldModel):
+    cdit = world.cdit
+    before = {name: p.detach().clone() for name, p in cdit.named_parameters()}
+    network = shard(cdit, one)
+    ema = EMA(cdit, EMAConfig(decay=0.75, warmup_power=0))
+    with torch.no_grad():
+        for parameter in cdit.parameters():
+            parameter.add_(1.0)
+    ema.step()
+    with ema.applied():
+        averaged = whole_world(world, one)
+        assert not network.training
+        for name, parameter in averaged.cdit.named_parameters():
+            assert type(parameter) is torch.nn.Parameter
+            assert parameter.device.type == one.device.type
+            torch.testing.assert_close(parameter.cpu(), before[name] + 0.25)
+    for name, parameter in cdit.named_parameters():
+        assert parameter.device.type == one.device.type
+        torch.testing.assert_close(whole(parameter).cpu(), before[name] + 1.0)
+
+
 @pytest.mark.parametrize(
     ("variables", "sharded"),
     [
@@ -165,12 +217,20 @@ def test_the_wish_is_taken_from_the_launcher(monkeypatch: pytest.MonkeyPatch, va
 
 
 @pytest.fixture(scope="module")
-def run(
-    launch: Callable[..., subprocess.CompletedProcess], tiny: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """The folder of a run of train.py on two processes that share the weights."""
+def run(home: Path, environment: dict[str, str], tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of train.py on two processes that share the weights, started as configs/ has it."""
     output = tmp_path_factory.mktemp("sharded_run")
-    done = launch(TRAIN, "--config", tiny, "--output", output, "--probe.every", "4", processes=2, **WISH)
+    launcher = ["-m", "accelerate.commands.launch", "--config_file", LAUNCH, "--num_processes", "2"]
+    options = ["--config", tiny, "--output", output, "--probe.every", "4"]
+    done = subprocess.run(
+        [sys.executable, *launcher, TRAIN, *options],
+        cwd=home,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     return output / "tiny"
 
@@ -280,8 +340,10 @@ def test_goes_on_sharded_from_one_process(
     tiny: Path,
     tmp_path: Path,
 ):
+    """Among three, a sample at a time; where they validate there is nothing to do for one of them."""
     copy = stopped(straight, tmp_path, 3)
-    done = launch(TRAIN, "--config", tiny, "--output", tmp_path, "--resume", "auto", processes=2, **WISH)
+    options = ("--config", tiny, "--output", tmp_path, "--micro_batch_size", "1", "--validation.samples", "2")
+    done = launch(TRAIN, *options, "--resume", "auto", processes=3, **WISH)
     assert done.returncode == 0, done.stderr
-    assert (copy / "checkpoints" / "step_00000006" / "model-00001-of-00002.safetensors").is_file()
+    assert (copy / "checkpoints" / "step_00000006" / "model-00003-of-00003.safetensors").is_file()
     assert distance(weights(copy / "last"), weights(straight / "last")) < 1e-3
