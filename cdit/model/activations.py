@@ -70,6 +70,15 @@ def activation_bytes(cdit: CDiT, context_frames: int, goals: int, checkpointing:
     return depth * block + ends + (tokens if config.context_modulation else 0)
 
 
+def backward_bytes(cdit: CDiT, goals: int) -> int:
+    """What the backward pass holds beside, for one context and its goals, where it holds most.
+
+    That is in a block's MLP: the gradients of the stream, of the branch's output and of both sides of GELU.
+    """
+    width = cdit.config.hidden_size
+    return _targets(cdit, goals) * ((_stream(cdit) + 2) * width + 2 * 2 * int(width * cdit.config.mlp_ratio))
+
+
 def _patches(cdit: CDiT) -> int:
     return cdit.grid[0] * cdit.grid[1]
 

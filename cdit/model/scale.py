@@ -1,0 +1,266 @@
+"""What a training run needs of memory and of the links between GPUs: arithmetic, not measurement.
+
+Weights, gradients, AdamW's two moments and the average are float32; autocast computes with bfloat16 copies. N is the
+number of parameters, P that of GPUs. Replicated (DDP) every GPU has everything, and a second set of gradients in the
+buckets that are sent. Sharded (FSDP2) it has a P-th, and for as long as they compute the weights of a block or two.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
+
+from cdit.model.activations import activation_bytes, backward_bytes
+from cdit.model.cdit import CDiT
+from cdit.model.describe import flops
+
+BUCKET = 25 * 2**20
+"""Bytes that DDP sends together, torch's `bucket_cap_mb`."""
+Mode = Literal["DDP", "FSDP2"]
+
+
+@dataclass
+class Hardware:
+    """The machines. Rates are what is assumed to be reached of a data sheet's."""
+
+    gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256, 512])
+    """Numbers of GPUs to compare."""
+    gpus_per_node: int = 8
+    """GPUs of a node."""
+    memory_gb: list[float] = field(default_factory=lambda: [24, 40, 80, 141])
+    """Sizes of a GPU's memory to compare, in 10^9 bytes."""
+    reserve_gb: float = 4.0
+    """Of it, what CUDA, NCCL, libraries' workspaces, temporary tensors and fragmentation take; assumed."""
+    tflops: float = 400.0
+    """10^12 FLOPs a second of a GPU that trains; assumed: 40 % of the 989 of NVIDIA's H100 SXM (dense bfloat16)."""
+    gpu_link_gb_s: float = 360.0
+    """10^9 bytes a GPU sends in a second within its node; assumed: 80 % of the 450 of NVLink 4."""
+    node_link_gb_s: float = 40.0
+    """Likewise to other nodes; assumed: 80 % of an InfiniBand adapter of 400 Gbit/s for each GPU."""
+    latency_us: float = 5.0
+    """10^-6 seconds from one GPU to the next for the smallest message; assumed."""
+    host_gb_s: float = 20.0
+    """10^9 bytes a second from a GPU to its host's memory; assumed: 60 % of PCIe 4.0 ×16."""
+    disk_gb_s: float = 1.0
+    """10^9 bytes a second that all processes together write to the run's folder; assumed."""
+    hours_between_failures: float = 50000.0
+    """Mean hours in which a GPU (with its share of the node) fails once: 16384 GPUs were interrupted 419 times in 54
+    days (Llama 3, arXiv 2407.21783, section 3.3.4)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is trained: a network, which may be on the meta device, and its batches."""
+
+    cdit: CDiT
+    context_frames: int
+    goals: int
+    batch_size: int
+    """Contexts a step, over all GPUs."""
+    micro_batch_size: int | None
+    """Contexts a GPU takes at once; None: its whole share."""
+    checkpointing: bool
+    """Whether activations are checkpointed."""
+
+    @cached_property
+    def forward_flops(self) -> int:
+        """Of the forward pass of one context with its goals."""
+        return flops(self.cdit, self.context_frames, self.goals)["forward, context included"]
+
+    @cached_property
+    def parameters(self) -> int:
+        """N."""
+        return sum(p.numel() for p in self.cdit.parameters())
+
+    @property
+    def block_parameters(self) -> int:
+        """Of one block."""
+        return sum(p.numel() for p in self.cdit.blocks[0].parameters())
+
+    def micro_batches(self, gpus: int) -> tuple[int, int]:
+        """How many micro-batches a GPU takes in a step, and contexts in each, the last ones padded."""
+        share = math.ceil(self.batch_size / gpus)
+        count = math.ceil(share / (self.micro_batch_size or share))
+        return count, math.ceil(share / count)
+
+
+def state_bytes(run: Run, gpus: int, mode: Mode) -> dict[str, float]:
+    """Bytes on each GPU that do not depend on the batch, by what they are for.
+
+    Sharded, two blocks are gathered at a time, the second while the first computes, in bfloat16, and the gradients of
+    one are there whole, in bfloat16 and in the float32 that is sent; the outermost part (embeddings, final layer) is
+    gathered in float32.
+    """
+    each = 4 * run.parameters / (gpus if mode == "FSDP2" else 1)
+    state = {"weights": each, "gradients": each, "moments of AdamW": 2 * each, "average": each}
+    if mode == "FSDP2" and gpus > 1:
+        outermost = run.parameters - len(run.cdit.blocks) * run.block_parameters
+        state["gathered"] = (2 * 2 + 2 + 4) * run.block_parameters + 4 * outermost
+    else:
+        state["bfloat16 copies"] = 2.0 * run.parameters
+        if gpus > 1:
+            state["buckets"] = each
+    return state
+
+
+def largest_micro_batch(run: Run, gpus: int, mode: Mode, checkpointing: bool, memory: float) -> int:
+    """How many contexts at once fit a GPU of so many bytes; 0 if not even one does."""
+    free = memory - sum(state_bytes(run, gpus, mode).values())
+    each = activation_bytes(run.cdit, run.context_frames, run.goals, checkpointing) + backward_bytes(
+        run.cdit, run.goals
+    )
+    return max(0, int(free // each))
+
+
+def all_reduce_seconds(size: float, gpus: int, messages: int, hardware: Hardware) -> float:
+    """Summing `size` bytes over all GPUs, in so many messages.
+
+    By rings, 2(P-1) hops and 2(P-1)/P of the bytes over each link (Patarasuk & Yuan 2009, doi
+    10.1016/j.jpdc.2008.09.002), or by trees, 2·log₂P hops and twice the bytes (Sanders et al. 2009, doi
+    10.1016/j.parco.2009.09.001): NCCL takes what is faster.
+    """
+    rate, hop = link_rate(gpus, hardware), messages * hardware.latency_us * 1e-6
+    ring = 2 * (gpus - 1) * hop + 2 * (gpus - 1) / gpus * size / rate
+    tree = 2 * math.log2(gpus) * hop + 2 * size / rate
+    return min(ring, tree)
+
+
+def gather_seconds(size: float, gpus: int, messages: int, hardware: Hardware) -> float:
+    """Gathering `size` bytes on every GPU, or reducing and scattering them, by rings: P-1 hops, (P-1)/P of the bytes.
+
+    Thakur, Rabenseifner & Gropp 2005, doi 10.1177/1094342005051521.
+    """
+    return (gpus - 1) * (messages * hardware.latency_us * 1e-6 + size / gpus / link_rate(gpus, hardware))
+
+
+def link_rate(gpus: int, hardware: Hardware) -> float:
+    """Bytes a second over the slowest link of a ring.
+
+    Between nodes as many rings run side by side as a node has GPUs, each over the adapter of another GPU, so that
+    those of a node carry the traffic together.
+    """
+    within = hardware.gpu_link_gb_s * 1e9
+    if gpus <= hardware.gpus_per_node:
+        return within
+    return min(within, hardware.gpus_per_node * hardware.node_link_gb_s * 1e9)
+
+
+@dataclass(frozen=True)
+class Step:
+    """The seconds of an optimizer step on each GPU."""
+
+    compute: float
+    """Forward and backward passes."""
+    communication: float
+    """All that is sent."""
+    exposed: float
+    """What of it cannot be hidden behind the compute it is sent beside."""
+
+    @property
+    def efficiency(self) -> float:
+        """Share of the step in which the GPU computes."""
+        return self.compute / (self.compute + self.exposed)
+
+
+def step(run: Run, gpus: int, mode: Mode, hardware: Hardware) -> Step:
+    """What a step takes: optimizer, data loading and what comes before the first overlap left out.
+
+    A backward pass is two forward passes, three with checkpointing. DDP sends 4 bytes a parameter once a step, beside
+    the last micro-batch's backward pass. FSDP2 does at each micro-batch: it gathers the blocks, 2 bytes a parameter,
+    beside the forward and again beside the backward pass, and there reduces 4 bytes a parameter, block by block.
+    """
+    count, size = run.micro_batches(gpus)
+    forward = (
+        size * flops(run.cdit, run.context_frames, run.goals)["forward, context included"] / hardware.tflops / 1e12
+    )
+    backward = (3 if run.checkpointing else 2) * forward
+    compute = count * (forward + backward)
+    if gpus == 1:
+        return Step(compute, 0.0, 0.0)
+    if mode == "DDP":
+        bytes_sent = 4 * run.parameters
+        sent = all_reduce_seconds(bytes_sent, gpus, math.ceil(bytes_sent / BUCKET), hardware)
+        return Step(compute, sent, max(0.0, sent - backward))
+    blocks = len(run.cdit.blocks)
+    gather = gather_seconds(2 * run.parameters, gpus, blocks, hardware)
+    reduce = gather_seconds(4 * run.parameters, gpus, blocks, hardware)
+    exposed = max(0.0, gather - forward) + max(0.0, gather + reduce - backward)
+    return Step(compute, count * (2 * gather + reduce), count * exposed)
+
+
+def checkpoint_interval(seconds: float, hours_between_failures: float) -> tuple[float, float]:
+    """The interval between checkpoints that loses least, in seconds, and the share of time that is then lost.
+
+    √(2·δ·M) with a checkpoint that stops the loop for δ and a failure every M (Young 1974, doi 10.1145/361147.361115;
+    the first term of Daly 2006, doi 10.1016/j.future.2004.11.016). Lost are δ per interval and half of one per failure;
+    what a restart takes comes on top, however often checkpoints are written.
+    """
+    between = 3600 * hours_between_failures
+    interval = math.sqrt(2 * seconds * between)
+    return interval, seconds / interval + interval / (2 * between)
+
+
+def tables(run: Run, hardware: Hardware) -> str:
+    """All of it, as Markdown."""
+    return "\n\n".join((_memory(run), _presets(run, hardware), _scaling(run, hardware), _checkpoints(run, hardware)))
+
+
+def _memory(run: Run) -> str:
+    columns: list[tuple[str, int, Mode]] = [("1 GPU", 1, "DDP"), ("DDP", 8, "DDP")]
+    columns += [(f"FSDP2 on {gpus}", gpus, "FSDP2") for gpus in (8, 64, 512)]
+    states = [state_bytes(run, gpus, mode) for _, gpus, mode in columns]
+    names = ["weights", "gradients", "moments of AdamW", "average", "bfloat16 copies", "buckets", "gathered"]
+    rows = [[name, *(f"{state[name] / 1e9:.2f}" if name in state else "" for state in states)] for name in names]
+    rows.append(["together", *(f"{sum(state.values()) / 1e9:.2f}" for state in states)])
+    for label, checkpointing in (("a context's activations", False), ("the same, checkpointed", True)):
+        each = activation_bytes(run.cdit, run.context_frames, run.goals, checkpointing) / 1e9
+        rows.append([label, *[f"{each:.3f}"] * len(columns)])
+    return _table([f"GB, {run.parameters / 1e6:.1f} M parameters", *(name for name, *_ in columns)], rows)
+
+
+def _presets(run: Run, hardware: Hardware) -> str:
+    modes: list[tuple[str, int, Mode]] = [("1 GPU", 1, "DDP"), ("DDP", 8, "DDP"), ("FSDP2 on 8", 8, "FSDP2")]
+    rows = [
+        [f"{size:g} GB", *(
+            str(largest_micro_batch(run, gpus, mode, checkpointing, 1e9 * (size - hardware.reserve_gb)) or "–")
+            for _, gpus, mode in modes for checkpointing in (False, True)
+        )]
+        for size in hardware.memory_gb
+    ]  # fmt: skip
+    heads = [name for mode, *_ in modes for name in (mode, "checkpointed")]
+    return _table(["largest micro_batch_size", *heads], rows)
+
+
+def _scaling(run: Run, hardware: Hardware) -> str:
+    rows = []
+    for gpus in hardware.gpus:
+        steps = [step(run, gpus, mode, hardware) for mode in ("DDP", "FSDP2")]
+        count, size = run.micro_batches(gpus)
+        rows.append([str(gpus), f"{count} × {size}", f"{1e3 * steps[0].compute:.1f}"])
+        rows[-1] += [text for s in steps for text in (f"{1e3 * s.communication:.1f}", f"{s.efficiency:.0%}")]
+    heads = ["GPUs", "micro-batches × contexts", "compute ms", "DDP sends ms", "computes", "FSDP2 sends ms", "computes"]
+    return _table(heads, rows)
+
+
+def _checkpoints(run: Run, hardware: Hardware) -> str:
+    size = 16 * run.parameters  # weights, average, two moments
+    written = size / hardware.disk_gb_s / 1e9
+    rows = []
+    for gpus in hardware.gpus:
+        hours = hardware.hours_between_failures / gpus
+        rows.append([str(gpus), f"{hours:.0f}"])
+        for mode in ("DDP", "FSDP2"):
+            stopped = size / (gpus if mode == "FSDP2" else 1) / hardware.host_gb_s / 1e9
+            interval, lost = checkpoint_interval(stopped, hours)
+            taken = step(run, gpus, mode, hardware)
+            steps = max(interval, written) / (taken.compute + taken.exposed)
+            rows[-1] += [f"{stopped:.3f}", f"{interval / 60:.1f}", f"{steps:.0f}", f"{lost:.3%}"]
+    heads = ["GPUs", "hours between failures"]
+    for mode in ("DDP", "FSDP2"):
+        heads += [f"{mode} stops s", "best every min", "checkpoint.every", "lost"]
+    return f"A checkpoint: {size / 1e9:.1f} GB, {written:.0f} s to write\n\n{_table(heads, rows)}"
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
