@@ -79,10 +79,34 @@ def send_twice(number: int) -> None:
     send(number)
 
 
+def send_parent(number: int) -> None:
+    """A signal to the launcher."""
+    print(f"signal sent at {time.time()}", flush=True)
+    os.kill(os.getppid(), number)
+
+
+def send_parent_group(number: int) -> None:
+    """A signal to the launcher's process group, as a terminal or a cluster sends it."""
+    print(f"signal sent at {time.time()}", flush=True)
+    os.killpg(os.getpgid(os.getppid()), number)
+
+
 def kill_parent(_: None) -> None:
     """The launcher is gone."""
     print(f"signal sent at {time.time()}", flush=True)
     os.kill(os.getppid(), signal.SIGKILL)
+
+
+def kill_and_tell(_: None) -> None:
+    """As `kill`, the time of it on stdout."""
+    print(f"signal sent at {time.time()}", flush=True)
+    kill(None)
+
+
+def hang(_: None) -> None:
+    """Nothing more happens in this process."""
+    print(f"signal sent at {time.time()}", flush=True)
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def kill_worker(_: None) -> None:
