@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeout  # not the built-in one before Python 3.11
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -90,14 +91,22 @@ class WandbRun:
         except (Exception, SystemExit) as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             tqdm.write(f"warning: W&B does not work ({reason}): {otherwise}", file=sys.stderr)
+            for end in (_kill, self._tear_down) if isinstance(error, TimeoutError) else (self._tear_down, _kill):
+                end()
         self._run = None
-        for child in psutil.Process().children():
-            with suppress(psutil.Error):
-                if child.name() == SERVICE:
-                    child.kill()
-        with suppress(Exception, SystemExit):  # it finds nobody there, but takes back wandb's hook at exit
-            self._calls.result(wandb.teardown, CALL_S)
         return None
+
+    def _tear_down(self) -> None:
+        """Ends W&B's process, if it takes its leave in time, and takes back what W&B would do when Python ends."""
+        with suppress(Exception, SystemExit):  # of a process that is gone, or ended with a code of its own
+            self._calls.result(wandb.teardown, FINISH_S + CALL_S)
+
+
+def _kill() -> None:
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.name() == SERVICE:
+                child.kill()
 
 
 def _start(folder: Path, run_id: str | None, mode: str | None, about: Mapping[str, Any]) -> Any:
@@ -127,7 +136,7 @@ class _Calls:
         self._queue.put((call, future))
         try:
             return future.result(seconds)
-        except TimeoutError:
+        except FutureTimeout:
             if future.done():  # and this is what the call raised
                 raise
             raise TimeoutError(f"no answer within {seconds:g} s") from None
