@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from cdit.data.motion import wrap_angle
-from cdit.errors import UserError
+from cdit.errors import DataError, UserError
+from cdit.files import MAX_TEXT, read_bytes
 
 DEFAULT_STEP = 0.3
 """Metres of a word such as `forward` where nothing says better."""
@@ -26,6 +27,9 @@ MOVES = {
 """Direction (dx, dy) of the words that move; their number is in metres."""
 TURNS = {"turn_left": 1.0, "turn_right": -1.0}
 """Sign of the words that turn; their number is in degrees."""
+MAX_STEPS = 100_000
+MAX_ACTION = 1e6
+"""Largest motion in a file, in metres and radians."""
 WORDS = [*MOVES, *TURNS, "stay"]
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
@@ -54,9 +58,9 @@ def parse_actions(text: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_T
     actions: list[np.ndarray] = []
     for part in text.split(","):
         phrase, repeats = _STEP.fullmatch(part.strip()).groups()
-        count = 1 if repeats is None else int(repeats)
-        if count < 1:
-            raise UserError(f"actions: {part.strip()!r} is repeated {count} times, expected at least 1")
+        count = 1 if repeats is None else int(repeats[:9])
+        if not 1 <= count <= MAX_STEPS - len(actions):
+            raise UserError(f"actions: {part.strip()[:100]!r}: expected 1 to {MAX_STEPS} steps in all")
         action = sum((_action(word, part.strip(), step, turn) for word in phrase.split("+")), np.zeros(3))
         actions += [action] * count
     return np.array(actions, np.float32)
@@ -75,19 +79,20 @@ def read_actions(source: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_
     if path.suffix not in (".csv", ".json", ".npy"):
         return parse_actions(source, step, turn)
     try:
-        rows = _READERS[path.suffix](path.read_bytes())
-        actions = np.asarray(rows, np.float64)
+        content = read_bytes(path, MAX_TEXT)
+    except DataError as error:
+        raise UserError(f"{error}: no readable file of actions") from error
+    try:
+        actions = np.asarray(_READERS[path.suffix](content), np.float64)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except OSError as error:
-        raise UserError(f"{path}: no readable file of actions ({error.strerror or error})") from error
-    except (ValueError, TypeError) as error:
+    except Exception as error:  # numpy and json have many, for a shape beyond memory, for brackets beyond counting
         raise UserError(f"{path}: expected rows of three numbers dx, dy, dyaw ({error})") from error
     if actions.ndim != 2 or actions.shape[1] != 3 or not len(actions):
         raise UserError(f"{path}: expected rows of three numbers dx, dy, dyaw, not an array of shape {actions.shape}")
-    broken = np.flatnonzero(~np.isfinite(actions).all(axis=1))
+    broken = np.flatnonzero(~(np.abs(actions) <= MAX_ACTION).all(axis=1))
     if len(broken):
-        raise UserError(f"{path}: row {broken[0]} (from 0) is not finite")
+        raise UserError(f"{path}: row {broken[0]} (from 0) is not finite, or beyond {MAX_ACTION:g}")
     return actions.astype(np.float32)
 
 

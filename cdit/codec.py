@@ -127,7 +127,7 @@ def load_codec(config: CodecConfig) -> Codec:
         return PixelCodec()
     autoencoder_class = {"kl": diffusers.AutoencoderKL, "tiny": diffusers.AutoencoderTiny}[config.kind]
     try:
-        return AutoencoderCodec(config.kind, autoencoder_class.from_pretrained(config.name))
+        return AutoencoderCodec(config.kind, autoencoder_class.from_pretrained(config.name, use_safetensors=True))
     except (OSError, ValueError) as error:
         where = "that folder" if Path(config.name).is_dir() else "the Hugging Face hub (is the network reachable?)"
         raise UserError(

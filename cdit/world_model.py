@@ -1,6 +1,7 @@
 """WorldModel: a codec, a CDiT and a sampler that together predict future frames, in metres, radians and seconds."""
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cdit.cli import parser_instance
-from cdit.codec import AutoencoderCodec, Codec, CodecConfig, load_codec
+from cdit.codec import AutoencoderCodec, Codec, CodecConfig, PixelCodec, load_codec
 from cdit.data.frames import Crop
-from cdit.diffusion import DDPMConfig, FlowConfig, ObjectiveName, SamplerConfig, make_objective
+from cdit.data.image_header import MAX_PIXELS
+from cdit.diffusion import DDPMConfig, FlowConfig, ObjectiveName, SamplerConfig, check_sampler, make_objective
 from cdit.errors import UserError, writing
+from cdit.files import read_json
 from cdit.model import CDiT, ContextCache
+from cdit.weights import weight_shapes
 
 DESCRIPTION = "world_model.json"
 VERSION = 1
@@ -90,6 +94,26 @@ class WorldDescription:
     """How frames are sampled where a call does not say."""
     version: int = VERSION
     """Version of this format."""
+
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: a value is out of its range; the message names the field.
+        """
+        numbers = [*self.units.action_scale, *self.units.action_offset, self.units.time_scale]
+        requirements = {
+            "image_size": min(self.image_size) >= 1 and math.prod(self.image_size) <= MAX_PIXELS,
+            "fps": 0 < self.fps < 1e6,
+            "action_dropout": 0 <= self.action_dropout <= 1,
+            "min_history": self.min_history >= 1,
+            "units": all(map(math.isfinite, numbers)) and (self.units.spacing is None or 0 < self.units.spacing < 1e6),
+            "sampler.steps": 1 <= self.sampler.steps <= 100_000,
+        }
+        for name, holds in requirements.items():
+            if not holds:
+                raise UserError(f"{name} is out of range")
+        check_sampler(self.objective, self.sampler)
 
 
 class Window(NamedTuple):
@@ -267,14 +291,21 @@ class WorldModel(nn.Module):
         if found is None:
             raise UserError(f"{folder}: no world model here (expected {DESCRIPTION}, in it or in its best/ or last/)")
         try:
-            values = json.loads((found / DESCRIPTION).read_text())
-            codec = load_codec(CodecConfig(values.pop("codec"), str(found / "codec")))
+            values = read_json(found / DESCRIPTION)
+            kind = values.pop("codec")
             description = parser_instance(WorldDescription, values)
             if description.version > VERSION:
-                raise UserError(f"{found}: format version {description.version}, but this code reads up to {VERSION}")
-            cdit = CDiT.from_pretrained(found / "cdit", low_cpu_mem_usage=False)
-        except UserError:
-            raise
+                raise UserError(f"format version {description.version}, but this code reads up to {VERSION}")
+            description.validate()
+            shapes = weight_shapes(found / "cdit")
+            with torch.device("meta"):
+                expected = CDiT.from_config(CDiT.load_config(found / "cdit", local_files_only=True)).state_dict()
+            if shapes != {name: tuple(weight.shape) for name, weight in expected.items()}:
+                raise UserError("the weights in cdit/ are not those of its config.json")
+            cdit = CDiT.from_pretrained(found / "cdit", low_cpu_mem_usage=False, use_safetensors=True)
+            if kind != PixelCodec.kind:
+                weight_shapes(found / "codec")
+            codec = load_codec(CodecConfig(kind, str(found / "codec")))
         except Exception as error:  # the libraries that read these files raise as they please
             raise UserError(f"{found}: not a readable world model ({error})") from error
         return cls(cdit, codec, description).eval()

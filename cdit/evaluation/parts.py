@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cdit.errors import UserError
+from cdit.files import read_json
 from cdit.world_model import WorldModel
 
 FINGERPRINT = "made_of.json"
@@ -40,7 +41,9 @@ class Parts:
         path = self.folder / FINGERPRINT
         if not path.is_file():
             return
-        before = json.loads(path.read_text())
+        before = read_json(path)
+        if not isinstance(before, dict):
+            raise UserError(f"{path}: not what an evaluation writes: give another out, or --overwrite true")
         changed = [key for key in self.made_of | before if before.get(key) != self.made_of.get(key)]
         if changed:
             raise UserError(
@@ -74,8 +77,17 @@ class Parts:
         self._replace(_name(batch), lambda partial: save_file(whole, partial))
 
     def read(self) -> dict[str, Tensor]:
-        """The results of all batches one after the other, by name."""
-        parts = [load_file(self.folder / _name(batch)) for batch in range(self.count)]
+        """The results of all batches one after the other, by name.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        parts = []
+        for batch in range(self.count):
+            try:
+                parts.append(load_file(self.folder / _name(batch)))
+            except Exception as error:  # safetensors has errors of its own
+                raise UserError(f"{self.folder / _name(batch)}: damaged ({error}): delete it and go on") from error
         return {
             name: torch.cat([part[name] for part in parts if name in part])
             for name in dict.fromkeys(name for part in parts for name in part)

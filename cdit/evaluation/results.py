@@ -19,8 +19,11 @@ from cdit.evaluation.methods import DIFFERENCES, METHODS
 from cdit.evaluation.metrics import HIGHER_IS_BETTER
 from cdit.evaluation.protocols import Protocol
 from cdit.evaluation.tables import Row
+from cdit.files import read_json
 
 RESULTS = "results.json"
+MAX_BYTES = 2**30
+"""Largest results.json: it has a value for every sample."""
 FRECHET = ("fid", "fvd")
 
 
@@ -91,7 +94,7 @@ class Results:
         """
         path = Path(folder) / RESULTS
         try:
-            about = json.loads(path.read_text())
+            about = read_json(path, MAX_BYTES)
             protocols = {
                 name: ProtocolResult(
                     name,
@@ -101,7 +104,7 @@ class Results:
                 )
                 for name, found in about.pop("protocols").items()
             }
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # any value may be of any type
             raise UserError(f"{path}: no results of cdit.evaluate ({error})") from error
         return cls(about, protocols)
 
