@@ -3,7 +3,7 @@
 import atexit
 import multiprocessing
 import signal
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from cdit.data.prefetch import FetchingAhead
+from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import DataConfig, WindowDataset, WindowKey
 from cdit.errors import DataError, Interrupted, UserError
 
@@ -25,15 +27,17 @@ def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return default_collate(items)
 
 
-def loader(dataset: WindowDataset, sampler: Iterable[list[WindowKey]], config: DataConfig) -> "WindowLoader":
+def loader(dataset: WindowDataset, sampler: KeyedBatchSampler, config: DataConfig) -> "WindowLoader":
     """A loader of the sampler's batches with `config.workers` processes, in pinned memory where there is CUDA.
+
+    Shards from afar are fetched before they are needed.
 
     Batches have, beside the stacked items, `skipped`: a list of messages, one for each sample that could not be read
     and so has weight 0 and another window's content. It is always empty where `config.on_error` is "stop".
     """
     return WindowLoader(
         Reporting(Skipping(dataset) if config.on_error == "skip" else dataset),
-        batch_sampler=sampler,
+        batch_sampler=FetchingAhead(sampler, dataset),
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
         pin_memory=torch.cuda.is_available(),

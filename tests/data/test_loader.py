@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -78,7 +79,7 @@ def test_samples_of_broken_frames_count_for_nothing(dataset, workers):
         lost = [place for place in range(8) if needs_broken(before, place)]
         assert (after["weight"] == 0).nonzero().flatten().tolist() == lost
         assert len(after["skipped"]) == len(lost)
-        assert all("b/6.jpg: not a readable" in text or "b/7.jpg: cannot be read" in text for text in after["skipped"])
+        assert all(re.search(r"/b/[67]\.jpg: .*read", text) for text in after["skipped"])
         for place in range(8):
             assert not needs_broken(after, place)
             if place not in lost:

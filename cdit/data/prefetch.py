@@ -1,0 +1,63 @@
+"""Fetches the shards of batches to come while others are trained on."""
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from queue import SimpleQueue
+from threading import Thread
+
+from cdit.data.sampler import KeyedBatchSampler
+from cdit.data.shards import Shard, ShardTrajectory
+from cdit.data.windows import WindowDataset, WindowKey
+from cdit.errors import Interrupted, UserError
+
+AHEAD = 256
+"""Batches between asking for a shard and needing it."""
+THREADS = 4
+
+
+class FetchingAhead:
+    """A sampler's batches, unchanged; the shards that they need are fetched from the time they are `AHEAD` batches off.
+
+    Whatever goes wrong is left to who reads the shard: it will meet it again.
+    """
+
+    def __init__(self, sampler: KeyedBatchSampler, dataset: WindowDataset):
+        self.sampler, self.dataset = sampler, dataset
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[list[WindowKey]]:
+        wanted: SimpleQueue[Shard | None] = SimpleQueue()
+        for _ in range(THREADS):
+            Thread(target=_fetch, args=(wanted,), daemon=True).start()
+        last_needed: dict[str, int] = {}
+        waiting: deque[list[WindowKey]] = deque()
+        try:
+            for number, keys in enumerate(self.sampler):
+                for shard in map(self._shard, keys):
+                    if shard is not None:
+                        # What was not needed for so long may have been let go of.
+                        if number - last_needed.get(str(shard), -AHEAD) >= AHEAD:
+                            wanted.put(shard)
+                        last_needed[str(shard)] = number
+                waiting.append(keys)
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft()
+            yield from waiting
+        finally:
+            for _ in range(THREADS):
+                wanted.put(None)
+
+    def _shard(self, key: WindowKey) -> Shard | None:
+        """What the window needs from afar."""
+        trajectory = self.dataset.trajectories[self.dataset.locate(key.window)[0]]
+        is_remote = isinstance(trajectory, ShardTrajectory) and trajectory.shard.shards.is_remote
+        return trajectory.shard if is_remote else None
+
+
+def _fetch(wanted: "SimpleQueue[Shard | None]") -> None:
+    while (shard := wanted.get()) is not None:
+        with suppress(UserError, Interrupted):
+            shard.shards.file(shard.record)

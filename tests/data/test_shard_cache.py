@@ -1,0 +1,214 @@
+"""Shards from afar: fetched once, whole and as they have to be, let go of in turn; plain words where that fails."""
+
+import hashlib
+import multiprocessing
+import os
+import sys
+import time
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from cdit.data import shard_cache
+from cdit.data.loader import loader
+from cdit.data.sampler import KeyedBatchSampler
+from cdit.data.shard import verify
+from cdit.data.shard_cache import FileRecord, ShardCache
+from cdit.data.windows import WindowDataset
+from cdit.errors import DataError, Interrupted, UserError
+
+sys.path.append(str(Path(__file__).parent))
+from walks import config_of, converted, make_walks, same, windows
+
+
+class Afar(LocalFileSystem):
+    """A store that writes down what is fetched from it, one name a line, and fails as often as told."""
+
+    protocol = "afar"
+    log: Path
+    failures: list = []  # noqa: RUF012
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return super()._strip_protocol(path.removeprefix("afar://"))
+
+    def get_file(self, rpath, lpath, **kwargs):
+        with open(self.log, "a") as log:
+            log.write(f"{Path(rpath).name}\n")
+        if self.failures:
+            failure = self.failures.pop(0)
+            if isinstance(failure, Exception):
+                raise failure
+            Path(lpath).write_bytes(failure)
+            return None
+        return super().get_file(rpath, lpath, **kwargs)
+
+
+@pytest.fixture
+def afar(tmp_path, monkeypatch):
+    fsspec.register_implementation("afar", Afar, clobber=True)
+    monkeypatch.setattr(Afar, "log", tmp_path / "log", raising=False)
+    monkeypatch.setattr(Afar, "failures", [])
+    monkeypatch.setattr(shard_cache, "PAUSES", (0.0, 0.0))
+    return lambda: Afar.log.read_text().split() if Afar.log.exists() else []
+
+
+@pytest.fixture
+def shards(tmp_path) -> Path:
+    return converted(make_walks(tmp_path / "walks"), tmp_path / "shards")
+
+
+def far_config(shards, cache, **values):
+    return config_of(f"afar://{shards}", shard_cache=str(cache), **values)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_training_from_afar_is_training_from_the_folder(shards, tmp_path, afar, workers):
+    def batches(config):
+        dataset = WindowDataset(config, "train", seed=3)
+        return list(loader(dataset, KeyedBatchSampler(len(dataset), 4, 3, 0, 30, order=dataset.order), config))
+
+    near, far = batches(config_of(shards)), batches(far_config(shards, tmp_path / "cache", workers=workers))
+    assert all(same(one, other) for one, other in zip(near, far, strict=True))
+    assert sorted(afar()) == [*(f"train-{i:05d}.tar" for i in range(4)), "train.safetensors"]  # each once
+    files = [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"]
+    assert {file.name for file in files} == {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_a_cache_smaller_than_the_dataset(shards, tmp_path, afar):
+    """With room for one shard of four and the table, at all times, and the same windows."""
+    largest = max(file.stat().st_size for file in shards.glob("train-*"))
+    gb = 1.5 * largest / 1e9
+    near = windows(shards, cache_gb=0)
+    far = WindowDataset(far_config(shards, tmp_path / "cache", cache_gb=0, shard_cache_gb=gb), "train", seed=3)
+    for index in range(0, len(near), 3):
+        assert same(near[index], far[index])
+        kept = sum(file.stat().st_size for file in (tmp_path / "cache").iterdir())
+        assert kept <= gb * 1e9
+    assert len(afar()) == 5  # in the order of shards, each is fetched once all the same
+    assert same(far[0], near[0])
+    assert len(afar()) == 6
+
+
+def test_the_least_recently_used_is_let_go_of(tmp_path, afar, monkeypatch):
+    monkeypatch.setattr(shard_cache, "TOUCH_EVERY", 0.0)
+    records = {}
+    for name in "abcd":
+        (tmp_path / f"{name}.tar").write_bytes(name.encode() * 1000)
+        records[name] = FileRecord(f"{name}.tar", 1000, hashlib.sha256(name.encode() * 1000).hexdigest())
+    cache = ShardCache(tmp_path / "cache", 3000 / 1e9)
+
+    def use(name: str) -> None:
+        assert cache.path(f"afar://{tmp_path}", records[name]).read_bytes() == name.encode() * 1000
+        time.sleep(0.01)
+
+    for name in "abcabd":  # c is the one not used for longest
+        use(name)
+    assert afar() == ["a.tar", "b.tar", "c.tar", "d.tar"]
+    for name in "abd":
+        use(name)
+    assert len(afar()) == 4
+    use("c")
+    assert afar()[4:] == ["c.tar"]
+
+
+def test_one_fetch_for_all_processes(shards, tmp_path, afar):
+    record = next(iter(windows(shards).trajectories)).shard.record
+    context = multiprocessing.get_context("fork")
+    cache = ShardCache(tmp_path / "cache")
+    several = [context.Process(target=cache.path, args=(f"afar://{shards}", record)) for _ in range(6)]
+    for process in several:
+        process.start()
+    for process in several:
+        process.join()
+    assert [process.exitcode for process in several] == [0] * 6
+    assert afar() == [record.file]
+
+
+def record_of(shards: Path) -> FileRecord:
+    return windows(shards).trajectories[0].shard.record
+
+
+def test_failures_that_pass(shards, tmp_path, afar):
+    Afar.failures[:] = [ConnectionError("reset"), b"half of i"]
+    cache = ShardCache(tmp_path / "cache")
+    assert cache.path(f"afar://{shards}", record_of(shards)).stat().st_size == record_of(shards).bytes
+    assert len(afar()) == 3
+
+
+def test_a_network_that_is_down_is_an_interruption(shards, tmp_path, afar):
+    """Nothing that a skipped sample could make good: all samples of the shard would be."""
+    dataset = WindowDataset(far_config(shards, tmp_path / "cache", on_error="skip"), "train", seed=3)
+    Afar.failures[:] = [ConnectionError("reset by peer")] * 100
+    batches = loader(dataset, KeyedBatchSampler(len(dataset), 4, 3, 0, 30), dataset.config)
+    with pytest.raises(Interrupted, match=r"tar cannot be fetched \(reset by peer\); `--resume auto` continues"):
+        list(batches)
+    assert [file for file in (tmp_path / "cache").iterdir() if file.suffix == ".partial"] == []
+
+
+@pytest.mark.parametrize(("content", "said"), [(b"short", "5 bytes, expected"), (None, "checksum")])
+def test_what_is_not_as_it_has_to_be_is_never_kept(shards, tmp_path, afar, content, said):
+    record = record_of(shards)
+    Afar.failures[:] = [content or bytes(record.bytes)] * 3
+    cache = ShardCache(tmp_path / "cache")
+    with pytest.raises(DataError, match=rf"afar://.*train-00000\.tar: .*{said}"):
+        cache.path(f"afar://{shards}", record)
+    assert [file.suffix for file in cache.folder.iterdir()] == [".lock"] * 2
+
+
+def test_what_is_not_there(shards, tmp_path, afar):
+    record = record_of(shards)
+    (shards / record.file).unlink()
+    with pytest.raises(DataError, match=r"train-00000\.tar: no such file"):
+        ShardCache(tmp_path / "cache").path(f"afar://{shards}", record)
+    with pytest.raises(DataError, match=r"afar://.*nowhere/shards\.json: no such file"):
+        WindowDataset(far_config(tmp_path / "nowhere", tmp_path / "cache"), "train")
+    with pytest.raises(UserError, match=r"nonsense"):
+        WindowDataset(config_of("nonsense://bucket/x"), "train")
+
+
+def test_a_cache_that_is_too_small_is_told(shards, tmp_path, afar):
+    with pytest.raises(UserError, match=r"data\.shard_cache_gb is 1e-06, expected more: train\.safetensors alone"):
+        WindowDataset(far_config(shards, tmp_path / "cache", shard_cache_gb=1e-6), "train")
+
+
+def test_a_cache_that_cannot_be_written(shards, tmp_path, afar):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"data\.shard_cache: .*file/cache cannot be written to"):
+        WindowDataset(far_config(shards, tmp_path / "file" / "cache"), "train")
+
+
+def test_what_a_killed_process_left_is_removed(shards, tmp_path, afar):
+    cache = ShardCache(tmp_path / "cache", 1e-4)
+    cache.folder.mkdir()
+    old, new = (cache.folder / f"{digit * 64}.99999.partial" for digit in "ab")
+    for file in (old, new):
+        file.write_bytes(b"half")
+    hours_ago = time.time() - 7200
+    os.utime(old, (hours_ago, hours_ago))
+    cache.path(f"afar://{shards}", record_of(shards))
+    assert not old.exists()
+    assert new.exists()
+
+
+def test_verify_from_afar(shards, afar, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    problems, counts = verify(f"afar://{shards}")
+    assert problems == []
+    assert "6 trajectories" in counts
+    file = shards / "train-00001.tar"
+    file.write_bytes(file.read_bytes()[::-1])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert ["checksum" in problem for problem in verify(f"afar://{shards}")[0]] == [True]
+
+
+def test_memory_is_a_place_afar(shards, tmp_path):
+    """A store of fsspec's own, as it is."""
+    store = fsspec.filesystem("memory")
+    store.put(str(shards), "/walks", recursive=True)
+    far = WindowDataset(config_of("memory://walks", shard_cache=str(tmp_path / "cache")), "train", seed=3)
+    near = windows(shards)
+    assert all(same(far[i], near[i]) for i in range(len(near)))
+    store.rm("/walks", recursive=True)
