@@ -131,8 +131,8 @@ class Recorder:
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.logged += metrics
 
-    def show(self, media: dict[str, object], step: int) -> None:
-        self.shown += media
+    def show(self, media: Callable[[], dict[str, object]], step: int) -> None:
+        self.shown += media()
 
     def print(self, text: str) -> None:
         """Not looked at."""
