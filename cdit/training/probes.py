@@ -48,11 +48,11 @@ class Probes:
         if accelerator.is_main_process:
             self.metrics = load_metrics(accelerator.device, config.data.image_size)
 
-    def run(self, world: WorldModel, tracker: Tracker, step: int, final: bool = False) -> None:
+    def run(self, world: WorldModel | None, tracker: Tracker, step: int, final: bool = False) -> None:
         """Probes the world model as it is; every process must call it.
 
         Args:
-            world: its network holds the weights to look at, in evaluation mode.
+            world: its network holds the weights to look at, in evaluation mode; None where it is not the main process.
             tracker: where to show what is found, beside <run>/probes/<step>/.
             step: the training step.
             final: measure more samples, and print the table.

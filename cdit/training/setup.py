@@ -52,10 +52,10 @@ def build_accelerator(config: TrainConfig, sharded: bool = False) -> Accelerator
         if config.mixed_precision in str(error):
             raise UserError(f"mixed_precision is {config.mixed_precision}: {error}") from error
         raise
-    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate trains in full precision
-        raise UserError("mixed_precision is fp16, expected no or bf16 on a CPU")
     if config.mixed_precision == "fp16" and sharded:  # each process would scale by what its own rows need
         raise UserError("mixed_precision is fp16, expected no or bf16 where weights are sharded")
+    if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate trains in full precision
+        raise UserError("mixed_precision is fp16, expected no or bf16 on a CPU")
     return accelerator
 
 

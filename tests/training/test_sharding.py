@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from sharded import AVERAGE, DIALECTS, MAX_NORM, STEPS, batch, build, loss_of
 from torch import Tensor
 
-from cdit.training.config import EMAConfig
+from cdit.errors import UserError
+from cdit.training.config import EMAConfig, TrainConfig
 from cdit.training.ema import EMA
+from cdit.training.setup import build_accelerator
 from cdit.training.sharding import shard, take_wish, whole, whole_world
 from cdit.world_model import WorldModel
 
@@ -195,6 +197,11 @@ def test_the_average_comes_and_goes_where_the_weights_are(one: Accelerator, worl
     for name, parameter in cdit.named_parameters():
         assert parameter.device.type == one.device.type
         torch.testing.assert_close(whole(parameter).cpu(), before[name] + 1.0)
+
+
+def test_fp16_is_refused(config: Callable[..., TrainConfig]):
+    with pytest.raises(UserError, match="mixed_precision is fp16, expected no or bf16 where weights are sharded"):
+        build_accelerator(config("--mixed_precision", "fp16"), sharded=True)
 
 
 @pytest.mark.parametrize(
