@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -11,7 +12,7 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
-from cdit.data import shard_cache
+from cdit.data import prefetch, shard_cache
 from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.shard import verify
@@ -75,6 +76,50 @@ def test_training_from_afar_is_training_from_the_folder(shards, tmp_path, afar, 
     assert sorted(afar()) == [*(f"train-{i:05d}.tar" for i in range(4)), "train.safetensors"]  # each once
     files = [file for file in (tmp_path / "cache").iterdir() if file.suffix != ".lock"]
     assert {file.name for file in files} == {hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def test_shards_are_there_before_they_are_needed(shards, tmp_path, afar, monkeypatch):
+    """Of a sampler that is three batches ahead: what its first four batches need, and what the others do later."""
+    monkeypatch.setattr(prefetch, "AHEAD", 3)
+    dataset = WindowDataset(far_config(shards, tmp_path / "cache", lanes=1, shuffle_shards=1), "train", seed=3)
+    sampler = KeyedBatchSampler(len(dataset), 4, 3, 0, 10, order=dataset.order)
+    needed = [
+        {dataset.trajectories[dataset.locate(key.window)[0]].shard.record.file for key in keys} for keys in sampler
+    ]
+    seen = []
+    for number, keys in enumerate(prefetch.FetchingAhead(sampler, dataset)):
+        seen.append(keys)
+        wanted = set().union(*needed[: number + 4])
+        deadline = time.monotonic() + 10
+        while not wanted <= {*afar()}:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert {*afar()} <= wanted | {"train.safetensors"}
+    assert seen == list(sampler)
+    assert len(needed[0]) < 4
+    assert sorted(afar()) == sorted({*afar()})
+
+
+def test_a_killed_fetcher_leaves_nothing_in_the_way(shards, tmp_path, afar):
+    """Killed with half of the file written and the lock in hand."""
+    record = record_of(shards)
+    cache = ShardCache(tmp_path / "cache")
+
+    def die(_self, _source, target, **_):
+        Path(target).write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def fetch():
+        Afar.get_file = die
+        cache.path(f"afar://{shards}", record)
+
+    process = multiprocessing.get_context("fork").Process(target=fetch)
+    process.start()
+    process.join(20)
+    assert process.exitcode == -signal.SIGKILL
+    assert [file.read_bytes() for file in cache.folder.glob("*.partial")] == [b"half"]
+    assert cache.path(f"afar://{shards}", record).read_bytes() == (shards / record.file).read_bytes()
+    assert [*cache.folder.glob("*.partial")] == []
 
 
 def test_a_cache_smaller_than_the_dataset(shards, tmp_path, afar):
