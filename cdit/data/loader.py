@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from cdit.data.prefetch import FetchingAhead
+from cdit.data.prefetch import fetching_ahead
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import DataConfig, WindowDataset, WindowKey
 from cdit.errors import DataError, Interrupted, UserError
@@ -37,7 +37,7 @@ def loader(dataset: WindowDataset, sampler: KeyedBatchSampler, config: DataConfi
     """
     return WindowLoader(
         Reporting(Skipping(dataset) if config.on_error == "skip" else dataset),
-        batch_sampler=FetchingAhead(sampler, dataset),
+        batch_sampler=fetching_ahead(sampler, dataset),
         num_workers=config.workers,
         persistent_workers=config.workers > 0,
         pin_memory=torch.cuda.is_available(),

@@ -8,12 +8,19 @@ from threading import Thread
 
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.shards import Shard, ShardTrajectory
+from cdit.data.trajectory import Trajectory
 from cdit.data.windows import WindowDataset, WindowKey
 from cdit.errors import Interrupted, UserError
 
 AHEAD = 256
 """Batches between asking for a shard and needing it."""
 THREADS = 4
+
+
+def fetching_ahead(sampler: KeyedBatchSampler, dataset: WindowDataset) -> "KeyedBatchSampler | FetchingAhead":
+    """The sampler's batches; where the dataset has shards that are afar, these are fetched ahead of them."""
+    is_afar = any(_shard_afar(trajectory) for trajectory in dataset.trajectories)
+    return FetchingAhead(sampler, dataset) if is_afar else sampler
 
 
 class FetchingAhead:
@@ -36,8 +43,9 @@ class FetchingAhead:
         waiting: deque[list[WindowKey]] = deque()
         try:
             for number, keys in enumerate(self.sampler):
-                for shard in map(self._shard, keys):
-                    if shard is not None:
+                for key in keys:
+                    trajectory, _ = self.dataset.locate(key.window)
+                    if shard := _shard_afar(self.dataset.trajectories[trajectory]):
                         # What was not needed for so long may have been let go of.
                         if number - last_needed.get(str(shard), -AHEAD) >= AHEAD:
                             wanted.put(shard)
@@ -50,11 +58,11 @@ class FetchingAhead:
             for _ in range(THREADS):
                 wanted.put(None)
 
-    def _shard(self, key: WindowKey) -> Shard | None:
-        """What the window needs from afar."""
-        trajectory = self.dataset.trajectories[self.dataset.locate(key.window)[0]]
-        is_remote = isinstance(trajectory, ShardTrajectory) and trajectory.shard.shards.is_remote
-        return trajectory.shard if is_remote else None
+
+def _shard_afar(trajectory: Trajectory | ShardTrajectory) -> Shard | None:
+    """The shard that the trajectory is in, if that has to be fetched."""
+    is_afar = isinstance(trajectory, ShardTrajectory) and trajectory.shard.shards.is_remote
+    return trajectory.shard if is_afar else None
 
 
 def _fetch(wanted: "SimpleQueue[Shard | None]") -> None:

@@ -84,6 +84,8 @@ class ShardCache:
                 os.utime(path)
             except FileNotFoundError:  # let go of just now
                 return self.path(location, record)
+            except PermissionError:  # fetched by somebody else, whose runs tell how long it is needed
+                pass
         return path
 
     def _fetch(self, location: str, record: FileRecord, path: Path) -> None:

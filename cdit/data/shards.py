@@ -36,6 +36,7 @@ from cdit.data.latents import LatentInfo
 from cdit.data.layout import DESCRIPTION as DATASET
 from cdit.data.layout import DatasetInfo
 from cdit.data.shard_cache import FileRecord, ShardCache, read_remote
+from cdit.data.trajectory import MAX_POSE
 from cdit.errors import DataError
 from cdit.files import MAX_TEXT, check_name, parse_json, read_bytes
 
@@ -118,7 +119,9 @@ class Shards:
         origin = f"{self.location.rstrip('/')}/{DATASET}"
         content = self._read_small(DATASET, MAX_TEXT)
         try:
-            return parser_instance(DatasetInfo, parse_json(content.decode(), origin))
+            info = parser_instance(DatasetInfo, parse_json(content.decode(), origin))
+            info.validate()
+            return info
         except Exception as error:
             raise DataError(f"{origin}: not a dataset description ({error})") from error
 
@@ -178,8 +181,8 @@ class Shards:
                     f"{path}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {expected[name][0]} "
                     f"{expected[name][1]}"
                 )
-        if record.poses and not (table["position"].isfinite().all() and table["yaw"].isfinite().all()):
-            raise DataError(f"{path}: poses that are not finite")
+        if record.poses and not all((table[name].abs() <= MAX_POSE).all() for name in ("position", "yaw")):
+            raise DataError(f"{path}: poses that are not finite, or larger than {MAX_POSE:g}")
         return {name: tensor.numpy() for name, tensor in table.items()}
 
     def _read_small(self, name: str, limit: int) -> bytes:
