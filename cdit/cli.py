@@ -67,7 +67,10 @@ def parse_config(
         argv = ["--config", str(default_file), *argv]
     parser.files = [file for flag, file in pairwise(argv) if flag == "--config"]
     parser.files += [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
-    values = parser.parse_args(argv).as_dict()
+    try:
+        values = parser.parse_args(argv).as_dict()
+    except (UnicodeDecodeError, RecursionError) as error:
+        parser.error(str(error), error)
     values.pop("config", None)
     return parser_instance(config_class, values)
 

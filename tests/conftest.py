@@ -14,3 +14,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="short",
         help="how much of tests/faults to run: a selection, or the whole suite (minutes), which prints its table",
     )
+    parser.addoption(
+        "--fuzz_examples",
+        type=int,
+        default=150,
+        help="inputs for each reader in tests/fuzz, which prints their numbers; the long run has 100000",
+    )

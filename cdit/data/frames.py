@@ -1,5 +1,6 @@
 """Frames as the model takes them: decoded, cropped, resized, and kept in memory that the loader's workers share."""
 
+import io
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,11 +8,12 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
-from cdit.data.image_header import MAX_PIXELS, read_header
+from cdit.data.image_header import MAX_PIXELS, PNG, read_header
 from cdit.data.layout import Camera
 from cdit.data.trajectory import Trajectory
 from cdit.errors import DataError
@@ -42,16 +44,27 @@ def decode(path: Path | Member) -> Tensor:
     data = read_bytes(path, MAX_BYTES) if isinstance(path, Path) else path.read()
     try:
         width, height, _ = read_header(data)
-        encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-        image = decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-    except ValueError as error:
-        raise DataError(f"{path}: not a readable image ({error})") from error
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0].rsplit(", ", 1)[-1]  # behind the decoder's source file and line
+        image = _decode_png(data) if data.startswith(PNG) else _decode_jpeg(data)
+    except Exception as error:  # Pillow has many
+        reason = str(error).partition("\n")[0]
+        if isinstance(error, RuntimeError):
+            reason = reason.rsplit(", ", 1)[-1]  # behind torchvision's source file and line
         raise DataError(f"{path}: not a readable image ({reason})") from error
     if image.shape not in ((3, height, width), (3, width, height)):
         raise DataError(f"{path}: not a readable image (decoded as {tuple(image.shape)}, but {width}×{height} stated)")
     return image
+
+
+def _decode_jpeg(data: bytes) -> Tensor:
+    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+
+
+def _decode_png(data: bytes) -> Tensor:
+    """By Pillow: torchvision (0.29) ends the process with a segmentation fault on damaged PNGs."""
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
 
 
 def crop_and_resize(image: Tensor, image_size: tuple[int, int], crop: Crop) -> Tensor:

@@ -31,7 +31,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cdit.cli import load_yaml, parser_instance
 from cdit.errors import UserError
+from cdit.files import read_json, read_text
 from cdit.training import manifest
 from cdit.training.config import TrainConfig, flat
 from cdit.training.ema import EMA
@@ -168,14 +170,14 @@ class Checkpoints:
             UserError: the folder is no checkpoint, or one of another network.
         """
         try:
-            state = RunState(**json.loads((folder / STATE).read_text()))
+            state = parser_instance(RunState, read_json(folder / STATE))
             for kind, named in self._tensors().items():
                 with SavedTensors(folder, kind) as saved:
                     for name, tensor in named.items():
                         fill(tensor, saved.read(name))
             own = folder / f"process_{self.accelerator.process_index:05d}.json"
             if own.is_file():  # else there are more processes than there were
-                restore_random_state(json.loads(own.read_text()))
+                restore_random_state(read_json(own))
             if self.accelerator.scaler is not None and state.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
         except Exception as error:  # missing files, foreign weights: each library has its own exceptions
@@ -323,8 +325,8 @@ def check_config(config: TrainConfig, folder: Path) -> None:
         UserError: something differs that cannot change on the way; the message names field, old and new value.
     """
     try:
-        saved = flat(yaml.safe_load((folder / CONFIG).read_text()))
-    except (OSError, ValueError, AttributeError, yaml.YAMLError, RecursionError) as error:
+        saved = flat(load_yaml(read_text(folder / CONFIG)))
+    except (UserError, AttributeError, yaml.YAMLError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"resume: {folder} cannot be continued from: its {CONFIG}: {reason}") from error
     before = {**flat(TrainConfig().plain()), **saved}  # what was not a field yet was as it is by default

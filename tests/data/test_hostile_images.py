@@ -1,5 +1,6 @@
 """Images that are not what they seem: bombs, damage, kinds that cameras do not write."""
 
+import contextlib
 import io
 import os
 import resource
@@ -56,6 +57,7 @@ BOMBS = {
     "png that states terapixels": lambda: png_bomb(1, 1).replace(
         struct.pack(">II", 1, 1), struct.pack(">II", 2**31 - 1, 2**31 - 1)
     ),
+    "png with a text of a gigabyte": lambda: with_text(10**9),
     "one line": lambda: png_bomb(2**27, 1),
     "jpeg that states 4 gigapixels": lambda: restated(jpeg(), 65535, 65535),
     "jpeg of two hundred scans": lambda: many_scans(200),
@@ -133,6 +135,14 @@ def picture() -> Image.Image:
     return Image.fromarray(np.array([[RED, GREEN], [BLUE, WHITE]], np.uint8).repeat(8, 0).repeat(16, 1))
 
 
+def with_text(length: int) -> bytes:
+    """A PNG with a compressed text."""
+    buffer = io.BytesIO()
+    picture().save(buffer, "png")
+    text = chunk(b"zTXt", b"a\x00\x00" + zlib.compress(bytes(length), 9))
+    return buffer.getvalue()[:33] + text + buffer.getvalue()[33:]
+
+
 @pytest.mark.parametrize("kind", ["RGB", "P", "CMYK", "RGBA", "animated", "with text"])
 def test_kinds_of_images_become_rgb(kind, tmp_path):
     path = tmp_path / "it.png"
@@ -142,14 +152,27 @@ def test_kinds_of_images_become_rgb(kind, tmp_path):
     elif kind == "animated":
         picture().save(path, save_all=True, append_images=[picture().rotate(180)], duration=100)
     elif kind == "with text":
-        text = chunk(b"zTXt", b"a\x00\x00" + zlib.compress(bytes(50_000_000), 9))
-        picture().save(path)
-        path.write_bytes(path.read_bytes()[:33] + text + path.read_bytes()[33:])
+        path.write_bytes(with_text(1000))
     else:
         picture().convert(kind).save(path)
     image = decode(path)
     assert image.shape == (3, 16, 32)
     assert corners(image) == [RED, GREEN, BLUE, WHITE]
+
+
+def test_damaged_pngs_do_not_end_the_process(tmp_path):
+    """As they do with torchvision's decoder."""
+    picture().save(tmp_path / "it.png")
+    whole = (tmp_path / "it.png").read_bytes()
+    for at in range(len(whole)):
+        for damaged in (
+            whole[:at],
+            whole[:at] + bytes([whole[at] ^ 64]) + whole[at + 1 :],
+            whole[:at] + whole[at + 2 :],
+        ):
+            (tmp_path / "it.png").write_bytes(damaged)
+            with contextlib.suppress(DataError):
+                decode(tmp_path / "it.png")
 
 
 TURNED = {
@@ -159,12 +182,13 @@ TURNED = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("suffix", ["jpg", "png"])
 @pytest.mark.parametrize("orientation", TURNED)
-def test_photos_are_turned_upright(orientation, tmp_path):
+def test_photos_are_turned_upright(orientation, suffix, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = orientation
-    picture().save(tmp_path / "it.jpg", exif=exif, quality=95, subsampling=0)
-    assert corners(decode(tmp_path / "it.jpg")) == TURNED[orientation]
+    picture().save(tmp_path / f"it.{suffix}", exif=exif, quality=95, subsampling=0)
+    assert corners(decode(tmp_path / f"it.{suffix}")) == TURNED[orientation]
 
 
 @pytest.mark.parametrize(

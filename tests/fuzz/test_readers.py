@@ -1,0 +1,54 @@
+"""On any bytes a reader works or raises its documented error, and soon. The long run:
+
+pytest tests/fuzz --fuzz_examples 100000
+"""
+
+import time
+import warnings
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from readers import READERS, make
+
+from cdit.errors import UserError
+
+LONGEST = 5.0
+"""Seconds of processor time that an input may take. The slowest are images and the building of networks."""
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_reader_raises_documented_errors_only(
+    name: str, tmp_path: Path, counts: Counter, pytestconfig: pytest.Config, capfd: pytest.CaptureFixture
+) -> None:
+    reader = make(name, tmp_path)
+    for seed in reader.seeds:  # else nothing but errors would be tried
+        reader.path.write_bytes(seed)
+        if name != "checkpoint of NWM":  # whose seed lacks most tensors
+            reader.read()
+
+    @settings(
+        max_examples=pytestconfig.getoption("--fuzz_examples"),
+        deadline=None,
+        database=None,
+        derandomize=pytestconfig.getoption("--fuzz_examples") <= 1000,  # the short run is the same every time
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(reader.inputs)
+    def feed(data: bytes) -> None:
+        reader.path.write_bytes(data)
+        begun = time.process_time()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                reader.read()
+            ended = "read"
+        except UserError:
+            ended = "refused"
+        took = time.process_time() - begun
+        assert took < LONGEST
+        counts[name, ended] += 1
+        counts[name, "slowest"] = max(counts[name, "slowest"], took)
+
+    feed()
