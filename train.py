@@ -112,7 +112,7 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
             bad_steps.look(state)
             if not all(p.isfinite().all() for p in cdit.parameters()):
                 raise UserError(f"weights are not finite at step {state.step}: try a lower optimizer.learning_rate")
-            state.schedule, state.rows = schedule.state_dict(), tracker.rows
+            state.schedule = schedule.state_dict()
             state.losses = accelerator.reduce(torch.stack(losses), "sum").tolist() if losses else []
             checkpoints.save(state)
 
@@ -184,6 +184,7 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
                     state.step,
                 )
                 losses, timed_from, since = [], state.step, time.perf_counter()
+            state.rows = tracker.rows  # without those of a validation to come, which a run that is continued repeats
             checkpoints.check()
             if state.step == last_step or state.step % config.checkpoint.every == 0:
                 pause = time.perf_counter()
