@@ -118,10 +118,10 @@ class Trainer:
             assert time.monotonic() < until, f"still running:\n{log.read_text()[-3000:]}"
             while_it_runs()
             time.sleep(0.01)
+        assert_nothing_is_left(pid, mark)
         ended = time.time()
         said = [line.rpartition("\r")[2] for line in log.read_text(errors="replace").replace("\x1b[A", "").split("\n")]
         sent = [float(line.rpartition(" ")[2]) for line in said if "signal sent at" in line]
-        assert_nothing_is_left(pid, mark)
         return Ended(code, "\n".join(said), ended - sent[-1] if sent else None)
 
     def reference(

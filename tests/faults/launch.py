@@ -235,6 +235,7 @@ class Phases:
 def watch(phases: Phases) -> None:
     """Finds the phases of a run."""
     import cdit.cli
+    import cdit.data.windows
     import cdit.training.batch
     from cdit.training.checkpoints import Checkpoints
     from cdit.training.ema import EMA
@@ -248,6 +249,7 @@ def watch(phases: Phases) -> None:
         if time is None:  # else validation, which gives the times
             phases.enter("step")
 
+    phases.around(cdit.data.windows.WindowDataset, "__init__", "opening of a dataset")
     phases.at_call(cdit.cli, "parse_config", before=lambda *_, **__: phases.enter("start-up"))
     phases.at_call(StopSignals, "defer", after=lambda: phases.leave("start-up"))
     phases.at_call(cdit.training.batch, "noisy_batch", before=begin_step)
