@@ -60,6 +60,10 @@ def test_processes_read_their_own_shards(processes):
     assert set.union(*needed) == set(range(40))
 
 
+def test_every_epoch_begins_elsewhere():
+    assert len({int(shard_of(EVEN, laned(EVEN, 0, epoch, 1, 1)[:1])[0]) for epoch in range(20)}) > 10
+
+
 def test_a_batch_comes_from_all_lanes():
     """Eight lanes of five shards: the eight windows of a batch are of eight shards, or nearly."""
     order = laned(EVEN, 0, 0, 8, 2).reshape(-1, 8)

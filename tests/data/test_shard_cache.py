@@ -30,6 +30,7 @@ class Afar(LocalFileSystem):
     protocol = "afar"
     log: Path
     failures: list = []  # noqa: RUF012
+    seconds = 0.0
 
     @classmethod
     def _strip_protocol(cls, path):
@@ -38,6 +39,7 @@ class Afar(LocalFileSystem):
     def get_file(self, rpath, lpath, **kwargs):
         with open(self.log, "a") as log:
             log.write(f"{Path(rpath).name}\n")
+        time.sleep(self.seconds)
         if self.failures:
             failure = self.failures.pop(0)
             if isinstance(failure, Exception):
@@ -159,7 +161,8 @@ def test_the_least_recently_used_is_let_go_of(tmp_path, afar, monkeypatch):
     assert afar()[4:] == ["c.tar"]
 
 
-def test_one_fetch_for_all_processes(shards, tmp_path, afar):
+def test_one_fetch_for_all_processes(shards, tmp_path, afar, monkeypatch):
+    monkeypatch.setattr(Afar, "seconds", 0.5)
     record = next(iter(windows(shards).trajectories)).shard.record
     context = multiprocessing.get_context("fork")
     cache = ShardCache(tmp_path / "cache")
