@@ -1,15 +1,21 @@
 """Files and names that somebody else may have made: of bounded size, no pipes or devices, none outside of a folder."""
 
+import io
 import json
 import os
 import stat
+import zipfile
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cdit.errors import DataError
 
 MAX_TEXT = 2**24
 """Bytes of a JSON or text file."""
+MAX_ARRAYS = 2**28
+"""Bytes of an .npz file, and of the arrays in it."""
 MAX_NAME = 1000
 """Characters of a trajectory's name."""
 
@@ -63,6 +69,26 @@ def parse_json(text: str, origin: Path | str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError: also of numbers with thousands of digits
         raise DataError(f"{origin}: not JSON ({error})") from error
+
+
+def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz file, by name; none of objects.
+
+    Raises:
+        DataError: it cannot be read, or they would be larger than `MAX_ARRAYS` bytes.
+    """
+    content = io.BytesIO(read_bytes(path, MAX_ARRAYS))
+    try:
+        with zipfile.ZipFile(content) as archive:  # which never gives more of a member than it states
+            if sum(member.file_size for member in archive.infolist()) > MAX_ARRAYS:
+                raise ValueError(f"arrays of more than {MAX_ARRAYS} bytes")
+        with np.load(content, allow_pickle=False) as arrays:
+            found = dict(arrays.items())
+        if not all(isinstance(array, np.ndarray) for array in found.values()):
+            raise ValueError("other files among them")
+        return found
+    except Exception as error:  # numpy and zipfile have many, for a shape beyond memory, too
+        raise DataError(f"{path}: not readable arrays ({error})") from error
 
 
 def check_name(name: str, listing: Path | str) -> None:

@@ -20,9 +20,15 @@ import numpy as np
 from tqdm import tqdm
 
 from cdit.cli import run
+from cdit.data.image_header import MAX_PIXELS
 from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
 from cdit.errors import DataError, UserError
+from cdit.files import check_name
 
+FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,m4v,h264,hevc"
+"""What is read, by FFmpeg's names of demuxers."""
+LONGEST_GAP = 60
+"""Most seconds from one frame to the next; each second is written as `fps` images."""
 MIN_FRAMES = 16
 """Shorter trajectories are not made; a rest this short at the end of a video is left out."""
 
@@ -69,7 +75,7 @@ def convert(videos: Sequence[Path], out: Path, options: VideoOptions) -> dict[st
     """Writes the dataset.
 
     Args:
-        videos: the video files, any that FFmpeg reads; their names without suffix must differ.
+        videos: the video files, of `FORMATS`; their names without suffix must differ.
         out: the dataset folder; what an interrupted run with the same videos and options left there is kept.
         options: how videos become trajectories.
 
@@ -110,7 +116,8 @@ def _frame_counts(videos: Sequence[Path], options: VideoOptions) -> list[int]:
     counts = []
     for video in videos:
         try:
-            with av.open(str(video)) as container:
+            check_name(video.stem, video)
+            with _opened(video) as container:
                 if not container.streams.video:
                     raise DataError(f"{video}: no video stream")
                 stream = container.streams.video[0]
@@ -131,6 +138,14 @@ def _frame_counts(videos: Sequence[Path], options: VideoOptions) -> list[int]:
     if problems:
         raise DataError("\n  ".join(["videos cannot be used", *problems]))
     return counts
+
+
+def _opened(video: Path) -> av.container.InputContainer:
+    """The file, as one of the `FORMATS`: others, such as lists of files, have FFmpeg open what they name."""
+    container = av.open(str(video), options={"format_whitelist": FORMATS})
+    for stream in container.streams.video:
+        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    return container
 
 
 def _convert_video(video: Path, out: Path, options: VideoOptions, count: int, cut: float) -> list[tuple[str, int]]:
@@ -174,7 +189,7 @@ def _sample(video: Path, fps: Fraction) -> Iterator[av.VideoFrame]:
     """The frames that the video shows at 0, 1/fps, 2/fps, … seconds from its first frame."""
     taken = 0
     try:
-        with av.open(str(video)) as container:
+        with _opened(video) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             shown = None
@@ -183,7 +198,10 @@ def _sample(video: Path, fps: Fraction) -> Iterator[av.VideoFrame]:
                     raise DataError(f"{video}: frames without time stamps")
                 time = frame.pts * frame.time_base
                 if shown is None:
-                    start = time
+                    start = last = time
+                if abs(time - last) > LONGEST_GAP:
+                    raise DataError(f"{video}: {float(abs(time - last)):.4g} s from one frame to the next")
+                last = time
                 while start + taken / fps < time:
                     yield shown
                     taken += 1

@@ -13,6 +13,7 @@ from cdit.data.windows import WindowDataset
 from cdit.doom.geometry import MapGeometry
 from cdit.doom.raycast import Surface, View, cast, standing_height
 from cdit.errors import DataError
+from cdit.files import read_arrays
 
 TOLERANCE = 0.05
 """A point is hidden if the ray towards it ends more than this many metres before it."""
@@ -166,6 +167,7 @@ def _eye_heights(path: Path) -> np.ndarray | None:
     """(T,) metres; None if there is no such file, as in datasets recorded before there was."""
     if not path.is_file():
         return None
-    with np.load(path, allow_pickle=False) as saved:
-        (heights,) = saved.values()
-    return heights
+    arrays = list(read_arrays(path).values())
+    if len(arrays) != 1 or arrays[0].ndim != 1 or arrays[0].dtype.kind != "f":
+        raise DataError(f"{path}: expected one array of heights (T,)")
+    return arrays[0]

@@ -9,6 +9,7 @@ import numpy as np
 from cdit.doom.engine import HEIGHT_UNITS_PER_METRE, UNITS_PER_METRE, Engine
 from cdit.doom.wad import NOWHERE
 from cdit.errors import DataError
+from cdit.files import read_arrays
 
 PLAYER_HEIGHT = 56 / HEIGHT_UNITS_PER_METRE
 CLEARANCE = 24 / UNITS_PER_METRE
@@ -68,9 +69,9 @@ class MapGeometry:
             DataError: there is no such file, or it is another one's or an older version's.
         """
         try:
-            with np.load(path, allow_pickle=False) as saved:
-                return cls(**{field.name: saved[field.name] for field in fields(cls)})
-        except (OSError, ValueError, KeyError) as error:
+            saved = read_arrays(path)
+            return cls(**{field.name: saved[field.name] for field in fields(cls)})
+        except (DataError, KeyError) as error:
             raise DataError(
                 f"{path}: not a map's geometry ({error}); delete the folder {path.parent} and run the recipe of the "
                 "dataset again, which writes the maps anew and leaves the frames alone"

@@ -105,5 +105,6 @@ def _is_entry(entry: object) -> bool:
         return False
     name, *numbers = entry
     return isinstance(name, str) and all(
-        isinstance(number, int | np.integer) and not isinstance(number, bool) for number in numbers
+        isinstance(number, int | np.integer) and not isinstance(number, bool) and abs(number) < 2**31
+        for number in numbers
     )

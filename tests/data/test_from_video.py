@@ -166,3 +166,29 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     assert again.returncode == 2
     assert again.stderr.startswith("error: ")
     assert "Traceback" not in again.stderr
+
+
+def test_a_list_of_other_files_is_not_followed(tmp_path):
+    """FFmpeg would, whatever the file is called."""
+    write_video(tmp_path / "secret.mp4", 9)
+    (tmp_path / "list.mp4").write_text("ffconcat version 1.0\nfile 'secret.mp4'\n")
+    with av.open(str(tmp_path / "list.mp4")) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 180
+    with pytest.raises(DataError, match=r"list\.mp4: not a readable video"):
+        convert([tmp_path / "list.mp4"], tmp_path / "out", VideoOptions())
+
+
+def test_a_time_stamp_far_ahead_is_not_filled_with_images(tmp_path, monkeypatch):
+    monkeypatch.setattr(from_video, "LONGEST_GAP", 9)
+    video = write_video(tmp_path / "walk.mkv", 20, fps=4, skip=range(20, 60))
+    with pytest.raises(DataError, match=r"walk\.mkv: 10\.25 s from one frame to the next"):
+        convert([video], tmp_path / "out", VideoOptions())
+
+
+def test_frames_of_too_many_pixels_are_refused(tmp_path, monkeypatch):
+    video = write_video(tmp_path / "walk.mp4", 15)
+    monkeypatch.setattr(from_video, "MAX_PIXELS", 64 * 48 - 1)
+    with pytest.raises(DataError, match=r"walk\.mp4: (cannot be decoded|ends before)"):
+        convert([video], tmp_path / "out", VideoOptions())
+    monkeypatch.setattr(from_video, "MAX_PIXELS", 64 * 48 * 100)  # FFmpeg counts a margin
+    convert([video], tmp_path / "out", VideoOptions())

@@ -25,6 +25,7 @@ from cdit.data import safe_pickle
 from cdit.data.frames import crop_and_resize, decode
 from cdit.data.latents import Encoding, LatentCache
 from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
+from cdit.data.shard import convert
 from cdit.data.sources import Source
 from cdit.data.trajectory import read_split
 from cdit.data.windows import DataConfig, WindowDataset
@@ -168,7 +169,10 @@ def _index(folder: Path) -> Reader:
         st.sampled_from(["a", "", "\x1b", "x" * 999, None, True, 1.5, b"a", (), 2**70, -(2**70), 10**5000]),
         st.integers(-3, 9),
     )
-    entries = st.lists(st.one_of(st.lists(anything, max_size=5).map(tuple), anything), max_size=4)
+    near = st.tuples(
+        st.just("a"), *3 * [st.integers(-3, 9) | st.sampled_from([2**70, -(10**5000), np.int8(1), np.uint64(2**63)])]
+    )
+    entries = st.lists(st.one_of(near, near, st.lists(anything, max_size=5).map(tuple), anything), max_size=4)
     path = folder / "index.pkl"
     return Reader(path, seeds, lambda: read_index(path, windows, 2), entries.map(pickle.dumps) | pickles)
 
@@ -267,6 +271,33 @@ def _latents(folder: Path, name: str) -> Reader:
     return Reader(path, [seed], read, built)
 
 
+def _shards(folder: Path, name: str) -> Reader:
+    dataset, shards = _dataset(folder / "dataset"), folder / "shards"
+    encoding = Encoding("kl", "x", "f" * 64, (8, 8), "aspect")
+    cache = LatentCache.create(dataset, encoding, "float32")
+    for split in ("train", "test"):
+        for trajectory in read_split(dataset, split)[0]:
+            cache.write(trajectory, torch.ones(8, 2, 1, 2, 2))
+    convert(Source(str(dataset)), shards, None, "both", 1.0)
+    path = shards / name
+
+    def read() -> None:
+        windows = WindowDataset(DataConfig(folder=str(shards), image_size=(6, 8), cache_gb=0), "train")
+        windows[0], windows[len(windows) - 1]
+        windows.use_latents(encoding)
+        windows[0], windows[len(windows) - 1]
+
+    seed = path.read_bytes()
+    if path.suffix == ".json":
+        value = json.loads(seed)
+        record = value["splits"]["train"]
+        names = [*value, *record, *record["shards"][0], "train-00000.tar", "../x.tar", "a/b.safetensors"]
+        built = json_file(value, names)
+    else:
+        built = safetensors(seed, ["offset", "size", "yaw"]) if path.suffix == ".safetensors" else None
+    return Reader(path, [seed], read, built)
+
+
 def _nwm(folder: Path) -> Reader:
     path = folder / "it.pth.tar"
     tensors = {"pos_embed": torch.ones(2, 4, 6), "x_embedder.proj.weight": torch.ones(6, 1, 1, 1)}
@@ -328,6 +359,9 @@ READERS: dict[str, Callable[[Path], Reader]] = {
     "network's safetensors": lambda folder: _world_file(folder, "cdit/diffusion_pytorch_model.safetensors"),
     "latents.json": lambda folder: _latents(folder, "latents.json"),
     "latents": lambda folder: _latents(folder, "a.safetensors"),
+    "shards.json": lambda folder: _shards(folder, "shards.json"),
+    "shards' table": lambda folder: _shards(folder, "train.safetensors"),
+    "shard": lambda folder: _shards(folder, "train-00000.tar"),
     "checkpoint of NWM": _nwm,
     "manifest": lambda folder: _checkpoint(folder, "manifest.json"),
     "checkpoint's state": lambda folder: _checkpoint(folder, "state.json"),
