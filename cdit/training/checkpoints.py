@@ -45,7 +45,8 @@ CONFIG = "config.yaml"
 LATEST = "latest"
 MAY_DIFFER = re.compile(
     r"(name|output|resume|allow_changes|steps|stop_at|micro_batch_size|compile|mixed_precision|activation_checkpointing"
-    r"|deterministic|timeout_minutes|data\.(folder|prepare|splits|workers|cache_gb|shard_cache_gb|latents|on_error)"
+    r"|deterministic|timeout_minutes|data\.(folder|prepare|splits|follow_links|workers|cache_gb|shard_cache(_gb)?|latents"
+    r"|on_error)"
     r"|(validation|probe|checkpoint|tracking|sampler)\..*|optimizer\.max_bad_steps)"
 )
 """Fields that a continued run may have other values of than the run had that it continues."""
