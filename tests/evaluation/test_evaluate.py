@@ -277,7 +277,7 @@ def test_a_poisoned_index_file_is_refused_and_not_run(evaluate: Callable[..., Do
         (["--protocols", "[]"], "protocols is .*at least one"),
         (["--rollout.fps", "[3]"], "rollout.fps is 3"),
         (["--time.samples", "0"], "time.samples is 0"),
-        (["--time.index", "none.pkl"], "none.pkl: not a readable pickle"),
+        (["--time.index", "none.pkl"], "none.pkl: not readable"),
         (["--metrics", "[psnr,beauty]"], "beauty"),
         (["--metrics", "[fid]", "--fid_network", "nowhere:net"], "fid_network is 'nowhere:net'"),
         (["--sampler.scheduler", "ddpm"], "ddpm"),
