@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
@@ -93,12 +93,17 @@ def parser_instance(config_class: type[T], values: dict[str, Any]) -> T:
 
 
 def _check_groups(config_class: type, values: Any, name: str = "") -> None:
-    """Refuses what is no group of fields where one is expected; jsonargparse would not see it."""
+    """Refuses null, and what is no group of fields where one is expected; jsonargparse would not see it."""
     if not isinstance(values, dict):
         raise UserError(f"{name or config_class.__name__} is {ascii(values)[:100]}, expected fields with values")
     for field, kind in get_type_hints(config_class).items():
-        if is_dataclass(kind) and field in values:
-            _check_groups(kind, values[field], f"{name}.{field}".lstrip("."))
+        full_name = f"{name}.{field}".lstrip(".")
+        if field not in values:
+            continue
+        if is_dataclass(kind):
+            _check_groups(kind, values[field], full_name)
+        elif values[field] is None and kind is not Any and type(None) not in get_args(kind):
+            raise UserError(f"{full_name} is null, expected a value")
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -34,7 +34,9 @@ def safe_loader(load: Callable[[str], Any]) -> Callable[[str], Any]:
             _check_nodes(yaml.compose(text, Loader=LOADER))
             values = load(text)
             check_plain(values)
-        except (ValueError, ArithmeticError) as error:  # of numbers with thousands of digits, of dates that are none
+        except yaml.YAMLError:
+            raise
+        except Exception as error:  # of numbers with thousands of digits, of dates that are none
             raise yaml.YAMLError(str(error)) from error
         return values
 

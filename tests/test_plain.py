@@ -99,6 +99,7 @@ def test_the_description_of_a_dataset_runs_nothing(marker, tmp_path):
         ("name: " + "x" * 2**20, "longer than"),
         ("name: 2001-99-99", ""),
         ("name: !!timestamp 2001-99-99", ""),
+        ("name: !!timestamp ", "groupdict"),
     ],
 )  # fmt: skip
 def test_yaml_that_is_no_plain_config_is_refused(text, message, marker, tmp_path):
@@ -121,6 +122,13 @@ def test_yaml_that_is_no_plain_config_is_refused(text, message, marker, tmp_path
         assert "it.yaml" in done.stderr
         assert "Traceback" not in done.stderr
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("values", [{"parts": None}, {"part": {"size": None}}])
+def test_null_is_for_fields_that_have_it_alone(values):
+    assert parser_instance(Whole, {"name": None}).name is None
+    with pytest.raises(UserError, match=r"^part(s|\.size) is null"):
+        parser_instance(Whole, values)
 
 
 @pytest.mark.parametrize("values", [{"part": [1]}, {"part": None}, {"part": 3}, [1], None, {"part": "[]"}])
