@@ -1,4 +1,4 @@
-"""A disk that is full, or turns read-only: one line that names the file, nothing lost, and the run goes on when mended."""
+"""A disk that is full, or turns read-only: a line that names the file, nothing lost, and the run goes on afterwards."""
 
 import os
 import subprocess
