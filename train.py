@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 from tqdm import tqdm
 
 from cdit.cli import parse_config, run
@@ -108,12 +109,17 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
         loaded = iter(loader(train_set, batches(state.step, config.steps), config.data))
         tracker = Tracker(accelerator, config, state)
 
+        def joint_losses() -> Tensor:
+            """All processes' `losses` added up, in their order: how several add numbers depends on how many there are."""
+            shares = torch.stack(losses) if losses else torch.zeros(0, device=accelerator.device)
+            return accelerator.gather(shares[None]).cpu().double().sum(dim=0).float()
+
         def save() -> None:
             bad_steps.look(state)
             if not all(p.isfinite().all() for p in cdit.parameters()):
                 raise UserError(f"weights are not finite at step {state.step}: try a lower optimizer.learning_rate")
             state.schedule = schedule.state_dict()
-            state.losses = accelerator.reduce(torch.stack(losses), "sum").tolist() if losses else []
+            state.losses = joint_losses().tolist()
             checkpoints.save(state)
 
         # The loop. What a step is followed by (validation, probes) comes after its checkpoint, and first on resuming.
@@ -167,7 +173,7 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
 
             if state.step % config.tracking.every == 0 or state.step == config.steps:
                 bad_steps.look(state)
-                mean_loss = accelerator.reduce(torch.stack(losses), "sum")
+                mean_loss = joint_losses()
                 mean_loss = mean_loss[mean_loss.isfinite()].mean().item()
                 steps = state.step - timed_from
                 rate = steps * config.batch_size * config.data.goals / (time.perf_counter() - since)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -37,7 +37,7 @@ def build_accelerator(config: TrainConfig, sharded: bool = False) -> Accelerator
         sharded: whether `cdit.training.sharding.shard` takes the place of `prepare` for the network.
 
     Raises:
-        UserError: the device, or sharding, does not have that precision.
+        UserError: the device, or sharding, does not have that precision, or the processes do not find each other.
     """
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
@@ -52,6 +52,17 @@ def build_accelerator(config: TrainConfig, sharded: bool = False) -> Accelerator
         if config.mixed_precision in str(error):
             raise UserError(f"mixed_precision is {config.mixed_precision}: {error}") from error
         raise
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:  # each would train alone, all in the same folder
+        raise UserError(
+            f"{launched} processes were launched, but there are no GPUs for them (torch finds "
+            f"{torch.cuda.device_count()}); to train on CPUs, accelerate launch --cpu, or ACCELERATE_USE_CPU=true"
+        )
+    if accelerator.num_processes > 2 and (config.deterministic or accelerator.device.type == "cpu"):
+        # After its first step DDP packs gradients anew, and in which order several processes add up a number depends on
+        # its place: a resumed run would differ. It packs once where it looks for parameters that are not used. There
+        # are none, as it says in a warning.
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     if config.mixed_precision == "fp16" and sharded:  # each process would scale by what its own rows need
         raise UserError("mixed_precision is fp16, expected no or bf16 where weights are sharded")
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate trains in full precision

@@ -16,6 +16,7 @@ from cdit.training.config import TrainConfig
 from cdit.world_model import WorldModel
 
 GRADIENTS = Path(__file__).with_name("gradients.py")
+BACKWARDS = Path(__file__).with_name("backwards.py")
 TRAIN = Path(__file__).parents[2] / "train.py"
 STEP = 3
 
@@ -132,3 +133,16 @@ def test_two_processes_train_as_one(
     assert all("train/gradient_norm" in row for row in rows(run, "train/loss"))
     ours, theirs = (load_file(r / "last/cdit/diffusion_pytorch_model.safetensors") for r in (run, straight))
     assert distance(ours, theirs) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_gradient_does_not_depend_on_how_many_came_before(
+    launch: Callable[..., subprocess.CompletedProcess], tmp_path: Path
+):
+    """To the last bit, or a run that is resumed would differ. Of two numbers the sum is the same in any order."""
+    done = launch(BACKWARDS, tmp_path, processes=3)
+    assert done.returncode == 0, done.stderr
+    for process in range(3):
+        first, third = torch.load(tmp_path / f"{process}.pt")
+        assert first.abs().max() > 0
+        assert torch.equal(first, third)

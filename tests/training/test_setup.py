@@ -177,3 +177,12 @@ def test_parts_of_a_share(
 ):
     options = [] if micro is None else ["--micro_batch_size", str(micro)]
     assert micro_batches(config("--batch_size", str(batch), *options), processes) == parts
+
+
+def test_processes_that_do_not_find_each_other_do_not_start(
+    config: Callable[..., TrainConfig], accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+):
+    """As torchrun's where there is no GPU: each would train by itself, in the same folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"2 processes were launched.*accelerate launch --cpu"):
+        build_accelerator(config())
