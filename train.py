@@ -110,7 +110,7 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
         tracker = Tracker(accelerator, config, state)
 
         def joint_losses() -> Tensor:
-            """All processes' `losses` added up, in their order: how several add numbers depends on how many there are."""
+            """All processes' `losses`, added in their order: in which several of them add up depends on their number."""
             shares = torch.stack(losses) if losses else torch.zeros(0, device=accelerator.device)
             return accelerator.gather(shares[None]).cpu().double().sum(dim=0).float()
 

@@ -471,7 +471,7 @@ WIDTH = TINY["width"]
         (lambda tensors: {n: x for n, x in tensors.items() if not n.startswith("blocks.0.")},
          r"missing: blocks\.0\..* and 12 more; left over: blocks\.1\..* and 12 more$"),
         (lambda tensors: {n: x for n, x in tensors.items() if not n.startswith("blocks.")}, "0 blocks"),
-        (lambda tensors: tensors | {f"blocks.{i}.x": torch.ones(1) for i in range(2000)}, r"2000 blocks .* 1 to 1000 b"),
+        (lambda tensors: tensors | {f"blocks.{i}.x": torch.ones(1) for i in range(2000)}, r"2000 blocks .* 1 to 1000"),
         (lambda tensors: tensors | {f"x.{i}": tensors["pos_embed"] for i in range(999)},
          "lie in the same place of the file"),
         (instead(blocks__7__mlp__fc1__bias=torch.ones(4)), r"left over: blocks\.7\.mlp\.fc1\.bias"),
