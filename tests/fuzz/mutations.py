@@ -184,7 +184,7 @@ def _chunk(kind: bytes, data: bytes, sound: bool) -> bytes:
 @st.composite
 def pngs(draw: DrawFn) -> bytes:
     """A header of any kind and chunks in any order."""
-    side = st.sampled_from([0, 1, 2, 7, 8, 300, 8192, 65535, 2**31 - 1, 2**31, 2**32 - 1])
+    side = st.integers(1, 40) | st.sampled_from([0, 1, 300, 65535, 2**31 - 1, 2**31, 2**32 - 1])
     width, height = draw(side), draw(side)
     bits, color = draw(st.sampled_from([1, 2, 4, 8, 16, 3])), draw(st.sampled_from([0, 2, 3, 4, 6, 7]))
     interlace = draw(st.sampled_from([0, 0, 1, 2]))

@@ -14,7 +14,7 @@ from readers import READERS, make
 
 from cdit.errors import UserError
 
-LONGEST = 5.0
+LONGEST = 20.0
 """Seconds of processor time that an input may take. The slowest are images and the building of networks."""
 
 
