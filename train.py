@@ -110,7 +110,7 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
         tracker = Tracker(accelerator, config, state)
 
         def joint_losses() -> Tensor:
-            """All processes' `losses`, added in their order: in which several of them add up depends on their number."""
+            """All processes' `losses`, added in a fixed order: that of a reduction depends on how many there are."""
             shares = torch.stack(losses) if losses else torch.zeros(0, device=accelerator.device)
             return accelerator.gather(shares[None]).cpu().double().sum(dim=0).float()
 
@@ -158,6 +158,7 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
                 if checkpoints.saved_step != state.step:
                     save()
                 checkpoints.wait()
+                accelerator.wait_for_everyone()  # a launcher that sees one process end would end the one that writes
                 raise Interrupted(f"at step {state.step}, which is saved; --resume auto continues")
             loss = backward(config, accelerator, world, network, parts, state.step, samples)
             norm = whole(accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm))
