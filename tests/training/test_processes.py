@@ -11,11 +11,13 @@ from safetensors.torch import load_file
 from cdit.data.loader import collate
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import WindowDataset
+from cdit.training import manifest
 from cdit.training.batch import noisy_batch
 from cdit.training.config import TrainConfig
 from cdit.world_model import WorldModel
 
 GRADIENTS = Path(__file__).with_name("gradients.py")
+SLOW_CHECKPOINT = Path(__file__).with_name("slow_checkpoint.py")
 BACKWARDS = Path(__file__).with_name("backwards.py")
 TRAIN = Path(__file__).parents[2] / "train.py"
 STEP = 3
@@ -146,3 +148,14 @@ def test_a_gradient_does_not_depend_on_how_many_came_before(
         first, third = torch.load(tmp_path / f"{process}.pt")
         assert first.abs().max() > 0
         assert torch.equal(first, third)
+
+
+@pytest.mark.slow
+def test_processes_stop_when_the_checkpoint_is_written(
+    launch: Callable[..., subprocess.CompletedProcess], tiny: Path, tmp_path: Path
+):
+    """And not one before, for which the launcher would end the one that still writes."""
+    options = ("--output", tmp_path, "--checkpoint.every", "100", "--validation.every", "100")
+    done = launch(SLOW_CHECKPOINT, "--config", tiny, *options, processes=2)
+    assert "stopped: at step 3, which is saved" in done.stderr, done.stderr
+    assert manifest.problem(tmp_path / "tiny/checkpoints/step_00000003") is None
