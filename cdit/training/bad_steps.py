@@ -12,7 +12,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cdit.errors import UserError
+from cdit.errors import UserError, writing
 from cdit.training.checkpoints import RunState
 
 FOLDER = "bad_steps"
@@ -62,7 +62,7 @@ class BadSteps:
         """Counts the bad ones among the steps since the last look, and keeps their batches.
 
         Raises:
-            UserError: there are too many in a row.
+            UserError: there are too many in a row, or the disk takes no batch.
         """
         seen, self._seen = self._seen, {}
         values = torch.stack([torch.stack((n.float(), x.float())) for n, x in seen.values()]).tolist() if seen else []
@@ -84,7 +84,8 @@ class BadSteps:
         names = [name for name, value in parts[0].items() if isinstance(value, Tensor)]
         tensors = {name: torch.cat([part[name] for part in parts]) for name in names}
         path = self.folder / f"step_{step:08d}_process_{self.accelerator.process_index}"
-        self.folder.mkdir(exist_ok=True)
-        save_file(tensors, path.with_suffix(".safetensors"))
         said = {"step": step, "gradient_norm": str(norm), "loss": str(loss)}  # nan and inf are no JSON numbers
-        path.with_suffix(".json").write_text(json.dumps(said) + "\n")
+        with writing(path):
+            self.folder.mkdir(exist_ok=True)
+            save_file(tensors, path.with_suffix(".safetensors"))
+            path.with_suffix(".json").write_text(json.dumps(said) + "\n")

@@ -199,7 +199,7 @@ class Checkpoints:
             if mine is not None:
                 if (kind, name) not in self._copies:
                     self._copies[kind, name] = torch.empty(mine.shape, dtype=mine.dtype, pin_memory=mine.is_cuda)
-                copies[name] = self._copies[kind, name].copy_(mine, non_blocking=True)
+                copies[name] = self._copies[kind, name].copy_(mine, non_blocking=mine.is_cuda)
         return copies
 
     def _write(self, partial: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str]) -> None:

@@ -53,7 +53,11 @@ def problem(folder: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected[0]:
             return f"{name} has {path.stat().st_size} bytes, not {expected[0]}"
-        if entry(path)["sha256"] != expected[1]:
+        try:
+            found = entry(path)["sha256"]
+        except OSError as error:
+            return f"{name} is not readable ({error.strerror})"
+        if found != expected[1]:
             return f"{name} does not have its checksum"
     return None
 

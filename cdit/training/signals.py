@@ -18,8 +18,8 @@ SAME_SIGNAL_S = 1.0
 class StopSignals:
     """Notes SIGTERM, SIGINT and SIGUSR1 while it is entered.
 
-    The first one ends what can be ended at once (`Interrupted`) until `defer` is called; from then on it is noted in
-    `received`, for the loop to finish its step. A second one, more than a second later, ends the process at once.
+    The first one ends what can be ended at once (`Interrupted`, whatever becomes of it on its way out) until `defer` is
+    called; from then on it is noted in `received`, for the loop to finish its step. A second one, more than a second later, ends the process at once.
     """
 
     def __init__(self) -> None:
@@ -36,15 +36,20 @@ class StopSignals:
         """
         self._deferred = True
         if self.received:
-            raise Interrupted(f"{self.received.name}, before the first step")
+            raise self._early()
 
     def __enter__(self) -> "StopSignals":
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
+        if self.received and not self._deferred and isinstance(error, Exception):  # maybe of who took it for another
+            raise self._early() from error
+
+    def _early(self) -> Interrupted:
+        return Interrupted(f"{self.received.name}, before the first step")
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received and time.monotonic() - self._first_s > SAME_SIGNAL_S:
@@ -53,7 +58,7 @@ class StopSignals:
             return
         self.received, self._first_s = signal.Signals(number), time.monotonic()
         if not self._deferred:
-            raise Interrupted(f"{self.received.name}, before the first step")
+            raise self._early()
         # Not print: the handler may have interrupted one.
         os.write(2, f"\n{self.received.name}: stopping after this step; once more to stop at once\n".encode())
 

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from cdit.errors import UserError
@@ -79,4 +80,15 @@ def test_too_many_in_a_row_end_the_training(accelerator: Accelerator, tmp_path: 
     assert training.state.bad_in_a_row == 2
     training.step(NAN)
     with pytest.raises(UserError, match=r"3 steps in a row.*learning_rate.*bad_steps"):
+        training.bad_steps.look(training.state)
+
+
+def test_a_disk_that_takes_no_batch_is_named(accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def full(*_: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("cdit.training.bad_steps.save_file", full)
+    training = Training(accelerator, tmp_path)
+    training.step(NAN)
+    with pytest.raises(UserError, match=r"bad_steps/step_00000000_process_0: cannot be written.*No space left"):
         training.bad_steps.look(training.state)

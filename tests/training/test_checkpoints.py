@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -256,6 +258,25 @@ def test_damage_is_found_and_an_older_checkpoint_taken(
     assert entries(run) == {"step_00000001", "step_00000002.damaged", "step_00000003.damaged", "latest"}
     with pytest.raises(UserError, match="cannot be continued from"):
         find(str(run / "checkpoints/step_00000003.damaged"), run / ".." / "other")
+
+
+def test_a_file_that_the_disk_does_not_give_back_is_damage(
+    make: Make, run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    training = make(keep=2)
+    for _ in range(2):
+        training.step()
+        training.save()
+    entry = manifest.entry
+
+    def broken_sector(path: Path) -> manifest.Entry:
+        if path == run / "checkpoints/step_00000002/model.safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return entry(path)
+
+    monkeypatch.setattr(manifest, "entry", broken_sector)
+    assert find("auto", run).name == "step_00000001"
+    assert "is damaged: model.safetensors is not readable (Input/output error)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from contextlib import suppress
 
 import pytest
 
-from cdit.errors import Interrupted
+from cdit.errors import Interrupted, UserError
 from cdit.training.signals import SIGNALS, StopSignals
 
 SECOND = """
@@ -54,6 +54,17 @@ def test_one_that_was_swallowed_on_the_way_comes_again():
             told_while_busy(signal.SIGUSR1)
         with pytest.raises(Interrupted, match="SIGUSR1"):
             signals.defer()
+
+
+def test_one_that_was_taken_for_another_error_is_told_of_as_it_was():
+    """A signal while a checkpoint is read, whose readers raise as they please, does not damage it."""
+    with pytest.raises(Interrupted, match="SIGTERM"), StopSignals():  # noqa: PT012
+        try:
+            told_while_busy(signal.SIGTERM)
+        except Exception as error:
+            raise UserError("cannot be continued from") from error
+    with pytest.raises(UserError), StopSignals():
+        raise UserError("without a signal")
 
 
 @pytest.mark.slow
