@@ -22,17 +22,23 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # another for each job, in case two share a node
 export MASTER_ADDR MASTER_PORT
 
-# One task per GPU, each a train.py of its own: no launcher stands between, so that SLURM's SIGTERM, 120 seconds before
-# the end and at preemption, reaches train.py and its exit code comes back. This shell only waits.
+# One task per GPU, each a train.py of its own: no launcher stands between, so that its exit code comes back. SLURM's
+# SIGTERM, 120 seconds before the end and at preemption, goes to all processes of a task; the shells only wait.
+# When a process fails, the others are stopped for want of it. srun gives the highest code of all, so that failures are
+# raised above all others here, and lowered again below.
 trap : TERM
 # When one task ends, the others have --wait seconds to write their checkpoint; tasks left behind by a lost one end, too.
 # shellcheck disable=SC2016 # the variables are those of each task
 srun --kill-on-bad-exit=0 --wait=300 --cpus-per-task="$SLURM_CPUS_PER_TASK" bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID
     export WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$SLURM_NTASKS_PER_NODE
-    exec python train.py "$@" --resume auto
+    trap : TERM INT USR1
+    python train.py "$@" --resume auto
+    code=$?
+    exit $((code == 0 || code == '"$STOPPED"' || code >= 128 ? code : code + 200))
 ' train "$@"
-code=$? # the highest of all tasks; 128 and more: killed by a signal
+code=$?
+((code > 200)) && code=$((code - 200)) # else of 128 and more: killed by a signal
 
 if ((code == STOPPED || (code >= 128 && ${SLURM_RESTART_COUNT:-0} < MAX_RESTARTS))); then
     echo "exit code $code: job $SLURM_JOB_ID goes back into the queue"

@@ -15,14 +15,14 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "configs" / "accelerate" / "slurm.sh"
 
 SRUN = f"""#!{sys.executable}
-# Two tasks on two nodes; the highest exit code, as srun gives it; SIGTERM goes on to all tasks.
+# Two tasks on two nodes; the highest exit code, as srun gives it; SIGTERM goes on to all processes of all tasks.
 import os, signal, subprocess, sys
 command = sys.argv[sys.argv.index("bash"):]
 tasks = []
-signal.signal(signal.SIGTERM, lambda *_: [task.terminate() for task in tasks])
+signal.signal(signal.SIGTERM, lambda *_: [os.killpg(task.pid, signal.SIGTERM) for task in tasks])
 for task in range(2):
     numbers = {{"SLURM_PROCID": str(task), "SLURM_LOCALID": "0", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}}
-    tasks.append(subprocess.Popen(command, env=os.environ | numbers))
+    tasks.append(subprocess.Popen(command, env=os.environ | numbers, start_new_session=True))
 sys.exit(max(task.wait() for task in tasks))
 """
 SCONTROL = """#!/usr/bin/env bash
@@ -35,7 +35,7 @@ if [[ $CODE == wait ]]; then
     while true; do sleep 0.05; done
 fi
 ((RANK == 1)) && exit "$CODE"
-exit 0
+exit "${OTHERS:-0}"
 """
 
 
@@ -86,6 +86,15 @@ def test_a_stopped_job_is_requeued_and_a_mistaken_one_is_not(cluster, code, rest
     assert noted(cluster, "python") == [
         f"{rank}/2 0/1 {address} train.py --config a b.yaml --steps 5 --resume auto" for rank in (0, 1)
     ]
+
+
+@pytest.mark.parametrize("code", [1, 2])
+@pytest.mark.parametrize("others", [75, 137])
+def test_what_failed_is_not_requeued_for_the_others_that_it_stopped(cluster, code, others):
+    """They find that a process is gone, which may be gone on after, and do not know why."""
+    cluster |= {"CODE": str(code), "OTHERS": str(others)}
+    assert subprocess.run(["bash", SCRIPT], env=cluster).returncode == code
+    assert noted(cluster, "scontrol") == []
 
 
 @pytest.mark.parametrize("whole_group", [False, True], ids=["tasks", "script_too"])
