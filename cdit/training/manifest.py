@@ -1,11 +1,11 @@
 """What a finished folder holds: every file's size and SHA-256, so that damage is found before it is used."""
 
-import hashlib
 import json
-import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from cdit.files import sha256, write_whole
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -15,11 +15,7 @@ Entry = dict[str, Any]  # bytes, sha256
 
 def entry(path: Path) -> Entry:
     """Size and hash of a file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
@@ -29,7 +25,7 @@ def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
         folder: what holds the files.
         files: the `entry` of each, by name.
     """
-    write_through(folder / MANIFEST, json.dumps({"version": VERSION, "files": dict(files)}, indent=2) + "\n")
+    write_whole(folder / MANIFEST, json.dumps({"version": VERSION, "files": dict(files)}, indent=2) + "\n")
 
 
 def problem(folder: Path) -> str | None:
@@ -60,21 +56,3 @@ def problem(folder: Path) -> str | None:
         if found != expected[1]:
             return f"{name} does not have its checksum"
     return None
-
-
-def write_through(path: Path, text: str) -> None:
-    """Writes a text file and waits until the disk has it."""
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def flush(paths: Iterable[Path]) -> None:
-    """Waits until the disk has these files, or the names in these folders."""
-    for path in paths:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
