@@ -32,7 +32,7 @@ from cdit.cli import run
 from cdit.data.check import size_or_problem
 from cdit.data.latents import TENSOR, LatentCache, opened
 from cdit.data.layout import DatasetInfo
-from cdit.data.shard_cache import FileRecord, sha256
+from cdit.data.shard_cache import FileRecord
 from cdit.data.shards import (
     BLOCK,
     DESCRIPTION,
@@ -44,11 +44,11 @@ from cdit.data.shards import (
     ShardTrajectory,
     SplitRecord,
     is_sharded,
-    member,
 )
 from cdit.data.sources import Source, read_trajectories
 from cdit.data.trajectory import Trajectory
-from cdit.errors import DataError, UserError
+from cdit.errors import DataError, UserError, writing
+from cdit.files import sha256, write_whole
 
 Content = Literal["frames", "latents", "both"]
 WORK = ".unfinished"
@@ -67,7 +67,7 @@ def convert(
         shard_mb: size of a shard in MB (10⁶ bytes); one trajectory alone may take more.
 
     Raises:
-        UserError: the dataset has problems, `out` holds shards of another one, or of these splits.
+        UserError: the dataset has problems; `out` holds shards of another one, or of these splits, or is full.
     """
     folder = Path(source.folder)
     lists = Path(source.splits or folder / "splits").glob("*/traj_names.txt")
@@ -86,11 +86,12 @@ def convert(
         cache = LatentCache.open(folder)
         if cache is None:
             raise UserError(f"{folder}: has no latents; make them with `python -m cdit.data.encode`")
-    info.save(out)
-    for split in splits:
-        finished[split] = _Split(out, split, trajectories[split], content, cache, shard_mb).write()
-    index = {"version": FORMAT_VERSION, "splits": {name: asdict(record) for name, record in finished.items()}}
-    _put(out / DESCRIPTION, json.dumps(index, indent=1).encode())
+    with writing(out):
+        info.save(out)
+        for split in splits:
+            finished[split] = _Split(out, split, trajectories[split], content, cache, shard_mb).write()
+        index = {"version": FORMAT_VERSION, "splits": {name: asdict(record) for name, record in finished.items()}}
+        write_whole(out / DESCRIPTION, json.dumps(index, indent=1))
     shutil.rmtree(out / WORK, ignore_errors=True)
 
 
@@ -145,7 +146,7 @@ class _Split:
                 bar.update(record.bytes - 2 * BLOCK)
         table = self._table([entry for group in entries for entry in group], offsets)
         path = self.out / f"{self.name}.safetensors"
-        _put(path, save(table))
+        write_whole(path, save(table))
         return SplitRecord(
             table=FileRecord(path.name, path.stat().st_size, sha256(path)),
             shards=records,
@@ -198,7 +199,7 @@ class _Split:
             os.fsync(shard.fileno())
         record = FileRecord(file, partial.stat().st_size, digest.hexdigest())
         os.replace(partial, path)
-        _put(done, json.dumps({"of": of, "bytes": record.bytes, "sha256": record.sha256}).encode())
+        write_whole(done, json.dumps({"of": of, "bytes": record.bytes, "sha256": record.sha256}))
         return record, offsets
 
     def _table(self, entries: Sequence[_Entry], offsets: Sequence[int]) -> dict[str, Tensor]:
@@ -264,22 +265,12 @@ def _groups(sizes: Sequence[int], target: float) -> list[list[int]]:
     return groups
 
 
-def _put(path: Path, content: bytes) -> None:
-    """Writes a file, whole or not at all."""
-    partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
-
-
 def verify(location: str, decode_frames: bool = True) -> tuple[list[str], str]:
-    """Reads everything, with a progress bar.
+    """Reads everything, with a progress bar: whether files have their checksums, and hold what the tables say.
 
     Args:
         location: folder or URL of the shards.
-        decode_frames: whether to decode the frames, too.
+        decode_frames: whether to look for each frame, and to decode it, too.
 
     Returns:
         The problems, one line each, naming the file; and what there is.
@@ -327,11 +318,12 @@ def _shard_problems(
         return [str(error)]
     if problem := _file_problem(path, record):
         return [problem]
-    problems = _member_problems(path, trajectories)
+    problems: list[str] = []
     for trajectory in trajectories:
-        frames = [trajectory.frame(time) for time in range(len(trajectory))] if trajectory.offset is not None else []
+        has_frames = decode_frames and trajectory.offset is not None
+        frames = [trajectory.frame(time) for time in range(len(trajectory) if has_frames else 0)]
         with ThreadPoolExecutor() as threads:
-            sizes = set(threads.map(size_or_problem, frames if decode_frames else []))
+            sizes = set(threads.map(size_or_problem, frames))
         problems += [str(size) for size in sizes if isinstance(size, DataError)]
         if len({size for size in sizes if not isinstance(size, DataError)}) > 1:
             problems.append(f"{trajectory.shard}:{trajectory.name}: frames of different sizes")
@@ -341,39 +333,6 @@ def _shard_problems(
             except DataError as error:
                 problems.append(str(error))
     return problems
-
-
-def _member_problems(path: Path, trajectories: Sequence[ShardTrajectory]) -> list[str]:
-    """Whether the shard holds the files that the table says, where it says, and nothing else."""
-    expected: dict[int, tuple[str, int]] = {}
-    for trajectory in trajectories:
-        if trajectory.offset is not None:
-            for time, (offset, size) in enumerate(zip(trajectory.offset, trajectory.size, strict=True)):
-                expected[int(offset)] = (f"{trajectory.name}/{time:06d}", int(size))
-        if trajectory.latents is not None:
-            expected[trajectory.latents] = (f"{trajectory.name}/{LATENTS}", -1)
-    problems = []
-    try:
-        for name, offset, size in _members(path):
-            stem, known_size = expected.pop(offset, ("", 0))
-            if stem not in (name, name.rpartition(".")[0]) or known_size not in (-1, size):
-                problems.append(f"{path}: {name!a} at byte {offset} is not in the table")
-    except DataError as error:
-        problems.append(str(error))
-    return problems + [f"{path}: {stem} is not at byte {offset}" for offset, (stem, _) in expected.items()]
-
-
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of every file in a tar file.
-
-    Raises:
-        DataError: something in it is no plain file, or it is no tar file.
-    """
-    with open(path, "rb") as file:
-        while (block := file.read(BLOCK)).strip(b"\0"):
-            name, size = member(block, str(path))
-            yield name, file.tell(), size
-            file.seek(-(-size // BLOCK) * BLOCK, os.SEEK_CUR)
 
 
 def main() -> None:
@@ -398,7 +357,7 @@ def main() -> None:
     making.add_argument("--shard_mb", type=float, default=256.0, help="size of a shard in MB (default: 256)")
     checking = commands.add_parser("verify", help="read everything and list what is wrong")
     checking.add_argument("shards", help="folder or URL of the shards")
-    checking.add_argument("--fast", action="store_true", help="do not decode the frames")
+    checking.add_argument("--fast", action="store_true", help="only checksums: do not decode the frames")
     options = parser.parse_args()
     if options.command == "convert":
         if options.shard_mb <= 0:
