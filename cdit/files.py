@@ -1,10 +1,14 @@
-"""Files and names that somebody else may have made: of bounded size, no pipes or devices, none outside of a folder."""
+"""Files: those that somebody else may have made, of bounded size, no pipes or devices, none outside of a folder; and
+our own, which are there in whole or not at all.
+"""
 
+import hashlib
 import io
 import json
 import os
 import stat
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -122,3 +126,32 @@ def check_inside(path: Path, folder: Path) -> None:
         raise DataError(
             f"{path}: a link to {ascii(real)[1:-1]}, outside of {folder}; where that is meant, --data.follow_links true"
         )
+
+
+def write_whole(path: Path, content: bytes | str) -> None:
+    """Writes a file, whole or not at all: a hidden one, then renamed. The disk has it when this returns."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.unlink(missing_ok=True)  # it may be a link to somewhere
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    flush([partial])
+    partial.replace(path)
+    flush([path.parent])
+
+
+def flush(paths: Iterable[Path]) -> None:
+    """Waits until the disk has these files, or the names in these folders."""
+    for path in paths:
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()

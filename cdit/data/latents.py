@@ -10,7 +10,6 @@ the SHA-256 of the numbers.
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -27,7 +26,7 @@ from cdit.data.frames import Crop
 from cdit.data.layout import LATENTS
 from cdit.data.trajectory import Trajectory
 from cdit.errors import DataError
-from cdit.files import parse_json, read_json
+from cdit.files import parse_json, read_json, write_whole
 
 FORMAT_VERSION = 1
 DESCRIPTION = "latents.json"
@@ -112,10 +111,7 @@ class LatentCache:
             return cache
         cache = cls(dataset / LATENTS, LatentInfo(encoding, precision))
         cache.folder.mkdir(parents=True, exist_ok=True)
-        partial = cache.folder / f".{DESCRIPTION}.partial"
-        partial.unlink(missing_ok=True)  # it may be a link to somewhere
-        partial.write_text(json.dumps(asdict(cache.info), indent=2) + "\n")
-        os.replace(partial, cache.folder / DESCRIPTION)
+        write_whole(cache.folder / DESCRIPTION, json.dumps(asdict(cache.info), indent=2) + "\n")
         return cache
 
     def expect(self, encoding: Encoding) -> None:
@@ -135,15 +131,12 @@ class LatentCache:
         return self.folder / f"{trajectory.name}.safetensors"
 
     def write(self, trajectory: Trajectory, latents: Tensor) -> None:
-        """Writes a trajectory's latents (T, S, C, h, w), whole or not at all: a hidden file that is then renamed."""
+        """Writes a trajectory's latents (T, S, C, h, w), whole or not at all."""
         latents = latents.to("cpu", self.info.dtype).contiguous()
         final = self.file(trajectory)
         final.parent.mkdir(parents=True, exist_ok=True)
-        partial = final.with_name(f".{final.name}.partial")
-        partial.unlink(missing_ok=True)  # it may be a link to somewhere
         shard = json.dumps({**self._belongs(trajectory), "sha256": _sha256(latents)})
-        partial.write_bytes(save({TENSOR: latents}, {METADATA: shard}))
-        os.replace(partial, final)
+        write_whole(final, save({TENSOR: latents}, {METADATA: shard}))
 
     def problem(self, trajectory: Trajectory, checksum: bool = False) -> str | None:
         """What is wrong with a trajectory's latents; None if nothing is.

@@ -22,7 +22,7 @@ from torchvision.io import encode_jpeg
 
 from cdit.cli import parser_instance
 from cdit.errors import DataError, UserError
-from cdit.files import read_json
+from cdit.files import read_json, write_whole
 
 FORMAT_VERSION = 1
 POSES = "traj_data.pkl"
@@ -96,10 +96,7 @@ class DatasetInfo:
     def save(self, folder: Path, name: str = DESCRIPTION) -> None:
         """Writes `<folder>/dataset.json` (or the file `name` there), whole or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{name}.partial"
-        partial.unlink(missing_ok=True)  # it may be a link to somewhere
-        partial.write_text(json.dumps(asdict(self), indent=2) + "\n")
-        os.replace(partial, folder / name)
+        write_whole(folder / name, json.dumps(asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, folder: Path, name: str = DESCRIPTION) -> "DatasetInfo | None":

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import hashlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
 from cdit.errors import DataError, Interrupted, UserError
+from cdit.files import sha256
 
 T = TypeVar("T")
 
@@ -197,15 +197,6 @@ def _system(url: str) -> tuple[AbstractFileSystem, str]:
         return url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise UserError(f"{url}: {error}") from error
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file in hexadecimal."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _partial_name(record: FileRecord) -> str:

@@ -1,7 +1,6 @@
 """What an evaluation found: rows with intervals, and the values of every sample for comparisons to come."""
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from cdit.evaluation.methods import DIFFERENCES, METHODS
 from cdit.evaluation.metrics import HIGHER_IS_BETTER
 from cdit.evaluation.protocols import Protocol
 from cdit.evaluation.tables import Row
-from cdit.files import read_json
+from cdit.files import read_json, write_whole
 
 RESULTS = "results.json"
 MAX_BYTES = 2**30
@@ -81,9 +80,7 @@ class Results:
             }
             for name, result in self.protocols.items()
         }
-        partial = folder / f".{RESULTS}.partial"
-        partial.write_text(json.dumps({**self.about, "protocols": protocols}, indent=1) + "\n")
-        os.replace(partial, folder / RESULTS)
+        write_whole(folder / RESULTS, json.dumps({**self.about, "protocols": protocols}, indent=1) + "\n")
 
     @classmethod
     def load(cls, folder: Path | str) -> "Results":

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from cdit.cli import load_yaml, parser_instance
 from cdit.errors import UserError
-from cdit.files import read_json, read_text
+from cdit.files import flush, read_json, read_text, write_whole
 from cdit.training import manifest
 from cdit.training.config import TrainConfig, flat
 from cdit.training.ema import EMA
@@ -211,22 +211,19 @@ class Checkpoints:
             for file, text in texts.items():
                 (partial / file).write_text(text)
             files = [partial / file for file in (*tensors, *texts)]
-            manifest.flush(files)
+            flush(files)
             entries = {path.name: manifest.entry(path) for path in files}
             if not self.accelerator.is_main_process:
-                receipt = partial / f".{index:05d}.partial"
-                manifest.write_through(receipt, json.dumps(entries))
-                receipt.rename(partial / f".{index:05d}.receipt")
+                write_whole(partial / f"{index:05d}.receipt", json.dumps(entries))
                 return
             entries |= self._others(partial, processes - 1)
             manifest.write_manifest(partial, dict(sorted(entries.items())))
-            manifest.flush([partial])
             self._publish(partial)
 
     def _others(self, partial: Path, count: int) -> dict[str, manifest.Entry]:
         """What the other processes have written, when all have."""
         until = time.monotonic() + 60 * self.config.timeout_minutes
-        while len(receipts := list(partial.glob(".*.receipt"))) < count:
+        while len(receipts := list(partial.glob("*.receipt"))) < count:
             if self._broken_off or time.monotonic() > until:
                 raise UserError(f"{partial}: {count - len(receipts)} other processes have not written their part")
             time.sleep(POLL_S)
@@ -242,9 +239,7 @@ class Checkpoints:
         if final.exists():
             final.rename(partial.with_suffix(".old"))
         partial.rename(final)
-        manifest.write_through(self.folder / f".{LATEST}", final.name + "\n")
-        (self.folder / f".{LATEST}").replace(self.folder / LATEST)
-        manifest.flush([self.folder])
+        write_whole(self.folder / LATEST, final.name + "\n")  # which has the disk take the checkpoint's name, too
         keep, keep_every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
         for old in checkpoints(self.config.folder)[:-keep]:
             if not keep_every or step_of(old) % keep_every:

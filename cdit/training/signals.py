@@ -19,7 +19,8 @@ class StopSignals:
     """Notes SIGTERM, SIGINT and SIGUSR1 while it is entered.
 
     The first one ends what can be ended at once (`Interrupted`, whatever becomes of it on its way out) until `defer` is
-    called; from then on it is noted in `received`, for the loop to finish its step. A second one, more than a second later, ends the process at once.
+    called; from then on it is noted in `received`, for the loop to finish its step. A second one, more than a second
+    later, ends the process at once.
     """
 
     def __init__(self) -> None:

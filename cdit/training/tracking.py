@@ -14,9 +14,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from cdit.errors import UserError
+from cdit.files import write_whole
 from cdit.training.checkpoints import RunState
 from cdit.training.config import TrainConfig
-from cdit.training.manifest import flush, write_through
 from cdit.wandb_run import WandbRun
 
 METRICS = "metrics.jsonl"
@@ -95,12 +95,9 @@ def _append(path: Path, line: str) -> None:
 
 def _keep_lines(path: Path, count: int) -> list[str]:
     """Leaves a file its first `count` lines, since a resumed run writes the later ones again; returns them."""
-    partial = path.with_name(f".{path.name}.partial")
     try:
         lines = path.read_text(errors="replace").splitlines()[:count] if path.is_file() else []
-        write_through(partial, "".join(line + "\n" for line in lines))
-        partial.replace(path)
-        flush([path.parent])
+        write_whole(path, "".join(line + "\n" for line in lines))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     return lines

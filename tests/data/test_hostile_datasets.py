@@ -107,7 +107,7 @@ def test_nothing_is_written_through_a_link(dataset):
     precious = dataset.parent / "precious"
     precious.write_text("mine")
     info = DatasetInfo.load(dataset)
-    (dataset / "dataset.json.partial").symlink_to(precious)
+    (dataset / ".dataset.json.partial").symlink_to(precious)
     info.save(dataset)
     assert DatasetInfo.load(dataset) == info
     assert precious.read_text() == "mine"

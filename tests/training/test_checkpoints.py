@@ -139,8 +139,8 @@ def test_every_so_many_are_kept_for_ever(make: Make, run: Path):
 
 def test_the_moment_of_saving_is_what_is_saved(make: Make, run: Path, monkeypatch: pytest.MonkeyPatch):
     """The thread writes when the training is steps ahead, and in memory that the copies before had."""
-    go, slow = threading.Event(), manifest.flush
-    monkeypatch.setattr(manifest, "flush", lambda paths: (go.wait(20), slow(paths)))
+    go, slow = threading.Event(), manifest.entry
+    monkeypatch.setattr(manifest, "entry", lambda path: go.wait(20) and slow(path))
     training, expected = make(keep=9), {}
     for _ in range(3):
         training.step()
@@ -183,14 +183,14 @@ def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(make: Make, run: 
     assert names(run) == ["step_00000001", "step_00000002"]
 
 
-@pytest.mark.parametrize("at", ["write_manifest", "entry", "flush"])
+@pytest.mark.parametrize("at", ["manifest.entry", "manifest.write_manifest", "checkpoints.Checkpoints._publish"])
 def test_an_interrupted_checkpoint_is_no_checkpoint(make: Make, run: Path, monkeypatch: pytest.MonkeyPatch, at: str):
     training = make(keep=1)
     training.step()
     training.save()
     training.step()
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, at, lambda *_: (_ for _ in ()).throw(SystemExit))  # as if killed
+        patch.setattr(f"cdit.training.{at}", lambda *_: (_ for _ in ()).throw(SystemExit))  # as if killed
         training.checkpoints.save(training.state)
         with pytest.raises(SystemExit):
             training.checkpoints.wait()
