@@ -102,9 +102,9 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
     bad_steps = BadSteps(optimizer, accelerator, config.folder, config.optimizer.max_bad_steps, batch_again)
     prepare_folder(config, accelerator)
     with Checkpoints(accelerator, config, cdit, optimizer, ema) as checkpoints:
-        state = RunState()
+        state = RunState(data=train_set.fingerprint())
         if resume_from:
-            state = checkpoints.load(resume_from)
+            state = checkpoints.load(resume_from, state.data)
             resume_schedule(schedule, state.schedule)
         loaded = iter(loader(train_set, batches(state.step, config.steps), config.data))
         tracker = Tracker(accelerator, config, state)

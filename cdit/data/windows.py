@@ -1,5 +1,6 @@
 """Windows over trajectories: past frames, goals before or after them, and the motion and time from one to the other."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
@@ -216,6 +217,18 @@ class WindowDataset(Dataset):
         first = [i for i in range(len(shards)) if i == 0 or shards[i] is not shards[i - 1]]
         bounds = self._starts[[*first, len(shards)]]
         return laned(bounds, self.seed, epoch, self.config.lanes, self.config.shuffle_shards)
+
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 of what the order and the units of windows depend on, beside the config.
+
+        That is the trajectories, by name and length, how they lie in shards, frame rate and spacings; not what frames
+        show, and not where the dataset is.
+        """
+        digest = hashlib.sha256(repr(self.info.fps).encode())
+        for trajectory, spacing in zip(self.trajectories, self._spacing, strict=True):
+            shard = trajectory.shard.record.file if isinstance(trajectory, ShardTrajectory) else None
+            digest.update(repr((trajectory.name, len(trajectory), shard, spacing)).encode())
+        return digest.hexdigest()
 
     def locate(self, window: int) -> tuple[int, int]:
         """Index of the window's trajectory in `trajectories`, and its current time there in frames."""

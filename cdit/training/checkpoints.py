@@ -63,6 +63,8 @@ class RunState:
     """State of the learning-rate schedule."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """State of the gradient scaler; empty without one."""
+    data: str = ""
+    """Fingerprint of the training set (see `WindowDataset`)."""
     best_loss: float = float("inf")
     """Smallest validation loss so far."""
     tracker_id: str | None = None
@@ -162,13 +164,17 @@ class Checkpoints:
         if self._writing is not None and self._writing.done():
             self.wait()
 
-    def load(self, folder: Path) -> RunState:
+    def load(self, folder: Path, data: str = "") -> RunState:
         """Restores weights, optimizer, average and random states from a checkpoint.
 
         Where it is not one of this run, the run becomes one of its own: another at the tracker, its best still to come.
 
+        Args:
+            folder: the checkpoint.
+            data: fingerprint of the training set; as with the config, `allow_changes` admits another.
+
         Raises:
-            UserError: the folder is no checkpoint, or one of another network.
+            UserError: the folder is no checkpoint, or one of another network, or of a run on other data.
         """
         try:
             state = parser_instance(RunState, read_json(folder / STATE))
@@ -184,6 +190,15 @@ class Checkpoints:
         except Exception as error:  # missing files, foreign weights: each library has its own exceptions
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(f"resume: {folder} cannot be continued from: {reason}") from error
+        if state.data != data:
+            said = "the trajectories of data.train_split, or how they lie in shards, are others than they were"
+            if not self.config.allow_changes:
+                raise UserError(
+                    f"resume: {folder} cannot be continued: {said} (--allow_changes true to do it all the same)"
+                )
+            if self.accelerator.is_main_process:
+                print(f"resume: changed from here on: {said}", file=sys.stderr)
+            state.data = data
         self.ema.resume(state.step)
         if self.config.folder.resolve() not in folder.resolve().parents:
             state.tracker_id, state.best_loss, state.rows = None, float("inf"), 0

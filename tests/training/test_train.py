@@ -326,6 +326,25 @@ def test_a_changed_config_is_continued_where_that_is_asked_for(
     assert rows(run, "train/loss")[-1]["train/learning_rate"] < 0.001
 
 
+def test_other_data_than_before_is_refused(
+    train: Run, capsys: pytest.CaptureFixture[str], stopped: Path, dataset: Path, tmp_path: Path
+):
+    """The same dataset in another place is not; one in whose list a trajectory has another place is."""
+    moved = shutil.copytree(dataset, tmp_path / "moved")
+    options = ("--model.dropout", "0.2", "--data.folder", str(moved), "--resume", "auto", "--stop_at")
+    train(stopped.parent, *options, "4")
+    names = moved / "splits/train/traj_names.txt"
+    names.write_text("".join(reversed(names.read_text().splitlines(keepends=True))))
+    capsys.readouterr()
+    message = refused(train, capsys, stopped.parent, *options, "5")
+    assert "step_00000004" in message
+    assert "trajectories of data.train_split" in message
+    assert not (stopped / "checkpoints/step_00000005").exists()
+    train(stopped.parent, *options, "5", "--allow_changes", "true")
+    assert "changed from here on: the trajectories of data.train_split" in capsys.readouterr().err
+    train(stopped.parent, *options, "6")  # which is what it is from then on
+
+
 def test_another_networks_checkpoint_is_refused(train: Run, capsys: pytest.CaptureFixture[str], stopped: Path):
     before = contents(stopped)
     options = ("--model.dropout", "0.2", "--model.hidden_size", "48", "--data.max_offset", "5", "--resume", "auto")
