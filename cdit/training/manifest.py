@@ -5,7 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cdit.files import sha256, write_whole
+from cdit.errors import DataError
+from cdit.files import read_json, sha256, write_whole
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -31,28 +32,32 @@ def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
 def problem(folder: Path) -> str | None:
     """What is wrong with a folder that has a manifest, reading every file; None if nothing is."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text())
+        if not (folder / MANIFEST).exists():
+            return f"{MANIFEST} is missing"
+        manifest = read_json(folder / MANIFEST)
         if manifest["version"] > VERSION:
             return f"{MANIFEST} has version {manifest['version']}, but this code reads up to {VERSION}"
         files = {name: (expected["bytes"], expected["sha256"]) for name, expected in manifest["files"].items()}
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+    except (DataError, TypeError, LookupError, AttributeError) as error:
         return f"{MANIFEST} is not readable ({error})"
     if not files:
         return f"{MANIFEST} lists no files"
     for name, expected in files.items():
-        path = folder / name
-        if Path(name).name != name or path.is_symlink():
-            return f"{MANIFEST} lists {name!r}, which is no file of the folder"
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected[0]:
-            return f"{name} has {path.stat().st_size} bytes, not {expected[0]}"
         try:
-            found = entry(path)["sha256"]
-        except OSError as error:
-            return f"{name} is not readable ({error.strerror})"
-        if found != expected[1]:
-            return f"{name} does not have its checksum"
+            found = _file_problem(folder, name, *expected)
+        except (OSError, ValueError) as error:  # of names that no file can have, too
+            found = f"{name[:100]!r} is not readable ({getattr(error, 'strerror', None) or error})"
+        if found:
+            return found
     return None
+
+
+def _file_problem(folder: Path, name: str, size: Any, checksum: Any) -> str | None:
+    path = folder / name
+    if Path(name).name != name or path.is_symlink():
+        return f"{MANIFEST} lists {name!r}, which is no file of the folder"
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes, not {size}"
+    return None if entry(path)["sha256"] == checksum else f"{name} does not have its checksum"
