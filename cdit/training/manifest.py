@@ -46,7 +46,7 @@ def problem(folder: Path) -> str | None:
         try:
             found = _file_problem(folder, name, *expected)
         except (OSError, ValueError) as error:  # of names that no file can have, too
-            found = f"{name[:100]!r} is not readable ({getattr(error, 'strerror', None) or error})"
+            found = f"{name[:100]} is not readable ({getattr(error, 'strerror', None) or error})"
         if found:
             return found
     return None
