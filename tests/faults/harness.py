@@ -196,7 +196,11 @@ def differing_bits(run: Path, reference: Path) -> int:
     """In how many bits two finished runs differ; what only one of them has differs in all its bits."""
     a, b = contents(run), contents(reference)
     assert len(b) > 40
-    return sum(_bits(a.get(name, b""), b.get(name, b"")) for name in a.keys() | b.keys())
+    differing = {name: _bits(a.get(name, b""), b.get(name, b"")) for name in a.keys() | b.keys()}
+    differing = {name: bits for name, bits in sorted(differing.items()) if bits}
+    if differing:
+        print(f"{run} differs from {reference}: {differing}")
+    return sum(differing.values())
 
 
 def _bits(a: bytes, b: bytes) -> int:

@@ -24,7 +24,8 @@ def undisturbed(trainer: Trainer) -> dict[str, list[dict]]:
     entries: dict[str, list[dict]] = {phase: [] for phase in PHASES}
     for line in log.read_text().splitlines():
         entry = json.loads(line)
-        entries[entry["phase"]].append(entry)
+        if entry["phase"] in entries:
+            entries[entry["phase"]].append(entry)
     assert len(entries["step"]) == 12
     assert all(entries.values())
     return entries
