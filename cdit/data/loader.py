@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import signal
 from collections.abc import Iterator
+from multiprocessing import connection
 from typing import Any
 
 import numpy as np
@@ -64,18 +65,20 @@ class WindowLoader(DataLoader):
             signal.pthread_sigmask(signal.SIG_SETMASK, admitted)
         if signal.getsignal(signal.SIGCHLD) is not handler:
             signal.signal(signal.SIGCHLD, handler)
-        for worker in set(multiprocessing.active_children()) - children:
+        workers = set(multiprocessing.active_children()) - children
+        for worker in workers:
             atexit.register(worker.kill)  # Python ends its children with the SIGTERM that these do not take
         while True:
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            except RuntimeError as error:
-                if not str(error).startswith("DataLoader worker (pid"):
+            except (RuntimeError, OSError, EOFError) as error:  # of the wait, or of a batch it could not hand over
+                if not connection.wait([worker.sentinel for worker in workers], timeout=1):
                     raise
+                reason = str(error) or type(error).__name__
                 raise Interrupted(
-                    f"a loader worker was killed ({error}); `--resume auto` continues. Where memory was short, take "
+                    f"a loader worker was killed ({reason}); `--resume auto` continues. Where memory was short, take "
                     "fewer data.workers or a smaller data.cache_gb"
                 ) from error
             if isinstance(batch, Exception):

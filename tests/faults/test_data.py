@@ -91,19 +91,22 @@ def test_the_run_leaves_out_a_bad_frame(trainer: Trainer, table: Table, data: Pa
     assert differing_bits(tmp_path / "run", trainer.reference()) > 0
 
 
-def test_a_killed_worker(trainer: Trainer, table: Table, tmp_path: Path):
+@pytest.mark.parametrize("entry", [5, *(pytest.param(e, marks=pytest.mark.faults("all")) for e in (1, 2, 3, 4, 6, 7))])
+def test_a_killed_worker(trainer: Trainer, table: Table, tmp_path: Path, entry: int):
+    """Batches of it may be on their way."""
     survive(
         trainer,
         table,
         "loader worker killed",
         tmp_path,
         *("--data.workers", "2"),
-        faults=[{"act": "kill_worker", "phase": "step", "entry": 5}],
+        faults=[{"act": "kill_worker", "phase": "step", "entry": entry}],
         code=75,
         says="a loader worker was killed",
     )
 
 
+@pytest.mark.faults("all")
 def test_a_killed_run_takes_its_workers_along(trainer: Trainer, table: Table, tmp_path: Path):
     survive(
         trainer,

@@ -42,10 +42,11 @@ def test_a_signal_to_the_group(trainer: Trainer, table: Table, tmp_path: Path, n
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_second_signal(trainer: Trainer, table: Table, tmp_path: Path, number: int):
+    """At once; its loader workers notice within seconds."""
     fault = {"act": "send_twice", "argument": number, "phase": "step", "entry": 5}
     survive(
         trainer, table, "a second signal", tmp_path, *("--data.workers", "2"),
-        faults=[fault], code=128 + number, within_s=2,
+        faults=[fault], code=128 + number, within_s=SOON_S,
     )  # fmt: skip
 
 
@@ -64,7 +65,8 @@ def test_a_signal_under_accelerate(trainer: Trainer, table: Table, tmp_path: Pat
     assert "stopped: " in ended.said or "done: " in ended.said  # a launcher may be slower than the rest of the run
 
 
-@pytest.mark.parametrize("processes", [None, pytest.param(2, marks=ALL)])
+@ALL
+@pytest.mark.parametrize("processes", [None, 2])
 def test_the_launcher_is_killed(trainer: Trainer, table: Table, tmp_path: Path, processes: int | None):
     """Nothing of the run is left over."""
     name = "launcher killed: " + ("torch.distributed.run, 2 processes" if processes else "accelerate launch")
