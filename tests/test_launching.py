@@ -53,7 +53,8 @@ def test_nodes_meet_at_the_first():
 
 SHOW = """
 import os
-print(*(os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_FSDP")))
+shown = (str(os.environ.get(name)) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "ACCELERATE_USE_FSDP"))
+os.write(1, (" ".join(shown) + "\\n").encode())  # in one piece: processes share the pipe
 """
 
 
