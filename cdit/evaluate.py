@@ -5,7 +5,8 @@ Two protocols, beside baselines: *time* predicts each horizon in one jump, *roll
 those of every sample), results.md (tables) and index.html (tables and pictures). What was computed stays in OUT/parts:
 the same command goes on after an interruption, and only draws anew where nothing is missing.
 
-`python -m cdit.evaluate ablate SPEC.yaml` trains and evaluates variants of a config (see `ablate --help`).
+`python -m cdit.evaluate ablate SPEC.yaml` trains and evaluates variants of a config (see `ablate --help`);
+`python -m cdit.evaluate steps --checkpoint RUN …` finds how few denoising steps do (see `steps --help`).
 """
 
 import sys
@@ -25,6 +26,7 @@ from cdit.evaluation.page import draw, write_markdown, write_page
 from cdit.evaluation.parts import Parts, weights_hash
 from cdit.evaluation.results import Results, summarize
 from cdit.evaluation.setup import build_judge, build_studies, describe, made_of
+from cdit.evaluation.steps import compare_steps
 from cdit.evaluation.tracking import track
 
 PATIENCE = timedelta(hours=24)
@@ -33,8 +35,9 @@ PATIENCE = timedelta(hours=24)
 
 def main() -> None:
     """Reads the command line: options, or a subcommand and its own."""
-    if sys.argv[1:2] == ["ablate"]:
-        ablate(sys.argv[2:])
+    subcommands = {"ablate": ablate, "steps": compare_steps}
+    if sys.argv[1:] and sys.argv[1] in subcommands:
+        subcommands[sys.argv[1]](sys.argv[2:])
     else:
         evaluate(parse_config(EvaluateConfig, __doc__))
 
