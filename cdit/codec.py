@@ -41,6 +41,10 @@ class PixelCodec(nn.Module):
         """Clipped to [-1, 1]."""
         return latents.clamp(-1, 1)
 
+    def as_past(self, sampled: Tensor) -> Tensor:
+        """What of a sampled frame joins the past frames: it clipped, as recorded ones are."""
+        return self.decode(sampled)
+
 
 class AutoencoderCodec(nn.Module):
     """A frozen autoencoder of diffusers, its latents shifted and scaled to unit variance as its config says."""
@@ -90,6 +94,10 @@ class AutoencoderCodec(nn.Module):
         """Latents to frames clipped to [-1, 1]."""
         frames = self.autoencoder.decode(latents.flatten(0, -4) / self.scale + self.shift).sample
         return frames.clamp(-1, 1).unflatten(0, latents.shape[:-3])
+
+    def as_past(self, sampled: Tensor) -> Tensor:
+        """What of sampled latents joins those of past frames: they themselves."""
+        return sampled
 
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 of what `moments` depends on: the encoder's weights, and how it uses them."""

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -117,19 +118,17 @@ class WorldDescription:
 
 
 class Window(NamedTuple):
-    """Past frames that slide, for networks whose encoded context cannot."""
+    """Latents of past frames (B, T, C, H, W), oldest first, and which of them exist, (B, T); None: all."""
 
-    frames: Tensor
+    latents: Tensor
     mask: Tensor | None
 
-    def repeat_interleave(self, times: int) -> "Window":
-        """The window, `times` times for each context."""
-        return Window(*(x if x is None else x.repeat_interleave(times, 0) for x in self))
-
-    def push(self, frame: Tensor, longest: int) -> "Window":
-        """The window one frame later; its oldest frame leaves when there are more than `longest`."""
-        frames = torch.cat((self.frames, frame[:, None]), dim=1)[:, -longest:]
-        return Window(frames, None if self.mask is None else F.pad(self.mask, (0, 1), value=True)[:, -longest:])
+    def push(self, new: Tensor, longest: int) -> "Window":
+        """The window one frame later, for candidates (B·G, C, H, W); its oldest leaves when it is full."""
+        times = len(new) // len(self.latents)
+        latents, mask = (x if x is None or times == 1 else x.repeat_interleave(times, 0) for x in self)
+        latents = torch.cat((latents, new[:, None]), dim=1)[:, -longest:]
+        return Window(latents, None if mask is None else F.pad(mask, (0, 1), value=True)[:, -longest:])
 
 
 class WorldModel(nn.Module):
@@ -143,6 +142,7 @@ class WorldModel(nn.Module):
         super().__init__()
         self.cdit, self.codec, self.description = cdit, codec, description
         self.objective = make_objective(description.objective, description.flow, description.ddpm)
+        self._compiled: Callable[..., Tensor] | None = None
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -156,10 +156,22 @@ class WorldModel(nn.Module):
             context: consecutive frames at the model's fps, oldest first.
             context_mask: (B, T), True where a frame exists.
         """
-        context = context[:, -self.cdit.config.max_context :]
-        if context_mask is not None:
-            context_mask = context_mask[:, -self.cdit.config.max_context :]
-        return self.cdit.encode_context(self.codec.encode(context), context_mask)
+        return self.cdit.encode_context(*self._window(context, context_mask))
+
+    def compile(self) -> None:
+        """Compiles the network for `predict` and `rollout`: on a GPU also to CUDA graphs, which save launches.
+
+        The first calls, and the first of every new shape, take a while. `cdit` itself stays as it is, for training and
+        for watching.
+        """
+        on_cuda = next(self.cdit.parameters()).is_cuda
+        forward = torch.compile(self.cdit.forward, fullgraph=True, mode="reduce-overhead" if on_cuda else "default")
+
+        def network(*args: Tensor | ContextCache | None, **kwargs: Tensor | None) -> Tensor:
+            torch.compiler.cudagraph_mark_step_begin()
+            return forward(*args, **kwargs).clone()  # the next call's graph writes to the same memory
+
+        self._compiled = network
 
     @torch.no_grad()
     def predict(
@@ -208,6 +220,7 @@ class WorldModel(nn.Module):
         sampler: SamplerConfig | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        reencode: bool = False,
     ) -> Tensor:
         """Predicts frame by frame, each prediction joining the past frames: (B, G, L, 3, H, W).
 
@@ -224,30 +237,30 @@ class WorldModel(nn.Module):
             sampler: scheduler, steps and guidance; by default those of training.
             generator: of the noise.
             progress: whether to show a progress bar over the L steps.
+            reencode: whether predictions join the past as frames that are encoded again, as in the published protocol.
+                By default what was sampled joins it as it is, unless it is pixels, which are clipped to [-1, 1].
         """
-        batch, candidates, steps = len(context), 1, [(None, None)] * (length or 0)
-        if actions is not None:  # every candidate gets a past of its own: L times (B·G, 1, 3) and (B·G, 1)
-            batch, candidates = actions.shape[:2]
-            known = actions.new_ones(actions.shape[:3], dtype=torch.bool) if action_mask is None else action_mask
-            steps = list(zip(*(x.flatten(0, 1)[:, :, None].unbind(1) for x in (actions, known)), strict=True))
-        time_shift = context.new_full((batch * candidates, 1), 1 / (fps or self.description.fps))
-        if isinstance(spacing, Tensor) and spacing.ndim:
-            spacing = spacing.repeat_interleave(candidates)
-        cache = self.encode_context(context, context_mask).repeat_interleave(candidates)
-        if not self.cdit.can_push:
-            window = Window(context, context_mask).repeat_interleave(candidates)
-        frames = []
-        for action, mask in tqdm(steps, desc="rollout", disable=not progress, leave=False):
-            if frames and self.cdit.can_push:
-                cache = self.cdit.push_context(cache, self.codec.encode(frames[-1]))
-            elif frames:
-                window = window.push(frames[-1], self.cdit.config.max_context)
-                cache = self.encode_context(*window)
-            predicted = self.predict(
-                cache, action, time_shift, action_mask=mask, spacing=spacing, sampler=sampler, generator=generator
-            )
-            frames.append(predicted[:, 0])
-        return torch.stack(frames, dim=1).unflatten(0, (batch, candidates))
+        batch, candidates = (len(context), 1) if actions is None else actions.shape[:2]
+        length = length if actions is None else actions.shape[2]
+        time_shift = context.new_full((batch, candidates), 1 / (fps or self.description.fps))
+        sampler = sampler or self.description.sampler
+        window = self._window(context, context_mask)
+        cache = self.cdit.encode_context(*window)
+        frames: list[Tensor] = []
+        sampled: Tensor | None = None
+        for step in tqdm(range(length), desc="rollout", disable=not progress, leave=False):
+            if sampled is not None:
+                new = (self.codec.encode(frames[-1]) if reencode else self.codec.as_past(sampled)).flatten(0, 1)
+                if self.cdit.can_push:
+                    cache = self.cdit.push_context(cache, new)
+                else:
+                    window = window.push(new, self.cdit.config.max_context)
+                    cache = self.cdit.encode_context(*window)
+            action, known = (x if x is None else x[:, :, step] for x in (actions, action_mask))
+            conditions = self._normalized(action, time_shift, known, spacing)
+            sampled = self._sample(cache, *conditions, sampler, generator, progress=False)
+            frames.append(self.codec.decode(sampled))
+        return torch.stack(frames, dim=2)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Writes what `from_pretrained` reads: world_model.json, cdit/ and, for an autoencoder, codec/.
@@ -310,6 +323,11 @@ class WorldModel(nn.Module):
             raise UserError(f"{found}: not a readable world model ({error})") from error
         return cls(cdit, codec, description).eval()
 
+    def _window(self, context: Tensor, mask: Tensor | None) -> Window:
+        """The last max_context of the frames, encoded by the codec."""
+        longest = self.cdit.config.max_context
+        return Window(self.codec.encode(context[:, -longest:]), None if mask is None else mask[:, -longest:])
+
     def _normalized(
         self,
         action: Tensor | None,
@@ -332,23 +350,23 @@ class WorldModel(nn.Module):
         generator: torch.Generator | None,
         progress: bool,
     ) -> Tensor:
-        goals = time_shift.shape[1]
+        network, goals = self._compiled or self.cdit, time_shift.shape
         guided = config.guidance != 1 and action is not None and (action_mask is None or bool(action_mask.any()))
-        if guided:  # the second half of the goals is told no action
+        if guided:  # every goal twice, the second time told no action
             known = torch.ones_like(time_shift, dtype=torch.bool) if action_mask is None else action_mask
-            action_mask = torch.cat((known, torch.zeros_like(known)), dim=1)
-            action, time_shift = torch.cat((action, action), dim=1), torch.cat((time_shift, time_shift), dim=1)
+            action_mask = torch.stack((known, torch.zeros_like(known)), dim=2).flatten(1, 2)
+            action, time_shift = action.repeat_interleave(2, 1), time_shift.repeat_interleave(2, 1)
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
             if guided:
-                noisy = torch.cat((noisy, noisy), dim=1)
+                noisy = noisy.repeat_interleave(2, 1)
             timesteps = timestep.expand(noisy.shape[:2])
-            prediction = self.cdit(noisy, timesteps, action, time_shift, context, action_mask=action_mask)
+            prediction = network(noisy, timesteps, action, time_shift, context, action_mask=action_mask)
             if not guided:
                 return prediction
-            return self.objective.guide(prediction[:, goals:], prediction[:, :goals], config.guidance)
+            return self.objective.guide(prediction[:, 1::2], prediction[:, ::2], config.guidance)
 
         device = time_shift.device
-        shape = (context.batch, goals, *self.latent_shape)
+        shape = (*goals, *self.latent_shape)
         noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
         return self.objective.sample(predict, noise, config, generator, progress)

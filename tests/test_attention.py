@@ -11,8 +11,10 @@ from cdit.attention import (
     KeysValues,
     MultiHeadAttention,
     Observation,
+    Part,
     attention_weights,
     causal_mask,
+    joint_attention,
     scaled_dot_product_attention,
 )
 
@@ -35,6 +37,34 @@ def padding_mask() -> torch.Tensor:
     mask = torch.ones(B, 1, 1, M, dtype=torch.bool)
     mask[1, ..., :4] = False
     return mask
+
+
+def shared_parts(dtype: torch.dtype = torch.float32, rows: tuple[int, ...] = (1, 2, 6)) -> list[Part]:
+    """Keys for six rows of queries: 3, 4 and 5 of them, shared by all, by three rows each, and each row's own."""
+    return [
+        Part(KeysValues(*(draw(n, H, 3 + i, K, seed=10 + 2 * i + j, dtype=dtype) for j in range(2))))
+        for i, n in enumerate(rows)
+    ]
+
+
+def hidden(part: Part, *places: tuple[int, int]) -> Part:
+    """The part with the keys at these (row, key) masked."""
+    mask = torch.ones(part.rows, 1, 1, part.kv.k_BHMK.shape[2], dtype=torch.bool)
+    for row, key in places:
+        mask[row, ..., key] = False
+    return Part(part.kv, mask)
+
+
+def copied(parts: list[Part], rows: int = 6) -> tuple[KeysValues, torch.Tensor]:
+    """All keys of each row, and a mask, row after row."""
+    keys, values, masks = ([], [], [])
+    for row in range(rows):
+        mine = [(part, row * part.rows // rows) for part in parts]
+        keys.append(torch.cat([part.kv.k_BHMK[i] for part, i in mine], dim=1))
+        values.append(torch.cat([part.kv.v_BHMK[i] for part, i in mine], dim=1))
+        seen = [torch.ones(part.kv.k_BHMK.shape[2]) if part.mask is None else part.mask[i, 0, 0] for part, i in mine]
+        masks.append(torch.cat([x.bool() for x in seen]))
+    return KeysValues(torch.stack(keys), torch.stack(values)), torch.stack(masks)[:, None, None]
 
 
 def loop_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -168,6 +198,111 @@ def test_bfloat16_is_near_float32(mask):
     assert out.dtype == torch.bfloat16
     exact = scaled_dot_product_attention(q.float(), KeysValues(*(x.float() for x in kv)), mask)
     torch.testing.assert_close(out.float(), exact, atol=4e-2, rtol=0)  # values up to 3, 8 bits of mantissa
+
+
+# --- keys in parts ---
+
+
+@pytest.mark.parametrize(
+    ("rows", "places"),
+    [
+        ((1, 2, 6), ([], [], [])),
+        ((2, 6, 6), ([], [], [])),
+        ((6, 2, 1), ([], [(0, 1)], [(0, 4)])),
+        ((1, 2, 6), ([], [(1, 0), (1, 2)], [(3, 1), (3, 4), (5, 0)])),
+        ((1, 2, 6), ([(0, 0), (0, 1), (0, 2)], [], [])),  # a whole part
+        ((1, 2, 6), ([], [(0, 0), (0, 1), (0, 2), (0, 3)], [])),  # a whole row of one
+    ],
+)
+def test_attention_to_parts_is_torchs_to_their_concatenation(rows, places):
+    """In float64, with the gradients of queries, keys and values."""
+    q = draw(6, H, N, K, seed=1, dtype=torch.float64).requires_grad_()
+    parts = [hidden(part, *x) if x else part for part, x in zip(shared_parts(torch.float64, rows), places, strict=True)]
+    inputs = [q, *(x.requires_grad_() for part in parts for x in part.kv)]
+    kv, mask = copied(parts)
+    out, expected = joint_attention(q, parts), F.scaled_dot_product_attention(q, *kv, attn_mask=mask)
+    torch.testing.assert_close(out, expected, atol=1e-12, rtol=0)
+    weights = draw(*out.shape, seed=8, dtype=torch.float64)
+    found, right = (torch.autograd.grad((weights * x).sum(), inputs) for x in (out, expected))
+    torch.testing.assert_close(found, right, atol=1e-12, rtol=0)
+
+
+def test_queries_grouped_by_a_shared_part_are_the_same_queries():
+    q, parts = draw(6, H, N, K, seed=1), shared_parts()
+    grouped = q.view(2, 3, H, N, K).transpose(1, 2).flatten(2, 3)  # (2, H, 3·N, K)
+    expected = joint_attention(q, parts).view(2, 3, H, N, K).transpose(1, 2).flatten(2, 3)
+    torch.testing.assert_close(joint_attention(grouped, parts), expected)
+
+
+def test_scores_far_apart_do_not_overflow():
+    """By thousands, in float64, where exp(710) is infinite."""
+    q = draw(6, H, N, K, seed=1, dtype=torch.float64).abs()
+    high, low = shared_parts(torch.float64, (1, 6))
+    high = Part(KeysValues(high.kv.k_BHMK.abs() + 5000, high.kv.v_BHMK))
+    out = joint_attention(q, [low, high])
+    torch.testing.assert_close(out, joint_attention(q, [high, low]))
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, *(x.repeat(6, 1, 1, 1) for x in high.kv)))
+
+
+def test_one_part_is_the_fused_kernel_bit_for_bit():
+    q, kv = qkv()
+    for mask in (None, padding_mask()):
+        assert torch.equal(joint_attention(q, [Part(kv, mask)]), scaled_dot_product_attention(q, kv, mask))
+
+
+def test_bfloat16_parts_are_near_float32():
+    q, parts = draw(6, H, N, K, seed=1, dtype=torch.bfloat16), shared_parts(torch.bfloat16)
+    out = joint_attention(q, parts)
+    assert out.dtype == torch.bfloat16
+    exact = joint_attention(q.float(), [Part(KeysValues(*(x.float() for x in part.kv))) for part in parts])
+    torch.testing.assert_close(out.float(), exact, atol=4e-2, rtol=0)
+
+
+def test_what_a_masked_key_of_a_part_holds_has_no_influence():
+    q, (first, second) = draw(6, H, N, K, seed=1), shared_parts(rows=(2, 6))
+    parts = [hidden(first, (1, 0), (1, 1), (1, 2)), second]
+    expected = joint_attention(q, parts)
+    poisoned = KeysValues(*(x.masked_fill(~parts[0].mask.transpose(-1, -2), NAN) for x in first.kv))
+    assert torch.equal(joint_attention(q, [Part(poisoned, parts[0].mask), second]), expected)
+    looked_at = joint_attention(q, [hidden(Part(poisoned), (1, 0)), second])
+    assert looked_at[3:].isnan().all()
+    assert torch.equal(looked_at[:3], expected[:3])
+
+
+def test_rows_without_a_key_in_any_part_yield_zeros():
+    q, (first, second) = draw(6, H, N, K, seed=1), shared_parts(rows=(2, 6))
+    first = hidden(first, (0, 0), (0, 1), (0, 2))
+    out = joint_attention(q, [first, hidden(second, *((row, key) for row in (0, 1, 4) for key in range(4)))])
+    assert (out[:2] == 0).all()
+    assert (out[2:] != 0).all()
+
+
+@pytest.mark.parametrize("extra_kv", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_heads_attend_to_parts_as_to_their_concatenation(masked, extra_kv):
+    """The extra key counts once; what an observer sees is one softmax over all keys, the extra one last."""
+    ours = attention(extra_kv=extra_kv)
+    parts = shared_parts(rows=(2, 6))[:2]
+    parts = [hidden(parts[0], (1, 0)), parts[1]] if masked else parts
+    q, (kv, mask) = ours.project_q(draw(6, N, 12, seed=4)), copied(parts)
+    seen: list[Observation] = []
+    ours.observer = seen.append
+    out = ours.attend(q, parts)
+    torch.testing.assert_close(out, ours.attend(q, [Part(kv, mask if masked else None)]), atol=1e-5, rtol=0)
+
+    in_parts, at_once = seen
+    weights = in_parts.weights()
+    assert weights.shape == (6, 3, N, 3 + 4 + extra_kv)
+    torch.testing.assert_close(weights, at_once.weights())
+    torch.testing.assert_close(weights.sum(-1), torch.ones(6, 3, N))
+    torch.testing.assert_close(in_parts.kv, at_once.kv)
+    mixed = (weights @ in_parts.kv.v_BHMK).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(ours.out(mixed), out, atol=1e-5, rtol=0)
+    ours.observer = None
+    assert torch.equal(ours.attend(q, parts), out)
+
+
+# --- heads ---
 
 
 @pytest.mark.parametrize("extra_kv", [False, True])

@@ -7,7 +7,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from cdit.codec import AutoencoderCodec, CodecConfig, latent_size, load_codec
+from cdit.codec import AutoencoderCodec, CodecConfig, PixelCodec, latent_size, load_codec
 from cdit.errors import UserError
 
 
@@ -197,3 +197,14 @@ def test_an_autoencoder_of_the_other_kind_is_refused(tmp_path):
     save_tiny(tmp_path)
     with pytest.raises(UserError, match=r"codec\.name"):
         load_codec(CodecConfig("kl", str(tmp_path)))
+
+
+def test_what_was_sampled_joins_the_past_as_recorded_frames_would():
+    """Pixels in their range; latents have none."""
+    far = torch.linspace(-3, 3, 12).view(1, 3, 2, 2)
+    assert torch.equal(PixelCodec().as_past(far), far.clip(-1, 1))
+    tiny = diffusers.AutoencoderTiny(
+        encoder_block_out_channels=(4,), decoder_block_out_channels=(4,), num_encoder_blocks=(1,),
+        num_decoder_blocks=(1,), latent_channels=3,
+    )  # fmt: skip
+    assert torch.equal(AutoencoderCodec("tiny", tiny).as_past(far), far)

@@ -262,17 +262,107 @@ def test_a_rollout_is_predictions_over_windows_encoded_afresh(dialect, masked, f
         window_mask = torch.cat((window_mask, torch.ones(4, 1, dtype=torch.bool)), dim=1)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_candidates_rolled_out_together_are_those_alone_with_the_same_noise(dialect, masked, guidance):
+    """Beyond the window, where no frame is left that they share."""
+    world, (context, _, _) = build(dialect), inputs()
+    actions = torch.randn(2, 3, 6, 3, generator=seeded(3))
+    known = torch.rand(2, 3, 6, generator=seeded(4)) > 0.3 if masked else None
+    mask = torch.tensor([[True] * 3, [False, False, True]]) if masked else None
+    noises = torch.randn(6, 2, 3, 3, 8, 12, generator=seeded(5))
+    sample = world.objective.sample
+
+    def rollout(goals: slice) -> torch.Tensor:
+        given = iter(noises)
+        world.objective.sample = lambda predict, _, *rest: sample(predict, next(given)[:, goals], *rest)
+        sampler = SamplerConfig(steps=2, guidance=guidance)
+        told = None if known is None else known[:, goals]
+        return world.rollout(context, actions[:, goals], mask, told, sampler=sampler)
+
+    together = rollout(slice(0, 3))
+    for g in range(3):
+        torch.testing.assert_close(together[:, g, None], rollout(slice(g, g + 1)), atol=1e-4, rtol=0)
+    assert (together[:, 0] - together[:, 1]).abs().amax((0, 2, 3, 4)).min() > 0.05  # at every step
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_goals_of_candidates_with_a_past_of_their_own(guidance):
+    """As predict takes them: of a cache of B·G candidates, G goals for each context."""
+    world, (context, actions, seconds) = build("native"), inputs()
+    new = torch.rand(6, 3, 8, 12, generator=seeded(6)) * 2 - 1
+    cache = world.cdit.push_context(world.encode_context(context), new)
+    sampler = SamplerConfig(steps=2, guidance=guidance)
+    together = world.predict(cache, actions, seconds, sampler=sampler, generator=seeded())
+    past = torch.cat((context.repeat_interleave(3, 0), new[:, None]), dim=1)
+    told = (x.flatten(0, 1)[:, None] for x in (actions, seconds))
+    apart = world.predict(past, *told, sampler=sampler, generator=seeded())
+    torch.testing.assert_close(together.flatten(0, 1), apart[:, 0], atol=1e-4, rtol=0)
+
+
+def kl_codec() -> AutoencoderCodec:
+    return AutoencoderCodec(
+        "kl",
+        diffusers.AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(4, 4),
+            latent_channels=3,
+            norm_num_groups=2,
+            scaling_factor=0.5,
+        ),
+    )
+
+
+@pytest.mark.parametrize("codec", [autoencoder_codec, kl_codec])
+@pytest.mark.parametrize("reencode", [False, True])
 @pytest.mark.parametrize("dialect", ["native", "nwm"])
-def test_a_rollout_through_an_autoencoder_encodes_its_own_frames(dialect):
+@torch.no_grad()
+def test_sampled_latents_join_the_past_or_their_frames_encoded_again(dialect, reencode, codec):
     torch.manual_seed(1)
-    world, (context, _, _) = build(dialect, autoencoder_codec()), inputs(contexts=1)
-    actions = torch.randn(1, 1, 3, 3, generator=seeded(3))
-    out = world.rollout(context, actions, generator=seeded())
-    generator, window = seeded(), context
-    for step in range(3):
-        frame = world.predict(window[:, -3:], actions[:, :, step], torch.full((1, 1), 0.25), generator=generator)
-        torch.testing.assert_close(out[:, :, step], frame, atol=1e-4, rtol=0)
-        window = torch.cat((window, out[:, 0, step, None]), dim=1)
+    world, (context, _, _) = build(dialect, codec()), inputs(contexts=1)
+    actions = torch.randn(1, 1, 5, 3, generator=seeded(3))
+    out = world.rollout(context, actions, generator=seeded(), reencode=reencode)
+
+    generator, window = seeded(), world.codec.encode(context)
+    action, shift = UNITS.normalize(actions[:, 0], torch.full((1, 1), 0.25))
+    for step in range(5):
+        x = torch.randn(1, 1, 3, 4, 6, generator=generator)
+        for t in (1.0, 2 / 3, 1 / 3):
+            clean = world.cdit(x, torch.full((1, 1), 1000 * t), action[:, step, None], shift, window[:, -3:])
+            x = x - (x - clean) / t / 3
+        torch.testing.assert_close(out[:, :, step], world.codec.decode(x), atol=1e-4, rtol=0)
+        window = torch.cat((window, world.codec.encode(world.codec.decode(x)) if reencode else x), dim=1)
+    assert not torch.allclose(x, world.codec.encode(world.codec.decode(x)), atol=1e-2)
+
+
+@pytest.mark.parametrize("dialect", ["native", "nwm"])
+def test_a_rollout_encodes_its_context_once_and_its_own_frames_only_when_asked(dialect, monkeypatch):
+    world, (context, _, _) = build(dialect, kl_codec()), inputs()
+    actions = torch.randn(2, 3, 4, 3, generator=seeded(3))
+    encoded, encode = [], world.codec.autoencoder.encode
+    monkeypatch.setattr(world.codec.autoencoder, "encode", lambda x: encoded.append(len(x)) or encode(x))
+    world.rollout(context, actions, generator=seeded())
+    assert encoded == [6]  # 2 contexts of 3 frames
+    encoded.clear()
+    world.rollout(context, actions, generator=seeded(), reencode=True)
+    assert encoded == [6, 6, 6, 6]  # then the frames of 6 candidates, of which the last join no past
+
+
+@pytest.mark.parametrize("dialect", ["native", "nwm"])
+def test_pixels_join_the_past_clipped_either_way(dialect):
+    world, (context, _, _) = build(dialect), inputs()
+    torch.nn.init.normal_(world.cdit.final_layer.linear.weight, std=1.0)  # far out of range
+    actions = torch.randn(2, 2, 4, 3, generator=seeded(3))
+    with spied(world.cdit.patch_embed) as calls:
+        out = world.rollout(context, actions, generator=seeded())
+    assert ((out == 1) | (out == -1)).float().mean() > 0.05
+    assert torch.equal(out, world.rollout(context, actions, generator=seeded(), reencode=True))
+    shown = out.transpose(0, 2).flatten(0, 2)  # each was embedded as it was shown, but those of the last step
+    embedded = torch.cat([call.args[0] for call in calls])
+    assert all((frame == embedded).flatten(1).all(1).any() for frame in shown[:-4])
 
 
 @pytest.mark.parametrize("dialect", ["native", "nwm"])
@@ -284,9 +374,9 @@ def test_a_rollout_tells_each_context_its_own_spacing_and_the_time_of_a_step(dia
         world.rollout(context, actions, spacing=torch.tensor([0.5, 2.0]), fps=2.0, generator=seeded())
     for step, call in enumerate(calls[::3]):  # three denoising steps each
         _, _, action, shift, _ = call.args
-        metres = actions[:, :, step, :2].flatten(0, 1) / torch.tensor([0.5, 0.5, 2.0, 2.0])[:, None]
-        torch.testing.assert_close(action[:, 0, :2], metres * torch.tensor([2.0, 3.0]) + torch.tensor([-0.25, 0.0]))
-        torch.testing.assert_close(shift, torch.full((4, 1), 0.5 / 16))
+        metres = actions[:, :, step, :2] / torch.tensor([0.5, 2.0])[:, None, None]
+        torch.testing.assert_close(action[..., :2], metres * torch.tensor([2.0, 3.0]) + torch.tensor([-0.25, 0.0]))
+        torch.testing.assert_close(shift, torch.full((2, 2), 0.5 / 16))
     world.description.units = replace(UNITS, spacing=0.25)  # which then is the only one
     with spied(world.cdit) as calls:
         world.predict(context, actions[:, :, 0], torch.ones(2, 2), spacing=torch.tensor([0.5, 2.0]))

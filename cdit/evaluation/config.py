@@ -61,8 +61,9 @@ class EvaluateConfig:
     """Frame by frame."""
     nwm_compat: bool = False
     """The conventions of the NWM release: actions of rollouts from differences of normalised way points, which are not
-    those of its training, and predictions truncated to 8 bits. By default actions are as in training, and predictions
-    rounded. Either way 8-bit pictures are measured."""
+    those of its training; predictions of rollouts that join the past as frames, encoded again; and predictions
+    truncated to 8 bits. By default actions are as in training, predicted latents join the past as they are, and
+    predictions are rounded. Either way 8-bit pictures are measured."""
     metrics: list[Literal["psnr", "ssim", "lpips", "dreamsim", "fid", "fvd"]] = field(
         default_factory=lambda: ["psnr", "ssim", "lpips"]
     )

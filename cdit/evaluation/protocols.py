@@ -84,7 +84,8 @@ class Rollout(Protocol):
     stride: int = 1
     """Frames of the model in one step."""
     release: tuple[Units, float] | None = None
-    """Units and spacing in metres, with which the actions are those of the NWM release (see `release_actions`)."""
+    """Units and spacing in metres for rollouts by the conventions of the NWM release: its actions (see
+    `release_actions`), and predictions that join the past as frames, encoded again."""
 
     def actions(self, trajectory: Trajectory, now: int) -> np.ndarray:
         """The motion during each step, in the frame at its start."""
@@ -106,6 +107,7 @@ class Rollout(Protocol):
             spacing=batch["spacing"],
             sampler=sampler,
             generator=noise,
+            reencode=self.release is not None,
         )[:, 0]
 
 

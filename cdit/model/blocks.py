@@ -1,19 +1,19 @@
 """The blocks of CDiT.
 
 Shape suffixes: B batch (one target each), N target tokens, M context tokens, D width; S contexts, each shared by
-B / S targets.
+B / S consecutive targets.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from cdit.attention import KeysValues, MultiHeadAttention
+from cdit.attention import KeysValues, MultiHeadAttention, Part
 from cdit.rotary import Rotation
 
 
@@ -24,6 +24,15 @@ class Modulation:
     shift: Tensor
     scale: Tensor
     gate: Tensor
+
+
+class ContextTokens(NamedTuple):
+    """Normalised context tokens, for a block to make its keys and values of."""
+
+    tokens_SMD: Tensor
+    mask: Tensor | None
+    """(S, 1, 1, M), True where a token exists; None where all do."""
+    rotation: Rotation | None
 
 
 def modulate(x_BND: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -81,40 +90,33 @@ class Block(nn.Module):
         self,
         x_BND: Tensor,
         condition_BD: Tensor,
-        keys_values: KeysValues | Tensor,
-        mask_SM: Tensor | None = None,
+        context: Sequence[Part] | ContextTokens,
         rotation: Rotation | None = None,
-        context_rotation: Rotation | None = None,
     ) -> Tensor:
         """One step of the residual stream, (B, N, D).
 
         Args:
             x_BND: target tokens.
             condition_BD: what AdaLN follows.
-            keys_values: this block's keys and values of S contexts; or, for the block to make them, the normalised
-                context tokens (S, M, D), with `context_modulation` of S = B.
-            mask_SM: True where a context token exists; None where all do.
+            context: this block's keys and values of the past frames, in parts of which each has an S of its own and the
+                last the largest; or the tokens to make them of, with `context_modulation` of S = B.
             rotation: of the target's tokens.
-            context_rotation: of the context tokens; used where they are given.
         """
         chunks = self.ada_ln(condition_BD)[:, None].chunk(self.chunks, dim=-1)
         for_self, for_cross, for_mlp = (Modulation(*chunks[i : i + 3]) for i in (0, 3, 6))
-        if isinstance(keys_values, Tensor):
-            tokens_SMD = modulate(keys_values, *chunks[9:]) if len(chunks) > 9 else keys_values
-            keys_values = self.cross_attn.project_kv(tokens_SMD, context_rotation)
-        mask = None if mask_SM is None else mask_SM[:, None, None, :]
+        parts = [self._part(context, chunks[9:])] if isinstance(context, ContextTokens) else context
 
         def self_attention(x: Tensor) -> Tensor:
             return self.self_attn(x, rotation=rotation)
 
         def cross_attention(x: Tensor) -> Tensor:
             # Targets that share a context become more queries of it, so that its keys are not copied.
-            folded = x.reshape(keys_values.k_BHMK.shape[0], -1, x.shape[-1])
+            folded = x.reshape(parts[-1].rows, -1, x.shape[-1])
             repeats = folded.shape[1] // x.shape[1]
             folded_rotation = rotation and Rotation(*(angle.repeat(repeats, 1) for angle in rotation))
             corner = rotation and Rotation(*(angle[:1] for angle in rotation))  # where the extra key stands
             q_BHNK = self.cross_attn.project_q(folded, folded_rotation)
-            return self.cross_attn.attend(q_BHNK, keys_values, mask, corner).view_as(x)
+            return self.cross_attn.attend(q_BHNK, parts, corner).view_as(x)
 
         x_BND = self._residual(x_BND, for_self, self_attention)
         x_BND = self._residual(x_BND, for_cross, cross_attention)
@@ -123,6 +125,12 @@ class Block(nn.Module):
     def project_kv(self, tokens_SMD: Tensor, rotation: Rotation | None = None) -> KeysValues:
         """Keys and values that `forward` takes, of normalised context tokens; not for `context_modulation`."""
         return self.cross_attn.project_kv(tokens_SMD, rotation)
+
+    def _part(self, context: ContextTokens, modulation: Sequence[Tensor]) -> Part:
+        tokens_SMD, mask, rotation = context
+        if modulation:
+            tokens_SMD = modulate(tokens_SMD, *modulation)
+        return Part(self.cross_attn.project_kv(tokens_SMD, rotation), mask)
 
     def _residual(self, x_BND: Tensor, m: Modulation, branch: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre_norm:

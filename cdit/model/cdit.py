@@ -5,9 +5,10 @@ the past frames, then an MLP; AdaLN-Zero (Peebles & Xie 2023, arXiv 2212.09748) 
 time, action and time shift. Cost is linear in the number of past frames.
 
 Shape suffixes: B contexts, G goals of a context (their targets share its keys and values), T past frames, C channels,
-P patches of a frame, M = T·P context tokens, D width.
+P patches of a frame, M = T·P context tokens, D width; S rows of encoded frames, each shared by consecutive targets.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -18,39 +19,84 @@ from diffusers.configuration_utils import register_to_config
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from cdit.attention import KeysValues, MultiHeadAttention
+from cdit.attention import KeysValues, MultiHeadAttention, Part, side_by_side
 from cdit.errors import UserError
-from cdit.model.blocks import Block, ContextBlock, FinalLayer, layer_norm
+from cdit.model.blocks import Block, ContextBlock, ContextTokens, FinalLayer, layer_norm
 from cdit.model.embeddings import ActionEmbedding, ScalarEmbedding
 from cdit.rotary import Rotation, axial_rotation
 
 
 @dataclass
-class ContextCache:
-    """Past frames, encoded: what cross-attention looks at, reused at every denoising step and for every goal."""
+class EncodedFrames:
+    """Consecutive past frames of S contexts, or of S candidates for what follows them, encoded."""
 
     keys_values: list[KeysValues]
-    """Per block, (B, H, M, K) each. Empty where every block makes its own, from `tokens_BMD`."""
-    tokens_BMD: Tensor | None
-    """Normalised context tokens where K and V follow the condition, or are used once only, else None."""
-    mask_BM: Tensor | None
-    """True where a token's frame exists; None where all do."""
+    """Per block, (S, H, M, K) each. Empty where every block makes its own, from `tokens_SMD`."""
+    tokens_SMD: Tensor | None
+    """Normalised tokens where K and V follow the condition, or are used once only, else None."""
+    mask_ST: Tensor | None
+    """True where a frame exists; None where all do."""
     frame_T: Tensor
-    """Frame coordinates, consecutive, oldest first. The target stands at the last plus one."""
+    """Frame coordinates, oldest first."""
 
     @property
-    def batch(self) -> int:
-        """The number of contexts."""
-        return len(self.tokens_BMD if self.tokens_BMD is not None else self.keys_values[0].k_BHMK)
+    def rows(self) -> int:
+        """S."""
+        return len(self._any_tokens)
 
-    def repeat_interleave(self, times: int) -> "ContextCache":
-        """Every context `times` times over, for candidates that part ways."""
-        return ContextCache(
-            keys_values=[KeysValues(*(x.repeat_interleave(times, 0) for x in kv)) for kv in self.keys_values],
-            tokens_BMD=None if self.tokens_BMD is None else self.tokens_BMD.repeat_interleave(times, 0),
-            mask_BM=None if self.mask_BM is None else self.mask_BM.repeat_interleave(times, 0),
-            frame_T=self.frame_T,
+    def newest(self, frames: int) -> "EncodedFrames":
+        """The last of the frames, in the same memory."""
+        tokens = frames * (self._any_tokens.shape[-2] // len(self.frame_T))
+        return EncodedFrames(
+            keys_values=[KeysValues(*(x[:, :, -tokens:] for x in kv)) for kv in self.keys_values],
+            tokens_SMD=None if self.tokens_SMD is None else self.tokens_SMD[:, -tokens:],
+            mask_ST=None if self.mask_ST is None else self.mask_ST[:, -frames:],
+            frame_T=self.frame_T[-frames:],
         )
+
+    def followed_by(self, new: "EncodedFrames") -> "EncodedFrames":
+        """These frames and then those, which all exist."""
+        pairs = zip(self.keys_values, new.keys_values, strict=True)
+        return EncodedFrames(
+            keys_values=[KeysValues(*(torch.cat(x, dim=2) for x in zip(*pair, strict=True))) for pair in pairs],
+            tokens_SMD=None if self.tokens_SMD is None else torch.cat((self.tokens_SMD, new.tokens_SMD), dim=1),
+            mask_ST=None if self.mask_ST is None else F.pad(self.mask_ST, (0, len(new.frame_T)), value=True),
+            frame_T=torch.cat((self.frame_T, new.frame_T)),
+        )
+
+    @property
+    def _any_tokens(self) -> Tensor:
+        return self.keys_values[0].k_BHMK if self.tokens_SMD is None else self.tokens_SMD
+
+
+@dataclass
+class ContextCache:
+    """Past frames, encoded: what cross-attention looks at, reused at every denoising step and for every goal.
+
+    Candidates that part ways after the same past share it: their own frames are a part that follows.
+    """
+
+    parts: list[EncodedFrames]
+    """Oldest first. The rows of each divide those of the next, consecutive ones sharing a row."""
+
+    @property
+    def rows(self) -> int:
+        """The number of pasts: of contexts, or of candidates that have frames of their own."""
+        return self.parts[-1].rows
+
+    @property
+    def frame_T(self) -> Tensor:
+        """Frame coordinates, consecutive, oldest first. The target stands at the last plus one."""
+        return torch.cat([part.frame_T for part in self.parts])
+
+    def newest(self, frames: int) -> list[EncodedFrames]:
+        """The parts that hold the last of the frames; what leaves is not copied, nor what stays."""
+        parts: list[EncodedFrames] = []
+        for part in reversed(self.parts):
+            if frames > 0:
+                parts.insert(0, part.newest(min(frames, len(part.frame_T))))
+            frames -= len(part.frame_T)
+        return parts
 
 
 class CDiT(ModelMixin, ConfigMixin):
@@ -159,26 +205,40 @@ class CDiT(ModelMixin, ConfigMixin):
                     bound = (6 / (4 * linear.in_features)) ** 0.5
                     nn.init.uniform_(linear.weight, -bound, bound)
 
-    def encode_context(self, frames: Tensor, mask: Tensor | None = None, end: int = 0) -> ContextCache:
+    def encode_context(self, frames: Tensor, mask: Tensor | None = None) -> ContextCache:
         """Encodes past frames once, for any number of calls of `forward`.
 
         Args:
             frames: (B, T, C, H, W), consecutive, oldest first; T from 1 to max_context.
             mask: (B, T), True where a frame exists; None where all do. What a missing frame holds is not looked at.
-            end: frame coordinate of the last frame.
 
         Raises:
             ValueError: more frames than max_context.
         """
-        context = self._encode(frames, mask, end)
-        if self.config.context_modulation:
-            return context
-        rotation = self._rotation(context.frame_T)
-        keys_values = [block.project_kv(context.tokens_BMD, rotation) for block in self.blocks]
-        return replace(context, keys_values=keys_values, tokens_BMD=None)
+        return ContextCache([self._with_keys_values(self._encode(frames, mask))])
 
-    def _encode(self, frames: Tensor, mask: Tensor | None = None, end: int = 0) -> ContextCache:
-        """Past frames as tokens, of which each block is to make its own keys and values."""
+    def push_context(self, cache: ContextCache, frame: Tensor) -> ContextCache:
+        """The cache of a window slid by one frame: the new frame joins; the oldest leaves when the window is full.
+
+        Args:
+            cache: of B pasts.
+            frame: (B, C, H, W), the frame after the last one; or (B·G, C, H, W), those of G candidates for each past.
+                Candidates share what came before, which is not copied, and have the rest of the new cache each to
+                itself.
+
+        Raises:
+            ValueError: positions are learned per slot, so that every past frame would have to be encoded anew.
+        """
+        if not self.can_push:
+            raise ValueError("a context with learned positions cannot be pushed: encode the new window")
+        new = self._with_keys_values(self._encode(frame[:, None], end=cache.parts[-1].frame_T[-1] + 1))
+        *shared, last = [*cache.newest(self.config.max_context - 1), new]
+        if shared and shared[-1].rows == new.rows:
+            last = shared.pop().followed_by(new)
+        return ContextCache([*shared, last])
+
+    def _encode(self, frames: Tensor, mask: Tensor | None = None, end: Tensor | int = 0) -> EncodedFrames:
+        """Past frames, the last of them at coordinate `end`, as tokens for blocks to make their own keys and values."""
         batch, count = frames.shape[:2]
         if count > self.config.max_context:
             raise ValueError(f"{count} past frames, but max_context is {self.config.max_context}")
@@ -187,47 +247,20 @@ class CDiT(ModelMixin, ConfigMixin):
         x = self.patch_embed(frames.flatten(0, 1)).unflatten(0, (batch, count))  # (B, T, P, D)
         if self.pos_embed is not None:
             x = x + self.pos_embed[-1 - count : -1]
-        frame_T = torch.arange(end - count + 1, end + 1, device=x.device)
+        frame_T = torch.arange(1 - count, 1, device=x.device) + end
         x = x.flatten(0, 1)
         for block in self.context_blocks:
             x = self._run(block, x, self._rotation(frame_T[-1:]))
         x = self.context_norm(x).unflatten(0, (batch, count)).flatten(1, 2)
-        return ContextCache(
-            keys_values=[],
-            tokens_BMD=x,
-            mask_BM=None if mask is None else mask.repeat_interleave(x.shape[1] // count, dim=1),
-            frame_T=frame_T,
-        )
+        return EncodedFrames(keys_values=[], tokens_SMD=x, mask_ST=mask, frame_T=frame_T)
 
-    def push_context(self, cache: ContextCache, frame: Tensor) -> ContextCache:
-        """The cache of a window slid by one frame: the new frame joins; the oldest leaves when the window is full.
-
-        Args:
-            cache: of B contexts.
-            frame: (B, C, H, W), the frame after the last one.
-
-        Raises:
-            ValueError: positions are learned per slot, so that every past frame would have to be encoded anew.
-        """
-        if not self.can_push:
-            raise ValueError("a context with learned positions cannot be pushed: encode the new window")
-        new = self.encode_context(frame[:, None], end=int(cache.frame_T[-1]) + 1)
-        frame_T = torch.cat((cache.frame_T, new.frame_T))[-self.config.max_context :]
-        tokens = len(frame_T) * self.grid[0] * self.grid[1]
-        tokens_BMD = mask_BM = None
-        if cache.tokens_BMD is not None:
-            tokens_BMD = torch.cat((cache.tokens_BMD, new.tokens_BMD), dim=1)[:, -tokens:]
-        if cache.mask_BM is not None:
-            mask_BM = F.pad(cache.mask_BM, (0, self.grid[0] * self.grid[1]), value=True)[:, -tokens:]
-        return ContextCache(
-            keys_values=[
-                KeysValues(*(torch.cat(pair, dim=2)[:, :, -tokens:] for pair in zip(old, fresh, strict=True)))
-                for old, fresh in zip(cache.keys_values, new.keys_values, strict=True)
-            ],
-            tokens_BMD=tokens_BMD,
-            mask_BM=mask_BM,
-            frame_T=frame_T,
-        )
+    def _with_keys_values(self, frames: EncodedFrames) -> EncodedFrames:
+        """Tokens replaced by the keys and values of every block, unless these follow the condition."""
+        if self.config.context_modulation:
+            return frames
+        rotation = self._rotation(frames.frame_T)
+        keys_values = [block.project_kv(frames.tokens_SMD, rotation) for block in self.blocks]
+        return replace(frames, keys_values=keys_values, tokens_SMD=None)
 
     @property
     def can_push(self) -> bool:
@@ -247,7 +280,8 @@ class CDiT(ModelMixin, ConfigMixin):
         """Predicts in the shape of the sample (twice the channels where variance is learned).
 
         Args:
-            sample: (B, C, H, W) noisy targets, or (B, G, C, H, W) for several goals of one context.
+            sample: (B, C, H, W) noisy targets, or (B, G, C, H, W) for several goals of one context; for a cache of
+                candidates with frames of their own, G is a multiple of their number.
             timestep: (B[, G]) diffusion time, 0 (clean) to 1000 (noise).
             action: (B[, G], 3) normalised dx, dy, dyaw in the local frame of the last past frame. None: all unknown.
             time_shift: (B[, G]) normalised time from the last past frame to the target, negative for the past. May be
@@ -257,7 +291,7 @@ class CDiT(ModelMixin, ConfigMixin):
             action_mask: (B[, G]), False where the action is unknown; None where all are known.
         """
         if isinstance(context, Tensor):
-            context = self._encode(context, context_mask)
+            context = ContextCache([self._encode(context, context_mask)])
         if action is None:
             action = sample.new_zeros(*timestep.shape, 3)
             action_mask = torch.zeros_like(timestep, dtype=torch.bool)
@@ -273,19 +307,35 @@ class CDiT(ModelMixin, ConfigMixin):
             condition = condition + self.action_embed(action.reshape(-1, 3), known)
         condition = F.silu(condition)
 
-        rotation, context_rotation = self._rotation(context.frame_T[-1:] + 1), None
-        per_block, mask_BM = context.keys_values, context.mask_BM
-        if context.tokens_BMD is not None:
-            # Keys and values that follow the condition are each goal's own.
-            goals = len(x) // context.batch if self.config.context_modulation else 1
-            per_block = [context.tokens_BMD.repeat_interleave(goals, 0)] * len(self.blocks)
-            mask_BM = None if mask_BM is None else mask_BM.repeat_interleave(goals, 0)
-            context_rotation = self._rotation(context.frame_T)
-        for block, keys_values in zip(self.blocks, per_block, strict=True):
-            x = self._run(block, x, condition, keys_values, mask_BM, rotation, context_rotation)
+        rotation = self._rotation(context.parts[-1].frame_T[-1:] + 1)
+        for block, looked_at in zip(self.blocks, self._for_blocks(context, len(x)), strict=True):
+            x = self._run(block, x, condition, looked_at, rotation)
         return self._unpatchify(self.final_layer(x, condition)).reshape(*sample.shape[:-3], -1, *sample.shape[-2:])
 
-    def _run(self, block: nn.Module, *inputs: Tensor | KeysValues | Rotation | None) -> Tensor:
+    def _for_blocks(self, context: ContextCache, targets: int) -> list[list[Part]] | list[ContextTokens]:
+        """What each block looks at."""
+        parts = context.parts
+        if parts[0].tokens_SMD is None:
+            masks = [self._token_mask(part.mask_ST) for part in parts]
+            per_block = zip(*(part.keys_values for part in parts), strict=True)
+            return [[Part(kv, mask) for kv, mask in zip(block, masks, strict=True)] for block in per_block]
+        # Keys and values that follow the condition are each target's own.
+        rows = targets if self.config.context_modulation else context.rows
+        tokens = side_by_side([part.tokens_SMD for part in parts], rows, dim=1)
+        mask = None
+        if any(part.mask_ST is not None for part in parts):
+            masks = [
+                torch.ones_like(part.frame_T, dtype=torch.bool)[None] if part.mask_ST is None else part.mask_ST
+                for part in parts
+            ]
+            mask = self._token_mask(side_by_side(masks, rows, dim=1))
+        return [ContextTokens(tokens, mask, self._rotation(context.frame_T))] * len(self.blocks)
+
+    def _token_mask(self, mask_ST: Tensor | None) -> Tensor | None:
+        """(S, 1, 1, M) of (S, T)."""
+        return None if mask_ST is None else mask_ST.repeat_interleave(self.grid[0] * self.grid[1], 1)[:, None, None]
+
+    def _run(self, block: nn.Module, *inputs: Tensor | Rotation | Sequence[Part] | ContextTokens | None) -> Tensor:
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         return self._gradient_checkpointing_func(block, *inputs) if checkpointing else block(*inputs)
 

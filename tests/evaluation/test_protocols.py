@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -78,6 +79,21 @@ def test_the_release_s_actions_of_units_without_a_spacing_of_their_own():
     np.testing.assert_allclose(release_actions(way, units, 0.25), release_actions(way, NWM, 99.0))
     yaw = release_actions(way, units, 0.25)[:, 2]
     np.testing.assert_allclose(yaw, [3.0, 2 * math.pi - 6.1, 0.1], atol=1e-12)
+
+
+@pytest.mark.parametrize("release", [None, (NWM, 1.0)])
+def test_only_rollouts_by_the_release_s_conventions_encode_their_frames_again(release):
+    asked = []
+
+    def rollout_of_a_world(context: torch.Tensor, actions: torch.Tensor, **options) -> torch.Tensor:
+        asked.append(options["reencode"])
+        return actions
+
+    batch = {name: torch.zeros(2, 3) for name in ("action", "action_mask", "context_mask", "spacing")}
+    batch["context"] = torch.zeros(2, 3, 3, 4, 4, dtype=torch.uint8)
+    world = SimpleNamespace(rollout=rollout_of_a_world)
+    rollout([1.0], 4.0, 4.0, release).predict(world, batch, None, torch.Generator())
+    assert asked == [release is not None]
 
 
 @pytest.mark.parametrize("rate", [3.0, 8.0, 1.5])

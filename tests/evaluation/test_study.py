@@ -61,7 +61,9 @@ class Knowing(nn.Module):
             ]
         )
 
-    def rollout(self, context, actions, context_mask, action_mask, fps, spacing, sampler, generator) -> Tensor:
+    def rollout(
+        self, context, actions, context_mask, action_mask, fps, spacing, sampler, generator, reencode
+    ) -> Tensor:
         assert action_mask.shape == actions.shape[:3]
         assert bool(action_mask.all())
         assert spacing.tolist() == [0.25] * len(context)

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from dialects import BASE, DIALECTS, batch, build, masks
 
-from cdit.attention import MultiHeadAttention, Observation
+from cdit.attention import MultiHeadAttention, Observation, Part
 from cdit.errors import UserError
 from cdit.model import PRESETS, CDiT, ModelConfig
 from cdit.model.blocks import Block
+from cdit.model.cdit import ContextCache, EncodedFrames
 
 NAN = float("nan")
 PUSHABLE = [name for name, options in DIALECTS.items() if options.get("position") != "learned"]
@@ -40,17 +41,6 @@ def test_goals_of_a_cached_context_are_those_goals_alone_with_their_frames(diale
             torch.testing.assert_close(together[b, g], alone[0], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("dialect", DIALECTS)
-def test_repeated_contexts_are_goals_of_their_own(dialect):
-    model, data, mask = build(dialect), batch(), masks()
-    shared = model(**data, **mask)
-    cache = model.encode_context(data["context"], mask["context_mask"]).repeat_interleave(3)
-    assert cache.batch == 6
-    flat = {k: data[k].flatten(0, 1) for k in ("sample", "timestep", "action", "time_shift")}
-    apart = model(**flat, context=cache, action_mask=mask["action_mask"].flatten())
-    torch.testing.assert_close(apart.view_as(shared), shared, atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize("first", [1, 2, 3], ids=lambda n: f"from_{n}_frames")
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("dialect", PUSHABLE)
@@ -70,6 +60,89 @@ def test_pushing_frames_is_encoding_the_new_window_afresh(dialect, masked, first
         torch.testing.assert_close(model(**goal, context=cache), afresh, atol=1e-5, rtol=0)
 
 
+def pushed(
+    model: CDiT, frames: torch.Tensor, mask: torch.Tensor | None, candidates: int, pushes: int, branch: int = 1
+) -> tuple[list[ContextCache], torch.Tensor]:
+    """Caches of candidates for what follows frames (B, T, …), and the frames of each, (B·G, T + pushes, …).
+
+    In the first `branch - 1` pushes the past is still that of all candidates.
+    """
+    cache, rows = model.encode_context(frames, mask), len(frames)
+    caches, generator = [cache], torch.Generator().manual_seed(5)
+    for push in range(1, pushes + 1):
+        if push == branch:
+            frames, rows = frames.repeat_interleave(candidates, 0), rows * candidates
+        new = torch.randn(rows, *frames.shape[2:], generator=generator)
+        frames = torch.cat((frames, new[:, None]), dim=1)
+        caches.append(model.push_context(caches[-1], new))
+    return caches, frames
+
+
+@pytest.mark.parametrize("branch", [1, 2])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dialect", [*PUSHABLE, "sink"])
+def test_candidates_that_share_a_past_are_as_each_with_its_own(dialect, masked, branch):
+    """Pushed until no real frame is left, two goals for each of three candidates of two contexts."""
+    model = build("native" if dialect == "sink" else dialect, **({"extra_kv": True} if dialect == "sink" else {}))
+    data, mask = batch(goals=6, frames=3), torch.tensor([[True] * 3, [False, False, True]]) if masked else None
+    caches, frames = pushed(model, data.pop("context"), mask, candidates=3, pushes=5, branch=branch)
+    for push, cache in enumerate(caches[branch:], branch):
+        window = slice(push, 3 + push)
+        ones = torch.ones(6, push, dtype=torch.bool)
+        mine = torch.cat((mask.repeat_interleave(3, 0), ones), 1)[:, window] if masked else None
+        goals = {name: x.unflatten(1, (3, 2)).flatten(0, 1) for name, x in data.items()}
+        expected = model(**goals, context=frames[:, window], context_mask=mine)
+        assert cache.rows == 6
+        assert cache.frame_T.tolist() == list(range(push - 2, push + 1))
+        torch.testing.assert_close(model(**data, context=cache).view_as(expected), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(model(**goals, context=cache), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("dialect", PUSHABLE)
+def test_a_shared_past_is_not_copied_for_candidates(dialect):
+    """The same memory after every push, as much of it for 3 candidates as for 120, until it has left the window."""
+    model, frames = build(dialect), batch(contexts=2)["context"]
+
+    def tensors(part: EncodedFrames) -> list[torch.Tensor]:
+        return [x for kv in part.keys_values for x in kv] if part.tokens_SMD is None else [part.tokens_SMD]
+
+    for candidates in (3, 120):
+        caches, _ = pushed(model, frames, None, candidates, pushes=4)
+        real = [x.untyped_storage().data_ptr() for x in tensors(caches[0].parts[0])]
+        for push, cache in enumerate(caches[1:], 1):
+            assert [part.rows for part in cache.parts] == ([2, 2 * candidates] if push < 3 else [2 * candidates])
+            own = tensors(cache.parts[-1])
+            assert all(x.numel() == 2 * candidates * min(push, 3) * 6 * 32 for x in own)
+            assert not {x.untyped_storage().data_ptr() for x in own} & set(real)
+            if push < 3:
+                shared = tensors(cache.parts[0])
+                assert [x.untyped_storage().data_ptr() for x in shared] == real
+                assert all(x.numel() == 2 * (3 - push) * 6 * 32 for x in shared)
+
+
+@pytest.mark.parametrize("dialect", ["native", "encoder", "modulated_rotary"])
+def test_watching_candidates_shows_one_softmax_over_shared_and_own_frames(dialect):
+    model, data = build(dialect), batch(goals=6)
+    caches, frames = pushed(model, data.pop("context"), masks()["context_mask"], candidates=3, pushes=2)
+    expected = model(**data, context=caches[-1])
+    seen: list[Observation] = []
+    for block in model.blocks:
+        block.cross_attn.observer = seen.append
+    assert torch.equal(model(**data, context=caches[-1]), expected)
+
+    together = [
+        observation.weights().unflatten(2, (-1, 6)).transpose(1, 2).reshape(12, 2, 6, -1) for observation in seen
+    ]
+    seen.clear()
+    goals = {name: x.unflatten(1, (3, 2)).flatten(0, 1) for name, x in data.items()}
+    existing = torch.tensor([[True] * 3] * 3 + [[True] * 3] * 3)
+    model(**goals, context=frames[:, 2:], context_mask=existing)
+    for weights, alone in zip(together, seen, strict=True):
+        torch.testing.assert_close(weights.sum(-1), torch.ones(12, 2, 6))
+        apart = alone.weights().unflatten(2, (-1, 6)).transpose(1, 2).reshape(12, 2, 6, -1)
+        torch.testing.assert_close(weights, apart, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("dialect", sorted(set(DIALECTS) - set(PUSHABLE)))
 def test_learned_positions_cannot_be_pushed(dialect):
     model = build(dialect)
@@ -80,9 +153,9 @@ def test_learned_positions_cannot_be_pushed(dialect):
 
 def test_only_modulated_contexts_are_kept_as_tokens():
     for dialect, options in DIALECTS.items():
-        cache = build(dialect).encode_context(batch()["context"])
-        assert (cache.tokens_BMD is not None) == bool(options.get("context_modulation"))
-        assert len(cache.keys_values) == (0 if options.get("context_modulation") else 2)
+        (part,) = build(dialect).encode_context(batch()["context"]).parts
+        assert (part.tokens_SMD is not None) == bool(options.get("context_modulation"))
+        assert len(part.keys_values) == (0 if options.get("context_modulation") else 2)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -324,6 +397,6 @@ def test_blocks_fold_targets_into_queries_of_their_context():
     seen: list[Observation] = []
     block.cross_attn.observer = seen.append
     keys_values = block.cross_attn.project_kv(torch.randn(2, 5, 16))
-    block(torch.randn(6, 4, 16), torch.randn(6, 16), keys_values)
+    block(torch.randn(6, 4, 16), torch.randn(6, 16), [Part(keys_values)])
     assert seen[0].kv.k_BHMK.data_ptr() == keys_values.k_BHMK.data_ptr()
     assert seen[0].q_BHNK.shape == (2, 2, 3 * 4, 8)

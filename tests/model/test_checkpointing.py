@@ -123,7 +123,7 @@ def test_sampling_keeps_its_cached_context(dialect):
     with torch.no_grad():
         cache = model.encode_context(data["context"], data["context_mask"])
         watched = model(**data)
-    assert len(cache.keys_values) == (0 if model.config.context_modulation else 2)
+    assert len(cache.parts[0].keys_values) == (0 if model.config.context_modulation else 2)
     assert len(seen) == 2 * model.config.context_depth + 4  # the context is encoded twice here
 
     for module in model.modules():
