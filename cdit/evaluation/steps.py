@@ -2,9 +2,9 @@
 
 Samples the same test cases from the same noise by every scheduler, number of steps and shift that is asked for, and by
 a reference of many steps. Measured are LPIPS and PSNR to the truth, LPIPS to the reference's frames, and the calls of
-the network. OUT gets results.json, results.md and steps.png; the recommended setting is the one of fewest calls whose
-LPIPS to the truth is not told apart from the best one's. What was computed stays in OUT/parts: the same command goes
-on after an interruption.
+the network. OUT gets results.json, results.md and steps.png; recommended is the best setting of the fewest calls with
+which LPIPS to the truth is not told apart from the best of all. What was computed stays in OUT/parts: the same command
+goes on after an interruption.
 """
 
 from collections.abc import Iterator, Sequence

@@ -64,13 +64,19 @@ class Findings:
         return min(self.settings, key=lambda setting: setting.lpips.mean)
 
     @property
-    def recommended(self) -> Setting:
-        """Of the settings whose LPIPS to the truth is not told apart from the best one's, that of fewest calls.
-
-        Where several have as few, the lowest LPIPS decides.
-        """
+    def enough(self) -> Setting:
+        """Of the settings whose LPIPS to the truth is not told apart from the best one's, that of fewest calls."""
         as_good = [setting for setting in self.settings if setting.behind.low <= 0]
         return min(as_good, key=lambda setting: (setting.calls, setting.lpips.mean))
+
+    @property
+    def recommended(self) -> Setting:
+        """The lowest LPIPS to the truth that these calls are enough for.
+
+        Another setting than `enough` where one is nearer to the best, but so steadily behind it that this can be told.
+        """
+        as_few = [setting for setting in self.settings if setting.calls <= self.enough.calls]
+        return min(as_few, key=lambda setting: setting.lpips.mean)
 
     def share(self, setting: Setting) -> float:
         """The setting's network calls over those of the reference."""
@@ -119,7 +125,7 @@ def write(findings: Findings, about: Mapping[str, Any], folder: Path) -> str:
         "samples": findings.cases,
         "trajectories": findings.trajectories,
         "settings": rows,
-        **{name: asdict(getattr(findings, name).sampler) for name in ("reference", "best", "recommended")},
+        **{name: asdict(getattr(findings, name).sampler) for name in ("reference", "best", "enough", "recommended")},
     }
     picture(findings).savefig(folder / "steps.png")
     (folder / "results.md").write_text(text)
@@ -128,19 +134,16 @@ def write(findings: Findings, about: Mapping[str, Any], folder: Path) -> str:
 
 
 def conclusion(findings: Findings) -> str:
-    """Which setting is the best, and which is recommended, in a few sentences."""
-    best, chosen = findings.best, findings.recommended
-    sharpest = max(findings.settings, key=lambda setting: setting.psnr.mean)
-    text = (
-        f"Nearest to the truth by LPIPS: {best.name} ({_calls(best)}), {best.lpips.mean:.3f}. "
-        f"By PSNR: {sharpest.name} ({_calls(sharpest)}), {sharpest.psnr.mean:.2f} dB.\n\n"
-        f"Recommended: **{chosen.name}**, {_calls(chosen)} a frame, {findings.share(chosen):.1%} of the reference's"
-    )
-    if chosen is best:
-        return f"{text}; no setting of fewer calls is as near to the truth."
+    """Which setting is the best, how few calls do, and which setting is recommended, in a few sentences."""
+    best, enough, chosen = findings.best, findings.enough, findings.recommended
+    nearest = max(findings.settings, key=lambda setting: setting.psnr.mean)
     return (
-        f"{text}: the fewest with which LPIPS to the truth is not told apart from the best "
-        f"({chosen.behind.mean:+.4f} [{chosen.behind.low:+.4f}, {chosen.behind.high:+.4f}])."
+        f"Nearest to the truth by LPIPS: {best.name} ({_calls(best)}), {best.lpips.mean:.3f}; "
+        f"by PSNR: {nearest.name} ({_calls(nearest)}), {nearest.psnr.mean:.2f} dB.\n\n"
+        f"The fewest calls with which LPIPS is not told apart from the best: {enough.calls} "
+        f"({enough.name}, {_behind(enough, 4)}).\n\n"
+        f"Recommended, the lowest LPIPS of as few calls: **{chosen.name}** ({_calls(chosen)}, "
+        f"{findings.share(chosen):.1%} of the reference's; {_behind(chosen, 4)})."
     )
 
 
@@ -152,9 +155,7 @@ def tables(findings: Findings) -> str:
         groups.setdefault((setting.sampler.scheduler, setting.sampler.steps), {})[setting.sampler.shift] = setting
     measures: dict[str, Callable[[Setting], str]] = {
         "LPIPS to the truth ↓": lambda setting: _plus_minus(setting.lpips, 3),
-        "LPIPS to the truth less the best": lambda setting: (
-            f"{setting.behind.mean:+.3f} [{setting.behind.low:+.3f}, {setting.behind.high:+.3f}]"
-        ),
+        "LPIPS to the truth less the best": lambda setting: _behind(setting, 3),
         "PSNR to the truth ↑": lambda setting: _plus_minus(setting.psnr, 2),
         "LPIPS to the reference ↓": lambda setting: _plus_minus(setting.lpips_to_reference, 3),
     }
@@ -213,6 +214,11 @@ def picture(findings: Findings) -> Figure:
 
 def _plus_minus(estimate: Estimate, digits: int) -> str:
     return f"{estimate.mean:.{digits}f} ± {(estimate.high - estimate.low) / 2:.{digits}f}"
+
+
+def _behind(setting: Setting, digits: int) -> str:
+    one = setting.behind
+    return f"{one.mean:+.{digits}f} [{one.low:+.{digits}f}, {one.high:+.{digits}f}]"
 
 
 def _calls(setting: Setting) -> str:
