@@ -259,7 +259,9 @@ class CDiT(ModelMixin, ConfigMixin):
         if self.config.context_modulation:
             return frames
         rotation = self._rotation(frames.frame_T)
-        keys_values = [block.project_kv(frames.tokens_SMD, rotation) for block in self.blocks]
+        made = [block.project_kv(frames.tokens_SMD, rotation) for block in self.blocks]
+        # Values are half of a projection whose other half, keys before their rotation, would stay with them.
+        keys_values = [KeysValues(*(x.contiguous() for x in kv)) for kv in made]
         return replace(frames, keys_values=keys_values, tokens_SMD=None)
 
     @property

@@ -1,0 +1,48 @@
+"""What all modes share: the config, the device, the stopwatch, and what came of it."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from cdit.benchmark.config import BenchmarkConfig
+from cdit.benchmark.contenders import CONTENDERS, Contender
+from cdit.benchmark.stopwatch import Call, Spread, Stopwatch
+from cdit.benchmark.tables import Cell, Table
+
+
+@dataclass
+class Bench:
+    """A benchmark under way."""
+
+    config: BenchmarkConfig
+    device: torch.device
+    figures: dict[str, Figure] = field(default_factory=dict)
+    """Plots by name."""
+
+    @property
+    def watch(self) -> Stopwatch:
+        """For calls on the device."""
+        return Stopwatch(self.device, self.config.rounds, self.config.min_seconds)
+
+    def contender(self, name: str, **changes: Any) -> Contender:
+        """A contender with new weights, some fields of the config changed."""
+        return CONTENDERS[name](replace(self.config, **changes), self.device)
+
+    def contenders(self, **changes: Any) -> list[Contender]:
+        """All that take part."""
+        return [self.contender(name, **changes) for name in self.config.contenders]
+
+    def compare(self, case: str, alternatives: Mapping[str, Call]) -> dict[str, Cell]:
+        """A row: the case, milliseconds of each alternative, and the ratios of the others to the first."""
+        seconds = self.watch.times(alternatives)
+        first, *others = seconds
+        row: dict[str, Cell] = {"": case}
+        row |= {f"{name} [ms]": float(1000 * np.median(values)) for name, values in seconds.items()}
+        return row | {f"{name} / {first}": Spread.of(seconds[name] / seconds[first]) for name in others}
+
+
+Mode = Callable[[Bench], Iterator[Table]]

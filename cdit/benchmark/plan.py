@@ -1,0 +1,100 @@
+"""Planning: many action sequences tried from one context, as the cross-entropy method does."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from cdit.benchmark.autoencoder import random_autoencoder
+from cdit.benchmark.bench import Bench
+from cdit.benchmark.contenders import Batch, Contender, Ours
+from cdit.benchmark.stopwatch import Spread
+from cdit.benchmark.tables import Cell, Table
+from cdit.codec import AutoencoderCodec, PixelCodec
+from cdit.model import CDiT
+from cdit.model.cdit import EncodedFrames
+
+FEW, MORE = 1, 3
+"""Denoising steps at which rollouts are timed: a rollout of n takes a + b·n, every step doing the same work."""
+
+
+def plan(bench: Bench) -> Iterator[Table]:
+    """Time of all candidates: of the denoising, measured at few steps and for few of them, and of the autoencoder."""
+    config, size = bench.config, bench.config.plan
+    measured = size.measured or (size.candidates if bench.device.type == "cuda" else min(4, size.candidates))
+    contenders = bench.contenders()
+    context = Batch.random(config, bench.device, 1, 1).context
+    actions = torch.randn(1, measured, size.horizon, 3, device=bench.device)
+
+    def rolled(contender: Contender, steps: int) -> None:
+        contender.rollout(PixelCodec(), context, actions, replace(contender.sampler, steps=steps))
+
+    codec = AutoencoderCodec("kl", random_autoencoder(config.codec.blocks, config.channels)).to(bench.device)
+    picture = torch.rand(1, 3, *(side * codec.downscale for side in config.image_size), device=bench.device)
+    latent = codec.encode(picture)
+    seconds = bench.watch.times(
+        {(c.name, n): lambda c=c, n=n: rolled(c, n) for c in contenders for n in (FEW, MORE)}
+        | {"encode": lambda: codec.encode(picture), "decode": lambda: codec.decode(latent)}
+    )
+
+    def denoising(contender: Contender, steps: int) -> np.ndarray:
+        few, more = seconds[contender.name, FEW], seconds[contender.name, MORE]
+        return (few + (more - few) / (MORE - FEW) * (steps - FEW)) * size.candidates / measured
+
+    def coding(contender: Contender) -> np.ndarray:
+        encoded, decoded = config.context_frames, size.candidates  # the context, and what the last frames look like
+        if not isinstance(contender, Ours):  # all past frames of every candidate, and every prediction
+            encoded, decoded = encoded * size.candidates * size.horizon, decoded * size.horizon
+        return encoded * seconds["encode"] + decoded * seconds["decode"]
+
+    first = contenders[0]
+    fastest = denoising(first, first.sampler.steps)
+    whole = fastest + coding(first)
+    rows: list[dict[str, Cell]] = []
+    for c in contenders:
+        own, equal = denoising(c, c.sampler.steps), denoising(c, first.sampler.steps)
+        rows.append({
+            "": c.name,
+            "steps": c.sampler.steps,
+            "denoising [s]": float(np.median(own)),
+            "/ that of the first": Spread.of(own / fastest),
+            f"in {first.sampler.steps} steps [s]": float(np.median(equal)),
+            "/ that of the first ": Spread.of(equal / fastest),
+            "autoencoder [s]": float(np.median(coding(c))),
+            "candidates/s": float(size.candidates / np.median(own + coding(c))),
+            "all / that of the first": Spread.of((own + coding(c)) / whole),
+        })  # fmt: skip
+    note = (
+        f"Denoising was run whole for {measured} of {size.candidates} candidates, with {FEW} and {MORE} steps a "
+        "frame: other numbers of steps and candidates are in proportion. The autoencoder was run for one frame."
+    )
+    yield Table(f"Planning: {size.candidates} candidates of {size.horizon} frames from one context", rows, note)
+    if any(c.name == "ours" for c in contenders):
+        yield memory(bench)
+
+
+@torch.no_grad()
+def memory(bench: Bench) -> Table:
+    """Keys and values held for candidates that have each predicted a frame: of the real frames, and of their own."""
+    config = bench.config
+    cdit: CDiT = bench.contender("ours").network.eval()
+    past = cdit.encode_context(Batch.random(config, bench.device, 1, 1).context)
+    rows: list[dict[str, Cell]] = []
+    for candidates in sorted({2, max(2, config.plan.candidates // 10), max(2, config.plan.candidates)}):
+        own = torch.randn(candidates, config.channels, *config.image_size, device=bench.device)
+        real, *predicted = cdit.push_context(past, own).parts
+        rows.append({
+            "candidates": str(candidates),
+            "of real frames [MB]": stored([real]) / 1e6,
+            "of predicted frames [MB]": stored(predicted) / 1e6,
+            "a copy of the real ones for each [MB]": candidates * stored([real]) / 1e6,
+        })  # fmt: skip
+    return Table(f"Keys and values of {config.context_frames} past frames, in float32, after one predicted frame", rows)
+
+
+def stored(parts: list[EncodedFrames]) -> int:
+    """Bytes of memory behind keys and values, what is shared counted once."""
+    tensors = [x for part in parts for keys_values in part.keys_values for x in keys_values]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}
+    return sum(storages.values())

@@ -1,0 +1,75 @@
+"""That each mode prints its tables and leaves its files; what they say depends on the machine."""
+
+import json
+import re
+
+import pytest
+from PIL import Image
+
+from cdit.benchmark.__main__ import MODES, main
+from cdit.errors import UserError
+
+SMALL = [
+    "--device=cpu", "--rounds=2", "--min_seconds=0", "--image_size=[8, 8]", "--channels=3", "--batch_size=1",
+    "--goals=2", "--steps=[1, 2]", "--context_frames=2", "--model.patch_size=4", "--model.hidden_size=16",
+    "--model.depth=1", "--model.num_heads=2", "--codec.blocks=[32, 32]", "--data.recorded_size=[24, 32]",
+    "--data.frames=12", "--data.batches=2", "--data.workers=[0, 1]", "--scale.past_frames=[1, 2, 3]",
+    "--scale.sides=[4, 8]", "--scale.batches=[1, 2]", "--scale.candidates=[1, 2]", "--checkpoint_every=1",
+]  # fmt: skip
+TABLES = {
+    "train": 1, "sample": 3, "rollout": 1, "plan": 2, "data": 1, "scale": 5, "attention": 1, "context": 3,
+    "checkpoints": 1, "probes": 1, "latents": 1,
+}  # fmt: skip
+
+
+def test_every_mode_is_known():
+    assert set(TABLES) == set(MODES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", TABLES)
+def test_each_mode_prints_its_tables(mode, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("sys.argv", ["cdit.benchmark", mode, *SMALL, f"--out={tmp_path / 'out'}"])
+    main()
+    printed = capsys.readouterr().out
+    machine, *lines = printed.splitlines()
+    assert re.search(r"threads, torch \d+\.\d+", machine)
+    tables = [block.splitlines() for block in "\n".join(lines).split("\n\n") if block.lstrip().startswith("|")]
+    assert len(tables) == sum(line.startswith("### ") for line in lines) == TABLES[mode]
+    for header, _, *rows in tables:
+        assert rows
+        assert {row.count("|") for row in rows} == {header.count("|")}
+    assert (tmp_path / "out" / "tables.md").read_text().rstrip() == printed.rstrip()
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [len(table["rows"]) for table in results["tables"]] == [len(table) - 2 for table in tables]
+    for plot in (tmp_path / "out").glob("*.png"):
+        assert min(Image.open(plot).size) > 300
+    assert len(list((tmp_path / "out").glob("*.png"))) == (4 if mode == "scale" else 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["speed"], r"'speed': expected one of train, .*, latents"),
+        (["train", "--rounds=0"], "rounds is 0"),
+        (["sample", "--steps=[]"], r"steps is \[\]"),
+        (["scale", "--scale.past_frames=[1, 2]"], "scale.past_frames"),
+        (["plan", "--plan.candidates=0"], "plan.candidates is 0"),
+        (["probes", "--channels=4", "--device=cpu"], "channels is 4"),
+    ],
+)
+def test_what_cannot_be_is_refused(arguments, message, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["cdit.benchmark", *arguments])
+    with pytest.raises(UserError, match=message):
+        main()
+
+
+def test_real_frames_are_held_once_for_all_candidates(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["cdit.benchmark", "plan", *SMALL, f"--out={tmp_path}", "--contenders=[ours]"])
+    main()
+    rows = json.loads((tmp_path / "results.json").read_text())["tables"][1]["rows"]
+    assert [row["candidates"] for row in rows] == ["2", "12", "120"]
+    real, predicted = ([row[f"of {whose} frames [MB]"] for row in rows] for whose in ("real", "predicted"))
+    keys_values = 2 * 4 * 16 * 4 / 1e6  # K and V of 4 patches, 16 wide, float32, of each frame
+    assert real == [2 * keys_values] * 3
+    assert predicted == pytest.approx([n * keys_values for n in (2, 12, 120)])
