@@ -208,7 +208,7 @@ def picture(findings: Findings) -> Figure:
         side.set_xticks(ticks, [str(tick) for tick in ticks])
         side.set(xlabel="network calls for a frame", title=title)
         side.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, handlelength=3.5)
     return figure
 
 
