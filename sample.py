@@ -78,6 +78,8 @@ class SampleConfig:
     """Also write where each head looks while the first frame is predicted, to OUT/attention (see cdit.inspect)."""
     inspect: AttentionConfig = field(default_factory=AttentionConfig)
     """With attention: what of it."""
+    compile: bool = False
+    """Whether to compile the network, which takes a while and pays where much is sampled."""
     seed: int = 0
     """Of the noise; the same seed gives the same files."""
     device: str = "auto"
@@ -109,7 +111,7 @@ class Scenes:
 def main() -> None:
     """Reads contexts and actions, predicts, draws."""
     title, _, results = __doc__.split("\n\n")
-    config = parse_config(SampleConfig, f"{title} {results}", argv=bare_flags(sys.argv[1:], "--attention"))
+    config = parse_config(SampleConfig, f"{title} {results}", argv=bare_flags(sys.argv[1:], "--attention", "--compile"))
     check(config)
     world = load_world(config.checkpoint, config.device)
     if config.attention:
@@ -121,6 +123,8 @@ def main() -> None:
         raise UserError(f"{config.checkpoint} was trained without actions: leave actions out")
     scenes = scenes_of_image(config, world) if config.image else scenes_of_dataset(config, world)
     horizons = [h for h in config.horizons if h <= scenes.length]
+    if config.compile:
+        world.compile()
 
     with finished_folder(Path(config.out)) as folder:
         rollout = predict_rollout(world, scenes, config.seed)

@@ -26,6 +26,7 @@ from cdit.weights import weight_shapes
 
 DESCRIPTION = "world_model.json"
 VERSION = 1
+RECOMPILE_LIMIT = 64
 
 
 @dataclass
@@ -169,7 +170,9 @@ class WorldModel(nn.Module):
 
         def network(*args: Tensor | ContextCache | None, **kwargs: Tensor | None) -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
-            return forward(*args, **kwargs).clone()  # the next call's graph writes to the same memory
+            # Rollouts change shapes until the window has slid, and more so with masks, guidance and other goals.
+            with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                return forward(*args, **kwargs).clone()  # the next call's graph writes to the same memory
 
         self._compiled = network
 

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from cdit.attention import KeysValues, attention_weights, scaled_dot_product_attention
+from cdit.attention import (
+    KeysValues,
+    Part,
+    attention_weights,
+    concatenated,
+    joint_attention,
+    scaled_dot_product_attention,
+)
 from cdit.codec import PixelCodec
 from cdit.diffusion import SamplerConfig
 from cdit.inspection.recording import record_attention
@@ -36,6 +43,47 @@ def test_fused_kernels_agree_with_the_weights_on_masked_rows(dtype: torch.dtype,
     assert torch.equal(out[0], torch.zeros_like(out[0]))
     out.float().sum().backward()
     assert q.grad.isfinite().all()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("width", [32, 20])  # of the fused kernel, and of none
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.float16, 5e-3), (torch.bfloat16, 3e-2)])
+def test_keys_in_parts_agree_with_their_concatenation(dtype: torch.dtype, tolerance: float, width: int):
+    """33 queries and 45, 7 and 1 keys, no multiples of any block; masked ones, a row with none, and one of NaN."""
+    generator = torch.Generator("cuda").manual_seed(0)
+
+    def draw(rows: int, tokens: int) -> torch.Tensor:
+        return torch.randn(rows, 4, tokens, width, generator=generator, device="cuda").to(dtype)
+
+    q, parts = draw(6, 33), [Part(KeysValues(draw(n, m), draw(n, m))) for n, m in ((2, 45), (6, 7), (1, 1))]
+    mask = torch.rand(2, 1, 1, 45, generator=generator, device="cuda") > 0.5
+    mask[1], mask[0, ..., 3] = False, False
+    parts[0] = Part(parts[0].kv, mask)
+    kv, joint_mask = concatenated(parts)
+    expected = attention_weights(q, kv.k_BHMK, joint_mask) @ kv.v_BHMK.float()
+    parts[0].kv.k_BHMK[0, :, 3] = torch.nan
+    out = joint_attention(q, parts)
+    assert out.dtype == dtype
+    assert (out.float() - expected).abs().max() < tolerance
+    with torch.enable_grad():  # by two products
+        assert (joint_attention(q, parts).float() - expected).abs().max() < tolerance
+
+
+@torch.no_grad()
+def test_candidates_rolled_out_agree_with_the_cpu_and_compiled():
+    world = randomised_world()
+    context, actions = torch.rand(2, 4, 3, 32, 32) * 2 - 1, torch.randn(2, 3, 6, 3)
+    mask = torch.tensor([[False, True, True, True], [True] * 4])
+
+    def rollout(device: str) -> torch.Tensor:
+        world.to(device)
+        inputs = (x.to(device) for x in (context, actions, mask))
+        return world.rollout(*inputs, sampler=SamplerConfig(steps=2), generator=torch.Generator().manual_seed(0)).cpu()
+
+    expected = rollout("cpu")
+    assert (rollout("cuda") - expected).abs().max() < 2e-2
+    world.compile()
+    assert (rollout("cuda") - expected).abs().max() < 2e-2
 
 
 def test_predictions_agree_with_the_cpu():

@@ -119,6 +119,18 @@ def test_one_image_and_actions(place: Path, sample, checkpoint: str, history: st
     assert frame_count(place / out / "00_view.mp4") == (1 if history == "missing" else 3) + 3
 
 
+def test_the_network_is_compiled_when_asked(sample, monkeypatch: pytest.MonkeyPatch):
+    """The flag reaches the world model; what compiling does is tested there."""
+    compiled = []
+    monkeypatch.setattr(WorldModel, "compile", lambda world: compiled.append(world))
+    arguments = [*WALKS, "--samples", "1", "--length", "2", "--horizons", "[]"]
+    assert sample(*arguments, "--out", "plain").returncode == 0
+    assert not compiled
+    for flag in (["--compile"], ["--compile", "true"]):
+        assert sample(*arguments, *flag, "--out", "compiled").returncode == 0
+    assert len(compiled) == 2
+
+
 def test_given_actions_take_their_step_from_the_dataset(place: Path, sample):
     done = sample("--checkpoint", "world", "--data", "walks", "--actions", "forward*20", "--out", "given")
     assert done.returncode == 0, done.stderr

@@ -383,6 +383,54 @@ def test_a_rollout_tells_each_context_its_own_spacing_and_the_time_of_a_step(dia
     torch.testing.assert_close(calls[0].args[2][..., 1], actions[:, :, 0, 1] / 0.25 * 3)
 
 
+# --- compiled ---
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.slow
+@pytest.mark.parametrize(("dialect", "guidance"), [("native", 2.5), ("modulated", 1.0), ("nwm", 1.0)])
+def test_a_compiled_world_predicts_the_same(dialect, guidance, monkeypatch):
+    """Through every shape of a rollout; traced only, to be fast, and whole, as breaks in the graph are errors."""
+    world, (context, actions, seconds) = build(dialect), inputs()
+    plans = torch.randn(2, 3, 5, 3, generator=seeded(3))
+    mask = torch.tensor([[True] * 3, [False, False, True]])
+    sampler = SamplerConfig(steps=2, guidance=guidance)
+
+    def everything() -> list[torch.Tensor]:
+        return [
+            world.predict(context, actions, seconds, sampler=sampler, generator=seeded()),
+            world.rollout(context, plans, mask, sampler=sampler, generator=seeded()),
+        ]
+
+    expected = everything()
+    graphs, outputs = [], []
+
+    def backend(graph: torch.fx.GraphModule, _):
+        """Writes every output to the same memory, as CUDA graphs do."""
+        graphs.append(graph)
+        kept: dict[tuple, torch.Tensor] = {}
+
+        def call(*args: torch.Tensor) -> list[torch.Tensor]:
+            (out,) = graph(*args)
+            outputs.append(kept.setdefault(out.shape, torch.empty_like(out)).copy_(out))
+            return [outputs[-1]]
+
+        return call
+
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, mode, **kw: compile_(*args, backend=backend, **kw))
+    torch._dynamo.reset()
+    names = list(world.state_dict())
+    world.compile()
+    assert list(world.state_dict()) == names
+    with spied(world.cdit) as bare:
+        found = everything()
+    assert not bare
+    assert len(graphs) < len(outputs) / 2
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+    torch._dynamo.reset()
+
+
 # --- files ---
 
 
