@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import cdit.attention
 from cdit.errors import UserError
@@ -43,11 +44,18 @@ def kept_bytes(cdit: CDiT, contexts: int, goals: int, frames: int) -> int:
     known = {p.untyped_storage().data_ptr() for p in cdit.parameters()}
     kept: dict[int, Tensor] = {}
 
-    def pack(x: Tensor) -> Tensor:
+    def pack(x: Tensor) -> None:  # nothing is unpacked; a tensor kept by its own graph would never be freed
         if x.untyped_storage().data_ptr() not in known:
             kept[x.untyped_storage().data_ptr()] = x
-        return x
 
+    def keep_inputs(_: object, inputs: tuple) -> None:
+        for x in tree_leaves(inputs):
+            if isinstance(x, Tensor):
+                pack(x)
+
+    if cdit.gradient_checkpointing:  # a block's inputs, also those in lists, are kept for it to be run again
+        for block in cdit.blocks:
+            block.register_forward_pre_hook(keep_inputs)
     sample, context = torch.randn(contexts, goals, 4, 28, 28), torch.randn(contexts, frames, 4, 28, 28)
     scalar = torch.rand(contexts, goals)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
