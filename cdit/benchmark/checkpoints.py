@@ -20,11 +20,7 @@ def checkpoints(bench: Bench) -> Iterator[Table]:
     config, ours = bench.config, bench.contender("ours")
     accelerator = Accelerator(cpu=bench.device.type == "cpu", mixed_precision="no")
     step = ours.training_step(Batch.random(config, bench.device, config.batch_size, config.goals))
-    optimizer, ema = ours.optimizer()[0], EMA(ours.network, EMAConfig())
-    for p in ours.network.parameters():  # moments, for the file to hold
-        p.grad = p.detach().clone()
-    optimizer.step()
-    optimizer.zero_grad()
+    optimizer, ema = ours.optimizer[0], EMA(ours.network, EMAConfig())
     with TemporaryDirectory() as folder, ExitStack() as stack:
 
         def with_checkpoint(background: bool) -> Callable[[], None]:

@@ -7,6 +7,7 @@ from cdit.errors import UserError
 from cdit.model import ModelConfig
 
 ContenderName = Literal["ours", "ours-nwm", "NWM-as-published", "DiT-concat"]
+Precision = Literal["no", "bf16"]
 
 
 @dataclass
@@ -73,7 +74,7 @@ class BenchmarkConfig:
         default_factory=lambda: ["ours", "ours-nwm", "NWM-as-published", "DiT-concat"]
     )
     """Who takes part. All that do are in memory at the same time; ratios are to the first."""
-    mixed_precision: Literal["no", "bf16"] = "bf16"
+    mixed_precision: Precision = "bf16"
     """What products are computed in; weights are float32."""
     compile: bool = False
     """Whether to compile our networks, which takes a while. The peers are run as published."""

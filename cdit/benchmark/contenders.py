@@ -4,12 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from cdit.benchmark.config import BenchmarkConfig, ContenderName
+from cdit.benchmark.config import BenchmarkConfig, ContenderName, Precision
 from cdit.benchmark.peers import ConcatDiT, PublishedCDiT
 from cdit.codec import Codec, PixelCodec
 from cdit.diffusion import DDPM, DDPMConfig, Flow, FlowConfig, SamplerConfig
@@ -19,6 +20,8 @@ from cdit.training.ema import EMA
 from cdit.training.setup import build_optimizer
 from cdit.world_model import WorldDescription, WorldModel
 
+PIXELS = PixelCodec()
+"""Takes what is denoised for frames as they are."""
 PUBLISHED = SamplerConfig("ddpm", 250)
 NWM = {"position": "learned", "context_modulation": True, "extra_kv": True, "init": "published"}
 """What makes the published network of ours."""
@@ -77,7 +80,7 @@ class Contender(ABC):
         """The network's output (B, G, C', H, W) for noisy frames (B, G, C, H, W) at timesteps (B, G)."""
 
     @abstractmethod
-    def optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
+    def build_optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
         """The optimizer, and what takes its step into the average of the weights."""
 
     @abstractmethod
@@ -88,21 +91,26 @@ class Contender(ABC):
     def rollout(self, codec: Codec, frames: Tensor, actions: Tensor, sampler: SamplerConfig) -> Tensor:
         """Frames (B, G, L, …) of G action sequences (B, G, L, 3), from past frames (B, T, …) that the codec encodes."""
 
-    def autocast(self) -> torch.autocast | nullcontext:
-        """The config's precision."""
-        wanted = self.config.mixed_precision == "bf16"
+    @cached_property
+    def optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
+        """What `build_optimizer` made, once."""
+        return self.build_optimizer()
+
+    def autocast(self, precision: Precision | None = None) -> torch.autocast | nullcontext:
+        """A precision, by default the config's."""
+        wanted = (precision or self.config.mixed_precision) == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16) if wanted else nullcontext()
 
-    def training_step(self, batch: Batch) -> Callable[[], None]:
+    def training_step(self, batch: Batch, precision: Precision | None = None) -> Callable[[], None]:
         """A step: loss, gradients, their norm clipped, the optimizer, the average of the weights."""
-        optimizer, average = self.optimizer()
+        optimizer, average = self.optimizer
         generator = torch.Generator(self.device).manual_seed(0)
         self.network.train()
 
         def step() -> None:
             noise = torch.randn_like(batch.clean)
             time = self.objective.draw_time(batch.clean.shape[:2], generator)
-            with self.autocast():
+            with self.autocast(precision):
                 noisy = self.objective.add_noise(batch.clean, noise, time)
                 prediction = self.predict(noisy, self.objective.timestep(time), batch)
             self.objective.loss(prediction, batch.clean, noise, time).mean().backward()
@@ -120,6 +128,8 @@ class Ours(Contender):
     name = "ours"
     sampler = SamplerConfig()
     dialect: ClassVar[dict[str, object]] = {}
+    compiling = False
+    """Whether `predict` runs the compiled network."""
 
     def build(self) -> tuple[nn.Module, Flow | DDPM]:
         """A CDiT of the config, and `make_objective`."""
@@ -131,8 +141,6 @@ class Ours(Contender):
             learn_variance=objective.learn_variance,
             **replace(config.model, **self.dialect).arguments(),
         )
-        if config.compile:
-            cdit.compile()
         return cdit, objective
 
     def make_objective(self) -> Flow | DDPM:
@@ -141,23 +149,38 @@ class Ours(Contender):
 
     def predict(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         """All goals of a context at once, with the context encoded once."""
-        return self.network(noisy, timestep, batch.action, batch.time_shift, batch.context)
+        network = self.compiled if self.compiling else self.network
+        return network(noisy, timestep, batch.action, batch.time_shift, batch.context)
 
-    def optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
+    @cached_property
+    def compiled(self) -> nn.Module:
+        """The network, compiled for training."""
+        return torch.compile(self.network, fullgraph=True)
+
+    def build_optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
         """As `train.py` has them."""
         optimizer, _ = build_optimizer(self.network, OptimizerConfig(warmup_steps=0), steps=1)
         return optimizer, EMA(self.network, EMAConfig()).step
 
     def world(self, codec: Codec) -> WorldModel:
-        """The network with what makes frames of its output."""
-        size = tuple(side * codec.downscale for side in self.config.image_size)
-        name = "flow" if isinstance(self.objective, Flow) else "ddpm"
-        return WorldModel(self.network, codec, WorldDescription(size, fps=4.0, objective=name)).eval()
+        """The network with what makes frames of its output, one for each codec; compiled if the config says so."""
+        if codec not in self._worlds:
+            size = tuple(side * codec.downscale for side in self.config.image_size)
+            name = "flow" if isinstance(self.objective, Flow) else "ddpm"
+            world = WorldModel(self.network, codec, WorldDescription(size, fps=4.0, objective=name))
+            if self.config.compile:
+                world.compile()
+            self._worlds[codec] = world
+        return self._worlds[codec].eval()
+
+    @cached_property
+    def _worlds(self) -> dict[Codec, WorldModel]:
+        return {}
 
     def sample(self, batch: Batch, sampler: SamplerConfig) -> Tensor:
         """By `WorldModel.predict`."""
         with self.autocast():
-            return self.world(PixelCodec()).predict(batch.context, batch.action, batch.time_shift, sampler=sampler)
+            return self.world(PIXELS).predict(batch.context, batch.action, batch.time_shift, sampler=sampler)
 
     def rollout(self, codec: Codec, frames: Tensor, actions: Tensor, sampler: SamplerConfig) -> Tensor:
         """By `WorldModel.rollout`."""
@@ -204,7 +227,7 @@ class Published(Contender):
         flat = (x.flatten(0, 1) for x in (noisy, timestep, batch.action, batch.time_shift))
         return self.network(*flat, batch.context.repeat_interleave(goals, 0)).unflatten(0, noisy.shape[:2])
 
-    def optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
+    def build_optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
         """AdamW and an average, parameter by parameter."""
         parameters = list(self.network.parameters())
         shadow = [p.detach().clone() for p in parameters]

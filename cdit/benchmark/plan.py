@@ -8,10 +8,10 @@ import torch
 
 from cdit.benchmark.autoencoder import random_autoencoder
 from cdit.benchmark.bench import Bench
-from cdit.benchmark.contenders import Batch, Contender, Ours
+from cdit.benchmark.contenders import PIXELS, Batch, Contender, Ours
 from cdit.benchmark.stopwatch import Spread
 from cdit.benchmark.tables import Cell, Table
-from cdit.codec import AutoencoderCodec, PixelCodec
+from cdit.codec import AutoencoderCodec
 from cdit.model import CDiT
 from cdit.model.cdit import EncodedFrames
 
@@ -28,7 +28,7 @@ def plan(bench: Bench) -> Iterator[Table]:
     actions = torch.randn(1, measured, size.horizon, 3, device=bench.device)
 
     def rolled(contender: Contender, steps: int) -> None:
-        contender.rollout(PixelCodec(), context, actions, replace(contender.sampler, steps=steps))
+        contender.rollout(PIXELS, context, actions, replace(contender.sampler, steps=steps))
 
     codec = AutoencoderCodec("kl", random_autoencoder(config.codec.blocks, config.channels)).to(bench.device)
     picture = torch.rand(1, 3, *(side * codec.downscale for side in config.image_size), device=bench.device)

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 
 from cdit.benchmark.bench import Bench
-from cdit.benchmark.contenders import Batch
+from cdit.benchmark.contenders import PIXELS, Batch
 from cdit.benchmark.stopwatch import Spread
 from cdit.benchmark.tables import Cell, Table
-from cdit.codec import PixelCodec
 from cdit.errors import UserError
 from cdit.inspection.probe import AttentionConfig, inspect_attention
 
@@ -25,7 +24,7 @@ def probes(bench: Bench) -> Iterator[Table]:
     if config.channels != 3:
         raise UserError(f"channels is {config.channels}, expected 3: probes draw pixels")
     ours = bench.contender("ours", mixed_precision="no")
-    world = ours.world(PixelCodec())
+    world = ours.world(PIXELS)
     samples, goals = attention.samples, config.goals
     batch = {
         "context": torch.randint(256, (samples, config.context_frames, 3, *config.image_size), dtype=torch.uint8),
