@@ -224,6 +224,7 @@ class WorldModel(nn.Module):
         generator: torch.Generator | None = None,
         progress: bool = False,
         reencode: bool = False,
+        last_only: bool = False,
     ) -> Tensor:
         """Predicts frame by frame, each prediction joining the past frames: (B, G, L, 3, H, W).
 
@@ -242,6 +243,7 @@ class WorldModel(nn.Module):
             progress: whether to show a progress bar over the L steps.
             reencode: whether predictions join the past as frames that are encoded again, as in the published protocol.
                 By default what was sampled joins it as it is, unless it is pixels, which are clipped to [-1, 1].
+            last_only: whether only the last frames are decoded and returned, (B, G, 1, 3, H, W): what a planner looks at.
         """
         batch, candidates = (len(context), 1) if actions is None else actions.shape[:2]
         length = length if actions is None else actions.shape[2]
@@ -262,8 +264,9 @@ class WorldModel(nn.Module):
             action, known = (x if x is None else x[:, :, step] for x in (actions, action_mask))
             conditions = self._normalized(action, time_shift, known, spacing)
             sampled = self._sample(cache, *conditions, sampler, generator, progress=False)
-            frames.append(self.codec.decode(sampled))
-        return torch.stack(frames, dim=2)
+            if reencode or not last_only or step == length - 1:
+                frames.append(self.codec.decode(sampled))
+        return torch.stack(frames[-1:] if last_only else frames, dim=2)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Writes what `from_pretrained` reads: world_model.json, cdit/ and, for an autoencoder, codec/.

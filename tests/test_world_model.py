@@ -351,6 +351,19 @@ def test_a_rollout_encodes_its_context_once_and_its_own_frames_only_when_asked(d
     assert encoded == [6, 6, 6, 6]  # then the frames of 6 candidates, of which the last join no past
 
 
+@pytest.mark.parametrize("reencode", [False, True])
+@pytest.mark.parametrize("dialect", ["native", "nwm"])
+def test_a_rollout_decodes_the_last_frame_only_when_asked(dialect, reencode, monkeypatch):
+    world, (context, _, _) = build(dialect, kl_codec()), inputs()
+    actions = torch.randn(2, 3, 4, 3, generator=seeded(3))
+    whole = world.rollout(context, actions, generator=seeded(), reencode=reencode)
+    decoded, decode = [], world.codec.autoencoder.decode
+    monkeypatch.setattr(world.codec.autoencoder, "decode", lambda x: decoded.append(len(x)) or decode(x))
+    last = world.rollout(context, actions, generator=seeded(), reencode=reencode, last_only=True)
+    assert torch.equal(last, whole[:, :, -1:])
+    assert decoded == [6] * (4 if reencode else 1)
+
+
 @pytest.mark.parametrize("dialect", ["native", "nwm"])
 def test_pixels_join_the_past_clipped_either_way(dialect):
     world, (context, _, _) = build(dialect), inputs()

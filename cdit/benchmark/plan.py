@@ -43,7 +43,7 @@ def plan(bench: Bench) -> Iterator[Table]:
         return (few + (more - few) / (MORE - FEW) * (steps - FEW)) * size.candidates / measured
 
     def coding(contender: Contender) -> np.ndarray:
-        encoded, decoded = config.context_frames, size.candidates  # the context, and what the last frames look like
+        encoded, decoded = config.context_frames, size.candidates  # the context; the last frames (rollout's last_only)
         if not isinstance(contender, Ours):  # all past frames of every candidate, and every prediction
             encoded, decoded = encoded * size.candidates * size.horizon, decoded * size.horizon
         return encoded * seconds["encode"] + decoded * seconds["decode"]
