@@ -243,7 +243,7 @@ class WorldModel(nn.Module):
             progress: whether to show a progress bar over the L steps.
             reencode: whether predictions join the past as frames that are encoded again, as in the published protocol.
                 By default what was sampled joins it as it is, unless it is pixels, which are clipped to [-1, 1].
-            last_only: whether only the last frames are decoded and returned, (B, G, 1, 3, H, W): what a planner looks at.
+            last_only: whether only the last frames are decoded and returned, (B, G, 1, 3, H, W), as planners want them.
         """
         batch, candidates = (len(context), 1) if actions is None else actions.shape[:2]
         length = length if actions is None else actions.shape[2]
