@@ -1,6 +1,5 @@
 """Trains a CDiT world model: `accelerate launch train.py --config configs/quickstart.yaml`."""
 
-import os
 import sys
 import time
 from dataclasses import replace
@@ -27,6 +26,7 @@ from cdit.training.failures import explained
 from cdit.training.probes import Probes
 from cdit.training.processes import Processes, on_main
 from cdit.training.setup import (
+    available_cpus,
     build_accelerator,
     build_optimizer,
     build_world,
@@ -62,7 +62,7 @@ def train(config: TrainConfig, signals: StopSignals) -> None:
     processes = Processes(accelerator, timedelta(minutes=config.timeout_minutes))
     accelerator.gradient_accumulation_steps = micro_batches(config, accelerator.num_processes)
     if accelerator.device.type == "cpu":  # the launcher leaves each process one thread
-        torch.set_num_threads(max(1, os.cpu_count() // accelerator.num_processes))
+        torch.set_num_threads(max(1, available_cpus() // accelerator.num_processes))
     resume_from = on_main(accelerator, lambda: find_resume(config))
 
     # Data: recorded where missing, then windows of past frames and goals.

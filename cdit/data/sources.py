@@ -46,9 +46,11 @@ class WindowInfo:
 
 
 def read_sources(
-    sources: Sequence[Source], split: str, min_frames: int, cache: ShardCache
+    sources: Sequence[Source], split: str, min_frames: int, cache: ShardCache, may_lack: bool = False
 ) -> tuple[list[Trajectory | ShardTrajectory], list[float], WindowInfo]:
     """The trajectories of a split that have at least `min_frames`, dataset after dataset; says how many have not.
+
+    With `may_lack`, frames may be missing from a folder where poses say how many there are.
 
     Returns:
         The trajectories; the spacing of each one's dataset in metres; and what all have in common.
@@ -58,22 +60,24 @@ def read_sources(
     """
     trajectories, spacings, infos = [], [], []
     for source in sources:
-        found, info = _read(source, split, min_frames, cache)
+        found, info = _read(source, split, min_frames, cache, may_lack)
         trajectories += found
         spacings += [info.spacing] * len(found)
         infos.append(info)
     return trajectories, spacings, _merge(infos, sources)
 
 
-def read_trajectories(source: Source, split: str) -> list[Trajectory]:
-    """All trajectories of a split of one dataset in a folder.
+def read_trajectories(source: Source, split: str, may_lack: bool = False) -> list[Trajectory]:
+    """All trajectories of a split of one dataset in a folder; `may_lack` as of `read_split`.
 
     Raises:
         DataError: it has problems, which the message lists.
     """
     if is_sharded(source.folder):
         raise DataError(f"{source.folder}: holds shards; expected the dataset's folder that they were made of")
-    trajectories, problems = read_split(source.folder, split, source.splits, follow_links=source.follow_links)
+    trajectories, problems = read_split(
+        source.folder, split, source.splits, follow_links=source.follow_links, may_lack=may_lack
+    )
     if problems:
         lines = problems[:LISTED_PROBLEMS]
         if len(problems) > len(lines):
@@ -83,14 +87,14 @@ def read_trajectories(source: Source, split: str) -> list[Trajectory]:
 
 
 def _read(
-    source: Source, split: str, min_frames: int, cache: ShardCache
+    source: Source, split: str, min_frames: int, cache: ShardCache, may_lack: bool
 ) -> tuple[list[Trajectory | ShardTrajectory], WindowInfo]:
     """The trajectories of a dataset that are long enough for a window; says on stderr how many are not."""
     if is_sharded(source.folder):
         shards = Shards(source.folder, cache)
         trajectories, info = shards.trajectories(split), shards.info
     else:
-        trajectories = read_trajectories(source, split)
+        trajectories = read_trajectories(source, split, may_lack)
         info = DatasetInfo.load(source.folder) or DatasetInfo(name=source.folder)
     long_enough = [trajectory for trajectory in trajectories if len(trajectory) >= min_frames]
     if not long_enough:

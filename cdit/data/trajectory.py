@@ -69,6 +69,7 @@ def read_split(
     split_folder: Path | str | None = None,
     min_frames: int = 2,
     follow_links: bool = False,
+    may_lack: bool = False,
 ) -> tuple[list[Trajectory], list[str]]:
     """Reads the trajectories of a split; frames are listed, not decoded.
 
@@ -78,6 +79,7 @@ def read_split(
         split_folder: what holds `<split>/traj_names.txt`, where that is not `<folder>/splits`.
         min_frames: trajectories with fewer frames are a problem.
         follow_links: whether links within the dataset may lead out of its folder; else those are problems.
+        may_lack: whether frames may be missing where poses say how many there are: they fail when they are read.
 
     Returns:
         The trajectories without a problem, in the order of the split file; and the problems, one line each.
@@ -111,7 +113,7 @@ def read_split(
         if not follow_links and (leading_out := _links_out(folder / name, folder)):
             problems.append(leading_out)
             continue
-        trajectory, found = _read_trajectory(folder / name, name, has_poses, min_frames)
+        trajectory, found = _read_trajectory(folder / name, name, has_poses, min_frames, may_lack)
         problems += found
         if trajectory is not None:
             trajectories.append(trajectory)
@@ -131,33 +133,45 @@ def _links_out(trajectory: Path, dataset: Path) -> str | None:
     return None
 
 
-def _read_trajectory(folder: Path, name: str, has_poses: bool, min_frames: int) -> tuple[Trajectory | None, list[str]]:
-    files, length, problems = _frame_files(folder)
-    if length < min_frames:
-        problems.append(f"{folder}: {length} frames, too few for a window, which takes {min_frames}")
+def _read_trajectory(
+    folder: Path, name: str, has_poses: bool, min_frames: int, may_lack: bool
+) -> tuple[Trajectory | None, list[str]]:
+    files, problems = _frame_files(folder)
+    length = max(files, default=-1) + 1  # of which no list is made: a file's name can have any number
+    pose_problems = []
     position = yaw = None
     if has_poses:
         try:
             position, yaw = _read_poses(folder / POSES)
         except DataError as error:
-            problems.append(str(error))
+            pose_problems.append(str(error))
         else:
+            if may_lack and files:
+                length = max(length, len(position))
             if len(position) != length:
-                problems.append(f"{folder}: {length} frames, but {len(position)} poses in {POSES}")
+                pose_problems.append(f"{folder}: {length} frames, but {len(position)} poses in {POSES}")
             largest = np.maximum(np.abs(position).max(axis=1), np.abs(yaw))
             broken = np.flatnonzero(~(largest <= MAX_POSE))
             if len(broken):
-                problems.append(
+                pose_problems.append(
                     f"{folder / POSES}: {len(broken)} poses are not finite, or beyond {MAX_POSE:g} metres or radians, "
                     f"the first at frame {broken[0]}"
                 )
-    if problems:
-        return None, problems
-    return Trajectory(name, folder, np.array(files), position, yaw), []
+    missing = length - len(files)
+    if missing and not (may_lack and position is not None):
+        first = next(time for time in range(length) if time not in files)
+        problems.append(f"{folder}: {missing} of {length} frames missing, the first is frame {first}")
+    if length < min_frames:
+        problems.append(f"{folder}: {length} frames, too few for a window, which takes {min_frames}")
+    if problems or pose_problems:
+        return None, problems + pose_problems
+    kind = Path(next(iter(files.values()))).suffix
+    names = np.array([files.get(time, f"{time}{kind}") for time in range(length)])
+    return Trajectory(name, folder, names, position, yaw), []
 
 
-def _frame_files(folder: Path) -> tuple[list[str], int, list[str]]:
-    """The files of the frames in time order, how many there should be by their numbers, and what is wrong with them."""
+def _frame_files(folder: Path) -> tuple[dict[int, str], list[str]]:
+    """The files of the frames by their numbers, and what is wrong with them."""
     found: dict[int, str] = {}
     problems = []
     for file in sorted(os.listdir(folder)):
@@ -166,11 +180,7 @@ def _frame_files(folder: Path) -> tuple[list[str], int, list[str]]:
             if time in found:
                 problems.append(f"{folder}: frame {time} is there twice, as {found[time]} and {file}")
             found[time] = file
-    length = max(found, default=-1) + 1  # of which no list is made: a file's name can have any number
-    if missing := length - len(found):
-        first = next(time for time in range(length) if time not in found)
-        problems.append(f"{folder}: {missing} of {length} frames missing, the first is frame {first}")
-    return [found[time] for time in sorted(found)], length, problems
+    return found, problems
 
 
 def _read_poses(path: Path) -> tuple[np.ndarray, np.ndarray]:

@@ -171,7 +171,8 @@ class WindowDataset(Dataset):
         self._reserved = max(config.min_offset, config.min_future)
         min_frames = self._first + self._reserved + 1
         cache = ShardCache(config.shard_cache, config.shard_cache_gb)
-        self.trajectories, self._spacing, self.info = read_sources(config.sources, split, min_frames, cache)
+        may_lack = config.on_error == "skip" and split == config.train_split
+        self.trajectories, self._spacing, self.info = read_sources(config.sources, split, min_frames, cache, may_lack)
         self._starts = np.cumsum([0, *(len(trajectory) - min_frames + 1 for trajectory in self.trajectories)])
         self.frames = FrameStore(self.trajectories, config.image_size, config.crop, config.cache_gb)
         self._latents: LatentStore | None = None

@@ -70,6 +70,11 @@ def build_accelerator(config: TrainConfig, sharded: bool = False) -> Accelerator
     return accelerator
 
 
+def available_cpus() -> int:
+    """Processors that this process may run on, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def micro_batches(config: TrainConfig, processes: int) -> int:
     """Into how many parts each process cuts its share of a batch."""
     share = math.ceil(config.batch_size / processes)

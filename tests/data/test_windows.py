@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,9 @@ from cdit.data.motion import local_motion
 from cdit.data.windows import DataConfig, WindowDataset, WindowKey
 from cdit.errors import DataError, UserError
 from cdit.randomness import seed_of
+
+sys.path.append(str(Path(__file__).parent))
+from walks import make_walks, same, windows
 
 LENGTHS = {"a": 20, "b": 13}  # of the trajectories to train on
 
@@ -262,3 +266,42 @@ def test_data_does_not_import_the_model():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_frame_may_be_missing_where_samples_may_be_left_out(tmp_path):
+    """The windows stay what they were, those without the frame read the same, those with it name the file."""
+    folder = make_walks(tmp_path)
+    whole = windows(folder)
+    items = [whole[WindowKey(i, 0, i)] for i in range(len(whole))]
+    last = max((folder / "walk_0").glob("*.jpg"), key=lambda file: int(file.stem))
+    for frame in (folder / "walk_3" / "4.jpg", last):
+        frame.unlink()
+    lossy = windows(folder, on_error="skip", cache_gb=0)
+    assert lossy.fingerprint() == whole.fingerprint()
+    assert len(lossy) == len(whole)
+    missing = set()
+    for i, expected in enumerate(items):
+        try:
+            assert same(lossy[WindowKey(i, 0, i)], expected)
+        except DataError as error:
+            missing.add(next(name for name in (str(folder / "walk_3" / "4.jpg"), str(last)) if name in str(error)))
+    assert len(missing) == 2
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_missing_frames_are_refused_otherwise(tmp_path, split):
+    folder = make_walks(tmp_path)
+    (folder / {"train": "walk_3", "test": "walk_6"}[split] / "1.jpg").unlink()
+    on_error = {"train": "stop", "test": "skip"}[split]
+    with pytest.raises(DataError, match=r"1 of \d+ frames missing, the first is frame 1"):
+        windows(folder, split, on_error=on_error)
+
+
+def test_video_without_poses_cannot_say_how_many_frames_are_missing(tmp_path):
+    folder = make_walks(tmp_path)
+    for poses in folder.glob("*/traj_data.pkl"):
+        poses.unlink()
+    (folder / "dataset.json").unlink()
+    (folder / "walk_3" / "1.jpg").unlink()
+    with pytest.raises(DataError, match="1 of 14 frames missing"):
+        windows(folder, on_error="skip")

@@ -56,10 +56,7 @@ def test_the_run_stops_at_a_bad_frame(
     )
 
 
-REFUSED = pytest.mark.xfail(reason="a dataset that lacks a frame is refused when a run starts", strict=True)
-
-
-@pytest.mark.parametrize("how", ["cut short", pytest.param("deleted", marks=[pytest.mark.faults("all"), REFUSED])])
+@pytest.mark.parametrize("how", ["cut short", pytest.param("deleted", marks=pytest.mark.faults("all"))])
 def test_the_run_leaves_out_a_bad_frame(trainer: Trainer, table: Table, data: Path, tmp_path: Path, how: str):
     """Counted and named; killed and resumed, it is the run that is told to leave out the same and is not killed."""
     frame = data / FRAME

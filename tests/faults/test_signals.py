@@ -54,15 +54,17 @@ def test_a_second_signal(trainer: Trainer, table: Table, tmp_path: Path, number:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 @pytest.mark.parametrize("act", ["send", "send_parent", "send_parent_group"])
 def test_a_signal_under_accelerate(trainer: Trainer, table: Table, tmp_path: Path, act: str, number: int):
-    """To the training process, to the launcher, or to the group of both. The launcher's code is 1, or the signal's."""
+    """To the training process, to the launcher, or to the group of both. The launcher's code is 1, or the signal's; 0
+    where it was slower than the rest of the run.
+    """
     to = {"send": "the process", "send_parent": "the launcher", "send_parent_group": "their group"}[act]
     name = f"{signal.Signals(number).name} to {to}, accelerate launch"
     fault = {"act": act, "argument": number, "phase": "step", "entry": 5}
-    codes = (1, 75, 130, 143, -number, 128 + number)
+    codes = (0, 1, 75, 130, 143, -number, 128 + number)
     ended = survive(
         trainer, table, name, tmp_path, faults=[fault], code=codes, launcher=LAUNCHER, again={}, within_s=2 * SOON_S
     )
-    assert "stopped: " in ended.said or "done: " in ended.said  # a launcher may be slower than the rest of the run
+    assert "done: " in ended.said or ("stopped: " in ended.said and ended.code)
 
 
 @ALL
