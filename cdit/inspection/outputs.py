@@ -53,10 +53,10 @@ def head_outputs(
     squares: dict[Site, Tensor] = {}
 
     def note(site: Site, attention: MultiHeadAttention, out_BHNK: Tensor) -> None:
-        weight = encoded.cache.batch / (len(batch["target"]) * len(times))
+        weight = encoded.cache.rows / (len(batch["target"]) * len(times))
         means[site] = means[site] + weight * out_BHNK.float().mean((0, 2)).cpu()
         # Whether goals are folded into the queries or into the batch, those of a context are together.
-        found = contribution_squares(attention, out_BHNK).unflatten(0, (encoded.cache.batch, -1)).sum(1).cpu()
+        found = contribution_squares(attention, out_BHNK).unflatten(0, (encoded.cache.rows, -1)).sum(1).cpu()
         squares[site] = squares[site] + found if site in squares else found
 
     gathered: dict[Site, list[Tensor]] = defaultdict(list)
