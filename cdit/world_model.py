@@ -10,10 +10,10 @@ from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cdit.attention import side_by_side
 from cdit.cli import parser_instance
 from cdit.codec import AutoencoderCodec, Codec, CodecConfig, PixelCodec, load_codec
 from cdit.data.frames import Crop
@@ -126,10 +126,11 @@ class Window(NamedTuple):
 
     def push(self, new: Tensor, longest: int) -> "Window":
         """The window one frame later, for candidates (B·G, C, H, W); its oldest leaves when it is full."""
-        times = len(new) // len(self.latents)
-        latents, mask = (x if x is None or times == 1 else x.repeat_interleave(times, 0) for x in self)
-        latents = torch.cat((latents, new[:, None]), dim=1)[:, -longest:]
-        return Window(latents, None if mask is None else F.pad(mask, (0, 1), value=True)[:, -longest:])
+        latents = side_by_side((self.latents, new[:, None]), len(new), dim=1)[:, -longest:]
+        if self.mask is None:
+            return Window(latents, None)
+        mask = side_by_side((self.mask, self.mask.new_ones(len(new), 1)), len(new), dim=1)
+        return Window(latents, mask[:, -longest:])
 
 
 class WorldModel(nn.Module):

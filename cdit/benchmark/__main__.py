@@ -70,7 +70,7 @@ def main() -> None:
 def write(out: Path, about: str, tables: list[Table], bench: Bench) -> None:
     """results.json, tables.md and a PNG of every plot."""
     with finished_folder(out) as folder:
-        values = {"machine": about, "config": asdict(bench.config), "tables": [table.values() for table in tables]}
+        values = {"machine": about, "config": asdict(bench.config), "tables": [asdict(table) for table in tables]}
         (folder / "results.json").write_text(json.dumps(values, indent=1) + "\n")
         (folder / "tables.md").write_text("\n".join([f"{about}\n", *map(str, tables)]))
         for name, figure in bench.figures.items():

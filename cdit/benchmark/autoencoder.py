@@ -2,13 +2,18 @@
 
 from diffusers import AutoencoderKL
 
+from cdit.benchmark.config import BenchmarkConfig
+from cdit.codec import AutoencoderCodec
 
-def random_autoencoder(blocks: list[int], channels: int = 4) -> AutoencoderKL:
-    """Of Stable Diffusion's architecture."""
-    return AutoencoderKL(
+
+def random_codec(config: BenchmarkConfig) -> AutoencoderCodec:
+    """Of Stable Diffusion's architecture, with the config's blocks and channels, on the CPU."""
+    blocks = config.codec.blocks
+    autoencoder = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * len(blocks),
         up_block_types=("UpDecoderBlock2D",) * len(blocks),
         block_out_channels=blocks,
         layers_per_block=2,
-        latent_channels=channels,
+        latent_channels=config.channels,
     )
+    return AutoencoderCodec("kl", autoencoder)

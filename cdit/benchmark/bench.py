@@ -1,7 +1,8 @@
 """What all modes share: the config, the device, the stopwatch, and what came of it."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,22 @@ class Bench:
         row: dict[str, Cell] = {"": case}
         row |= {f"{name} [ms]": float(1000 * np.median(values)) for name, values in seconds.items()}
         return row | {f"{name} / {first}": Spread.of(seconds[name] / seconds[first]) for name in others}
+
+    def rates(
+        self, contenders: Sequence[Contender], frames: int, call: Callable[[Contender], object]
+    ) -> list[dict[str, Cell]]:
+        """A row for each contender, at its default number of steps, of a call that predicts so many frames."""
+        seconds = self.watch.times({c.name: partial(call, c) for c in contenders})
+        first = seconds[contenders[0].name]
+        return [
+            {
+                "": c.name,
+                "steps": c.sampler.steps,
+                "frames/s": float(frames / np.median(seconds[c.name])),
+                "time / that of the first": Spread.of(seconds[c.name] / first),
+            }
+            for c in contenders
+        ]
 
 
 Mode = Callable[[Bench], Iterator[Table]]

@@ -101,9 +101,18 @@ class Contender(ABC):
         wanted = (precision or self.config.mixed_precision) == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16) if wanted else nullcontext()
 
-    def training_step(self, batch: Batch, precision: Precision | None = None) -> Callable[[], None]:
-        """A step: loss, gradients, their norm clipped, the optimizer, the average of the weights."""
+    def training_step(
+        self, batch: Batch, precision: Precision | None = None, predict: Callable[..., Tensor] | None = None
+    ) -> Callable[[], None]:
+        """A step: loss, gradients, their norm clipped, the optimizer, the average of the weights.
+
+        Args:
+            batch: what is trained on.
+            precision: of products; by default the config's.
+            predict: in place of `self.predict`.
+        """
         optimizer, average = self.optimizer
+        predict = predict or self.predict
         generator = torch.Generator(self.device).manual_seed(0)
         self.network.train()
 
@@ -112,7 +121,7 @@ class Contender(ABC):
             time = self.objective.draw_time(batch.clean.shape[:2], generator)
             with self.autocast(precision):
                 noisy = self.objective.add_noise(batch.clean, noise, time)
-                prediction = self.predict(noisy, self.objective.timestep(time), batch)
+                prediction = predict(noisy, self.objective.timestep(time), batch)
             self.objective.loss(prediction, batch.clean, noise, time).mean().backward()
             nn.utils.clip_grad_norm_(self.network.parameters(), 10.0)
             optimizer.step()
@@ -128,8 +137,6 @@ class Ours(Contender):
     name = "ours"
     sampler = SamplerConfig()
     dialect: ClassVar[dict[str, object]] = {}
-    compiling = False
-    """Whether `predict` runs the compiled network."""
 
     def build(self) -> tuple[nn.Module, Flow | DDPM]:
         """A CDiT of the config, and `make_objective`."""
@@ -149,12 +156,15 @@ class Ours(Contender):
 
     def predict(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
         """All goals of a context at once, with the context encoded once."""
-        network = self.compiled if self.compiling else self.network
-        return network(noisy, timestep, batch.action, batch.time_shift, batch.context)
+        return self.network(noisy, timestep, batch.action, batch.time_shift, batch.context)
+
+    def predict_compiled(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+        """`predict` of the compiled network."""
+        return self.compiled(noisy, timestep, batch.action, batch.time_shift, batch.context)
 
     @cached_property
     def compiled(self) -> nn.Module:
-        """The network, compiled for training."""
+        """The network, compiled in one graph; its weights are the same."""
         return torch.compile(self.network, fullgraph=True)
 
     def build_optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:

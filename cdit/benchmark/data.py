@@ -9,13 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cdit.benchmark.autoencoder import random_autoencoder
+from cdit.benchmark.autoencoder import random_codec
 from cdit.benchmark.bench import Bench
 from cdit.benchmark.config import BenchmarkConfig
 from cdit.benchmark.contenders import Batch
 from cdit.benchmark.stopwatch import Call, Spread
 from cdit.benchmark.tables import Cell, Table
-from cdit.codec import AutoencoderCodec
 from cdit.data.latents import Encoding, LatentCache
 from cdit.data.layout import write_split, write_trajectory
 from cdit.data.loader import loader
@@ -58,7 +57,7 @@ def read(dataset: WindowDataset, config: BenchmarkConfig, workers: int) -> None:
 def recorded_windows(folder: Path, bench: Bench) -> dict[str, WindowDataset]:
     """Windows of a few random frames: from images that are decoded each time, and from their latents."""
     config = bench.config
-    codec = AutoencoderCodec("kl", random_autoencoder(config.codec.blocks, config.channels))
+    codec = random_codec(config)
     coarse = torch.rand(config.data.frames, 3, 30, 40)
     frames = F.interpolate(coarse, config.data.recorded_size, mode="bilinear").mul(255).byte()
     write_trajectory(folder, "walk", frames.permute(0, 2, 3, 1).numpy())

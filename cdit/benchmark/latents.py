@@ -8,12 +8,11 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from cdit.benchmark.autoencoder import random_autoencoder
+from cdit.benchmark.autoencoder import random_codec
 from cdit.benchmark.bench import Bench
 from cdit.benchmark.contenders import Batch
 from cdit.benchmark.data import recorded_windows
 from cdit.benchmark.tables import Table
-from cdit.codec import AutoencoderCodec
 from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset
 from cdit.pictures import to_float
@@ -21,8 +20,8 @@ from cdit.pictures import to_float
 
 def latents(bench: Bench) -> Iterator[Table]:
     """Training steps from the images of a dataset, loading included, and from its latents on disk."""
-    config, ours = bench.config, bench.contender("ours")
-    codec = AutoencoderCodec("kl", random_autoencoder(config.codec.blocks, config.channels)).to(bench.device)
+    config, ours = bench.config, bench.contender("ours-nwm")
+    codec = random_codec(config).to(bench.device)
     batch = Batch.random(config, bench.device, config.batch_size, config.goals)
     train = ours.training_step(batch)
     with TemporaryDirectory() as folder:

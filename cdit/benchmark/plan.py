@@ -6,12 +6,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from cdit.benchmark.autoencoder import random_autoencoder
+from cdit.benchmark.autoencoder import random_codec
 from cdit.benchmark.bench import Bench
 from cdit.benchmark.contenders import PIXELS, Batch, Contender, Ours
 from cdit.benchmark.stopwatch import Spread
 from cdit.benchmark.tables import Cell, Table
-from cdit.codec import AutoencoderCodec
 from cdit.model import CDiT
 from cdit.model.cdit import EncodedFrames
 
@@ -30,7 +29,7 @@ def plan(bench: Bench) -> Iterator[Table]:
     def rolled(contender: Contender, steps: int) -> None:
         contender.rollout(PIXELS, context, actions, replace(contender.sampler, steps=steps))
 
-    codec = AutoencoderCodec("kl", random_autoencoder(config.codec.blocks, config.channels)).to(bench.device)
+    codec = random_codec(config).to(bench.device)
     picture = torch.rand(1, 3, *(side * codec.downscale for side in config.image_size), device=bench.device)
     latent = codec.encode(picture)
     seconds = bench.watch.times(

@@ -1,6 +1,7 @@
 """Predicted frames: how long one takes, and how many come in a second."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,33 +26,19 @@ def sample(bench: Bench) -> Iterator[Table]:
 
 def latencies(bench: Bench, contenders: list[Contender], batch: Batch, steps: int | None) -> dict[str, Cell]:
     """A row of times and ratios; without a number of steps everybody takes its own."""
-    seconds = bench.watch.times({c.name: lambda c=c: c.sample(batch, with_steps(c, steps)) for c in contenders})
+    samplers = {c.name: c.sampler if steps is None else replace(c.sampler, steps=steps) for c in contenders}
+    seconds = bench.watch.times({c.name: lambda c=c: c.sample(batch, samplers[c.name]) for c in contenders})
     first, *others = seconds
     row: dict[str, Cell] = {"steps": "default" if steps is None else str(steps)}
     row |= {f"{c.name} [s]": float(np.median(seconds[c.name])) for c in contenders}
     return row | {f"{name} / {first}": Spread.of(seconds[name] / seconds[first]) for name in others}
 
 
-def with_steps(contender: Contender, steps: int | None) -> SamplerConfig:
-    """The contender's sampler with another number of steps."""
-    return SamplerConfig(contender.sampler.scheduler, steps or contender.sampler.steps)
-
-
 def throughput(bench: Bench, contenders: list[Contender]) -> Table:
     """Frames a second at the default number of steps, of a batch of contexts with their goals."""
     config = bench.config
     many = Batch.random(config, bench.device, config.batch_size, config.goals)
-    seconds = bench.watch.times({c.name: lambda c=c: c.sample(many, with_steps(c, None)) for c in contenders})
-    count, first = config.batch_size * config.goals, seconds[contenders[0].name]
-    rows: list[dict[str, Cell]] = [
-        {
-            "": c.name,
-            "steps": c.sampler.steps,
-            "frames/s": float(count / np.median(seconds[c.name])),
-            "time / that of the first": Spread.of(seconds[c.name] / first),
-        }
-        for c in contenders
-    ]
+    rows = bench.rates(contenders, config.batch_size * config.goals, lambda c: c.sample(many, c.sampler))
     return Table(f"Many predicted frames: {config.batch_size} contexts of {config.goals} goals", rows)
 
 

@@ -1,7 +1,7 @@
 """What one more past frame, a larger frame, one more context or one more candidate costs."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -12,14 +12,8 @@ from cdit.benchmark.contenders import Batch, Contender, Ours
 from cdit.benchmark.stopwatch import Call, Spread, counted_flops
 from cdit.benchmark.tables import Cell, Table
 
-
-@dataclass
-class Series:
-    """One kind of call at growing sizes."""
-
-    name: str
-    call: Callable[[int], Call]
-    """What is timed at a size."""
+Series = dict[str, Callable[[int], Call]]
+"""By name, what is timed at a size."""
 
 
 def scale(bench: Bench) -> Iterator[Table]:
@@ -31,31 +25,28 @@ def scale(bench: Bench) -> Iterator[Table]:
     yield fits(seconds, flops, config.scale.past_frames)
     bench.figures["past_frames"] = plot(seconds, config.scale.past_frames, "past frames", fitted=True)
 
-    series = [goal_series(bench, c) for c in contenders]
+    series = {c.name: lambda n, c=c: denoising(c, Batch.random(config, bench.device, 1, n)) for c in contenders}
     seconds, _ = sweep(bench, series, config.scale.candidates)
     yield points("A denoising step against candidates of one context", "candidates", seconds, config.scale.candidates)
     bench.figures["candidates"] = plot(seconds, config.scale.candidates, "candidates of one context")
 
-    series = [Series(c.name, lambda n, c=c: denoising(c, Batch.random(config, bench.device, n, 1))) for c in contenders]
+    series = {c.name: lambda n, c=c: denoising(c, Batch.random(config, bench.device, n, 1)) for c in contenders}
     seconds, _ = sweep(bench, series, config.scale.batches)
     yield points("A denoising step against contexts", "contexts", seconds, config.scale.batches)
     bench.figures["contexts"] = plot(seconds, config.scale.batches, "contexts")
 
-    def sized(name: str) -> Series:
-        def call(side: int) -> Call:
-            contender = bench.contender(name, image_size=(side, side))
-            return denoising(contender, Batch.random(contender.config, bench.device, 1, 1))
+    def sized(name: str, side: int) -> Call:
+        contender = bench.contender(name, image_size=(side, side))
+        return denoising(contender, Batch.random(contender.config, bench.device, 1, 1))
 
-        return Series(name, call)
-
-    seconds, _ = sweep(bench, [sized(name) for name in config.contenders], config.scale.sides)
+    seconds, _ = sweep(bench, {name: partial(sized, name) for name in config.contenders}, config.scale.sides)
     yield points("A denoising step of one frame against its size", "side", seconds, config.scale.sides)
     bench.figures["side"] = plot(seconds, config.scale.sides, "height and width of what is denoised")
 
 
-def past_series(bench: Bench, contenders: list[Contender]) -> list[Series]:
+def past_series(bench: Bench, contenders: list[Contender]) -> Series:
     """Denoising steps of every contender, and what encoding the context costs those that do it once."""
-    found = []
+    found: Series = {}
     for c in contenders:
 
         def step(past: int, c: Contender = c) -> Call:
@@ -65,15 +56,10 @@ def past_series(bench: Bench, contenders: list[Contender]) -> list[Series]:
             frames = Batch.random(bench.config, bench.device, 1, 1, past).context
             return under(c, lambda: c.network.encode_context(frames))
 
-        found.append(Series(c.name, step))
+        found[c.name] = step
         if isinstance(c, Ours) and not c.network.config.context_modulation:
-            found.append(Series(f"{c.name}, encoding once", encode))
+            found[f"{c.name}, encoding once"] = encode
     return found
-
-
-def goal_series(bench: Bench, contender: Contender) -> Series:
-    """Denoising steps of several goals of one context."""
-    return Series(contender.name, lambda n: denoising(contender, Batch.random(bench.config, bench.device, 1, n)))
 
 
 def denoising(contender: Contender, batch: Batch) -> Call:
@@ -99,12 +85,12 @@ def under(contender: Contender, call: Call) -> Call:
     return wrapped
 
 
-def sweep(bench: Bench, series: list[Series], sizes: list[int]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+def sweep(bench: Bench, series: Series, sizes: list[int]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     """Seconds (sizes, rounds) and FLOPs (sizes,) of every series; all calls are run in turn."""
-    calls = {(s.name, size): s.call(size) for s in series for size in sizes}
-    flops = {s.name: np.array([counted_flops(calls[s.name, size]) for size in sizes]) for s in series}
+    calls = {(name, size): call(size) for name, call in series.items() for size in sizes}
+    flops = {name: np.array([counted_flops(calls[name, size]) for size in sizes]) for name in series}
     times = bench.watch.times(calls)
-    return {s.name: np.stack([times[s.name, size] for size in sizes]) for s in series}, flops
+    return {name: np.stack([times[name, size] for size in sizes]) for name in series}, flops
 
 
 def points(title: str, unit: str, seconds: dict[str, np.ndarray], sizes: list[int]) -> Table:
@@ -138,7 +124,7 @@ def plot(seconds: dict[str, np.ndarray], sizes: list[int], unit: str, fitted: bo
         (dots,) = axes.plot(sizes, medians, "o" if fitted else "o-", label=name, markersize=4)
         if fitted:
             grid = np.linspace(min(sizes), max(sizes), 100)
-            curve = np.polynomial.polynomial.polyfit(sizes, medians, min(2, len(sizes) - 1))
+            curve = np.polynomial.polynomial.polyfit(sizes, medians, 2)
             axes.plot(grid, np.polynomial.polynomial.polyval(grid, curve), color=dots.get_color(), linewidth=1)
     axes.set(xlabel=unit, ylabel="ms", ylim=(0, None))
     axes.legend(frameon=False)

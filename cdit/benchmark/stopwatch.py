@@ -5,7 +5,6 @@ import gc
 import platform
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,13 +97,14 @@ def peak_bytes(device: torch.device, call: Call) -> int | None:
         before = torch.cuda.memory_allocated(device)
         call()
         return torch.cuda.max_memory_allocated(device) - before
-    with suppress(OSError, AttributeError):
+    try:
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        before = _status("VmRSS")
-        call()
-        return _status("VmHWM") - before
-    return None
+    except (OSError, AttributeError, TypeError):  # no glibc, or no /proc
+        return None
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
 
 
 def _status(name: str) -> int:

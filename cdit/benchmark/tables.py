@@ -1,7 +1,6 @@
 """Tables as people and as programs read them."""
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from cdit.benchmark.stopwatch import Spread
 
@@ -26,10 +25,6 @@ class Table:
             lines.append(f"| {' | '.join(cells)} |")
         lines += [f"| {' | '.join(_text(row[column]) for column in columns)} |" for row in self.rows]
         return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
-
-    def values(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def _text(cell: Cell) -> str:

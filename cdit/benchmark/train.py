@@ -27,7 +27,7 @@ def train(bench: Bench) -> Iterator[Table]:
     for c in contenders:
         steps[c.name, config.mixed_precision] = c.training_step(batch)
         if config.compile and isinstance(c, Ours):
-            steps[f"{c.name}, compiled", config.mixed_precision] = compiled_step(c, batch)
+            steps[f"{c.name}, compiled", config.mixed_precision] = c.training_step(batch, predict=c.predict_compiled)
     if config.mixed_precision != "no":
         steps |= {(f"{c.name}, float32", "no"): c.training_step(batch, "no") for c in contenders}
     products = {precision: product(bench.device, DTYPES[precision]) for precision in dict.fromkeys(p for _, p in steps)}
@@ -62,20 +62,6 @@ def two_steps(bench: Bench, name: str, batch: Batch) -> None:
     step = bench.contender(name).training_step(batch)
     step()
     step()
-
-
-def compiled_step(contender: Ours, batch: Batch) -> Call:
-    """A training step of the same network, compiled."""
-    step = contender.training_step(batch)
-
-    def call() -> None:
-        contender.compiling = True
-        try:
-            step()
-        finally:
-            contender.compiling = False
-
-    return call
 
 
 def training_flops(contender: Contender, batch: Batch) -> int:

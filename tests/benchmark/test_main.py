@@ -2,8 +2,10 @@
 
 import json
 import re
+from functools import partial
 
 import pytest
+import torch
 from PIL import Image
 
 from cdit.benchmark.__main__ import MODES, main
@@ -73,3 +75,19 @@ def test_real_frames_are_held_once_for_all_candidates(monkeypatch, tmp_path):
     keys_values = 2 * 4 * 16 * 4 / 1e6  # K and V of 4 patches, 16 wide, float32, of each frame
     assert real == [2 * keys_values] * 3
     assert predicted == pytest.approx([n * keys_values for n in (2, 12, 120)])
+
+
+@pytest.mark.parametrize("mode", ["context", "train"])
+def test_what_is_called_compiled_is(mode, monkeypatch, tmp_path):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    arguments = ["--contenders=[ours]", "--compile=true", f"--out={tmp_path}"]
+    monkeypatch.setattr("sys.argv", ["cdit.benchmark", mode, *SMALL, *arguments])
+    main()
+    assert graphs
+    assert "compiled" in (tmp_path / "tables.md").read_text()
