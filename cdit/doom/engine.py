@@ -1,7 +1,10 @@
 """ViZDoom as a camera that walks: frames, depth and poses in metres and radians; no monsters, HUD, weapon or damage."""
 
 import math
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -228,8 +231,19 @@ class Engine:
         patch = scratch / "pacifist.deh"
         patch.write_text(PACIFIST_PATCH)
         game.add_game_args(f"-nomonsters +sv_cheats 1 +movebob 0 +stillbob 0 -deh {patch}")
-        game.init()
+        with _working_directory(scratch):  # where the engine makes a folder for itself, and fails when it just appears
+            game.init()
         return game
+
+
+@contextmanager
+def _working_directory(folder: Path) -> Iterator[None]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
 
 
 def _central_square(picture: np.ndarray) -> np.ndarray:

@@ -1,4 +1,5 @@
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +22,16 @@ def test_missing_vizdoom_says_what_to_install(monkeypatch):
     monkeypatch.setattr(engine_module, "vizdoom", None)
     with pytest.raises(UserError, match=r"pip install 'cdit\[doom\]'"):
         Engine("my_way_home", 64)
+
+
+def test_leaves_nothing_where_it_is_started(tmp_path, monkeypatch):
+    pytest.importorskip("vizdoom", reason="Doom needs ViZDoom")
+    monkeypatch.chdir(tmp_path)
+    with Engine("my_way_home", 64) as engine:
+        engine.reset(0)
+        engine.step(forward=0, left=0, turn=0)
+    assert Path.cwd() == tmp_path
+    assert not list(tmp_path.iterdir())
 
 
 def test_walking_at_yaw_0_grows_x(maze):
