@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from cdit.benchmark.config import BenchmarkConfig
 from cdit.benchmark.contenders import CONTENDERS, Contender
 from cdit.benchmark.stopwatch import Call, Spread, Stopwatch
 from cdit.benchmark.tables import Cell, Table
+from cdit.diffusion import TIMESTEPS, SamplerConfig
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -45,11 +48,40 @@ class Bench:
         row |= {f"{name} [ms]": float(1000 * np.median(values)) for name, values in seconds.items()}
         return row | {f"{name} / {first}": Spread.of(seconds[name] / seconds[first]) for name in others}
 
+    @property
+    def measured_steps(self) -> int:
+        """The most denoising steps of a sampling that are run."""
+        return self.config.measured_steps or (TIMESTEPS if self.device.type == "cuda" else 8)
+
+    @property
+    def about_steps(self) -> str:
+        """A note on what `sampling_times` did."""
+        most = self.measured_steps
+        return f"Of more than {most} denoising steps 1 and {most} were run, each further one added in proportion."
+
+    def sampling_times(self, calls: Mapping[T, tuple[Callable[[int], object], int]]) -> dict[T, np.ndarray]:
+        """Seconds (rounds,) of each call with its number of denoising steps; of long ones only some steps are run."""
+        most = self.measured_steps
+        timed = self.watch.times({
+            (key, n): partial(call, n)
+            for key, (call, steps) in calls.items()
+            for n in ((steps,) if steps <= most else (1, most))
+        })  # fmt: skip
+
+        def whole(key: T, steps: int) -> np.ndarray:
+            if steps <= most:
+                return timed[key, steps]
+            return timed[key, 1] + (timed[key, most] - timed[key, 1]) * (steps - 1) / (most - 1)
+
+        return {key: whole(key, steps) for key, (_, steps) in calls.items()}
+
     def rates(
-        self, contenders: Sequence[Contender], frames: int, call: Callable[[Contender], object]
+        self, contenders: Sequence[Contender], frames: int, call: Callable[[Contender, SamplerConfig], object]
     ) -> list[dict[str, Cell]]:
         """A row for each contender, at its default number of steps, of a call that predicts so many frames."""
-        seconds = self.watch.times({c.name: partial(call, c) for c in contenders})
+        seconds = self.sampling_times({
+            c.name: (lambda n, c=c: call(c, replace(c.sampler, steps=n)), c.sampler.steps) for c in contenders
+        })  # fmt: skip
         first = seconds[contenders[0].name]
         return [
             {

@@ -90,6 +90,9 @@ class BenchmarkConfig:
     """Goals of each context."""
     steps: list[int] = field(default_factory=lambda: [1, 4, 8, 25, 50, 250])
     """Numbers of denoising steps that sampling is timed at."""
+    measured_steps: int | None = None
+    """Denoising steps that are really run of a longer sampling; the others, each of the same work, are added in
+    proportion. By default all on a GPU, 8 on a CPU."""
     rollout_length: int = 2
     """Frames of a rollout."""
     probe_every: int = 1000
@@ -127,6 +130,8 @@ class BenchmarkConfig:
         for name, value in counts.items():
             if value < 1:
                 raise UserError(f"{name} is {value}, expected at least 1")
+        if self.measured_steps is not None and self.measured_steps < 2:
+            raise UserError(f"measured_steps is {self.measured_steps}, expected at least 2")
         lists = {
             "contenders": [len(name) for name in self.contenders],
             "steps": self.steps,

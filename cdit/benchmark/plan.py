@@ -14,45 +14,38 @@ from cdit.benchmark.tables import Cell, Table
 from cdit.model import CDiT
 from cdit.model.cdit import EncodedFrames
 
-FEW, MORE = 1, 3
-"""Denoising steps at which rollouts are timed: a rollout of n takes a + b·n, every step doing the same work."""
-
 
 def plan(bench: Bench) -> Iterator[Table]:
-    """Time of all candidates: of the denoising, measured at few steps and for few of them, and of the autoencoder."""
+    """Time of all candidates: of the denoising, measured for few of them, and of the autoencoder."""
     config, size = bench.config, bench.config.plan
     measured = size.measured or (size.candidates if bench.device.type == "cuda" else min(4, size.candidates))
     contenders = bench.contenders()
     context = Batch.random(config, bench.device, 1, 1).context
     actions = torch.randn(1, measured, size.horizon, 3, device=bench.device)
 
-    def rolled(contender: Contender, steps: int) -> None:
-        contender.rollout(PIXELS, context, actions, replace(contender.sampler, steps=steps))
-
     codec = random_codec(config).to(bench.device)
     picture = torch.rand(1, 3, *(side * codec.downscale for side in config.image_size), device=bench.device)
     latent = codec.encode(picture)
-    seconds = bench.watch.times(
-        {(c.name, n): lambda c=c, n=n: rolled(c, n) for c in contenders for n in (FEW, MORE)}
-        | {"encode": lambda: codec.encode(picture), "decode": lambda: codec.decode(latent)}
-    )
-
-    def denoising(contender: Contender, steps: int) -> np.ndarray:
-        few, more = seconds[contender.name, FEW], seconds[contender.name, MORE]
-        return (few + (more - few) / (MORE - FEW) * (steps - FEW)) * size.candidates / measured
+    coder = bench.watch.times({"encode": lambda: codec.encode(picture), "decode": lambda: codec.decode(latent)})
+    first = contenders[0]
+    seconds = bench.sampling_times({
+        (c.name, n): (lambda k, c=c: c.rollout(PIXELS, context, actions, replace(c.sampler, steps=k)), n)
+        for c in contenders
+        for n in {c.sampler.steps, first.sampler.steps}
+    })  # fmt: skip
+    denoising = {key: values * size.candidates / measured for key, values in seconds.items()}
 
     def coding(contender: Contender) -> np.ndarray:
         encoded, decoded = config.context_frames, size.candidates  # the context; the last frames (rollout's last_only)
         if not isinstance(contender, Ours):  # all past frames of every candidate, and every prediction
             encoded, decoded = encoded * size.candidates * size.horizon, decoded * size.horizon
-        return encoded * seconds["encode"] + decoded * seconds["decode"]
+        return encoded * coder["encode"] + decoded * coder["decode"]
 
-    first = contenders[0]
-    fastest = denoising(first, first.sampler.steps)
+    fastest = denoising[first.name, first.sampler.steps]
     whole = fastest + coding(first)
     rows: list[dict[str, Cell]] = []
     for c in contenders:
-        own, equal = denoising(c, c.sampler.steps), denoising(c, first.sampler.steps)
+        own, equal = denoising[c.name, c.sampler.steps], denoising[c.name, first.sampler.steps]
         rows.append({
             "": c.name,
             "steps": c.sampler.steps,
@@ -65,8 +58,8 @@ def plan(bench: Bench) -> Iterator[Table]:
             "all / that of the first": Spread.of((own + coding(c)) / whole),
         })  # fmt: skip
     note = (
-        f"Denoising was run whole for {measured} of {size.candidates} candidates, with {FEW} and {MORE} steps a "
-        "frame: other numbers of steps and candidates are in proportion. The autoencoder was run for one frame."
+        f"Denoising was run for {measured} of {size.candidates} candidates, the autoencoder for one frame: "
+        f"what all take is in proportion. {bench.about_steps}"
     )
     yield Table(f"Planning: {size.candidates} candidates of {size.horizon} frames from one context", rows, note)
     if any(c.name == "ours" for c in contenders):

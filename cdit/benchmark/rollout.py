@@ -16,6 +16,8 @@ def rollout(bench: Bench) -> Iterator[Table]:
     size = [side * codec.downscale for side in config.image_size]
     frames = torch.rand(1, config.context_frames, 3, *size, device=bench.device) * 2 - 1
     actions = torch.randn(1, 1, length, 3, device=bench.device)
-    rows = bench.rates(bench.contenders(), length, lambda c: c.rollout(codec, frames, actions, c.sampler))
+    rows = bench.rates(bench.contenders(), length, lambda c, s: c.rollout(codec, frames, actions, s))
     pixels = "×".join(map(str, size))
-    yield Table(f"A rollout of {length} frames of {pixels} pixels, coding and decoding included", rows)
+    yield Table(
+        f"A rollout of {length} frames of {pixels} pixels, coding and decoding included", rows, bench.about_steps
+    )

@@ -15,31 +15,40 @@ from cdit.diffusion import SamplerConfig
 def sample(bench: Bench) -> Iterator[Table]:
     """One frame at equal numbers of steps, at each one's default, many frames at once; then our samplers."""
     contenders, one = bench.contenders(), Batch.random(bench.config, bench.device, 1, 1)
-    rows = [latencies(bench, contenders, one, steps) for steps in bench.config.steps]
-    rows.append(latencies(bench, contenders, one, None))
-    yield Table("One predicted frame, without codec: latency against the number of denoising steps", rows)
+    yield latencies(bench, contenders, one)
     yield throughput(bench, contenders)
     ours = [contender for contender in contenders if isinstance(contender, Ours)]
     if ours:
         yield samplers(bench, ours[0])
 
 
-def latencies(bench: Bench, contenders: list[Contender], batch: Batch, steps: int | None) -> dict[str, Cell]:
-    """A row of times and ratios; without a number of steps everybody takes its own."""
-    samplers = {c.name: c.sampler if steps is None else replace(c.sampler, steps=steps) for c in contenders}
-    seconds = bench.watch.times({c.name: lambda c=c: c.sample(batch, samplers[c.name]) for c in contenders})
-    first, *others = seconds
-    row: dict[str, Cell] = {"steps": "default" if steps is None else str(steps)}
-    row |= {f"{c.name} [s]": float(np.median(seconds[c.name])) for c in contenders}
-    return row | {f"{name} / {first}": Spread.of(seconds[name] / seconds[first]) for name in others}
+def latencies(bench: Bench, contenders: list[Contender], batch: Batch) -> Table:
+    """Times and ratios at equal numbers of steps, and at the number that each takes by default."""
+    numbers = sorted({*bench.config.steps, *(c.sampler.steps for c in contenders)})
+    seconds = bench.sampling_times({
+        (c.name, n): (lambda steps, c=c: c.sample(batch, replace(c.sampler, steps=steps)), n)
+        for c in contenders
+        for n in numbers
+    })  # fmt: skip
+    first, *others = contenders
+    rows: list[dict[str, Cell]] = []
+    for steps in [*bench.config.steps, None]:
+        times = {c.name: seconds[c.name, steps or c.sampler.steps] for c in contenders}
+        row: dict[str, Cell] = {"steps": str(steps or "default")}
+        row |= {f"{name} [s]": float(np.median(values)) for name, values in times.items()}
+        rows.append(row | {f"{c.name} / {first.name}": Spread.of(times[c.name] / times[first.name]) for c in others})
+    title = "One predicted frame, without codec: latency against the number of denoising steps"
+    return Table(title, rows, bench.about_steps)
 
 
 def throughput(bench: Bench, contenders: list[Contender]) -> Table:
     """Frames a second at the default number of steps, of a batch of contexts with their goals."""
     config = bench.config
     many = Batch.random(config, bench.device, config.batch_size, config.goals)
-    rows = bench.rates(contenders, config.batch_size * config.goals, lambda c: c.sample(many, c.sampler))
-    return Table(f"Many predicted frames: {config.batch_size} contexts of {config.goals} goals", rows)
+    rows = bench.rates(contenders, config.batch_size * config.goals, lambda c, s: c.sample(many, s))
+    return Table(
+        f"Many predicted frames: {config.batch_size} contexts of {config.goals} goals", rows, bench.about_steps
+    )
 
 
 def samplers(bench: Bench, contender: Contender) -> Table:
