@@ -57,6 +57,7 @@ def test_each_mode_prints_its_tables(mode, monkeypatch, capsys, tmp_path):
         (["sample", "--steps=[]"], r"steps is \[\]"),
         (["scale", "--scale.past_frames=[1, 2]"], "scale.past_frames"),
         (["plan", "--plan.candidates=0"], "plan.candidates is 0"),
+        (["sample", "--measured_steps=1"], "measured_steps is 1"),
         (["probes", "--channels=4", "--device=cpu"], "channels is 4"),
     ],
 )
