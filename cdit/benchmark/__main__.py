@@ -1,7 +1,7 @@
 """`python -m cdit.benchmark [MODE]`: how fast this is here, against what else people run and against the machine.
 
-Modes: train, sample, rollout, plan, data, scale; and for choices within the package attention, context, checkpoints,
-probes, latents. Without a mode: train and sample.
+Modes: train, sample, rollout, plan, data, scale, profile; and for choices within the package attention, context,
+checkpoints, probes, latents. Without a mode: train and sample.
 
 Who is compared: `ours`; `ours-nwm`, the published network and its DDPM by our code; `NWM-as-published`, the same
 network and its use written as plainly as it was published; `DiT-concat`, a DiT over past and predicted frames together.
@@ -27,6 +27,7 @@ from cdit.benchmark.data import data
 from cdit.benchmark.latents import latents
 from cdit.benchmark.plan import plan
 from cdit.benchmark.probes import probes
+from cdit.benchmark.profile import profile
 from cdit.benchmark.rollout import rollout
 from cdit.benchmark.sample import sample
 from cdit.benchmark.scale import scale
@@ -39,7 +40,7 @@ from cdit.output import finished_folder
 
 MODES: dict[str, Mode] = {
     mode.__name__: mode
-    for mode in (train, sample, rollout, plan, data, scale, attention, context, checkpoints, probes, latents)
+    for mode in (train, sample, rollout, plan, data, scale, profile, attention, context, checkpoints, probes, latents)
 }
 
 

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from cdit.benchmark.__main__ import MODES, main
+from cdit.benchmark.profile import REST, kind_of
 from cdit.errors import UserError
 
 SMALL = [
@@ -20,7 +21,7 @@ SMALL = [
 ]  # fmt: skip
 TABLES = {
     "train": 1, "sample": 3, "rollout": 1, "plan": 2, "data": 1, "scale": 5, "attention": 1, "context": 3,
-    "checkpoints": 1, "probes": 1, "latents": 1,
+    "checkpoints": 1, "probes": 1, "latents": 1, "profile": 1,
 }  # fmt: skip
 
 
@@ -92,3 +93,30 @@ def test_what_is_called_compiled_is(mode, monkeypatch, tmp_path):
     main()
     assert graphs
     assert "compiled" in (tmp_path / "tables.md").read_text()
+
+
+def test_kinds_of_a_profile():
+    for name, kind in {
+        "aten::mm": "products",
+        "aten::convolution_backward": "products",
+        "aten::_scaled_dot_product_flash_attention_for_cpu_backward": "fused attention",
+        "aten::_softmax_backward_data": "softmax",
+        "aten::copy_": "copies and casts",
+        "aten::_fused_adamw_": "optimizer, average, norm of gradients",
+        "aten::mul": "other element-wise operations and sums",
+        "graph_0_cpp_fused__to_copy_mul_3": "compiled kernels",
+        "triton_poi_fused_add_0": "compiled kernels",
+        "## Call CompiledFxGraph f5x ##": "compiled kernels",
+        "AddmmBackward0": REST,
+    }.items():
+        assert kind_of(name) == kind
+
+
+def test_a_profile_is_of_whole_steps(monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["cdit.benchmark", "profile", *SMALL, f"--out={tmp_path / 'out'}"])
+    main()
+    (table,) = json.loads((tmp_path / "out" / "results.json").read_text())["tables"]
+    for name in ("ours", "NWM-as-published"):
+        shares = {row[""]: row[f"{name} [%]"] for row in table["rows"]}
+        assert sum(shares.values()) == pytest.approx(100)
+        assert all(shares[kind] > 0 for kind in ("products", "layer norm", "other element-wise operations and sums"))
