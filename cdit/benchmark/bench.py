@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,8 +14,6 @@ from cdit.benchmark.contenders import CONTENDERS, Contender
 from cdit.benchmark.stopwatch import Call, Spread, Stopwatch
 from cdit.benchmark.tables import Cell, Table
 from cdit.diffusion import TIMESTEPS, SamplerConfig
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -59,29 +57,40 @@ class Bench:
         most = self.measured_steps
         return f"Of more than {most} denoising steps 1 and {most} were run, each further one added in proportion."
 
-    def sampling_times(self, calls: Mapping[T, tuple[Callable[[int], object], int]]) -> dict[T, np.ndarray]:
-        """Seconds (rounds,) of each call with its number of denoising steps; of long ones only some steps are run."""
+    def sampling_times(
+        self,
+        contenders: Sequence[Contender],
+        call: Callable[[Contender, SamplerConfig], object],
+        steps: Sequence[int] = (),
+    ) -> dict[tuple[str, int], np.ndarray]:
+        """Seconds (rounds,) of a call by contender and number of denoising steps; of long ones only some are run.
+
+        Args:
+            contenders: who takes part.
+            call: what is timed.
+            steps: numbers of steps beside each contender's default.
+        """
         most = self.measured_steps
+        wanted = {(c.name, n): (n,) if n <= most else (1, most) for c in contenders for n in (c.sampler.steps, *steps)}
         timed = self.watch.times({
-            (key, n): partial(call, n)
-            for key, (call, steps) in calls.items()
-            for n in ((steps,) if steps <= most else (1, most))
+            (c.name, n): partial(call, c, replace(c.sampler, steps=n))
+            for c in contenders
+            for n in sorted({n for (name, _), run in wanted.items() if name == c.name for n in run})
         })  # fmt: skip
 
-        def whole(key: T, steps: int) -> np.ndarray:
-            if steps <= most:
-                return timed[key, steps]
-            return timed[key, 1] + (timed[key, most] - timed[key, 1]) * (steps - 1) / (most - 1)
+        def whole(name: str, n: int) -> np.ndarray:
+            if n <= most:
+                return timed[name, n]
+            return timed[name, 1] + (timed[name, most] - timed[name, 1]) * (n - 1) / (most - 1)
 
-        return {key: whole(key, steps) for key, (_, steps) in calls.items()}
+        return {key: whole(*key) for key in wanted}
 
     def rates(
         self, contenders: Sequence[Contender], frames: int, call: Callable[[Contender, SamplerConfig], object]
     ) -> list[dict[str, Cell]]:
         """A row for each contender, at its default number of steps, of a call that predicts so many frames."""
-        seconds = self.sampling_times({
-            c.name: (lambda n, c=c: call(c, replace(c.sampler, steps=n)), c.sampler.steps) for c in contenders
-        })  # fmt: skip
+        times = self.sampling_times(contenders, call)
+        seconds = {c.name: times[c.name, c.sampler.steps] for c in contenders}
         first = seconds[contenders[0].name]
         return [
             {

@@ -1,7 +1,6 @@
 """Planning: many action sequences tried from one context, as the cross-entropy method does."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -28,11 +27,9 @@ def plan(bench: Bench) -> Iterator[Table]:
     latent = codec.encode(picture)
     coder = bench.watch.times({"encode": lambda: codec.encode(picture), "decode": lambda: codec.decode(latent)})
     first = contenders[0]
-    seconds = bench.sampling_times({
-        (c.name, n): (lambda k, c=c: c.rollout(PIXELS, context, actions, replace(c.sampler, steps=k)), n)
-        for c in contenders
-        for n in {c.sampler.steps, first.sampler.steps}
-    })  # fmt: skip
+    seconds = bench.sampling_times(
+        contenders, lambda c, sampler: c.rollout(PIXELS, context, actions, sampler), [first.sampler.steps]
+    )
     denoising = {key: values * size.candidates / measured for key, values in seconds.items()}
 
     def coding(contender: Contender) -> np.ndarray:

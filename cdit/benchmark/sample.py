@@ -1,7 +1,6 @@
 """Predicted frames: how long one takes, and how many come in a second."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 
 import numpy as np
 
@@ -24,12 +23,7 @@ def sample(bench: Bench) -> Iterator[Table]:
 
 def latencies(bench: Bench, contenders: list[Contender], batch: Batch) -> Table:
     """Times and ratios at equal numbers of steps, and at the number that each takes by default."""
-    numbers = sorted({*bench.config.steps, *(c.sampler.steps for c in contenders)})
-    seconds = bench.sampling_times({
-        (c.name, n): (lambda steps, c=c: c.sample(batch, replace(c.sampler, steps=steps)), n)
-        for c in contenders
-        for n in numbers
-    })  # fmt: skip
+    seconds = bench.sampling_times(contenders, lambda c, sampler: c.sample(batch, sampler), bench.config.steps)
     first, *others = contenders
     rows: list[dict[str, Cell]] = []
     for steps in [*bench.config.steps, None]:
