@@ -60,6 +60,8 @@ def check_plain(values: Any, depth: int = 0) -> None:
     if isinstance(values, list):
         for value in values:
             check_plain(value, depth + 1)
+    elif isinstance(values, str) and "\0" in values:  # which no path and no name can hold
+        raise ValueError(f"{values[:50]!r} has a zero byte")
     elif isinstance(values, str) and is_nested(values):  # jsonargparse looks for YAML in strings, too
         raise ValueError(f"a string of YAML nested more than {MAX_DEPTH} deep")
     elif isinstance(values, int) and not -(2**63) <= values < 2**63:

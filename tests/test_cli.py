@@ -135,6 +135,7 @@ def test_wrong_arguments_are_named_and_end_with_code_2(argv, named, capsys):
         ("speed: 1\n", "speed"),
         ("- 1\n", "- 1"),
         ("part: [1, 2\n", "line 1"),
+        ('part: "\\0"\n', r"'\x00' has a zero byte"),
     ],
 )
 def test_wrong_files_are_named_and_end_with_code_2(text, named, config, capsys):

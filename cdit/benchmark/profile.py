@@ -34,9 +34,9 @@ def profile(bench: Bench) -> Iterator[Table]:
     batch = Batch.random(config, bench.device, config.batch_size, config.goals)
     steps: dict[str, Call] = {}
     for c in bench.contenders():
+        steps[c.name] = c.training_step(batch)
         if config.compile and isinstance(c, Ours):
             steps[f"{c.name}, compiled"] = c.training_step(batch, predict=c.predict_compiled)
-        steps[c.name] = c.training_step(batch)
     times = {name: by_kind(step, config.rounds, bench.device) for name, step in steps.items()}
     rows: list[dict[str, Cell]] = []
     for kind in (*KINDS, REST):

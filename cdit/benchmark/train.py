@@ -25,9 +25,9 @@ def train(bench: Bench) -> Iterator[Table]:
     flops = {c.name: training_flops(c, batch) for c in contenders}
     steps: dict[tuple[str, Precision], Call] = {}
     for c in contenders:
+        steps[c.name, config.mixed_precision] = c.training_step(batch)
         if config.compile and isinstance(c, Ours):
             steps[f"{c.name}, compiled", config.mixed_precision] = c.training_step(batch, predict=c.predict_compiled)
-        steps[c.name, config.mixed_precision] = c.training_step(batch)
     if config.mixed_precision != "no":
         steps |= {(f"{c.name}, float32", "no"): c.training_step(batch, "no") for c in contenders}
     products = {precision: product(bench.device, DTYPES[precision]) for precision in dict.fromkeys(p for _, p in steps)}
