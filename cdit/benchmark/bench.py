@@ -71,11 +71,11 @@ class Bench:
             steps: numbers of steps beside each contender's default.
         """
         most = self.measured_steps
-        wanted = {(c.name, n): (n,) if n <= most else (1, most) for c in contenders for n in (c.sampler.steps, *steps)}
+        wanted = [(c, n) for c in contenders for n in (c.sampler.steps, *steps)]
         timed = self.watch.times({
-            (c.name, n): partial(call, c, replace(c.sampler, steps=n))
-            for c in contenders
-            for n in sorted({n for (name, _), run in wanted.items() if name == c.name for n in run})
+            (c.name, run): partial(call, c, replace(c.sampler, steps=run))
+            for c, n in wanted
+            for run in ((n,) if n <= most else (1, most))
         })  # fmt: skip
 
         def whole(name: str, n: int) -> np.ndarray:
@@ -83,7 +83,7 @@ class Bench:
                 return timed[name, n]
             return timed[name, 1] + (timed[name, most] - timed[name, 1]) * (n - 1) / (most - 1)
 
-        return {key: whole(*key) for key in wanted}
+        return {(c.name, n): whole(c.name, n) for c, n in wanted}
 
     def rates(
         self, contenders: Sequence[Contender], frames: int, call: Callable[[Contender, SamplerConfig], object]
