@@ -86,9 +86,9 @@ def joint_attention(q_BHNK: Tensor, parts: Sequence[Part]) -> Tensor:
         return scaled_dot_product_attention(q_BHNK, *parts[0])
     outs, sums = [], []
     for part in parts:
-        out_SHNK, sum_SHN = attention_and_logsumexp(_regroup(q_BHNK, part.rows), *part)
-        outs.append(_regroup(out_SHNK, len(q_BHNK)))
-        sums.append(_regroup(sum_SHN[..., None], len(q_BHNK)))
+        out_SHNK, sum_SHN = attention_and_logsumexp(fold_queries(q_BHNK, part.rows), *part)
+        outs.append(fold_queries(out_SHNK, len(q_BHNK)))
+        sums.append(fold_queries(sum_SHN[..., None], len(q_BHNK)))
     shares = torch.stack(sums).softmax(0)
     return (shares * torch.stack(outs)).sum(0).to(q_BHNK.dtype)
 
@@ -132,8 +132,8 @@ def _repeated(x: Tensor, rows: int) -> Tensor:
     return x if len(x) == rows else x.repeat_interleave(rows // len(x), 0)
 
 
-def _regroup(x_BHNK: Tensor, rows: int) -> Tensor:
-    """The same queries in so many rows: (rows, H, B·N / rows, K)."""
+def fold_queries(x_BHNK: Tensor, rows: int) -> Tensor:
+    """The same queries (or their angles) in so many rows, consecutive ones together: (rows, H, B·N / rows, K)."""
     return x_BHNK.transpose(1, 2).reshape(rows, -1, x_BHNK.shape[1], x_BHNK.shape[3]).transpose(1, 2)
 
 
@@ -243,9 +243,19 @@ class MultiHeadAttention(nn.Module):
         q_BND = self.q(x_BND)
         return rotate(self.q_norm(self._split(q_BND)).to(q_BND.dtype), rotation)
 
-    def project_kv(self, context_BMD: Tensor, rotation: Rotation | None = None) -> KeysValues:
-        """Keys (rotated to their positions) and values of a context."""
-        k_BMD, v_BMD = self.kv(context_BMD).chunk(2, dim=-1)
+    def project_kv(
+        self, context_BMD: Tensor, rotation: Rotation | None = None, key_norm: nn.Module | None = None
+    ) -> KeysValues:
+        """Keys (rotated to their positions) and values of a context.
+
+        With `key_norm`, keys are made of the normalised context, values of the context as it is.
+        """
+        if key_norm is None:
+            k_BMD, v_BMD = self.kv(context_BMD).chunk(2, dim=-1)
+        else:
+            halves = zip(self.kv.weight.chunk(2), self.kv.bias.chunk(2), strict=True)
+            sources = (key_norm(context_BMD), context_BMD)
+            k_BMD, v_BMD = (F.linear(x, *half) for x, half in zip(sources, halves, strict=True))
         k_BHMK = self.k_norm(self._split(k_BMD)).to(k_BMD.dtype)
         return KeysValues(rotate(k_BHMK, rotation), self._split(v_BMD))
 

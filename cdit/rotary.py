@@ -16,22 +16,22 @@ THETA = 10.0
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of each token's angles, each (N, K / 2)."""
+    """Cosine and sine of each token's angles, each (…, N, K / 2)."""
 
     cos: Tensor
     sin: Tensor
 
 
 def axial_rotation(position_N3: Tensor, head_width: int) -> Rotation:
-    """Angles of tokens at (frame, row, column), for heads of an even width: a fourth of the pairs follows the frame,
-    the rest is halved between row and column.
+    """Angles of tokens at (frame, row, column), (…, N, 3), for heads of an even width: a fourth of the pairs follows the
+    frame, the rest is halved between row and column.
     """
     pairs = head_width // 2
     frame_pairs = pairs // 4
     row_pairs = (pairs - frame_pairs) // 2
     shares = (frame_pairs, row_pairs, pairs - frame_pairs - row_pairs)
     angles = [
-        position_N3[:, axis, None] * THETA ** -torch.linspace(0, 1, share, device=position_N3.device)
+        position_N3[..., axis, None] * THETA ** -torch.linspace(0, 1, share, device=position_N3.device)
         for axis, share in enumerate(shares)
     ]
     angle_NK = torch.cat(angles, dim=-1)

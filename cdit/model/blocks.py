@@ -10,11 +10,15 @@ from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from cdit.attention import KeysValues, MultiHeadAttention, Part
-from cdit.rotary import Rotation
+from cdit.attention import KeysValues, MultiHeadAttention, Part, fold_queries
+from cdit.rotary import Rotation, axial_rotation
+
+REACH = 4.0
+"""Patches by which an output of 1 of a `Steering` moves the place a head looks at."""
 
 
 @dataclass
@@ -27,7 +31,7 @@ class Modulation:
 
 
 class ContextTokens(NamedTuple):
-    """Normalised context tokens, for a block to make its keys and values of."""
+    """Context tokens, for a block to make its keys and values of."""
 
     tokens_SMD: Tensor
     mask: Tensor | None
@@ -50,6 +54,37 @@ def feed_forward(width: int, ratio: float) -> Mlp:
     return Mlp(width, int(width * ratio), act_layer=partial(nn.GELU, approximate="tanh"))
 
 
+class Steering(nn.Module):
+    """Moves and scales the coordinates at which each head looks, as the condition says.
+
+    (row, column) becomes centre + ((row, column) − centre)·2^tanh(z) + 4·o, with o and z in R² of each head from a
+    linear map of the condition. A turn of the camera shifts what was seen, a walk scales it: queries start from where
+    things were. Keys are not touched.
+
+    Args:
+        width: D.
+        heads: h.
+        grid: rows and columns of patches.
+    """
+
+    def __init__(self, width: int, heads: int, grid: tuple[int, int]):
+        super().__init__()
+        self.heads, self.head_width = heads, width // heads
+        self.centre = tuple((side - 1) / 2 for side in grid)
+        self.linear = nn.Linear(width, 4 * heads)
+
+    def forward(self, condition_BD: Tensor, position_N3: Tensor) -> Rotation:
+        """Rotation of the queries, (B, H, N, K / 2), of tokens at (frame, row, column)."""
+        moves_BD = self.linear(condition_BD)
+        moves_BD = moves_BD.to(torch.promote_types(moves_BD.dtype, torch.float32))
+        offset_BH12, zoom_BH12 = moves_BD.unflatten(-1, (self.heads, 1, 4)).chunk(2, dim=-1)
+        frame_N1, place_N2 = position_N3.split((1, 2), dim=-1)
+        centre = position_N3.new_tensor(self.centre)
+        place_BHN2 = centre + (place_N2 - centre) * zoom_BH12.tanh().exp2() + REACH * offset_BH12
+        position_BHN3 = torch.cat((frame_N1.expand(*place_BHN2.shape[:-1], 1), place_BHN2), dim=-1)
+        return axial_rotation(position_BHN3, self.head_width)
+
+
 class Block(nn.Module):
     """Self-attention, cross-attention and MLP, each a residual branch that AdaLN-Zero shifts, scales and gates.
 
@@ -63,6 +98,9 @@ class Block(nn.Module):
         norm: pre: x + gate·branch(mod(norm(x))); post: x + gate·norm(branch(mod(x))), the residual post-norm of
             Swin V2 (Liu et al. 2022), where closed gates still make the block the identity.
         dropout: share of each branch's output zeroed in training.
+        steering_grid: rows and columns of patches, where the condition moves the places that cross-attention's queries
+            look at (see `Steering`); None where it does not.
+        key_norm: keys are made of normalised context tokens, values of the tokens as they are.
     """
 
     def __init__(
@@ -75,6 +113,8 @@ class Block(nn.Module):
         context_modulation: bool = False,
         norm: Literal["pre", "post"] = "pre",
         dropout: float = 0.0,
+        steering_grid: tuple[int, int] | None = None,
+        key_norm: bool = False,
     ):
         super().__init__()
         self.pre_norm = norm == "pre"
@@ -85,6 +125,8 @@ class Block(nn.Module):
         self.mlp = feed_forward(width, mlp_ratio)
         self.dropout = nn.Dropout(dropout)
         self.ada_ln = nn.Linear(width, self.chunks * width)
+        self.steering = None if steering_grid is None else Steering(width, heads, steering_grid)
+        self.key_norm = layer_norm(width) if key_norm else None
 
     def forward(
         self,
@@ -92,6 +134,7 @@ class Block(nn.Module):
         condition_BD: Tensor,
         context: Sequence[Part] | ContextTokens,
         rotation: Rotation | None = None,
+        position_N3: Tensor | None = None,
     ) -> Tensor:
         """One step of the residual stream, (B, N, D).
 
@@ -101,6 +144,7 @@ class Block(nn.Module):
             context: this block's keys and values of the past frames, in parts of which each has an S of its own and the
                 last the largest; or the tokens to make them of, with `context_modulation` of S = B.
             rotation: of the target's tokens.
+            position_N3: (frame, row, column) of the target's tokens, for `Steering`.
         """
         chunks = self.ada_ln(condition_BD)[:, None].chunk(self.chunks, dim=-1)
         for_self, for_cross, for_mlp = (Modulation(*chunks[i : i + 3]) for i in (0, 3, 6))
@@ -113,7 +157,11 @@ class Block(nn.Module):
             # Targets that share a context become more queries of it, so that its keys are not copied.
             folded = x.reshape(parts[-1].rows, -1, x.shape[-1])
             repeats = folded.shape[1] // x.shape[1]
-            folded_rotation = rotation and Rotation(*(angle.repeat(repeats, 1) for angle in rotation))
+            if self.steering is None:
+                folded_rotation = rotation and Rotation(*(angle.repeat(repeats, 1) for angle in rotation))
+            else:
+                steered = self.steering(condition_BD, position_N3)
+                folded_rotation = Rotation(*(fold_queries(angle, len(folded)) for angle in steered))
             corner = rotation and Rotation(*(angle[:1] for angle in rotation))  # where the extra key stands
             q_BHNK = self.cross_attn.project_q(folded, folded_rotation)
             return self.cross_attn.attend(q_BHNK, parts, corner).view_as(x)
@@ -123,14 +171,14 @@ class Block(nn.Module):
         return self._residual(x_BND, for_mlp, self.mlp)
 
     def project_kv(self, tokens_SMD: Tensor, rotation: Rotation | None = None) -> KeysValues:
-        """Keys and values that `forward` takes, of normalised context tokens; not for `context_modulation`."""
-        return self.cross_attn.project_kv(tokens_SMD, rotation)
+        """Keys and values that `forward` takes, of context tokens; not for `context_modulation`."""
+        return self.cross_attn.project_kv(tokens_SMD, rotation, self.key_norm)
 
     def _part(self, context: ContextTokens, modulation: Sequence[Tensor]) -> Part:
         tokens_SMD, mask, rotation = context
         if modulation:
             tokens_SMD = modulate(tokens_SMD, *modulation)
-        return Part(self.cross_attn.project_kv(tokens_SMD, rotation), mask)
+        return Part(self.project_kv(tokens_SMD, rotation), mask)
 
     def _residual(self, x_BND: Tensor, m: Modulation, branch: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre_norm:
@@ -168,3 +216,26 @@ class FinalLayer(nn.Module):
         """(B, N, D) to (B, N, values)."""
         shift, scale = self.ada_ln(condition_BD)[:, None].chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x_BND), shift, scale))
+
+
+class OutputConvolutions(nn.Module):
+    """Three 3×3 convolutions over features of the output's pixels, beside the noisy frame.
+
+    A linear map gives every patch by itself, so that neighbours do not agree at their border; these see both sides.
+
+    Args:
+        features: F, per pixel or latent cell.
+        in_channels: C of the noisy frame.
+        out_channels: of the prediction.
+    """
+
+    def __init__(self, features: int, in_channels: int, out_channels: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(features + in_channels, features, 3, padding=1)
+        self.conv2 = nn.Conv2d(features, features, 3, padding=1)
+        self.conv3 = nn.Conv2d(features, out_channels, 3, padding=1)
+
+    def forward(self, features_BFHW: Tensor, noisy_BCHW: Tensor) -> Tensor:
+        """(B, F, H, W) and (B, C, H, W) to (B, out_channels, H, W)."""
+        x_BFHW = F.silu(self.conv1(torch.cat((features_BFHW, noisy_BCHW.to(features_BFHW.dtype)), dim=1)))
+        return self.conv3(F.silu(self.conv2(x_BFHW)))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from cdit.attention import KeysValues, MultiHeadAttention, Part, side_by_side
 from cdit.errors import UserError
-from cdit.model.blocks import Block, ContextBlock, ContextTokens, FinalLayer, layer_norm
+from cdit.model.blocks import Block, ContextBlock, ContextTokens, FinalLayer, OutputConvolutions, layer_norm
 from cdit.model.embeddings import ActionEmbedding, ScalarEmbedding
 from cdit.rotary import Rotation, axial_rotation
 
@@ -33,7 +33,7 @@ class EncodedFrames:
     keys_values: list[KeysValues]
     """Per block, (S, H, M, K) each. Empty where every block makes its own, from `tokens_SMD`."""
     tokens_SMD: Tensor | None
-    """Normalised tokens where K and V follow the condition, or are used once only, else None."""
+    """Tokens where K and V follow the condition, or are used once only, else None."""
     mask_ST: Tensor | None
     """True where a frame exists; None where all do."""
     frame_T: Tensor
@@ -133,9 +133,12 @@ class CDiT(ModelMixin, ConfigMixin):
         context_depth: int = 0,
         context_modulation: bool = False,
         position: Literal["rotary", "learned"] = "rotary",
+        steered_queries: bool = False,
+        context_norm: Literal["both", "keys", "none"] = "both",
         extra_kv: bool = False,
         qk_norm: bool = False,
         norm: Literal["pre", "post"] = "pre",
+        output_channels: int = 0,
         dropout: float = 0.0,
         use_action: bool = True,
         use_time_shift: bool = True,
@@ -150,6 +153,10 @@ class CDiT(ModelMixin, ConfigMixin):
             raise UserError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads}")
         if position == "rotary" and hidden_size // num_heads % 2:
             raise UserError(f"rotary positions need heads of even width, not {hidden_size // num_heads}")
+        if steered_queries and position != "rotary":
+            raise UserError(f"steered_queries needs position rotary, not {position}")
+        if context_norm == "keys" and context_modulation:
+            raise UserError("context_norm keys cannot be combined with context_modulation")
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.out_channels = in_channels * (2 if learn_variance else 1)
         self.gradient_checkpointing = False
@@ -164,12 +171,26 @@ class CDiT(ModelMixin, ConfigMixin):
         self.context_blocks = nn.ModuleList(
             ContextBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(context_depth)
         )
-        self.context_norm = layer_norm(hidden_size)
+        self.token_norm = layer_norm(hidden_size) if context_norm == "both" else nn.Identity()
         self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_ratio, qk_norm, extra_kv, context_modulation, norm, dropout)
+            Block(
+                hidden_size,
+                num_heads,
+                mlp_ratio,
+                qk_norm,
+                extra_kv,
+                context_modulation,
+                norm,
+                dropout,
+                steering_grid=self.grid if steered_queries else None,
+                key_norm=context_norm == "keys",
+            )
             for _ in range(depth)
         )
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * self.out_channels)
+        self.final_layer = FinalLayer(hidden_size, patch_size**2 * (output_channels or self.out_channels))
+        self.output_convolutions = None
+        if output_channels:
+            self.output_convolutions = OutputConvolutions(output_channels, in_channels, self.out_channels)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -188,11 +209,15 @@ class CDiT(ModelMixin, ConfigMixin):
             nn.init.normal_(self.pos_embed, std=0.02)
         for block in self.blocks:
             nn.init.zeros_(block.ada_ln.weight)  # gates closed: every block starts as the identity
+            if block.steering is not None:
+                nn.init.zeros_(block.steering.linear.weight)  # queries look at their own place
             if block.cross_attn.extra_k is not None:
                 nn.init.xavier_normal_(block.cross_attn.extra_k.view(1, 1, -1))
                 nn.init.xavier_normal_(block.cross_attn.extra_v.view(1, 1, -1))
         nn.init.zeros_(self.final_layer.ada_ln.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)  # the first prediction is zero
+        last = self.final_layer.linear if self.output_convolutions is None else self.output_convolutions.conv3
+        nn.init.zeros_(last.weight)  # the first prediction is zero
+        nn.init.zeros_(last.bias)
 
     def _shrink_weights(self) -> None:
         """Where the NWM release starts from smaller weights: conditions, and queries, keys and values."""
@@ -251,7 +276,7 @@ class CDiT(ModelMixin, ConfigMixin):
         x = x.flatten(0, 1)
         for block in self.context_blocks:
             x = self._run(block, x, self._rotation(frame_T[-1:]))
-        x = self.context_norm(x).unflatten(0, (batch, count)).flatten(1, 2)
+        x = self.token_norm(x).unflatten(0, (batch, count)).flatten(1, 2)
         return EncodedFrames(keys_values=[], tokens_SMD=x, mask_ST=mask, frame_T=frame_T)
 
     def _with_keys_values(self, frames: EncodedFrames) -> EncodedFrames:
@@ -309,10 +334,14 @@ class CDiT(ModelMixin, ConfigMixin):
             condition = condition + self.action_embed(action.reshape(-1, 3), known)
         condition = F.silu(condition)
 
-        rotation = self._rotation(context.parts[-1].frame_T[-1:] + 1)
+        frame_1 = context.parts[-1].frame_T[-1:] + 1
+        position, rotation = self._position(frame_1), self._rotation(frame_1)
         for block, looked_at in zip(self.blocks, self._for_blocks(context, len(x)), strict=True):
-            x = self._run(block, x, condition, looked_at, rotation)
-        return self._unpatchify(self.final_layer(x, condition)).reshape(*sample.shape[:-3], -1, *sample.shape[-2:])
+            x = self._run(block, x, condition, looked_at, rotation, position)
+        x = self._unpatchify(self.final_layer(x, condition))
+        if self.output_convolutions is not None:
+            x = self.output_convolutions(x, sample.flatten(0, -4))
+        return x.reshape(*sample.shape[:-3], -1, *sample.shape[-2:])
 
     def _for_blocks(self, context: ContextCache, targets: int) -> list[list[Part]] | list[ContextTokens]:
         """What each block looks at."""
@@ -345,12 +374,15 @@ class CDiT(ModelMixin, ConfigMixin):
         """Rotation of the tokens of frames at these coordinates, T·P of them; None where positions are learned."""
         if self.pos_embed is not None:
             return None
+        return axial_rotation(self._position(frame_T), self.config.hidden_size // self.config.num_heads)
+
+    def _position(self, frame_T: Tensor) -> Tensor:
+        """(frame, row, column) of the tokens of frames at these coordinates, (T·P, 3)."""
         rows, columns = (torch.arange(side, device=frame_T.device) for side in self.grid)
-        position = torch.stack(torch.meshgrid(frame_T, rows, columns, indexing="ij"), dim=-1).flatten(0, 2).float()
-        return axial_rotation(position, self.config.hidden_size // self.config.num_heads)
+        return torch.stack(torch.meshgrid(frame_T, rows, columns, indexing="ij"), dim=-1).flatten(0, 2).float()
 
     def _unpatchify(self, x: Tensor) -> Tensor:
         """(B·G, P, p·p·C), each patch laid out (row, column, channel), to (B·G, C, H, W)."""
         p = self.config.patch_size
-        x = x.reshape(len(x), *self.grid, p, p, self.out_channels)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), self.out_channels, self.grid[0] * p, self.grid[1] * p)
+        x = x.reshape(len(x), *self.grid, p, p, -1)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, self.grid[0] * p, self.grid[1] * p)

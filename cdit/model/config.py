@@ -34,12 +34,18 @@ class ModelConfig:
     """Whether keys and values follow diffusion time and action (as published); they can then not be reused."""
     position: Literal["rotary", "learned"] = "rotary"
     """Axial rotary positions in both attentions, or a learned table with one entry per frame slot and patch."""
+    steered_queries: bool = False
+    """Whether the condition moves and scales the rotary coordinates at which each head of cross-attention looks."""
+    context_norm: Literal["both", "keys", "none"] = "both"
+    """What of the past frames' tokens is normalised before it is projected: keys and values, keys alone, or neither."""
     extra_kv: bool = False
     """Whether cross-attention has one learned extra key and value, a sink for patches with nothing to find."""
     qk_norm: bool = False
     """Whether queries and keys are normalised per head."""
     norm: Literal["pre", "post"] = "pre"
     """Norm before each branch, or after it (residual post-norm of Swin V2)."""
+    output_channels: int = 0
+    """Channels per pixel (or latent cell) of three 3×3 convolutions that follow the last linear map; 0: none."""
     dropout: float = 0.0
     """Share of each branch's output zeroed in training."""
     use_action: bool = True

@@ -28,6 +28,8 @@ PARTS = {
     r"(self|cross)_attn\.extra_": r"\1-attention extra key, value",
     r"\.mlp\.": "MLP",
     r"blocks\.\d+\.ada_ln": "AdaLN",
+    r"steering": "steered queries",
+    r"output_convolutions": "output convolutions",
     r"final_layer": "final layer",
 }
 

@@ -17,8 +17,10 @@ from cdit.model import ModelConfig
 
 @dataclass
 class OptimizerConfig:
-    """AdamW and its learning-rate schedule."""
+    """The optimizer and its learning-rate schedule."""
 
+    name: Literal["adamw", "muon"] = "adamw"
+    """AdamW, or Muon for the matrices of the blocks and AdamW for all else."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -27,6 +29,8 @@ class OptimizerConfig:
     """Steps of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.99)
     """Decay rates of AdamW's moments."""
+    momentum: float = 0.95
+    """Decay rate of Muon's momentum."""
     weight_decay: float = 0.01
     """Decoupled weight decay, on matrices only."""
     max_grad_norm: float = 1.0
@@ -221,6 +225,7 @@ class TrainConfig:
         not_negative = {
             "seed": self.seed,
             "model.context_depth": self.model.context_depth,
+            "model.output_channels": self.model.output_channels,
             "flow.time_std": self.flow.time_std,
             "optimizer.warmup_steps": self.optimizer.warmup_steps,
             "optimizer.weight_decay": self.optimizer.weight_decay,
@@ -238,6 +243,7 @@ class TrainConfig:
             "action_dropout": [self.action_dropout],
             "model.dropout": [self.model.dropout],
             "optimizer.betas": self.optimizer.betas,
+            "optimizer.momentum": [self.optimizer.momentum],
         }
         for name, values in shares.items():
             if not all(0 <= value < 1 for value in values):

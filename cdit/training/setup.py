@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from cdit.errors import UserError, writing
 from cdit.model import CDiT
 from cdit.nwm.normalization import normalization
 from cdit.training.config import OptimizerConfig, TrainConfig
+from cdit.training.muon import Muon
 from cdit.world_model import Units, WorldDescription, WorldModel
 
 
@@ -169,12 +171,28 @@ def use_latents(datasets: Iterable[WindowDataset], codec: Codec, config: TrainCo
         dataset.use_latents(encoding)
 
 
-def build_optimizer(network: nn.Module, config: OptimizerConfig, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """AdamW with weight decay on matrices only, and its schedule over the run's steps."""
-    matrices = [p for p in network.parameters() if p.requires_grad and p.ndim >= 2]
-    others = [p for p in network.parameters() if p.requires_grad and p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+def build_optimizer(network: CDiT, config: OptimizerConfig, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """The optimizer, with weight decay on matrices only, and its schedule over the run's steps.
+
+    Muon takes the matrices of attentions and MLPs; AdaLN, steering, embeddings and the final layer stay with AdamW.
+    """
+    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    hidden = re.compile(r"(context_)?blocks\.\d+\.(\w*attn\.(q|kv|out)|mlp\.fc[12])\.weight")
+    muon = {name: p for name, p in parameters.items() if config.name == "muon" and hidden.fullmatch(name)}
+    rest = [p for name, p in parameters.items() if name not in muon]
+    others = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    options = {"lr": config.learning_rate, "betas": config.betas}
+    if config.name == "muon":
+        fused = [p for name, p in muon.items() if name.endswith(".kv.weight")]
+        single = [p for name, p in muon.items() if not name.endswith(".kv.weight")]
+        matrices = [{"params": single}, {"params": fused, "splits": 2}]
+        matrices = [{**group, "weight_decay": config.weight_decay} for group in matrices]
+        optimizer = Muon(matrices, others, config.momentum, **options)
+    else:
+        optimizer = torch.optim.AdamW(others, fused=True, **options)
     name = {"cosine": "cosine", "constant": "constant_with_warmup"}[config.schedule]
     return optimizer, get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
 
