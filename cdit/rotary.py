@@ -23,8 +23,8 @@ class Rotation(NamedTuple):
 
 
 def axial_rotation(position_N3: Tensor, head_width: int) -> Rotation:
-    """Angles of tokens at (frame, row, column), (…, N, 3), for heads of an even width: a fourth of the pairs follows the
-    frame, the rest is halved between row and column.
+    """Angles of tokens at (frame, row, column), (…, N, 3), for heads of an even width: a fourth of the pairs follows
+    the frame, the rest is halved between row and column.
     """
     pairs = head_width // 2
     frame_pairs = pairs // 4

@@ -21,7 +21,8 @@ class Muon(torch.optim.AdamW):
     split first. Sharded matrices are gathered for it, each process keeping its rows.
 
     Args:
-        matrices: to orthogonalise; groups may have `splits`, how many matrices each of theirs holds, one below the other.
+        matrices: to orthogonalise; groups may have `splits`, how many matrices each of theirs holds, one
+            below the other.
         others: groups for AdamW.
         momentum: decay of the matrices' momentum.
         newton_schulz_steps: iterations of the orthogonalisation.
@@ -42,7 +43,8 @@ class Muon(torch.optim.AdamW):
         super().__init__([*groups, *others], fused=True, **options)
         self.newton_schulz_steps = newton_schulz_steps
         for parameter in self._matrices():
-            self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+            step = torch.zeros((), device=parameter.device)  # not used, but AdamW expects it in every state
+            self.state[parameter] |= {"step": step, "momentum_buffer": torch.zeros_like(parameter)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
