@@ -18,19 +18,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cdit.actions import DEFAULT_STEP, compose, read_actions
-from cdit.cli import parse_config, run
+from cdit.common.cli import parse_config, run
+from cdit.common.errors import UserError
+from cdit.common.output import finished_folder
+from cdit.common.pictures import comparison_grid, rollout_video, save_gif, save_mp4, strip, to_float, to_uint8
+from cdit.common.randomness import generator
+from cdit.data.actions import DEFAULT_STEP, compose, read_actions
 from cdit.data.frames import crop_and_resize, decode
 from cdit.data.layout import DatasetInfo
 from cdit.data.loader import collate
-from cdit.errors import UserError
-from cdit.evaluation.loading import SamplerOptions, load_world, spread, windows_for
-from cdit.evaluation.metrics import psnr
-from cdit.inspection.probe import AttentionConfig, inspect_attention
-from cdit.inspection.report import AttentionReport
-from cdit.output import finished_folder
-from cdit.pictures import comparison_grid, rollout_video, save_gif, save_mp4, strip, to_float, to_uint8
-from cdit.randomness import generator
+from cdit.evaluate.metrics import psnr
+from cdit.heads.probe import AttentionConfig, inspect_attention
+from cdit.heads.report import AttentionReport
+from cdit.loading import SamplerOptions, load_world, spread, windows_for
 from cdit.world_model import WorldModel
 
 
@@ -75,7 +75,7 @@ class SampleConfig:
     fps: float | None = None
     """Frames a second at which videos play; by default the model's, which is real time."""
     attention: bool = False
-    """Also write where each head looks while the first frame is predicted, to OUT/attention (see cdit.inspect)."""
+    """Also write where each head looks while the first frame is predicted, to OUT/attention (see cdit.heads)."""
     inspect: AttentionConfig = field(default_factory=AttentionConfig)
     """With attention: what of it."""
     compile: bool = False

@@ -11,20 +11,21 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
-from cdit.cli import parse_config, run
+from cdit.common.cli import parse_config, run
+from cdit.common.errors import Interrupted, UserError
+from cdit.common.randomness import seed_of
 from cdit.data.loader import WindowLoader, loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import WindowDataset
-from cdit.errors import Interrupted, UserError
-from cdit.randomness import seed_of
-from cdit.training.bad_steps import BadSteps
 from cdit.training.batch import noisy_batch
-from cdit.training.checkpoints import Checkpoints, RunState, find_resume
 from cdit.training.config import TrainConfig
+from cdit.training.durable.bad_steps import BadSteps
+from cdit.training.durable.checkpoints import Checkpoints, RunState, find_resume
+from cdit.training.durable.failures import explained
+from cdit.training.durable.processes import Processes, on_main
+from cdit.training.durable.signals import StopSignals, end_with_launcher
 from cdit.training.ema import EMA
-from cdit.training.failures import explained
 from cdit.training.probes import Probes
-from cdit.training.processes import Processes, on_main
 from cdit.training.setup import (
     available_cpus,
     build_accelerator,
@@ -37,7 +38,6 @@ from cdit.training.setup import (
     use_latents,
 )
 from cdit.training.sharding import shard, take_wish, whole, whole_world
-from cdit.training.signals import StopSignals, end_with_launcher
 from cdit.training.tracking import Tracker
 from cdit.training.validation import Validation
 from cdit.world_model import WorldModel

@@ -9,7 +9,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from cdit.errors import UserError
+from cdit.common.errors import UserError
 
 UNSEEN_IN_WEIGHTS = ("act_fn", "norm_num_groups")
 """Settings that change what an encoder computes, and not the names and shapes of its weights."""

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cdit.attention import side_by_side
-from cdit.cli import parser_instance
 from cdit.codec import AutoencoderCodec, Codec, CodecConfig, PixelCodec, load_codec
+from cdit.common.cli import parser_instance
+from cdit.common.errors import UserError, writing
+from cdit.common.files import read_json
+from cdit.common.weights import weight_shapes
 from cdit.data.frames import Crop
 from cdit.data.image_header import MAX_PIXELS
 from cdit.diffusion import DDPMConfig, FlowConfig, ObjectiveName, SamplerConfig, check_sampler, make_objective
-from cdit.errors import UserError, writing
-from cdit.files import read_json
 from cdit.model import CDiT, ContextCache
-from cdit.weights import weight_shapes
+from cdit.model.attention import side_by_side
 
 DESCRIPTION = "world_model.json"
 VERSION = 1

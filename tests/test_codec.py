@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cdit.codec import AutoencoderCodec, CodecConfig, PixelCodec, latent_size, load_codec
-from cdit.errors import UserError
+from cdit.common.errors import UserError
 
 
 def frames(*leading: int) -> torch.Tensor:

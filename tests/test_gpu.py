@@ -3,7 +3,11 @@
 import pytest
 import torch
 
-from cdit.attention import (
+from cdit.codec import PixelCodec
+from cdit.diffusion import SamplerConfig
+from cdit.heads.recording import record_attention
+from cdit.model import CDiT
+from cdit.model.attention import (
     KeysValues,
     Part,
     attention_weights,
@@ -11,10 +15,6 @@ from cdit.attention import (
     joint_attention,
     scaled_dot_product_attention,
 )
-from cdit.codec import PixelCodec
-from cdit.diffusion import SamplerConfig
-from cdit.inspection.recording import record_attention
-from cdit.model import CDiT
 from cdit.world_model import WorldDescription, WorldModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

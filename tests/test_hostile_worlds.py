@@ -11,8 +11,8 @@ import safetensors.torch
 import torch
 
 from cdit.codec import PixelCodec
+from cdit.common.errors import UserError
 from cdit.diffusion import SamplerConfig
-from cdit.errors import UserError
 from cdit.model import CDiT
 from cdit.world_model import WorldDescription, WorldModel
 

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from cdit.cli import run
 from cdit.codec import PixelCodec
+from cdit.common.cli import run
 from cdit.data.layout import DatasetInfo, write_split, write_trajectory
 from cdit.diffusion import SamplerConfig
 from cdit.model import CDiT

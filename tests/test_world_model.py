@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from cdit.codec import AutoencoderCodec, PixelCodec
+from cdit.common.errors import UserError
 from cdit.diffusion import Flow, FlowConfig, SamplerConfig
-from cdit.errors import UserError
 from cdit.model import CDiT
 from cdit.world_model import Units, WorldDescription, WorldModel
 

@@ -34,9 +34,9 @@ from cdit.benchmark.scale import scale
 from cdit.benchmark.stopwatch import machine
 from cdit.benchmark.tables import Table
 from cdit.benchmark.train import train
-from cdit.cli import parse_config, run
-from cdit.errors import UserError
-from cdit.output import finished_folder
+from cdit.common.cli import parse_config, run
+from cdit.common.errors import UserError
+from cdit.common.output import finished_folder
 
 MODES: dict[str, Mode] = {
     mode.__name__: mode

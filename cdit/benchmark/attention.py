@@ -6,13 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cdit.attention import KeysValues, attention_weights, scaled_dot_product_attention
 from cdit.benchmark.bench import Bench
 from cdit.benchmark.tables import Table
+from cdit.model.attention import KeysValues, attention_weights, scaled_dot_product_attention
 
 
 def attention(bench: Bench) -> Iterator[Table]:
-    """Fused against explicit attention: torch's kernel, what `cdit.attention` picks, and two products and a softmax."""
+    """Fused against explicit attention: torch's kernel, what CDiT uses, and two products and a softmax."""
     config, size = bench.config, bench.config.model.arguments()
     heads = size["num_heads"]
     width = size["hidden_size"] // heads

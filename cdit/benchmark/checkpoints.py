@@ -10,8 +10,8 @@ from accelerate import Accelerator
 from cdit.benchmark.bench import Bench
 from cdit.benchmark.contenders import Batch
 from cdit.benchmark.tables import Table
-from cdit.training.checkpoints import Checkpoints, RunState
 from cdit.training.config import CheckpointConfig, EMAConfig, TrainConfig
+from cdit.training.durable.checkpoints import Checkpoints, RunState
 from cdit.training.ema import EMA
 
 

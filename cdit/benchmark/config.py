@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cdit.errors import UserError
+from cdit.common.errors import UserError
 from cdit.model import ModelConfig
 
 ContenderName = Literal["ours", "ours-nwm", "NWM-as-published", "DiT-concat"]

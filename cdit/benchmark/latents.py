@@ -13,9 +13,9 @@ from cdit.benchmark.bench import Bench
 from cdit.benchmark.contenders import Batch
 from cdit.benchmark.data import recorded_windows
 from cdit.benchmark.tables import Table
+from cdit.common.pictures import to_float
 from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset
-from cdit.pictures import to_float
 
 
 def latents(bench: Bench) -> Iterator[Table]:

@@ -10,8 +10,8 @@ from cdit.benchmark.bench import Bench
 from cdit.benchmark.contenders import PIXELS, Batch
 from cdit.benchmark.stopwatch import Spread
 from cdit.benchmark.tables import Cell, Table
-from cdit.errors import UserError
-from cdit.inspection.probe import AttentionConfig, inspect_attention
+from cdit.common.errors import UserError
+from cdit.heads.probe import AttentionConfig, inspect_attention
 
 
 def probes(bench: Bench) -> Iterator[Table]:

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from cdit.cli import run
+from cdit.common.cli import run
+from cdit.common.errors import DataError
 from cdit.data.frames import Member, decode
 from cdit.data.shards import is_sharded
 from cdit.data.trajectory import Trajectory, read_names, read_split
-from cdit.errors import DataError
 
 
 @dataclass

@@ -13,11 +13,11 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
 
+from cdit.common.errors import DataError
+from cdit.common.files import read_bytes
 from cdit.data.image_header import MAX_PIXELS, PNG, read_header
 from cdit.data.layout import Camera
 from cdit.data.trajectory import Trajectory
-from cdit.errors import DataError
-from cdit.files import read_bytes
 
 MAX_BYTES = 4 * MAX_PIXELS
 """Largest image file: pixels that are not compressed, and as much again for what else it holds."""

@@ -19,11 +19,11 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from cdit.cli import run
+from cdit.common.cli import run
+from cdit.common.errors import DataError, UserError
+from cdit.common.files import check_name
 from cdit.data.image_header import MAX_PIXELS
 from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
-from cdit.errors import DataError, UserError
-from cdit.files import check_name
 
 FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,m4v,h264,hevc"
 """What is read, by FFmpeg's names of demuxers."""

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cdit.common.errors import DataError
 from cdit.data.latents import TENSOR, Encoding, LatentCache, opened
 from cdit.data.shards import LatentMember, ShardTrajectory
 from cdit.data.trajectory import Trajectory
-from cdit.errors import DataError
 
 
 class LatentStore:

@@ -21,12 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from cdit.cli import parser_instance
+from cdit.common.cli import parser_instance
+from cdit.common.errors import DataError
+from cdit.common.files import parse_json, read_json, write_whole
 from cdit.data.frames import Crop
 from cdit.data.layout import LATENTS
 from cdit.data.trajectory import Trajectory
-from cdit.errors import DataError
-from cdit.files import parse_json, read_json, write_whole
 
 FORMAT_VERSION = 1
 DESCRIPTION = "latents.json"

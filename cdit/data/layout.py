@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torchvision.io import encode_jpeg
 
-from cdit.cli import parser_instance
-from cdit.errors import DataError, UserError
-from cdit.files import read_json, write_whole
+from cdit.common.cli import parser_instance
+from cdit.common.errors import DataError, UserError
+from cdit.common.files import read_json, write_whole
 
 FORMAT_VERSION = 1
 POSES = "traj_data.pkl"

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from cdit.common.errors import DataError, Interrupted, UserError
 from cdit.data.prefetch import fetching_ahead
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import DataConfig, WindowDataset, WindowKey
-from cdit.errors import DataError, Interrupted, UserError
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Which loader workers leave to the process that they work for."""

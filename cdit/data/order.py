@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cdit.randomness import seed_of
+from cdit.common.randomness import seed_of
 
 
 def shuffled(windows: int, seed: int, epoch: int) -> np.ndarray:

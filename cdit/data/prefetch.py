@@ -6,11 +6,11 @@ from contextlib import suppress
 from queue import SimpleQueue
 from threading import Thread
 
+from cdit.common.errors import Interrupted, UserError
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.shards import Shard, ShardTrajectory
 from cdit.data.trajectory import Trajectory
 from cdit.data.windows import WindowDataset, WindowKey
-from cdit.errors import Interrupted, UserError
 
 AHEAD = 256
 """Batches between asking for a shard and needing it."""

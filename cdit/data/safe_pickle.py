@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from cdit.errors import DataError
-from cdit.files import read_bytes
+from cdit.common.errors import DataError
+from cdit.common.files import read_bytes
 
 MAX_BYTES = 2**30
 """Largest file."""

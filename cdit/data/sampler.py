@@ -5,9 +5,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from cdit.common.errors import UserError
 from cdit.data.order import shuffled
 from cdit.data.windows import WindowKey
-from cdit.errors import UserError
 
 
 class KeyedBatchSampler:

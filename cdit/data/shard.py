@@ -28,7 +28,9 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
-from cdit.cli import run
+from cdit.common.cli import run
+from cdit.common.errors import DataError, UserError, writing
+from cdit.common.files import sha256, write_whole
 from cdit.data.check import size_or_problem
 from cdit.data.latents import TENSOR, LatentCache, opened
 from cdit.data.layout import DatasetInfo
@@ -47,8 +49,6 @@ from cdit.data.shards import (
 )
 from cdit.data.sources import Source, read_trajectories
 from cdit.data.trajectory import Trajectory
-from cdit.errors import DataError, UserError, writing
-from cdit.files import sha256, write_whole
 
 Content = Literal["frames", "latents", "both"]
 WORK = ".unfinished"

@@ -13,8 +13,8 @@ from typing import TypeVar
 from fsspec import AbstractFileSystem
 from fsspec.core import url_to_fs
 
-from cdit.errors import DataError, Interrupted, UserError
-from cdit.files import sha256
+from cdit.common.errors import DataError, Interrupted, UserError
+from cdit.common.files import sha256
 
 T = TypeVar("T")
 

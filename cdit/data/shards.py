@@ -31,14 +31,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from cdit.cli import parser_instance
+from cdit.common.cli import parser_instance
+from cdit.common.errors import DataError
+from cdit.common.files import MAX_TEXT, check_name, parse_json, read_bytes
 from cdit.data.latents import LatentInfo
 from cdit.data.layout import DESCRIPTION as DATASET
 from cdit.data.layout import DatasetInfo
 from cdit.data.shard_cache import FileRecord, ShardCache, read_remote
 from cdit.data.trajectory import MAX_POSE
-from cdit.errors import DataError
-from cdit.files import MAX_TEXT, check_name, parse_json, read_bytes
 
 FORMAT_VERSION = 1
 DESCRIPTION = "shards.json"

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from tqdm import tqdm
 
+from cdit.common.errors import DataError
 from cdit.data.layout import Camera, DatasetInfo
 from cdit.data.shard_cache import ShardCache
 from cdit.data.shards import Shards, ShardTrajectory, is_sharded
 from cdit.data.trajectory import Trajectory, read_split
-from cdit.errors import DataError
 
 LISTED_PROBLEMS = 20
 

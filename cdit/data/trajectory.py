@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cdit.common.errors import DataError
+from cdit.common.files import check_inside, check_name, read_text
 from cdit.data import safe_pickle
 from cdit.data.layout import DESCRIPTION, LATENTS, POSES, DatasetInfo, split_file
-from cdit.errors import DataError
-from cdit.files import check_inside, check_name, read_text
 
 MAX_POSE = 1e9
 """Largest coordinate (metres) and yaw (radians): what is finite here has finite differences and squares in float32."""

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from cdit.common.errors import UserError
+from cdit.common.randomness import seed_of
 from cdit.data.frames import Crop, FrameStore
 from cdit.data.latent_store import LatentStore, open_latents
 from cdit.data.latents import Encoding
@@ -18,8 +20,6 @@ from cdit.data.order import laned, shuffled
 from cdit.data.shard_cache import ShardCache
 from cdit.data.shards import ShardTrajectory
 from cdit.data.sources import Source, read_sources
-from cdit.errors import UserError
-from cdit.randomness import seed_of
 
 
 @dataclass

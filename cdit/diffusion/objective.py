@@ -2,10 +2,10 @@
 
 from typing import Literal
 
+from cdit.common.errors import UserError
 from cdit.diffusion.ddpm import DDPM, DDPMConfig
 from cdit.diffusion.flow import Flow, FlowConfig
 from cdit.diffusion.sampling import TIMESTEPS, SamplerConfig
-from cdit.errors import UserError
 
 ObjectiveName = Literal["flow", "ddpm"]
 Objective = Flow | DDPM

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from cdit.common.errors import DataError
+from cdit.common.files import read_arrays
 from cdit.data.trajectory import Trajectory
 from cdit.data.windows import WindowDataset
 from cdit.doom.geometry import MapGeometry
 from cdit.doom.raycast import Surface, View, cast, standing_height
-from cdit.errors import DataError
-from cdit.files import read_arrays
 
 TOLERANCE = 0.05
 """A point is hidden if the ray towards it ends more than this many metres before it."""

@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from cdit.common.errors import DataError, UserError
+from cdit.common.randomness import seed_of
 from cdit.data.layout import DESCRIPTION, POSES, DatasetInfo, write_split, write_trajectory
 from cdit.doom.engine import Engine
 from cdit.doom.geometry import MapGeometry
 from cdit.doom.maps import MAPS, file_name
 from cdit.doom.record import record
-from cdit.errors import DataError, UserError
-from cdit.randomness import seed_of
 
 RECORDER_VERSION = 2
 """Grows when the same options no longer give the same recording."""

@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from cdit.common.errors import UserError
 from cdit.data.layout import Camera
 from cdit.doom.maps import MapFile, find_map
 from cdit.doom.wad import WadMap, read_wad_map
-from cdit.errors import UserError
 
 try:
     import vizdoom

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from cdit.common.errors import DataError
+from cdit.common.files import read_arrays
 from cdit.doom.engine import HEIGHT_UNITS_PER_METRE, UNITS_PER_METRE, Engine
 from cdit.doom.wad import NOWHERE
-from cdit.errors import DataError
-from cdit.files import read_arrays
 
 PLAYER_HEIGHT = 56 / HEIGHT_UNITS_PER_METRE
 CLEARANCE = 24 / UNITS_PER_METRE

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cdit.errors import UserError
+from cdit.common.errors import UserError
 
 
 @dataclass(frozen=True)

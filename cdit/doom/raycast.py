@@ -16,11 +16,11 @@ from enum import IntEnum
 
 import numpy as np
 
+from cdit.common.errors import UserError
 from cdit.data.frames import Crop, focal_lengths
 from cdit.data.layout import Camera
 from cdit.doom.engine import HEIGHT_UNITS_PER_METRE, UNITS_PER_METRE
 from cdit.doom.geometry import MapGeometry
-from cdit.errors import UserError
 
 PLAYER_RADIUS = 16 / UNITS_PER_METRE
 STEP_HEIGHT = 24 / HEIGHT_UNITS_PER_METRE

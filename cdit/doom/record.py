@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from cdit.common.errors import UserError
 from cdit.doom.engine import FPS, Engine, Observation, camera
 from cdit.doom.geometry import MapGeometry
 from cdit.doom.policy import ExploringPolicy, PolicyConfig
-from cdit.errors import UserError
 
 MAX_STEP = 3.0 / FPS
 """Nobody walks farther than this between two frames, in metres: it was a teleport."""

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import torch
 
-from cdit.cli import parse_config, run
-from cdit.errors import UserError
+from cdit.common.cli import parse_config, run
+from cdit.common.errors import UserError
 from cdit.model import CDiT
 from cdit.model.describe import describe, latent_shape, table
 from cdit.model.scale import Hardware, Run, tables

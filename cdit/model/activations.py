@@ -18,7 +18,7 @@ Not counted, as they do not grow with the batch or hardly weigh: rounded copies 
 what lies before the first block but the context's norm. Compiled, a step keeps less: what is cheap is computed again.
 """
 
-from cdit.errors import UserError
+from cdit.common.errors import UserError
 from cdit.model.cdit import CDiT
 
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from timm.layers import Mlp
 from torch import Tensor, nn
 
-from cdit.attention import KeysValues, MultiHeadAttention, Part, fold_queries
-from cdit.rotary import Rotation, axial_rotation
+from cdit.model.attention import KeysValues, MultiHeadAttention, Part, fold_queries
+from cdit.model.rotary import Rotation, axial_rotation
 
 REACH = 4.0
 """Patches by which an output of 1 of a `Steering` moves the place a head looks at."""

@@ -19,11 +19,11 @@ from diffusers.configuration_utils import register_to_config
 from timm.layers import PatchEmbed
 from torch import Tensor, nn
 
-from cdit.attention import KeysValues, MultiHeadAttention, Part, side_by_side
-from cdit.errors import UserError
+from cdit.common.errors import UserError
+from cdit.model.attention import KeysValues, MultiHeadAttention, Part, side_by_side
 from cdit.model.blocks import Block, ContextBlock, ContextTokens, FinalLayer, OutputConvolutions, layer_norm
 from cdit.model.embeddings import ActionEmbedding, ScalarEmbedding
-from cdit.rotary import Rotation, axial_rotation
+from cdit.model.rotary import Rotation, axial_rotation
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from cdit.codec import CodecConfig
-from cdit.errors import UserError
+from cdit.common.errors import UserError
 from cdit.model.cdit import CDiT
 
 # The first pattern that a parameter's name matches says which part of the network it belongs to.

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cdit.cli import parse_config, run
 from cdit.codec import CodecConfig, load_codec
-from cdit.errors import UserError
+from cdit.common.cli import parse_config, run
+from cdit.common.errors import UserError
 from cdit.nwm import load_checkpoint, published_world, save_checkpoint
 from cdit.nwm.tensors import differences
 from cdit.world_model import DESCRIPTION, WorldModel

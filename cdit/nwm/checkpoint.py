@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from cdit.errors import UserError
+from cdit.common.errors import UserError
 from cdit.model import CDiT
 from cdit.nwm.archive import read_archive
 from cdit.nwm.tensors import cdit_arguments, differences, from_nwm, to_nwm

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cdit.errors import UserError
+from cdit.common.errors import UserError
 from cdit.model import PRESETS, CDiT
 
 DIALECT = {

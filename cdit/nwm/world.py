@@ -1,8 +1,8 @@
 """A world model of a published network: what its checkpoint does not hold is added here."""
 
 from cdit.codec import AutoencoderCodec
+from cdit.common.errors import UserError
 from cdit.diffusion import DDPMConfig, SamplerConfig
-from cdit.errors import UserError
 from cdit.model import CDiT
 from cdit.nwm.normalization import normalization
 from cdit.world_model import WorldDescription, WorldModel

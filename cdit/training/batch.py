@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cdit.pictures import to_float
+from cdit.common.pictures import to_float
 from cdit.world_model import WorldModel
 
 

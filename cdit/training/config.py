@@ -8,10 +8,10 @@ from typing import Any, Literal
 import yaml
 
 from cdit.codec import CodecConfig
+from cdit.common.errors import UserError
 from cdit.data.windows import DataConfig
 from cdit.diffusion import DDPMConfig, FlowConfig, ObjectiveName, SamplerConfig, check_sampler
-from cdit.errors import UserError
-from cdit.inspection.probe import AttentionConfig
+from cdit.heads.probe import AttentionConfig
 from cdit.model import ModelConfig
 
 

@@ -9,19 +9,19 @@ import wandb
 from accelerate import Accelerator
 from PIL import Image
 
+from cdit.common.errors import UserError, writing
+from cdit.common.pictures import comparison_grid, rollout_video, save_mp4, strip, to_float
+from cdit.common.randomness import generator, seed_of
 from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset
-from cdit.errors import UserError, writing
-from cdit.evaluation.horizons import HorizonResult, evaluate_horizons
-from cdit.evaluation.loading import spread
-from cdit.evaluation.metrics import load_metrics
-from cdit.evaluation.tables import markdown_table
-from cdit.inspection.probe import inspect_attention
-from cdit.inspection.recording import unwrap
-from cdit.inspection.truth import true_places
+from cdit.evaluate.horizons import HorizonResult, evaluate_horizons
+from cdit.evaluate.metrics import load_metrics
+from cdit.evaluate.tables import markdown_table
+from cdit.heads.probe import inspect_attention
+from cdit.heads.recording import unwrap
+from cdit.heads.truth import true_places
+from cdit.loading import spread
 from cdit.model import CDiT
-from cdit.pictures import comparison_grid, rollout_video, save_mp4, strip, to_float
-from cdit.randomness import generator, seed_of
 from cdit.training.config import TrainConfig
 from cdit.training.tracking import Tracker
 from cdit.world_model import WorldModel

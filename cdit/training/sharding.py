@@ -17,8 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from cdit.attention import MultiHeadAttention
 from cdit.model import CDiT
+from cdit.model.attention import MultiHeadAttention
 from cdit.world_model import WorldModel
 
 

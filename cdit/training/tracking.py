@@ -13,11 +13,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from cdit.errors import UserError
-from cdit.files import write_whole
-from cdit.training.checkpoints import RunState
+from cdit.common.errors import UserError
+from cdit.common.files import write_whole
+from cdit.common.wandb_run import WandbRun
 from cdit.training.config import TrainConfig
-from cdit.wandb_run import WandbRun
+from cdit.training.durable.checkpoints import RunState
 
 METRICS = "metrics.jsonl"
 

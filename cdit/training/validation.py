@@ -6,9 +6,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from cdit.common.randomness import generator
 from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset, WindowKey
-from cdit.randomness import generator
 from cdit.training.batch import noisy_batch
 from cdit.training.config import ValidationConfig
 from cdit.world_model import WorldModel

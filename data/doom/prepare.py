@@ -16,12 +16,12 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cdit.cli import parse_config, run
+from cdit.common.cli import parse_config, run
+from cdit.common.errors import UserError
 from cdit.data.layout import DatasetInfo
 from cdit.doom.dataset import RECORDER_VERSION, WAYPOINT_SPACING, Job, record_dataset
 from cdit.doom.engine import FPS, RENDER_HEIGHT, camera, engine_version
 from cdit.doom.maps import find_maps
-from cdit.errors import UserError
 
 
 @dataclass

@@ -10,7 +10,7 @@ from PIL import Image
 
 from cdit.benchmark.__main__ import MODES, main
 from cdit.benchmark.profile import REST, kind_of
-from cdit.errors import UserError
+from cdit.common.errors import UserError
 
 SMALL = [
     "--device=cpu", "--rounds=2", "--min_seconds=0", "--image_size=[8, 8]", "--channels=3", "--batch_size=1",

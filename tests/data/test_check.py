@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cdit.common.errors import DataError
 from cdit.data.check import check, main
 from cdit.data.layout import POSES
 from cdit.data.trajectory import read_split
 from cdit.data.windows import DataConfig, WindowDataset
-from cdit.errors import DataError
 
 
 def problems(folder: Path, splits: list[str] | None = None, decode: bool = True) -> list[str]:

@@ -15,8 +15,8 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from cdit.common.errors import UserError
 from cdit.data import encode
-from cdit.errors import UserError
 
 
 def save_kl(folder: Path, seed: int = 0) -> str:

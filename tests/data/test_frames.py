@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
+from cdit.common.errors import DataError
 from cdit.data.frames import FrameStore, crop_and_resize, decode
 from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.trajectory import read_split
 from cdit.data.windows import DataConfig, WindowDataset
-from cdit.errors import DataError
 
 
 def store_of(dataset, cache_gb: float) -> FrameStore:

@@ -7,6 +7,7 @@ import av
 import numpy as np
 import pytest
 
+from cdit.common.errors import DataError, UserError
 from cdit.data import from_video
 from cdit.data.check import check
 from cdit.data.frames import decode
@@ -14,7 +15,6 @@ from cdit.data.from_video import VideoOptions, convert
 from cdit.data.layout import DatasetInfo
 from cdit.data.trajectory import read_split
 from cdit.data.windows import DataConfig, WindowDataset
-from cdit.errors import DataError, UserError
 
 
 def grey(seconds: float) -> int:

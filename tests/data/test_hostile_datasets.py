@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cdit.common.errors import DataError
 from cdit.data.check import check
 from cdit.data.latents import LatentCache
 from cdit.data.layout import POSES, DatasetInfo, split_file
 from cdit.data.sources import Source
 from cdit.data.trajectory import read_split
 from cdit.data.windows import DataConfig, WindowDataset
-from cdit.errors import DataError
 
 
 def problems_of(dataset: Path, **options) -> list[str]:

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cdit.common.errors import DataError
 from cdit.data.frames import crop_and_resize, decode
 from cdit.data.image_header import MAX_PIXELS, read_header
-from cdit.errors import DataError
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -73,7 +73,7 @@ def test_bombs_are_refused_by_their_header(tmp_path):
 import resource, time
 from pathlib import Path
 from cdit.data.frames import decode
-from cdit.errors import DataError
+from cdit.common.errors import DataError
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 for path in Path({str(tmp_path)!r}).iterdir():
     begun = time.perf_counter()

@@ -11,10 +11,10 @@ import time
 import pytest
 import torch
 
+from cdit.common.errors import DataError, Interrupted
 from cdit.data.loader import collate, loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import DataConfig, WindowDataset, WindowKey
-from cdit.errors import DataError, Interrupted
 
 
 def loader_of(dataset, workers: int, steps: int = 3, split: str = "train", share=(0, 1), batch_size: int = 8, **values):

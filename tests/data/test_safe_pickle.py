@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
+from cdit.common.errors import DataError
 from cdit.data import safe_pickle
-from cdit.errors import DataError
 
 VALUES = {
     "position": np.arange(12.0).reshape(6, 2),
@@ -300,7 +300,7 @@ def test_bombs_take_little_time_and_memory(tmp_path):
 import resource, sys, time
 from pathlib import Path
 from cdit.data import safe_pickle
-from cdit.errors import DataError
+from cdit.common.errors import DataError
 resource.setrlimit(resource.RLIMIT_AS, (3 * 10**9, 3 * 10**9))
 for path in sorted(Path({str(tmp_path)!r}).iterdir()):
     begun = time.process_time()

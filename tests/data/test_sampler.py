@@ -4,10 +4,10 @@ import math
 import numpy as np
 import pytest
 
+from cdit.common.errors import UserError
+from cdit.common.randomness import seed_of
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import WindowKey
-from cdit.errors import UserError
-from cdit.randomness import seed_of
 
 
 def keys(windows=37, batch_size=12, seed=1, start_step=0, steps=10, **share):

@@ -12,13 +12,13 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from cdit.common.errors import DataError, Interrupted, UserError
 from cdit.data import prefetch, shard_cache
 from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.shard import verify
 from cdit.data.shard_cache import FileRecord, ShardCache
 from cdit.data.windows import WindowDataset
-from cdit.errors import DataError, Interrupted, UserError
 
 sys.path.append(str(Path(__file__).parent))
 from walks import config_of, converted, make_walks, same, windows

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
+from cdit.common.errors import DataError, UserError
 from cdit.data import shard as command
 from cdit.data.check import check
 from cdit.data.latents import Encoding, LatentCache
@@ -26,7 +27,6 @@ from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.shard import verify
 from cdit.data.sources import Source
 from cdit.data.windows import DataConfig, WindowDataset, WindowKey
-from cdit.errors import DataError, UserError
 
 sys.path.append(str(Path(__file__).parent))
 from walks import SHARD_MB, config_of, converted, make_walks, same, windows

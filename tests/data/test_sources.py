@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cdit.common.errors import DataError, UserError
 from cdit.data.layout import Camera, DatasetInfo
 from cdit.data.sources import Source
 from cdit.data.windows import DataConfig, WindowDataset, WindowKey
-from cdit.errors import DataError, UserError
 
 
 def windows_of(*sources: Source, **values) -> WindowDataset:

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from cdit.common.errors import UserError
 from cdit.diffusion import DDPM, DDPMConfig, SamplerConfig, check_sampler
-from cdit.errors import UserError
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
 ALPHA_BAR = np.cumprod(1 - BETAS)

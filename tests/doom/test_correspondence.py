@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from rooms import build, pillar, room, two_rooms
 
+from cdit.common.errors import DataError
 from cdit.data.layout import Camera, DatasetInfo, write_split, write_trajectory
 from cdit.data.windows import DataConfig, WindowDataset
 from cdit.doom.correspondence import Correspondence, Sight, WindowCorrespondence, correspondences
 from cdit.doom.geometry import MapGeometry
 from cdit.doom.raycast import Surface, View
-from cdit.errors import DataError
 
 GRID = 8
 VIEW = View(0.75, 0.75, GRID, GRID)

@@ -4,10 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cdit.common.errors import UserError
 from cdit.doom import engine as engine_module
 from cdit.doom.engine import EYE_HEIGHT, FPS, UNITS_PER_METRE, Engine, camera
 from cdit.doom.geometry import distance_to_segments
-from cdit.errors import UserError
 
 ROOM = (464 / UNITS_PER_METRE, -176 / UNITS_PER_METRE)
 """The middle of the maze's room of 5 by 5 metres."""

@@ -1,7 +1,7 @@
 import pytest
 
+from cdit.common.errors import UserError
 from cdit.doom.maps import FREEDOOM, MAPS, file_name, find_map, find_maps
-from cdit.errors import UserError
 
 
 def test_freedoom_has_68_maps():

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cdit.common.errors import UserError
 from cdit.data.layout import DatasetInfo
 from cdit.data.trajectory import read_names, read_split
-from cdit.errors import UserError
 
 pytest.importorskip("vizdoom", reason="the engine is part of the extra 'doom'")
 

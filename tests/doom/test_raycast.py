@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 from rooms import build, pillar, room, two_rooms
 
+from cdit.common.errors import UserError
 from cdit.data.layout import Camera
 from cdit.doom.geometry import MapGeometry
 from cdit.doom.raycast import Hits, Surface, View, cast, standing_height
-from cdit.errors import UserError
 
 EYE = np.array([3.0, 4.0, 1.5])
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from cdit.common.errors import UserError
 from cdit.doom.engine import FPS, Observation
 from cdit.doom.record import STILL_FRAMES, is_discontinuous, is_still, record, sees_void
-from cdit.errors import UserError
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 from safetensors.numpy import load_file
 
-from cdit.training.checkpoints import checkpoints
-from cdit.training.manifest import problem
+from cdit.training.durable.checkpoints import checkpoints
+from cdit.training.durable.manifest import problem
 
 LAUNCH = Path(__file__).with_name("launch.py")
 SIGKILLED = -9

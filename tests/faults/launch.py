@@ -234,13 +234,13 @@ class Phases:
 
 def watch(phases: Phases) -> None:
     """Finds the phases of a run."""
-    import cdit.cli
+    import cdit.common.cli
     import cdit.data.windows
     import cdit.training.batch
-    from cdit.training.checkpoints import Checkpoints
+    from cdit.training.durable.checkpoints import Checkpoints
+    from cdit.training.durable.signals import StopSignals
     from cdit.training.ema import EMA
     from cdit.training.probes import Probes
-    from cdit.training.signals import StopSignals
     from cdit.training.tracking import Tracker
     from cdit.training.validation import Validation
     from cdit.world_model import WorldModel
@@ -250,7 +250,7 @@ def watch(phases: Phases) -> None:
             phases.enter("step")
 
     phases.around(cdit.data.windows.WindowDataset, "__init__", "opening of a dataset")
-    phases.at_call(cdit.cli, "parse_config", before=lambda *_, **__: phases.enter("start-up"))
+    phases.at_call(cdit.common.cli, "parse_config", before=lambda *_, **__: phases.enter("start-up"))
     phases.at_call(StopSignals, "defer", after=lambda: phases.leave("start-up"))
     phases.at_call(cdit.training.batch, "noisy_batch", before=begin_step)
     phases.at_call(EMA, "step", after=lambda: phases.leave("step"))
@@ -266,8 +266,8 @@ def watch(phases: Phases) -> None:
 def break_losses(steps: dict[str, float]) -> None:
     """Multiplies the losses of these training steps: by NaN or infinity."""
     import cdit.training.batch
+    from cdit.common.randomness import seed_of
     from cdit.diffusion import Flow
-    from cdit.randomness import seed_of
 
     factors = {seed_of(0, int(step), sample): factor for step, factor in steps.items() for sample in range(100)}
     noisy_batch, loss = cdit.training.batch.noisy_batch, Flow.loss

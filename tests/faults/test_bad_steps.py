@@ -8,7 +8,7 @@ import torch
 from harness import Table, Trainer, survive
 from safetensors.torch import load_file
 
-from cdit.cli import parse_config
+from cdit.common.cli import parse_config
 from cdit.data.loader import collate
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import WindowDataset

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from harness import Table, Trainer, differing_bits
 
-from cdit.training.checkpoints import checkpoints
+from cdit.training.durable.checkpoints import checkpoints
 
 FILES = ["model", "average", "optimizer"]
 FILES = [f"{name}.safetensors" for name in FILES] + ["state.json", "config.yaml", "process_00000.json", "manifest.json"]

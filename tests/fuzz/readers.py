@@ -18,10 +18,11 @@ from hypothesis.strategies import SearchStrategy
 from mutations import archives, jpegs, json_file, mutated, pickles, pngs, safetensors, yaml_file
 from PIL import Image
 
-from cdit.actions import read_actions
-from cdit.cli import parse_config
 from cdit.codec import PixelCodec
+from cdit.common.cli import parse_config
+from cdit.common.errors import UserError
 from cdit.data import safe_pickle
+from cdit.data.actions import read_actions
 from cdit.data.frames import crop_and_resize, decode
 from cdit.data.latents import Encoding, LatentCache
 from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
@@ -30,14 +31,13 @@ from cdit.data.sources import Source
 from cdit.data.trajectory import read_split
 from cdit.data.windows import DataConfig, WindowDataset
 from cdit.diffusion import SamplerConfig
-from cdit.errors import UserError
-from cdit.evaluation.cases import read_index
-from cdit.evaluation.results import Results
+from cdit.evaluate.cases import read_index
+from cdit.evaluate.results import Results
 from cdit.model import CDiT
 from cdit.nwm import load_checkpoint
-from cdit.training import manifest
-from cdit.training.checkpoints import Checkpoints, RunState, check_config
 from cdit.training.config import TrainConfig
+from cdit.training.durable import manifest
+from cdit.training.durable.checkpoints import Checkpoints, RunState, check_config
 from cdit.world_model import WorldDescription, WorldModel
 
 

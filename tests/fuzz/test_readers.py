@@ -12,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from readers import READERS, make
 
-from cdit.errors import UserError
+from cdit.common.errors import UserError
 
 LONGEST = 20.0
 """Seconds of processor time that an input may take. The slowest are images and the building of networks."""

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-import cdit.attention
-from cdit.errors import UserError
+import cdit.model.attention
+from cdit.common.errors import UserError
 from cdit.model import PRESETS, CDiT
 from cdit.model.activations import activation_bytes, block_bytes
 
@@ -36,7 +36,7 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
 
     monkeypatch.setattr(F, "layer_norm", lambda x, *rest: layer_norm(x.float(), *rest))
     monkeypatch.setattr(torch, "addcmul", widest)
-    monkeypatch.setattr(cdit.attention, "_fused", fused)
+    monkeypatch.setattr(cdit.model.attention, "_fused", fused)
 
 
 def kept_bytes(cdit: CDiT, contexts: int, goals: int, frames: int) -> int:

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from dialects import BASE, DIALECTS, batch, build, masks
 
-from cdit.attention import MultiHeadAttention, Observation, Part
-from cdit.errors import UserError
+from cdit.common.errors import UserError
 from cdit.model import PRESETS, CDiT, ModelConfig
+from cdit.model.attention import MultiHeadAttention, Observation, Part
 from cdit.model.blocks import Block
 from cdit.model.cdit import ContextCache, EncodedFrames
 

@@ -8,8 +8,8 @@ from dialects import DIALECTS, batch, build, masks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from cdit.attention import MultiHeadAttention
 from cdit.model import CDiT
+from cdit.model.attention import MultiHeadAttention
 
 D, PATCHES = 32, 6  # of the small networks
 

@@ -8,7 +8,7 @@ import torch
 from dialects import DIALECTS, build
 
 from cdit.codec import CodecConfig
-from cdit.errors import UserError
+from cdit.common.errors import UserError
 from cdit.model import PRESETS, CDiT
 from cdit.model.__main__ import main
 from cdit.model.describe import describe, flops, latent_shape, parameters, table

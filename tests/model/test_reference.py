@@ -9,7 +9,7 @@ from dialects import DIALECTS, batch, build, masks
 from torch import Tensor
 
 from cdit.model import CDiT
-from cdit.rotary import THETA
+from cdit.model.rotary import THETA
 
 
 def normalize(x: Tensor) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 from published import TINY, Published, S, published, write_checkpoint
 from torch import Tensor
 
-from cdit.errors import UserError
-from cdit.inspection.measures import Layout, extra_share
-from cdit.inspection.recording import record_attention
+from cdit.common.errors import UserError
+from cdit.heads.measures import Layout, extra_share
+from cdit.heads.recording import record_attention
 from cdit.model import CDiT
 from cdit.nwm import load_checkpoint, save_checkpoint
 from cdit.nwm.tensors import cdit_arguments, from_nwm, to_nwm

@@ -12,10 +12,10 @@ import pytest
 import torch
 from published import TINY, published, write_checkpoint
 
-from cdit.cli import run
 from cdit.codec import PixelCodec
+from cdit.common.cli import run
+from cdit.common.errors import UserError
 from cdit.diffusion import SamplerConfig
-from cdit.errors import UserError
 from cdit.model import CDiT
 from cdit.nwm import normalization, published_world
 from cdit.nwm.__main__ import main

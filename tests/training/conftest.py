@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import save_file
 from torchvision.models import alexnet
 
-from cdit.cli import parse_config
+from cdit.common.cli import parse_config
 from cdit.data.layout import DatasetInfo, write_split, write_trajectory
 from cdit.data.windows import WindowDataset
 from cdit.training.config import TrainConfig

@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from cdit.cli import parse_config
+from cdit.common.cli import parse_config
 from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import WindowDataset

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from cdit.cli import parse_config
-from cdit.errors import UserError
+from cdit.common.cli import parse_config
+from cdit.common.errors import UserError
 from cdit.training.config import TrainConfig
 
 WRONG = [  # option, value, what the message names if not the option

@@ -11,9 +11,9 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
+from cdit.common.errors import UserError
 from cdit.data.windows import WindowDataset
-from cdit.errors import UserError
-from cdit.evaluation.metrics import psnr
+from cdit.evaluate.metrics import psnr
 from cdit.training.config import TrainConfig
 from cdit.training.probes import Probes
 from cdit.world_model import WorldModel

@@ -7,8 +7,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from cdit.common.errors import UserError
 from cdit.data.windows import DataConfig, WindowDataset
-from cdit.errors import UserError
 from cdit.training.config import OptimizerConfig, TrainConfig
 from cdit.training.setup import (
     build_accelerator,

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from sharded import AVERAGE, DIALECTS, MAX_NORM, STEPS, batch, build, loss_of
 from torch import Tensor
 
-from cdit.errors import UserError
+from cdit.common.errors import UserError
 from cdit.training.config import EMAConfig, TrainConfig
 from cdit.training.ema import EMA
 from cdit.training.setup import build_accelerator

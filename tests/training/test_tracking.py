@@ -15,12 +15,12 @@ import pytest
 from accelerate import Accelerator
 from PIL import Image
 
-from cdit.errors import UserError
-from cdit.training.checkpoints import RunState
+from cdit.common.errors import UserError
 from cdit.training.config import TrainConfig
+from cdit.training.durable.checkpoints import RunState
 from cdit.training.tracking import Tracker
 
-sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[1] / "common"))
 from wandb_server import WandbServer
 
 TRAIN = Path(__file__).parents[2] / "train.py"

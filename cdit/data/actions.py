@@ -1,0 +1,153 @@
+"""Action sequences as people write them: words such as `forward*8,turn_left*4`, or a file of numbers."""
+
+import csv
+import io
+import json
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+
+from cdit.common.errors import DataError, UserError
+from cdit.common.files import MAX_TEXT, read_bytes
+from cdit.data.motion import wrap_angle
+
+DEFAULT_STEP = 0.3
+"""Metres of a word such as `forward` where nothing says better."""
+DEFAULT_TURN = 15.0
+"""Degrees of `turn_left` and `turn_right`."""
+
+MOVES = {
+    "forward": (1.0, 0.0),
+    "back": (-1.0, 0.0),
+    "left": (0.0, 1.0),
+    "right": (0.0, -1.0),
+}
+"""Direction (dx, dy) of the words that move; their number is in metres."""
+TURNS = {"turn_left": 1.0, "turn_right": -1.0}
+"""Sign of the words that turn; their number is in degrees."""
+MAX_STEPS = 100_000
+MAX_ACTION = 1e6
+"""Largest motion in a file, in metres and radians."""
+WORDS = [*MOVES, *TURNS, "stay"]
+
+_NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
+_WORD = re.compile(rf"([a-z_]+)\s*(?:\(\s*({_NUMBER})\s*\))?")
+_STEP = re.compile(r"(.*?)(?:\*\s*(\d+))?", re.DOTALL)
+
+
+def parse_actions(text: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_TURN) -> np.ndarray:
+    """Reads a sequence of action words.
+
+    Words, separated by commas, are forward, back, left, right (sideways), turn_left, turn_right and stay. A number in
+    brackets is the size, in metres or degrees per frame: `forward(0.5)`, `turn_left(30)`. `*8` repeats for 8 frames,
+    `+` does two things at once: `forward+turn_left(5)*8`.
+
+    Args:
+        text: the sequence.
+        step: metres of a move without a number.
+        turn: degrees of a turn without a number.
+
+    Returns:
+        (L, 3) float32: dx and dy in metres, dyaw in radians, per frame, in the local frame at its start.
+
+    Raises:
+        UserError: the text is not such a sequence; the message quotes the part.
+    """
+    actions: list[np.ndarray] = []
+    for part in text.split(","):
+        phrase, repeats = _STEP.fullmatch(part.strip()).groups()
+        count = 1 if repeats is None else int(repeats[:9])
+        if not 1 <= count <= MAX_STEPS - len(actions):
+            raise UserError(f"actions: {part.strip()[:100]!r}: expected 1 to {MAX_STEPS} steps in all")
+        action = sum((_action(word, part.strip(), step, turn) for word in phrase.split("+")), np.zeros(3))
+        actions += [action] * count
+    return np.array(actions, np.float32)
+
+
+def read_actions(source: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_TURN) -> np.ndarray:
+    """Reads a sequence from a file, if it ends in .csv, .json or .npy, else from words (see `parse_actions`).
+
+    Files hold one row dx, dy, dyaw (metres, metres, radians) per frame: `.csv` (a header line may stand first), `.json`
+    (a list of rows) or `.npy`.
+
+    Raises:
+        UserError: no such file, a broken one, or words that are none.
+    """
+    path = Path(source)
+    if path.suffix not in (".csv", ".json", ".npy"):
+        return parse_actions(source, step, turn)
+    try:
+        content = read_bytes(path, MAX_TEXT)
+    except DataError as error:
+        raise UserError(f"{error}: no readable file of actions") from error
+    try:
+        actions = np.asarray(_READERS[path.suffix](content), np.float64)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except Exception as error:  # numpy and json have many, for a shape beyond memory, for brackets beyond counting
+        raise UserError(f"{path}: expected rows of three numbers dx, dy, dyaw ({error})") from error
+    if actions.ndim != 2 or actions.shape[1] != 3 or not len(actions):
+        raise UserError(f"{path}: expected rows of three numbers dx, dy, dyaw, not an array of shape {actions.shape}")
+    broken = np.flatnonzero(~(np.abs(actions) <= MAX_ACTION).all(axis=1))
+    if len(broken):
+        raise UserError(f"{path}: row {broken[0]} (from 0) is not finite, or beyond {MAX_ACTION:g}")
+    return actions.astype(np.float32)
+
+
+def compose(actions: np.ndarray) -> np.ndarray:
+    """Motions from the start to the end of each step, in the frame at the start, of steps each in its own frame.
+
+    Args:
+        actions: (L, 3) dx, dy, dyaw of each step, in metres and radians.
+
+    Returns:
+        (L, 3) float32; the yaw is in [-π, π).
+    """
+    steps = np.asarray(actions, np.float64)
+    yaw = np.cumsum(steps[:, 2])
+    before = yaw - steps[:, 2]
+    x = np.cumsum(np.cos(before) * steps[:, 0] - np.sin(before) * steps[:, 1])
+    y = np.cumsum(np.sin(before) * steps[:, 0] + np.cos(before) * steps[:, 1])
+    return np.stack((x, y, wrap_angle(yaw)), axis=1).astype(np.float32)
+
+
+def _action(word: str, part: str, step: float, turn: float) -> np.ndarray:
+    match = _WORD.fullmatch(word.strip())
+    if match is None or match[1] not in WORDS:
+        raise UserError(
+            f"actions: cannot read {part!r}, expected words such as forward*8 or turn_left(30)*4 ({', '.join(WORDS)}) "
+            "separated by commas, or a file ending in .csv, .json or .npy"
+        )
+    name, size = match[1], None if match[2] is None else float(match[2])
+    if name in MOVES:
+        return np.array([*MOVES[name], 0.0]) * (step if size is None else size)
+    if name in TURNS:
+        return np.array([0.0, 0.0, TURNS[name] * math.radians(turn if size is None else size)])
+    if size is not None:
+        raise UserError(f"actions: {part!r}: stay takes no number")
+    return np.zeros(3)
+
+
+def _read_csv(content: bytes) -> list[list[float]]:
+    lines = [(i, line) for i, line in enumerate(csv.reader(io.StringIO(content.decode())), start=1) if line]
+    rows: list[list[float]] = []
+    for number, line in lines:
+        try:
+            row = [float(value) for value in line]
+        except ValueError as error:
+            if number == lines[0][0]:
+                continue  # a header
+            raise UserError(f"line {number} is {','.join(line)!r}, expected dx,dy,dyaw") from error
+        if len(row) != 3:
+            raise UserError(f"line {number} has {len(row)} numbers, expected dx,dy,dyaw")
+        rows.append(row)
+    return rows
+
+
+def _read_npy(content: bytes) -> np.ndarray:
+    return np.load(io.BytesIO(content), allow_pickle=False)
+
+
+_READERS = {".csv": _read_csv, ".json": json.loads, ".npy": _read_npy}

@@ -1,0 +1,110 @@
+"""What is predicted from where: (trajectory, current time), from an index file of NWM or spread over a split."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cdit.common.errors import DataError, UserError
+from cdit.data import safe_pickle
+from cdit.data.windows import WindowDataset
+from cdit.loading import spread
+
+
+class Case(NamedTuple):
+    """One context."""
+
+    window: int
+    """Its window in the dataset."""
+    trajectory: int
+    """Index of its trajectory in the dataset."""
+    name: str
+    """Name of its trajectory."""
+    now: int
+    """The current time, that of the last context frame."""
+
+
+def read_index(path: Path | str, dataset: WindowDataset, reach: int, min_history: int = 1) -> list[Case]:
+    """The cases of an index file of NWM: a pickled list of (trajectory, time, min_offset, max_offset).
+
+    The two offsets are checked and of no further use: the protocol says what is predicted.
+
+    Args:
+        path: the file; nothing in it is run.
+        dataset: windows of the split that the file is for.
+        reach: how many frames the protocol needs after the current one.
+        min_history: how many frames up to the current one the model needs.
+
+    Raises:
+        DataError: naming the file and the first entry that cannot be used.
+    """
+    entries = safe_pickle.load(path)
+    if not isinstance(entries, list | tuple) or not entries:
+        raise DataError(f"{path}: expected a list of (trajectory, time, min_offset, max_offset)")
+    trajectories = {trajectory.name: i for i, trajectory in enumerate(dataset.trajectories)}
+    windows = {dataset.locate(window): window for window in range(len(dataset))}
+    cases = []
+    for number, entry in enumerate(entries):
+        where = f"{path}: entry {number} (from 0)"
+        if not _is_entry(entry):  # not shown: a list that holds itself many times over prints without end
+            raise DataError(f"{where}: expected (trajectory, time, min_offset, max_offset), a name and whole numbers")
+        name, now, low, high = entry[0], *map(int, entry[1:])
+        if name not in trajectories:
+            raise DataError(f"{where}: no usable trajectory {name[:200]!r} in the split")
+        last = len(dataset.trajectories[trajectories[name]]) - 1
+        if not min_history - 1 <= now <= last or low > high:
+            raise DataError(
+                f"{where}: time {now} with offsets {low} to {high}, expected a time from {min_history - 1} to {last}, "
+                f"the last frame of {name}, and offsets in order"
+            )
+        if now + reach > last:
+            raise DataError(f"{where}: {reach} frames after time {now} are predicted, but {name} ends with {last}")
+        cases.append(Case(windows[trajectories[name], now], trajectories[name], name, now))
+    return cases
+
+
+def spread_cases(dataset: WindowDataset, reach: int, samples: int, field: str) -> list[Case]:
+    """At most `samples` cases, evenly spaced over the windows with a full context and `reach` frames after it.
+
+    Raises:
+        UserError: there are none; the message names the field and what would work.
+    """
+    windows = dataset.windows_with([reach])
+    if not windows:
+        fps, past = dataset.info.fps, dataset.config.context_frames
+        longest = max(map(len, dataset.trajectories)) - past
+        raise UserError(
+            f"{field}: no trajectory of the split has {past} frames of context and {reach / fps:g} s ({reach} frames) "
+            + (f"after them; at most {longest / fps:g} s would work" if longest > 0 else "after them, nor even one")
+        )
+    cases = []
+    for window in spread(windows, samples):
+        trajectory, now = dataset.locate(window)
+        cases.append(Case(window, trajectory, dataset.trajectories[trajectory].name, now))
+    return cases
+
+
+def others(cases: Sequence[Case]) -> list[int]:
+    """For each case another, whose actions it is given to see what they are worth: half the list away.
+
+    From there on the first of another trajectory, where there is one, lest the actions be its own at another time.
+    """
+    trajectories = np.array([case.trajectory for case in cases])
+    order = (np.arange(len(cases)) + len(cases) // 2) % len(cases)
+    found = []
+    for i in range(len(cases)):
+        candidates = np.roll(order, -i)
+        elsewhere = np.flatnonzero(trajectories[candidates] != trajectories[i])
+        found.append(int(candidates[elsewhere[0] if len(elsewhere) else 0]))
+    return found
+
+
+def _is_entry(entry: object) -> bool:
+    if not isinstance(entry, list | tuple) or len(entry) != 4:
+        return False
+    name, *numbers = entry
+    return isinstance(name, str) and all(
+        isinstance(number, int | np.integer) and not isinstance(number, bool) and abs(number) < 2**31
+        for number in numbers
+    )

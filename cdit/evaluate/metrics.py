@@ -1,0 +1,190 @@
+"""How alike two frames are: PSNR, SSIM, LPIPS and DreamSim, one number for each frame.
+
+Every metric takes predictions and truths (N, 3, H, W) in [-1, 1] and returns (N,) float32 on their device.
+"""
+
+import importlib
+import os
+import socket
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from http.client import HTTPException
+from pathlib import Path
+from types import ModuleType
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+from torchmetrics.functional.image.lpips import _NoTrainLpips
+from torchvision.models import AlexNet_Weights
+
+from cdit.common.errors import UserError
+
+Metric = Callable[[Tensor, Tensor], Tensor]
+
+BACKBONE_VARIABLE = "CDIT_LPIPS_BACKBONE"
+MAX_PSNR = 100.0
+"""What identical frames score, in dB, so that means stay finite; half a step of 8 bits everywhere scores 54."""
+
+MIN_SIDE = {"ssim": 6, "lpips": 32}
+"""How many pixels a side of a frame must have."""
+
+HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False, "dreamsim": False, "fid": False, "fvd": False}
+
+
+def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB, 10·log10(2² / MSE), at most `MAX_PSNR`; higher is better."""
+    value = peak_signal_noise_ratio(prediction.float(), truth.float(), data_range=2.0, reduction="none", dim=(1, 2, 3))
+    return value.clamp(max=MAX_PSNR)
+
+
+def ssim(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) in [-1, 1], 1 for identical frames; higher is better.
+
+    Window (Gaussian, 11 pixels, σ 1.5) and constants of the paper on intensities in [0, 1], averaged over channels and
+    the whole frame, its border mirrored (torchmetrics'; others leave the border out). At least 6 pixels a side.
+    """
+    # Its luminance term compares means, so that intensities have to begin at 0.
+    prediction, truth = (prediction.float() + 1) / 2, (truth.float() + 1) / 2
+    with torch.autocast(prediction.device.type, enabled=False):  # variances come out of differences of its convolutions
+        return structural_similarity_index_measure(prediction, truth, data_range=1.0, reduction="none").reshape(-1)
+
+
+class Lpips(nn.Module):
+    """LPIPS v0.1 on AlexNet (Zhang et al. 2018, arXiv 1801.03924): perceptual distance from 0; lower is better.
+
+    Frames have at least 32 pixels a side.
+
+    Args:
+        backbone: the weights of torchvision's AlexNet (`features.0.weight` …; others are not looked at).
+    """
+
+    def __init__(self, backbone: dict[str, Tensor]):
+        super().__init__()
+        self.net = _NoTrainLpips(net="alex", pnet_rand=True)  # its linear heads ship with torchmetrics
+        # Its AlexNet is cut into slices, which keep the numbers of the layers: slice2.3.weight is features.3.weight.
+        names = {key: f"features.{key.partition('.')[2]}" for key in self.net.net.state_dict()}
+        self.net.net.load_state_dict({key: backbone[name] for key, name in names.items()})
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, prediction: Tensor, truth: Tensor) -> Tensor:
+        """Distances (N,) of frames (N, 3, H, W) in [-1, 1]."""
+        with torch.autocast(prediction.device.type, enabled=False):
+            return self.net(prediction.float().clamp(-1, 1), truth.float().clamp(-1, 1)).reshape(-1)
+
+
+def load_lpips(device: torch.device | str = "cpu", timeout: float = 10.0) -> Lpips | None:
+    """LPIPS, or None after one line on stderr that says how to get its AlexNet weights.
+
+    They come from the safetensors file that the environment variable `CDIT_LPIPS_BACKBONE` names, else from
+    torchvision's download, which torch keeps in its cache.
+
+    Args:
+        device: where to compute.
+        timeout: how long the download's server may stay silent, in seconds.
+
+    Raises:
+        UserError: `CDIT_LPIPS_BACKBONE` is set, but not to a file with these weights.
+    """
+    file = os.environ.get(BACKBONE_VARIABLE)
+    if file:
+        try:
+            return Lpips(safetensors.torch.load_file(Path(file))).to(device)
+        except Exception as error:  # safetensors has errors of its own
+            raise UserError(
+                f"{BACKBONE_VARIABLE}={file}: expected a safetensors file with torchvision's AlexNet weights "
+                f"features.0.weight … features.10.bias ({str(error).splitlines()[0]})"
+            ) from error
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(timeout)
+    try:
+        weights = AlexNet_Weights.DEFAULT.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        return Lpips(weights).to(device)
+    except (OSError, RuntimeError, HTTPException) as error:  # not reached, not whole, cut short
+        print(
+            f"LPIPS is left out: AlexNet could not be downloaded ({error}). Connect once, or set {BACKBONE_VARIABLE} "
+            "to a safetensors file with torchvision's features.0.weight … features.10.bias.",
+            file=sys.stderr,
+        )
+        return None
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+class DreamSim(nn.Module):
+    """DreamSim (Fu et al. 2023, arXiv 2306.09344), its ensemble: perceptual distance from 0; lower is better.
+
+    The package's own network and weights, which it downloads at first use to torch's hub folder, `dreamsim/` in it.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        super().__init__()
+        dreamsim = require("dreamsim", "dreamsim")
+        folder = Path(torch.hub.get_dir()) / "dreamsim"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with redirect_stdout(sys.stderr):
+                self.net, _ = dreamsim.dreamsim(device=str(device), cache_dir=str(folder))
+        except OSError as error:  # not reached, cut short
+            raise UserError(f"metrics: no weights for dreamsim ({error}); connect once, or fill {folder}") from error
+
+    @torch.no_grad()
+    def forward(self, prediction: Tensor, truth: Tensor) -> Tensor:
+        """Distances (N,) of frames (N, 3, H, W) in [-1, 1], brought to the 224×224 pixels that it was trained on."""
+        first, second = (
+            F.interpolate((frames.float() + 1) / 2, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
+            for frames in (prediction, truth)
+        )
+        with torch.autocast(prediction.device.type, enabled=False):
+            return self.net(first, second).reshape(-1)
+
+
+def require(module: str, package: str) -> ModuleType:
+    """An optional package's module.
+
+    Raises:
+        UserError: it is not installed; the message says how to.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"this metric needs a package that is not here ({error}): pip install {package}") from error
+
+
+def load_metrics(
+    device: torch.device | str = "cpu",
+    image_size: tuple[int, int] | None = None,
+    names: Sequence[str] = ("psnr", "ssim", "lpips"),
+) -> dict[str, Metric]:
+    """The metrics by name; lpips is left out where its weights are not to be had.
+
+    Args:
+        device: where to compute.
+        image_size: height and width of the frames; what they are too small for is left out with one line on stderr.
+        names: which, of psnr, ssim, lpips and dreamsim; others are not looked at.
+
+    Raises:
+        UserError: a package or its weights are missing.
+    """
+    too_small = [name for name in names if image_size and min(image_size) < MIN_SIDE.get(name, 1)]
+    if too_small:
+        needs = ", ".join(f"{name.upper()} needs {MIN_SIDE[name]}" for name in too_small)
+        print(f"left out for frames of {image_size[0]}×{image_size[1]} pixels: {needs} a side", file=sys.stderr)
+    loaders = {
+        "psnr": lambda: psnr,
+        "ssim": lambda: ssim,
+        "lpips": lambda: load_lpips(device),
+        "dreamsim": lambda: DreamSim(device),
+    }
+    found = {name: load() for name, load in loaders.items() if name in names and name not in too_small}
+    return {name: metric for name, metric in found.items() if metric is not None}
+
+
+def score(metrics: Mapping[str, Metric], prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
+    """What each metric says of frames (B, G, 3, H, W) in [-1, 1]: (B, G) float32 on the CPU."""
+    flat = prediction.flatten(0, 1), truth.flatten(0, 1)
+    return {name: metric(*flat).unflatten(0, truth.shape[:2]).float().cpu() for name, metric in metrics.items()}

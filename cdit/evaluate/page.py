@@ -1,0 +1,115 @@
+"""What a person looks at after an evaluation: tables as Markdown, and a page of tables and pictures."""
+
+from collections.abc import Mapping
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cdit.common.pictures import comparison_grid, rollout_video, save_mp4, strip
+from cdit.evaluate.protocols import Protocol, Rollout
+from cdit.evaluate.results import FRECHET, ProtocolResult, Results
+from cdit.evaluate.tables import html_table, markdown_table
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
+table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums }
+th, td { padding: .25rem .8rem; border-bottom: 1px solid #d0d7de; text-align: right; font-weight: normal }
+th:first-child { text-align: left }
+tr:first-child th { font-weight: 600 }
+img, video { max-width: 100%; display: block; margin: .5rem 0 }
+video { width: 34rem }
+.note { color: #59636e }
+"""
+
+
+def draw(protocol: Protocol, found: Mapping[str, Tensor], folder: Path) -> dict[str, Path]:
+    """Draws the shown cases of a protocol.
+
+    Args:
+        protocol: what was predicted.
+        found: `shown/…`, see `Study.compute`.
+        folder: where to.
+
+    Returns:
+        Files by caption: a grid with truth and prediction at each horizon; of rollouts also a strip and a video each.
+    """
+    if "shown/model" not in found:
+        return {}
+    context, truth, prediction = (found[f"shown/{name}"] for name in ("context", "truth", "model"))
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {"last frame seen, truth and prediction at each horizon": folder / f"{protocol.name}.png"}
+    horizons = [f"{seconds:+g} s" for seconds in protocol.seconds]
+    measured = protocol.measured
+    comparison_grid(context, truth[:, measured], prediction[:, measured], horizons).save(*files.values())
+    if not isinstance(protocol, Rollout):
+        return files
+    fps = protocol.fps / protocol.stride
+    mask = found["shown/context_mask"]
+    if protocol.stride > 1:  # earlier frames are not as far apart as the predicted ones
+        context, mask = context[:, -1:], mask[:, -1:]
+    for i, (seen, true, predicted) in enumerate(zip(context, truth, prediction, strict=True)):
+        picture, video = (folder / f"{protocol.name}_{i}.{suffix}" for suffix in ("png", "mp4"))
+        strip(seen, true, predicted, fps, context_mask=mask[i]).save(picture)
+        save_mp4(rollout_video(seen[mask[i]], true, predicted, fps), video, fps)
+        files |= {f"rollout {i}": picture, f"rollout {i}, truth beside prediction": video}
+    return files
+
+
+def write_markdown(results: Results, path: Path) -> str:
+    """Writes the tables, with what they are of, and returns the text."""
+    parts = [_about(results.about)]
+    for result in results.protocols.values():
+        parts += [f"## {result.name}", _samples(result), markdown_table(result.rows).rstrip()]
+    text = "\n\n".join(parts) + "\n"
+    path.write_text(text)
+    return text
+
+
+def write_page(results: Results, pictures: Mapping[str, Mapping[str, Path]], path: Path) -> None:
+    """Writes a page of tables and pictures.
+
+    Args:
+        results: of all protocols.
+        pictures: of each protocol, files by caption.
+        path: of the page; pictures are linked from its folder.
+    """
+    title = f"Evaluation of {results.about['checkpoint']}"
+    parts = [f"<h1>{escape(title)}</h1>", f'<p class="note">{escape(_about(results.about))}</p>']
+    for name, result in results.protocols.items():
+        parts += [
+            f"<h2>{escape(name)}</h2>",
+            f'<p class="note">{escape(_samples(result))}</p>',
+            html_table(result.rows),
+        ]
+        for caption, file in pictures[name].items():
+            link = escape(file.relative_to(path.parent).as_posix())
+            kind = "video" if file.suffix == ".mp4" else "img"
+            shown = f'<video src="{link}" controls loop muted></video>' if kind == "video" else f'<img src="{link}">'
+            parts.append(f'<p class="note">{escape(caption)}</p>\n{shown}')
+    head = f'<meta charset="utf-8">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>'
+    body = "\n".join(parts)
+    path.write_text(f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n')
+
+
+def _about(about: Mapping[str, Any]) -> str:
+    sampler = about["sampler"]
+    text = (
+        f"{about['checkpoint']} on split {about['config']['split']} of {about['config']['data']}: "
+        f"{sampler['steps']} steps of {sampler['scheduler']}, guidance {sampler['guidance']:g}, "
+        f"seed {about['config']['seed']}, mixed precision {about['config']['mixed_precision']}."
+    )
+    if about["config"]["nwm_compat"]:
+        text += " Actions of rollouts and 8-bit pictures as in the NWM release."
+    return text
+
+
+def _samples(result: ProtocolResult) -> str:
+    trajectories = len(set(result.trajectories))
+    text = f"{len(result.cases)} samples of {trajectories} trajectories"
+    if any(row.low is not None for row in result.rows):
+        text += "; ± is half the width of the 95 % interval (bootstrap over trajectories)"
+    if any(row.metric in FRECHET for row in result.rows):
+        text += f"; FID and FVD of these {len(result.cases)} samples compare with those of as many only"
+    return text + "."

@@ -1,0 +1,168 @@
+"""What is predicted, and with which actions: each horizon in one jump, or frame by frame.
+
+These are the protocols of Navigation World Models (arXiv 2412.03572): *time*, 1, 2, 4, 8 and 16 s ahead directly, and
+*rollout*, autoregressive at 1 and 4 frames a second.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cdit.common.errors import UserError
+from cdit.common.pictures import to_float
+from cdit.data.motion import local_motion, wrap_angle
+from cdit.data.trajectory import Trajectory
+from cdit.data.windows import WindowDataset
+from cdit.diffusion import SamplerConfig
+from cdit.evaluate.cases import Case
+from cdit.evaluate.methods import predict_goals
+from cdit.world_model import Units, WorldModel
+
+
+@dataclass(frozen=True)
+class Protocol(ABC):
+    """What is predicted from each context, and which of it is measured."""
+
+    name: str
+    """For files and tables."""
+    seconds: list[float]
+    """The horizons that are measured."""
+    fps: float
+    """The model's frames a second."""
+    offsets: list[int]
+    """Frames ahead of everything that is predicted (G of them)."""
+
+    @property
+    def measured(self) -> list[int]:
+        """Which of the `offsets` the horizons are."""
+        return [self.offsets.index(round(seconds * self.fps)) for seconds in self.seconds]
+
+    @abstractmethod
+    def actions(self, trajectory: Trajectory, now: int) -> np.ndarray:
+        """What the model is told of each step, by the trajectory's poses: (G, 3) in metres and radians."""
+
+    @abstractmethod
+    def predict(
+        self, world: WorldModel, batch: dict[str, Tensor], sampler: SamplerConfig | None, noise: torch.Generator
+    ) -> Tensor:
+        """Frames (B, G, 3, H, W) in [-1, 1] for collated items."""
+
+    def item(self, dataset: WindowDataset, case: Case, other: Case) -> dict[str, Tensor]:
+        """The case's window, its targets at `offsets`, with this protocol's actions and those of another case."""
+        item = dataset.window(case.window, self.offsets)
+        for key, of in (("action", case), ("other_action", other)):
+            trajectory = dataset.trajectories[of.trajectory]
+            known = trajectory.position is not None
+            action = self.actions(trajectory, of.now) if known else np.zeros((len(self.offsets), 3))
+            item |= {key: torch.tensor(action, dtype=torch.float32), f"{key}_mask": torch.full((len(action),), known)}
+        return item
+
+
+@dataclass(frozen=True)
+class Direct(Protocol):
+    """Each horizon in one jump, told the motion from the last context frame, as in training."""
+
+    def actions(self, trajectory: Trajectory, now: int) -> np.ndarray:
+        """The motion from the current frame to each goal."""
+        return _motion(trajectory, np.array(now), now + np.array(self.offsets))
+
+    def predict(
+        self, world: WorldModel, batch: dict[str, Tensor], sampler: SamplerConfig | None, noise: torch.Generator
+    ) -> Tensor:
+        """All goals of a context at once."""
+        return predict_goals(world, batch, sampler, noise)
+
+
+@dataclass(frozen=True)
+class Rollout(Protocol):
+    """Frame by frame, each prediction joining the past frames."""
+
+    stride: int = 1
+    """Frames of the model in one step."""
+    release: tuple[Units, float] | None = None
+    """Units and spacing in metres for rollouts by the conventions of the NWM release: its actions (see
+    `release_actions`), and predictions that join the past as frames, encoded again."""
+
+    def actions(self, trajectory: Trajectory, now: int) -> np.ndarray:
+        """The motion during each step, in the frame at its start."""
+        times = now + np.array([0, *self.offsets])
+        if self.release:
+            return release_actions(_motion(trajectory, np.array(now), times[1:]), *self.release)
+        return _motion(trajectory, times[:-1], times[1:])
+
+    def predict(
+        self, world: WorldModel, batch: dict[str, Tensor], sampler: SamplerConfig | None, noise: torch.Generator
+    ) -> Tensor:
+        """All steps, one after the other."""
+        return world.rollout(
+            to_float(batch["context"]),
+            batch["action"][:, None],
+            context_mask=batch["context_mask"],
+            action_mask=batch["action_mask"][:, None],
+            fps=self.fps / self.stride,
+            spacing=batch["spacing"],
+            sampler=sampler,
+            generator=noise,
+            reencode=self.release is not None,
+        )[:, 0]
+
+
+def direct(seconds: Sequence[float], fps: float) -> Direct:
+    """The protocol *time*.
+
+    Raises:
+        UserError: a horizon lies between two frames.
+    """
+    offsets = [_frames(horizon, fps, "time.seconds") for horizon in seconds]
+    return Direct("time", list(seconds), fps, offsets)
+
+
+def rollout(seconds: Sequence[float], rate: float, fps: float, release: tuple[Units, float] | None = None) -> Rollout:
+    """The protocol *rollout* at a rate in frames a second, up to the last of the horizons.
+
+    Raises:
+        UserError: the rate does not divide the model's, or a horizon lies between two steps.
+    """
+    stride = round(fps / rate)
+    if stride < 1 or abs(stride * rate - fps) > 1e-6:
+        raise UserError(f"rollout.fps is {rate:g}, expected what divides the model's {fps:g} frames a second evenly")
+    steps = max(_frames(horizon, rate, "rollout.seconds") for horizon in seconds)
+    offsets = [stride * step for step in range(1, steps + 1)]
+    return Rollout(f"rollout_{rate:g}fps", list(seconds), fps, offsets, stride, release)
+
+
+def release_actions(waypoints: np.ndarray, units: Units, spacing: float) -> np.ndarray:
+    """Actions of a rollout that `Units.normalize` turns into those of the NWM release, which are not its training's.
+
+    The release normalises the way points as positions in the frame at the start, and then takes their differences. So
+    the offset of the normalisation is in the first step alone, and later steps are not turned into their new heading.
+
+    Args:
+        waypoints: (L, 3) poses after each step (metres and radians) in the frame at the start.
+        units: of the model.
+        spacing: metres, for units that have none of their own.
+
+    Returns:
+        (L, 3), float64.
+    """
+    steps = np.diff(waypoints, axis=0, prepend=np.zeros((1, 3)))
+    steps[:, 2] = wrap_angle(steps[:, 2])
+    unit = np.array([units.spacing or spacing] * 2 + [1.0])
+    steps[1:] -= np.array(units.action_offset) / np.array(units.action_scale) * unit
+    return steps
+
+
+def _motion(trajectory: Trajectory, times: np.ndarray, goals: np.ndarray) -> np.ndarray:
+    position, yaw = trajectory.position, trajectory.yaw
+    return local_motion(position[times], yaw[times], position[goals], yaw[goals])
+
+
+def _frames(seconds: float, fps: float, field: str) -> int:
+    frames = round(seconds * fps)
+    if frames < 1 or abs(frames - seconds * fps) > 1e-6:
+        raise UserError(f"{field}: {seconds:g} s is no whole number of frames, from 1 up, at {fps:g} a second")
+    return frames

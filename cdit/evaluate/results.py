@@ -1,0 +1,173 @@
+"""What an evaluation found: rows with intervals, and the values of every sample for comparisons to come."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cdit.common.bootstrap import Estimate, estimates, paired_difference
+from cdit.common.errors import UserError
+from cdit.common.files import read_json, write_whole
+from cdit.evaluate.cases import Case
+from cdit.evaluate.frechet import frechet_distance
+from cdit.evaluate.methods import DIFFERENCES, METHODS
+from cdit.evaluate.metrics import HIGHER_IS_BETTER
+from cdit.evaluate.protocols import Protocol
+from cdit.evaluate.tables import Row
+
+RESULTS = "results.json"
+MAX_BYTES = 2**30
+"""Largest results.json: it has a value for every sample."""
+FRECHET = ("fid", "fvd")
+
+
+@dataclass(frozen=True)
+class ProtocolResult:
+    """What was found by one protocol."""
+
+    name: str
+    """Of the protocol."""
+    fps: float
+    """The model's frames a second."""
+    cases: list[tuple[str, int]]
+    """(trajectory, time) of each sample."""
+    rows: list[Row]
+    """Method by method, then metric by metric, then horizon by horizon; at last the differences between methods."""
+
+    @property
+    def trajectories(self) -> list[str]:
+        """The trajectory of each sample."""
+        return [name for name, _ in self.cases]
+
+    def values(self, method: str, metric: str, seconds: float) -> np.ndarray:
+        """(N,) float64: one number for each sample, in the order of the cases.
+
+        Raises:
+            KeyError: there are none.
+        """
+        for row in self.rows:
+            if (row.method, row.metric, row.seconds) == (method, metric, seconds) and row.values is not None:
+                return row.values.double().numpy()
+        raise KeyError(f"{self.name}: no values of {metric} for {method} at {seconds:g} s")
+
+
+@dataclass(frozen=True)
+class Results:
+    """What results.json holds."""
+
+    about: dict[str, Any]
+    """What was evaluated, with what, and how."""
+    protocols: dict[str, ProtocolResult] = field(default_factory=dict)
+    """By name."""
+
+    def save(self, folder: Path) -> None:
+        """Writes `<folder>/results.json`, whole or not at all."""
+        protocols = {
+            name: {
+                "fps": result.fps,
+                "samples": len(result.cases),
+                "trajectories": len(set(result.trajectories)),
+                "cases": result.cases,
+                "rows": [
+                    row._asdict() | {"values": None if row.values is None else row.values.tolist()}
+                    for row in result.rows
+                ],
+            }
+            for name, result in self.protocols.items()
+        }
+        write_whole(folder / RESULTS, json.dumps({**self.about, "protocols": protocols}, indent=1) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path | str) -> "Results":
+        """Reads what `save` wrote.
+
+        Raises:
+            UserError: there is no such file, or it is none of ours.
+        """
+        path = Path(folder) / RESULTS
+        try:
+            about = read_json(path, MAX_BYTES)
+            protocols = {
+                name: ProtocolResult(
+                    name,
+                    found["fps"],
+                    [(trajectory, now) for trajectory, now in found["cases"]],
+                    [_row(row) for row in found["rows"]],
+                )
+                for name, found in about.pop("protocols").items()
+            }
+        except Exception as error:  # any value may be of any type
+            raise UserError(f"{path}: no results of cdit.evaluate ({error})") from error
+        return cls(about, protocols)
+
+
+def summarize(protocol: Protocol, cases: Sequence[Case], found: dict[str, Tensor], seed: int) -> ProtocolResult:
+    """The means with their intervals, over trajectories, and Fréchet distances.
+
+    Args:
+        protocol: what was predicted.
+        cases: the N samples.
+        found: `<method>/<metric>` of all of them, see `Study.compute`.
+        seed: of the bootstrap.
+    """
+    frames = [protocol.offsets[i] for i in protocol.measured]
+    horizons = list(zip(protocol.seconds, frames, strict=True))
+    names = [case.name for case in cases]
+    rows = []
+    for method in METHODS:
+        for metric in (name for name in HIGHER_IS_BETTER if f"{method}/{name}" in found):
+            values = found[f"{method}/{metric}"]
+            if metric in FRECHET and len(cases) < 2:
+                continue  # one sample has no distribution
+            if metric == "fvd":  # of the whole film
+                rows.append(Row(method, *max(horizons), metric, frechet_distance(found["truth/fvd"], values)))
+            elif metric == "fid":
+                for at, *pair in zip(horizons, found["truth/fid"].unbind(1), values.unbind(1), strict=True):
+                    rows.append(Row(method, *at, metric, frechet_distance(*pair)))
+            else:
+                means = estimates(values.double().numpy(), names, seed)
+                for at, value, mean in zip(horizons, values.unbind(1), means, strict=True):
+                    rows.append(Row(method, *at, metric, mean.mean, value, mean.low, mean.high))
+    for method in DIFFERENCES:
+        pair = method.split("-")
+        for metric in (name for name in HIGHER_IS_BETTER if name not in FRECHET):
+            if all(f"{one}/{metric}" in found for one in pair):
+                values = (found[f"{one}/{metric}"].double().numpy() for one in pair)
+                for at, mean in zip(horizons, paired_difference(*values, names, seed), strict=True):
+                    rows.append(Row(method, *at, metric, mean.mean, None, mean.low, mean.high))
+    return ProtocolResult(protocol.name, protocol.fps, [(case.name, case.now) for case in cases], rows)
+
+
+def difference(
+    first: ProtocolResult,
+    second: ProtocolResult,
+    metric: str,
+    seconds: float,
+    methods: tuple[str, str] = ("model", "model"),
+) -> Estimate:
+    """The mean of the first result's metric minus the second's on the same cases, with its interval.
+
+    Args:
+        first: from one evaluation.
+        second: from another, or the same.
+        metric: which.
+        seconds: the horizon.
+        methods: the method in the first and in the second.
+
+    Raises:
+        UserError: the two are not of the same cases.
+    """
+    if first.cases != second.cases:
+        raise UserError(f"{first.name}: the two evaluations are of different cases and cannot be compared in pairs")
+    pair = (result.values(method, metric, seconds) for result, method in zip((first, second), methods, strict=True))
+    return paired_difference(*pair, first.trajectories)[0]
+
+
+def _row(values: dict[str, Any]) -> Row:
+    row = Row(**values)
+    return row if row.values is None else row._replace(values=torch.tensor(row.values))

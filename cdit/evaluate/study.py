@@ -1,0 +1,122 @@
+"""One protocol on its cases, batch by batch: predictions of every method, and what the metrics say of them."""
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cdit.common.pictures import to_float, to_uint8
+from cdit.common.randomness import generator
+from cdit.data.loader import collate
+from cdit.data.windows import WindowDataset
+from cdit.diffusion import SamplerConfig
+from cdit.evaluate.cases import Case, others
+from cdit.evaluate.frechet import Features
+from cdit.evaluate.methods import predictions
+from cdit.evaluate.metrics import Metric, score
+from cdit.evaluate.protocols import Protocol, Rollout
+from cdit.loading import spread
+from cdit.world_model import WorldModel
+
+
+@dataclass(frozen=True)
+class Judge:
+    """What is measured, of frames in 8 bits as files and people have them."""
+
+    metrics: Mapping[str, Metric]
+    """What is measured of each frame, by name."""
+    images: Features | None = None
+    """The network of fid."""
+    films: Features | None = None
+    """The network of fvd."""
+    truncate: bool = False
+    """Whether predictions become 8-bit pictures by truncation (the NWM release), not by rounding."""
+
+    @property
+    def names(self) -> list[str]:
+        """Of all metrics."""
+        return [*self.metrics, *(["fid"] if self.images else []), *(["fvd"] if self.films else [])]
+
+    def eight_bits(self, frames: Tensor) -> Tensor:
+        """Frames in [-1, 1] as uint8."""
+        if not self.truncate:
+            return to_uint8(frames)
+        # What is a whole number but for rounding of floats stays that.
+        return ((frames.float() + 1) * 127.5 + 1e-3).floor().clamp(0, 255).byte()
+
+    def sees(self, protocol: Protocol) -> bool:
+        """Whether what a protocol predicts is a film, and long enough for the network of fvd."""
+        return isinstance(protocol, Rollout) and len(protocol.offsets) >= self.films.min_frames
+
+    def features(self, frames: Tensor, protocol: Protocol) -> dict[str, Tensor]:
+        """Features of frames (B, G, 3, H, W) in [-1, 1]: fid (B, S, F), of each horizon; fvd (B, F), of rollouts."""
+        found = {}
+        if self.images:
+            chosen = frames[:, protocol.measured]
+            found["fid"] = self.images(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])
+        if self.films and self.sees(protocol):
+            found["fvd"] = self.films(frames)
+        return found
+
+
+@dataclass(frozen=True)
+class Study:
+    """One protocol on its cases."""
+
+    protocol: Protocol
+    cases: Sequence[Case]
+    batch_size: int
+    """Cases in a batch. Whoever computes it, a batch is always of the same cases and noise."""
+    pictures: int
+    """How many cases are shown, spread over all."""
+    seed: int
+    """Of the noise, which is the same for every method."""
+
+    @property
+    def batches(self) -> list[range]:
+        """The cases of each batch."""
+        count = len(self.cases)
+        return [range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
+
+    @torch.no_grad()
+    def compute(
+        self, batch: int, world: WorldModel, dataset: WindowDataset, judge: Judge, sampler: SamplerConfig | None = None
+    ) -> dict[str, Tensor]:
+        """The results of a batch of B cases, by name, on the CPU.
+
+        Returns:
+            `<method>/<metric>` (B, S) for S horizons; `<method>/fid` (B, S, F) and `<method>/fvd` (B, F), features,
+            also of the method "truth". Where cases of the batch are shown, `shown/context` (N, T, 3, H, W),
+            `shown/truth` and `shown/model` (N, G, 3, H, W), uint8, and `shown/context_mask` (N, T).
+        """
+        indices, protocol = self.batches[batch], self.protocol
+        another = others(self.cases)
+        items = collate([protocol.item(dataset, self.cases[i], self.cases[another[i]]) for i in indices])
+        if not world.description.has_actions:  # it learned of none
+            items["action_mask"] = torch.zeros_like(items["action_mask"])
+        if len(self.cases) == 1 or not bool(items["action_mask"].any()):  # nothing to shuffle
+            del items["other_action"], items["other_action_mask"]
+        device = next(world.parameters()).device
+        items = {key: value.to(device) for key, value in items.items()}
+        truth = to_float(items["target"])
+        found = {f"truth/{name}": value for name, value in judge.features(truth, protocol).items()}
+
+        def predict(method: str, seen: dict[str, Tensor]) -> Tensor:
+            noise = generator(self.seed, zlib.crc32(protocol.name.encode()), batch)
+            return protocol.predict(world, seen, sampler, noise)
+
+        shown = [i - indices.start for i in spread(list(range(len(self.cases))), self.pictures) if i in indices]
+        for method, frames in predictions(items, predict, world.codec):
+            measured = judge.eight_bits(frames)
+            frames = to_float(measured)
+            scores = score(judge.metrics, frames[:, protocol.measured], truth[:, protocol.measured])
+            scores |= judge.features(frames, protocol)
+            found |= {f"{method}/{name}": value for name, value in scores.items()}
+            if method == "model" and shown:
+                found["shown/model"] = measured[shown].cpu()
+        if shown:
+            kept = {"truth": "target", "context": "context", "context_mask": "context_mask"}
+            found |= {f"shown/{name}": items[key][shown].cpu() for name, key in kept.items()}
+        return found

@@ -1,0 +1,294 @@
+"""Scaled dot-product attention and multi-head attention (Vaswani et al. 2017, "Attention Is All You Need").
+
+Shape suffixes: B batch, H heads, N query tokens, M key tokens, D width, K width of one head (D / H).
+A mask is boolean, broadcastable to (B, H, N, M), True where a query may look at a key.
+
+Keys may come in parts that differ in how many queries share them: a part of S rows serves B queries, B / S consecutive
+ones each row. Nothing is copied for it: `joint_attention` looks at each part by itself and merges the results.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdit.model.rotary import Rotation, rotate
+
+
+class KeysValues(NamedTuple):
+    """What a query can look at: keys and values of all heads, each (B, H, M, K)."""
+
+    k_BHMK: Tensor
+    v_BHMK: Tensor
+
+
+class Part(NamedTuple):
+    """Some of the keys of an attention, S rows of them, and where they may be looked at."""
+
+    kv: KeysValues
+    mask: Tensor | None = None
+    """None: everywhere. One of several parts has the same mask for all queries, (S, 1, 1, M)."""
+
+    @property
+    def rows(self) -> int:
+        """S."""
+        return len(self.kv.k_BHMK)
+
+
+def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
+    """(N, M) mask in which each query sees the keys up to its own; the last query is aligned with the last key."""
+    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def attention_scores(q_BHNK: Tensor, k_BHMK: Tensor, mask: Tensor | None = None) -> Tensor:
+    """q·kᵀ / √K in float32, (B, H, N, M); -inf where masked."""
+    with torch.autocast(q_BHNK.device.type, enabled=False):
+        scores_BHNM = (q_BHNK.float() * q_BHNK.shape[-1] ** -0.5) @ k_BHMK.float().transpose(-1, -2)
+    return scores_BHNM if mask is None else torch.where(mask, scores_BHNM, -torch.inf)
+
+
+def attention_weights(q_BHNK: Tensor, k_BHMK: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q·kᵀ / √K) in float32, (B, H, N, M).
+
+    Masked scores are -inf before the softmax, so their weights are exactly 0; a row without any key is all zeros.
+    """
+    weights_BHNM = attention_scores(q_BHNK, k_BHMK, mask).softmax(-1)
+    return weights_BHNM if mask is None else torch.where(mask.any(-1, keepdim=True), weights_BHNM, 0.0)
+
+
+def scaled_dot_product_attention(q_BHNK: Tensor, kv: KeysValues, mask: Tensor | None = None) -> Tensor:
+    """softmax(q·kᵀ / √K)·v by a fused kernel, (B, H, N, K).
+
+    A query whose row is fully masked yields zeros. A masked key has no influence, whatever it holds: one that is not
+    finite makes exactly those queries NaN that may look at it.
+    """
+    if mask is None:
+        return _fused(q_BHNK, *kv, None)
+    visible = _visible(kv, mask)
+    out_BHNK = _fused(q_BHNK, *visible.kv, visible.mask)
+    return out_BHNK.masked_fill(visible.empty, 0.0).masked_fill(visible.poisoned, torch.nan)
+
+
+def joint_attention(q_BHNK: Tensor, parts: Sequence[Part]) -> Tensor:
+    """`scaled_dot_product_attention` to the keys of all parts together, (B, H, N, K): one softmax runs over them all.
+
+    The outputs of the parts are averaged by their shares of the softmax's denominator (online softmax: Milakov &
+    Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135).
+
+    Args:
+        q_BHNK: queries.
+        parts: keys and values; the rows of each divide B·N evenly, consecutive queries sharing a row.
+    """
+    if len(parts) == 1:
+        return scaled_dot_product_attention(q_BHNK, *parts[0])
+    outs, sums = [], []
+    for part in parts:
+        out_SHNK, sum_SHN = attention_and_logsumexp(fold_queries(q_BHNK, part.rows), *part)
+        outs.append(fold_queries(out_SHNK, len(q_BHNK)))
+        sums.append(fold_queries(sum_SHN[..., None], len(q_BHNK)))
+    shares = torch.stack(sums).softmax(0)
+    return (shares * torch.stack(outs)).sum(0).to(q_BHNK.dtype)
+
+
+def attention_and_logsumexp(q_BHNK: Tensor, kv: KeysValues, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`scaled_dot_product_attention`, and the logarithm of its softmax's denominator, (B, H, N), in float32 or wider.
+
+    Without any key the logarithm is the type's lowest number, which gives such a row no weight among others.
+    """
+    if mask is None:
+        return _fused_with_logsumexp(q_BHNK, *kv, None)
+    visible = _visible(kv, mask)
+    out_BHNK, sum_BHN = _fused_with_logsumexp(q_BHNK, *visible.kv, visible.mask)
+    out_BHNK = out_BHNK.masked_fill(visible.empty, 0.0).masked_fill(visible.poisoned, torch.nan)
+    return out_BHNK, sum_BHN.masked_fill(visible.empty[..., 0], torch.finfo(sum_BHN.dtype).min)
+
+
+def concatenated(parts: Sequence[Part]) -> Part:
+    """All keys as one part, which has a copy of shared ones for every row of the largest part."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = max(part.rows for part in parts)
+    kv = KeysValues(*(side_by_side(x, rows, 2) for x in zip(*(part.kv for part in parts), strict=True)))
+    if all(part.mask is None for part in parts):
+        return Part(kv)
+    masks = []
+    for (k, _), mask in parts:
+        mask = k.new_ones(1, dtype=torch.bool) if mask is None else mask
+        masks.append(mask.expand(*(1,) * (4 - mask.ndim), *mask.shape[:-1], k.shape[2]))
+    shape = torch.broadcast_shapes(*((rows, *mask.shape[1:3]) for mask in masks))
+    return Part(kv, torch.cat([_repeated(mask, rows).expand(*shape, -1) for mask in masks], dim=-1))
+
+
+def side_by_side(tensors: Sequence[Tensor], rows: int, dim: int) -> Tensor:
+    """Concatenated along a dimension, with as many copies of each row as make `rows` of them, consecutive ones."""
+    tensors = [_repeated(x, rows) for x in tensors]
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
+
+
+def _repeated(x: Tensor, rows: int) -> Tensor:
+    return x if len(x) == rows else x.repeat_interleave(rows // len(x), 0)
+
+
+def fold_queries(x_BHNK: Tensor, rows: int) -> Tensor:
+    """The same queries (or their angles) in so many rows, consecutive ones together: (rows, H, B·N / rows, K)."""
+    return x_BHNK.transpose(1, 2).reshape(rows, -1, x_BHNK.shape[1], x_BHNK.shape[3]).transpose(1, 2)
+
+
+class _Visible(NamedTuple):
+    """Keys and a mask that the fused kernels agree about, and what their outputs then need."""
+
+    kv: KeysValues
+    mask: Tensor
+    empty: Tensor
+    poisoned: Tensor
+
+
+def _visible(kv: KeysValues, mask: Tensor) -> _Visible:
+    broken_BHM = ~(kv.k_BHMK.isfinite().all(-1) & kv.v_BHMK.isfinite().all(-1))
+    cleaned = KeysValues(*(x.masked_fill(broken_BHM[..., None], 0.0) for x in kv))
+    poisoned = (mask & broken_BHM[..., None, :]).any(-1, keepdim=True)
+    empty = ~mask.any(-1, keepdim=True)
+    # The fused kernels disagree about rows without keys (zeros or NaN), so such rows see every key and are zeroed.
+    return _Visible(cleaned, mask | empty, empty, poisoned)
+
+
+def _fused(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is not None:
+        mask = mask.expand(*mask.shape[:-2], q_BHNK.shape[2], k_BHMK.shape[2])
+    if q_BHNK.device.type == "cpu" and q_BHNK.dtype == torch.bfloat16:
+        # On CPUs the fused bfloat16 kernels are several times slower than two products and a softmax
+        # (`python -m cdit.benchmark attention`).
+        scores_BHNM = (q_BHNK * q_BHNK.shape[-1] ** -0.5) @ k_BHMK.transpose(-1, -2)
+        if mask is not None:
+            scores_BHNM = scores_BHNM.masked_fill(~mask, -torch.inf)
+        return scores_BHNM.softmax(-1) @ v_BHMK
+    return F.scaled_dot_product_attention(q_BHNK, k_BHMK, v_BHMK, attn_mask=mask)
+
+
+def _fused_with_logsumexp(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    keys = k_BHMK.shape[2]
+    # torch's kernel takes heads of aligned width, and has no gradient of the logarithm.
+    if q_BHNK.is_cuda and q_BHNK.dtype != torch.float64 and q_BHNK.shape[3] % 8 == 0 and not torch.is_grad_enabled():
+        bias = None
+        if mask is not None:
+            bias = q_BHNK.new_zeros(mask.shape).masked_fill(~mask, -torch.inf)
+            bias = F.pad(bias, (0, -keys % 16))[..., :keys]  # rows begin at aligned addresses
+            bias = bias.expand(*q_BHNK.shape[:3], keys)
+        out_BHNK, sum_BHN, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q_BHNK, k_BHMK, v_BHMK, bias, compute_log_sumexp=True
+        )
+        return out_BHNK, sum_BHN[..., : q_BHNK.shape[2]]  # which it pads
+    scores_BHNM = (q_BHNK * q_BHNK.shape[3] ** -0.5) @ k_BHMK.transpose(-1, -2)
+    scores_BHNM = scores_BHNM.to(torch.promote_types(scores_BHNM.dtype, torch.float32))
+    if mask is not None:
+        scores_BHNM = scores_BHNM.masked_fill(~mask, -torch.inf)
+    return scores_BHNM.softmax(-1).to(v_BHMK.dtype) @ v_BHMK, scores_BHNM.logsumexp(-1)
+
+
+@dataclass
+class Observation:
+    """What an observer of a `MultiHeadAttention` is shown at each call: the very tensors the kernel is given.
+
+    Keys that came in parts are shown as one, concatenated.
+    """
+
+    q_BHNK: Tensor
+    kv: KeysValues
+    mask: Tensor | None
+
+    def scores(self) -> Tensor:
+        """What the softmax is taken of in this call, (B, H, N, M), float32; -inf where masked."""
+        return attention_scores(self.q_BHNK, self.kv.k_BHMK, self.mask)
+
+    def weights(self) -> Tensor:
+        """The attention weights of this call, (B, H, N, M), float32; the extra key, where there is one, comes last."""
+        return attention_weights(self.q_BHNK, self.kv.k_BHMK, self.mask)
+
+
+class MultiHeadAttention(nn.Module):
+    """h heads of width D / h in parallel, concatenated and mixed by W_O.
+
+    Args:
+        width: D, width of queries, context and output.
+        heads: h; must divide D.
+        qk_norm: normalise q and k per head by RMSNorm before rotation (Dehghani et al. 2023, ViT-22B).
+        extra_kv: one learned key and value, appended after the others, without projection or position: a sink for
+            queries with nothing to find (`add_bias_kv` of `torch.nn.MultiheadAttention`).
+
+    `observer`, when set, is called with an `Observation` at every `attend`. The output still comes from the fused
+    kernel, so watching changes nothing. `editor`, when set, is given the output of all heads before W_O, (B, H, N, K),
+    and what it returns goes on in its place.
+    """
+
+    def __init__(self, width: int, heads: int, qk_norm: bool = False, extra_kv: bool = False):
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"hidden_size {width} must be a multiple of num_heads {heads}")
+        self.heads = heads
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+        self.q_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width // heads, eps=1e-6) if qk_norm else nn.Identity()
+        self.extra_k = nn.Parameter(torch.zeros(heads, 1, width // heads)) if extra_kv else None
+        self.extra_v = nn.Parameter(torch.zeros(heads, 1, width // heads)) if extra_kv else None
+        self.observer: Callable[[Observation], None] | None = None
+        self.editor: Callable[[Tensor], Tensor] | None = None
+
+    def project_q(self, x_BND: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """Queries of x, (B, H, N, K), rotated to their positions."""
+        q_BND = self.q(x_BND)
+        return rotate(self.q_norm(self._split(q_BND)).to(q_BND.dtype), rotation)
+
+    def project_kv(
+        self, context_BMD: Tensor, rotation: Rotation | None = None, key_norm: nn.Module | None = None
+    ) -> KeysValues:
+        """Keys (rotated to their positions) and values of a context.
+
+        With `key_norm`, keys are made of the normalised context, values of the context as it is.
+        """
+        if key_norm is None:
+            k_BMD, v_BMD = self.kv(context_BMD).chunk(2, dim=-1)
+        else:
+            halves = zip(self.kv.weight.chunk(2), self.kv.bias.chunk(2), strict=True)
+            sources = (key_norm(context_BMD), context_BMD)
+            k_BMD, v_BMD = (F.linear(x, *half) for x, half in zip(sources, halves, strict=True))
+        k_BHMK = self.k_norm(self._split(k_BMD)).to(k_BMD.dtype)
+        return KeysValues(rotate(k_BHMK, rotation), self._split(v_BMD))
+
+    def attend(self, q_BHNK: Tensor, parts: Sequence[Part], extra_rotation: Rotation | None = None) -> Tensor:
+        """Attention of projected queries to projected keys (see `joint_attention`), mixed by W_O: (B, N, D).
+
+        Where queries are rotated, `extra_rotation` of a place that moves with them, (1, K / 2), keeps the extra key's
+        scores from following the queries' coordinates: only differences may matter.
+        """
+        if self.extra_k is not None:
+            extra = (rotate(self.extra_k, extra_rotation), self.extra_v)
+            sink = Part(KeysValues(*(e.to(x.dtype)[None] for x, e in zip(parts[0].kv, extra, strict=True))))
+            parts = [concatenated([*parts, sink])] if len(parts) == 1 else [*parts, sink]
+        out_BHNK = joint_attention(q_BHNK, parts)
+        if self.observer is not None:
+            self.observer(Observation(q_BHNK, *concatenated(parts)))
+        if self.editor is not None:
+            out_BHNK = self.editor(out_BHNK)
+        return self.out(out_BHNK.transpose(1, 2).flatten(2))
+
+    def forward(
+        self,
+        x_BND: Tensor,
+        context_BMD: Tensor | None = None,
+        mask: Tensor | None = None,
+        rotation: Rotation | None = None,
+        context_rotation: Rotation | None = None,
+    ) -> Tensor:
+        """Self-attention over x, or cross-attention from x to a context: (B, N, D)."""
+        if context_BMD is None:
+            context_BMD, context_rotation = x_BND, rotation
+        kv = self.project_kv(context_BMD, context_rotation)
+        return self.attend(self.project_q(x_BND, rotation), [Part(kv, mask)])
+
+    def _split(self, x_BND: Tensor) -> Tensor:
+        return x_BND.unflatten(-1, (self.heads, -1)).transpose(1, 2)

@@ -1,0 +1,1 @@
+"""Experiments on top of evaluation: ablations, sampler settings, turning."""

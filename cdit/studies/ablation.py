@@ -1,0 +1,360 @@
+"""Trains and evaluates the variants of a config, each with several seeds, all measured on the same cases.
+
+Runs `train.py` and `cdit.evaluate` as a person would, one process after the other; what is done already is not done
+again, so that an interrupted ablation continues.
+"""
+
+import json
+import pickle
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+import cdit
+from cdit.common.bootstrap import Estimate, estimates, paired_difference
+from cdit.common.cli import parse_config
+from cdit.common.errors import UserError
+from cdit.data.windows import DataConfig, WindowDataset
+from cdit.evaluate.config import EvaluateConfig
+from cdit.evaluate.results import RESULTS, Results
+from cdit.evaluate.tables import Row, markdown_table
+from cdit.loading import spread
+from cdit.world_model import DESCRIPTION
+
+TRAIN = Path(cdit.__path__[0]).parent / "train.py"
+EVALUATION = "evaluation"
+
+
+@dataclass
+class AblationConfig:
+    """What is compared."""
+
+    name: str
+    """Name of the ablation; its folder is <output>/<name>."""
+    base: str
+    """Config of train.py that all variants start from."""
+    variants: dict[str, dict[str, Any]]
+    """Options of train.py by name of the variant, such as {one head: {model.num_heads: 1}}."""
+    reference: str
+    """The variant that the others are compared with."""
+    train: dict[str, Any] = field(default_factory=dict)
+    """Options of train.py for all variants."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """Every variant is trained once with each."""
+    seconds: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0])
+    """Horizons that are measured, each predicted in one jump."""
+    cases: int = 256
+    """Contexts of the test split that are measured, the same for all."""
+    metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim", "lpips"])
+    """What is measured, see `python -m cdit.evaluate --help`."""
+    evaluate: dict[str, Any] = field(default_factory=dict)
+    """Further options of cdit.evaluate, such as {sampler.steps: 8}."""
+    launch: str | None = None
+    """What train.py and cdit.evaluate are started with, such as "accelerate launch --num_processes 4"; by default
+    Accelerate's launcher without options."""
+    output: str = "runs/ablations"
+    """Folder of all ablations."""
+
+    @property
+    def folder(self) -> Path:
+        """The ablation's folder."""
+        return Path(self.output) / self.name
+
+    @property
+    def index(self) -> Path:
+        """The index file of the cases."""
+        return self.folder / "cases.pkl"
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of one variant."""
+
+    variant: str
+    seed: int
+    folder: Path
+    options: list[str]
+    """Of train.py."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How a variant differs from the reference."""
+
+    variant: str
+    metric: str
+    seconds: float
+    difference: Estimate
+    """Mean over seeds and samples, with its interval over trajectories."""
+    seeds: list[float]
+    """The same for each seed alone."""
+
+    def text(self, digits: int) -> str:
+        """Such as `-0.42 [-0.55, -0.29] (-0.40, -0.44)`: mean, interval, seeds."""
+        change = self.difference
+        interval = "" if change.low is None else f" [{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
+        return f"{change.mean:+.{digits}f}{interval} ({', '.join(f'{value:+.{digits}f}' for value in self.seeds)})"
+
+
+def ablate(argv: list[str]) -> None:
+    """The command line: `python -m cdit.evaluate ablate SPEC.yaml [--seeds [0,1,2] …]`.
+
+    Raises:
+        UserError: the spec is wrong, which is found before anything is trained, or a training or evaluation failed.
+    """
+    if argv[:1] not in (["--help"], ["-h"]):
+        if not argv or argv[0].startswith("-"):
+            raise UserError("usage: python -m cdit.evaluate ablate SPEC.yaml [--seeds [0,1,2] …]")
+        argv = ["--config", *argv]
+    config = parse_config(AblationConfig, __doc__, argv)
+    if config.reference not in config.variants:
+        raise UserError(f"reference is {config.reference!r}, expected one of {', '.join(config.variants)}")
+    if not config.seeds:
+        raise UserError("seeds is [], expected at least one")
+    runs = [run for name in config.variants for run in runs_of(config, name)]
+    if len({run.folder for run in runs}) < len(runs):
+        raise UserError("variants and seeds: two runs would share a folder, which is named by letters, digits and seed")
+    resolved = {run.variant: resolve(run) for run in runs if run.seed == config.seeds[0]}
+    check_comparable(config, resolved)
+    for run in runs:
+        check_folder(run, resolved[run.variant])
+        options = evaluation_options(run, config, resolved[run.variant]["data"])
+        parse_config(EvaluateConfig, "options of cdit.evaluate", options).validate()
+    for number, run in enumerate(runs, start=1):
+        print(f"\n{config.name}, run {number} of {len(runs)}: {run.variant}, seed {run.seed}", file=sys.stderr)
+        train(run, config)
+    write_cases(config, resolved)
+    for run in runs:
+        evaluate(run, config, resolved[run.variant]["data"])
+    print(report(config, runs))
+    print(f"{config.folder} holds results.md, results.json and all runs")
+
+
+def runs_of(config: AblationConfig, variant: str) -> list[Run]:
+    """The trainings of a variant, one for each seed."""
+    runs = []
+    for seed in config.seeds:
+        name = f"{re.sub(r'[^a-z0-9]+', '_', variant.lower())}_seed{seed}"
+        options = config.train | config.variants[variant] | {"seed": seed, "name": name, "output": config.folder}
+        runs.append(Run(variant, seed, config.folder / name, ["--config", config.base, *_options(options)]))
+    return runs
+
+
+def resolve(run: Run) -> dict[str, Any]:
+    """The run's whole training config, as train.py understands it.
+
+    Raises:
+        UserError: it does not.
+    """
+    command = [sys.executable, str(TRAIN), *run.options, "--print_config"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"variant {run.variant!r}: train.py refuses it\n{done.stderr.strip()}")
+    return yaml.safe_load(done.stdout)
+
+
+def check_comparable(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> None:
+    """Checks that all variants can be measured on the same cases.
+
+    Raises:
+        UserError: they are of different datasets, or of several.
+    """
+    datasets = [values["data"] for values in resolved.values()]
+    if any(data["mix"] for data in datasets):
+        raise UserError(f"base is {config.base}: variants are measured on one dataset, data.folder, not on a data.mix")
+    if any(data[key] != datasets[0][key] for data in datasets for key in ("folder", "splits", "test_split", "fps")):
+        raise UserError("variants of different datasets cannot be compared")
+
+
+def check_folder(run: Run, resolved: dict[str, Any]) -> None:
+    """Checks that what a run's folder holds, if anything, was trained with the config that is asked for.
+
+    Args:
+        run: which.
+        resolved: the config of the run's variant, with any seed.
+
+    Raises:
+        UserError: it was not; the message names the fields.
+    """
+    path = run.folder / "config.yaml"
+    if not path.is_file():
+        return
+    asked = resolved | {"seed": run.seed, "name": run.folder.name}
+    changed = [name for name in _differences(yaml.safe_load(path.read_text()), asked) if name != "resume"]
+    if changed:
+        raise UserError(
+            f"{run.folder} holds a run of another config (other {', '.join(changed)}): give another name, or delete it"
+        )
+
+
+def train(run: Run, config: AblationConfig) -> None:
+    """Trains, or goes on where it was interrupted, unless it is done already.
+
+    Raises:
+        UserError: the training failed.
+    """
+    if (run.folder / "last" / DESCRIPTION).is_file():
+        return
+    _call([*_launcher(config), str(TRAIN), *run.options, "--resume", "auto"], run)
+
+
+def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> None:
+    """Writes the cases that all are measured on, as an index file of NWM.
+
+    They have as many past frames as the variant that looks at most of them.
+
+    Raises:
+        UserError: no trajectory is long enough.
+    """
+    datasets = [values["data"] for values in resolved.values()]
+    folder, splits, split, links = (datasets[0][key] for key in ("folder", "splits", "test_split", "follow_links"))
+    longest = max(data["context_frames"] for data in datasets)
+    dataset = WindowDataset(
+        DataConfig(folder, splits=splits, follow_links=links, context_frames=longest, cache_gb=0), split
+    )
+    offsets = [round(seconds * dataset.info.fps) for seconds in config.seconds]
+    windows = spread(dataset.windows_with(offsets), config.cases)
+    if not windows:
+        raise UserError(f"seconds is {config.seconds}: no trajectory of split {split!r} of {folder} is long enough")
+    cases = []
+    for window in windows:
+        trajectory, now = dataset.locate(window)
+        cases.append((dataset.trajectories[trajectory].name, now, min(offsets), max(offsets)))
+    config.index.write_bytes(pickle.dumps(cases))
+
+
+def evaluation_options(run: Run, config: AblationConfig, data: dict[str, Any]) -> list[str]:
+    """Options of cdit.evaluate for a run whose training config has this data section."""
+    options = {
+        "checkpoint": run.folder,
+        "data": data["folder"],
+        "split": data["test_split"],
+        "splits": data["splits"],
+        "follow_links": data["follow_links"],
+        "out": run.folder / EVALUATION,
+        "protocols": ["time"],
+        "time.index": config.index,
+        "time.seconds": config.seconds,
+        "metrics": config.metrics,
+        "tracking": "none",
+        **config.evaluate,
+    }
+    return _options(options)
+
+
+def evaluate(run: Run, config: AblationConfig, data: dict[str, Any]) -> None:
+    """Measures a trained run on the cases; what is measured already is not measured again.
+
+    Raises:
+        UserError: the evaluation failed.
+    """
+    _call([*_launcher(config), "-m", "cdit.evaluate", *evaluation_options(run, config, data)], run)
+
+
+def report(config: AblationConfig, runs: list[Run]) -> str:
+    """Writes `results.md` and `results.json` into the ablation's folder, and returns the former.
+
+    A variant's numbers are means over its seeds, sample by sample. Intervals are over the trajectories of the test
+    split: they say how far other trajectories might move a mean. What another training might do is to be seen from the
+    seeds, whose differences stand one by one.
+    """
+    found = {
+        name: [Results.load(run.folder / EVALUATION).protocols["time"] for run in runs if run.variant == name]
+        for name in config.variants
+    }
+    reference = found[config.reference]
+    trajectories = reference[0].trajectories
+    measured = {row.metric for row in reference[0].rows}  # LPIPS may not be to be had
+    rows, compared = [], []
+    for name, results in found.items():
+        for metric in [metric for metric in config.metrics if metric in measured]:
+            for seconds in config.seconds:
+                ours, theirs = (
+                    np.stack([result.values("model", metric, seconds) for result in some])
+                    for some in (results, reference)
+                )
+                mean = estimates(ours.mean(0), trajectories)[0]
+                frames = round(seconds * results[0].fps)
+                rows.append(Row(name, seconds, frames, metric, mean.mean, None, mean.low, mean.high))
+                if name != config.reference:
+                    change = paired_difference(ours.mean(0), theirs.mean(0), trajectories)[0]
+                    seeds = [float(difference) for difference in (ours - theirs).mean(1)]
+                    compared.append(Comparison(name, metric, seconds, change, seeds))
+    text = (
+        f"# {config.name}\n\n{len(trajectories)} samples of {len(set(trajectories))} test trajectories; "
+        f"seeds {', '.join(map(str, config.seeds))}; ± is half the 95 % interval over trajectories.\n\n"
+        f"{markdown_table(rows)}\n{differences_table(compared, config.reference)}"
+    )
+    (config.folder / "results.md").write_text(text)
+    written = {
+        "config": asdict(config),
+        "means": [{key: value for key, value in row._asdict().items() if key != "values"} for row in rows],
+        "differences": [asdict(comparison) for comparison in compared],
+    }
+    (config.folder / RESULTS).write_text(json.dumps(written, indent=2) + "\n")
+    return text
+
+
+def differences_table(compared: list[Comparison], reference: str) -> str:
+    """For each metric a Markdown table: the variants' differences from the reference, in all and seed by seed."""
+    tables = []
+    for metric in dict.fromkeys(comparison.metric for comparison in compared):
+        chosen = [comparison for comparison in compared if comparison.metric == metric]
+        horizons = list(dict.fromkeys(comparison.seconds for comparison in chosen))
+        digits = 2 if metric == "psnr" else 3
+        lines = [
+            f"| {metric.upper()} less that of {reference} | " + " | ".join(f"{s:g} s" for s in horizons) + " |",
+            "|---|" + "---:|" * len(horizons),
+        ]
+        for variant in dict.fromkeys(comparison.variant for comparison in chosen):
+            cells = [c.text(digits) for c in chosen if c.variant == variant]
+            lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables) + "\n"
+
+
+def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
+    """Names of the saved fields that are asked to be something else."""
+    found = []
+    for name, value in saved.items():
+        if isinstance(value, dict):
+            found += _differences(value, asked.get(name) or {}, f"{prefix}{name}.")
+        elif value != asked.get(name):
+            found.append(prefix + name)
+    return found
+
+
+def _options(values: dict[str, Any]) -> list[str]:
+    """Fields and values as options of a command line."""
+    return [part for name, value in values.items() for part in (f"--{name}", _written(value))]
+
+
+def _written(value: Any) -> str:
+    """A value as YAML on one line."""
+    if isinstance(value, (str, Path)):
+        return str(value)
+    return yaml.safe_dump(value, default_flow_style=True, width=float("inf")).split("\n")[0]
+
+
+def _launcher(config: AblationConfig) -> list[str]:
+    if config.launch is None:
+        return [sys.executable, "-m", "accelerate.commands.launch"]
+    return shlex.split(config.launch)
+
+
+def _call(command: list[str], run: Run) -> None:
+    try:
+        done = subprocess.run(command)
+    except OSError as error:
+        raise UserError(f"launch: {command[0]} cannot be started ({error.strerror})") from error
+    if done.returncode:
+        raise UserError(
+            f"variant {run.variant!r}, seed {run.seed}: exit code {done.returncode} of {shlex.join(command)}"
+        )

@@ -1,0 +1,225 @@
+"""What a study of few-step sampling says: the recommended setting, tables and a picture."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from cdit.common.bootstrap import Estimate, estimates, paired_difference
+from cdit.common.files import write_whole
+from cdit.diffusion import SamplerConfig
+from cdit.evaluate.results import RESULTS
+
+COLOURS = {"euler": "#1b78b7", "heun": "#d94801", "dpm": "#238b45", "unipc": "#8856a7",
+           "ddpm": "#a6761d", "ddim": "#cb4747"}  # fmt: skip
+DASHES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one sampler reaches; intervals are over trajectories."""
+
+    sampler: SamplerConfig
+    calls: int
+    """Network calls for a frame."""
+    lpips: Estimate
+    """LPIPS to the truth."""
+    behind: Estimate
+    """The same less that of the best setting, case by case."""
+    psnr: Estimate
+    """PSNR to the truth, in dB."""
+    lpips_to_reference: Estimate
+    """LPIPS to the frames of the reference from the same noise."""
+
+    @property
+    def name(self) -> str:
+        """Such as `8 steps of dpm, shift 2`."""
+        one = self.sampler
+        shift = "" if one.shift == 1 else f", shift {one.shift:g}"
+        return f"{one.steps} {'step' if one.steps == 1 else 'steps'} of {one.scheduler}{shift}"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What all settings reach."""
+
+    cases: int
+    trajectories: int
+    settings: list[Setting]
+    """The reference is the first."""
+
+    @property
+    def reference(self) -> Setting:
+        """The setting of many steps."""
+        return self.settings[0]
+
+    @property
+    def best(self) -> Setting:
+        """The setting of the lowest LPIPS to the truth."""
+        return min(self.settings, key=lambda setting: setting.lpips.mean)
+
+    @property
+    def enough(self) -> Setting:
+        """Of the settings whose LPIPS to the truth is not told apart from the best one's, that of fewest calls."""
+        as_good = [setting for setting in self.settings if setting.behind.low <= 0]
+        return min(as_good, key=lambda setting: (setting.calls, setting.lpips.mean))
+
+    @property
+    def recommended(self) -> Setting:
+        """The lowest LPIPS to the truth that these calls are enough for.
+
+        Another setting than `enough` where one is nearer to the best, but so steadily behind it that this can be told.
+        """
+        as_few = [setting for setting in self.settings if setting.calls <= self.enough.calls]
+        return min(as_few, key=lambda setting: setting.lpips.mean)
+
+    def share(self, setting: Setting) -> float:
+        """The setting's network calls over those of the reference."""
+        return setting.calls / self.reference.calls
+
+
+def summarize(
+    samplers: Sequence[SamplerConfig], found: Mapping[str, Tensor], trajectories: Sequence[str], seed: int
+) -> Findings:
+    """Means with intervals, for each case over its horizons.
+
+    Args:
+        samplers: the settings, the reference first.
+        found: what `measure` found of all N cases.
+        trajectories: N names, two different ones at least.
+        seed: of the bootstrap.
+    """
+    lpips, psnr, to_reference = (
+        np.stack([found[f"{i}/{name}"].double().mean(1).numpy() for i in range(len(samplers))], axis=1)
+        for name in ("lpips", "psnr", "lpips_to_reference")
+    )
+    best = lpips[:, [lpips.mean(0).argmin()]]
+    columns = (
+        estimates(lpips, trajectories, seed),
+        paired_difference(lpips, np.broadcast_to(best, lpips.shape), trajectories, seed),
+        estimates(psnr, trajectories, seed),
+        estimates(to_reference, trajectories, seed),
+    )
+    calls = [int(found[f"{i}/calls"][0]) for i in range(len(samplers))]
+    settings = [Setting(*row) for row in zip(samplers, calls, *columns, strict=True)]
+    return Findings(len(lpips), len(set(trajectories)), settings)
+
+
+def write(findings: Findings, about: Mapping[str, Any], folder: Path) -> str:
+    """Writes results.json, results.md and steps.png into a folder, and returns the second."""
+    config = about["config"]
+    horizons = ", ".join(f"{seconds:g}" for seconds in config["time"]["seconds"])
+    text = (
+        f"# Few-step sampling\n\n{about['checkpoint']} on split {config['split']} of {config['data']}, {horizons} s "
+        f"ahead: {findings.cases} samples of {findings.trajectories} trajectories; ± is half the width of the 95 % "
+        f"interval (bootstrap over trajectories). The reference is {findings.reference.name}.\n\n"
+        f"{tables(findings)}\n\n{conclusion(findings)}\n"
+    )
+    rows = [asdict(setting) | {"share": findings.share(setting)} for setting in findings.settings]
+    found = {
+        "samples": findings.cases,
+        "trajectories": findings.trajectories,
+        "settings": rows,
+        **{name: asdict(getattr(findings, name).sampler) for name in ("reference", "best", "enough", "recommended")},
+    }
+    picture(findings).savefig(folder / "steps.png")
+    (folder / "results.md").write_text(text)
+    write_whole(folder / RESULTS, json.dumps({**about, **found}, indent=1) + "\n")
+    return text
+
+
+def conclusion(findings: Findings) -> str:
+    """Which setting is the best, how few calls do, and which setting is recommended, in a few sentences."""
+    best, enough, chosen = findings.best, findings.enough, findings.recommended
+    nearest = max(findings.settings, key=lambda setting: setting.psnr.mean)
+    return (
+        f"Nearest to the truth by LPIPS: {best.name} ({_calls(best)}), {best.lpips.mean:.3f}; "
+        f"by PSNR: {nearest.name} ({_calls(nearest)}), {nearest.psnr.mean:.2f} dB.\n\n"
+        f"The fewest calls with which LPIPS is not told apart from the best: {enough.calls} "
+        f"({enough.name}, {_behind(enough, 4)}).\n\n"
+        f"Recommended, the lowest LPIPS of as few calls: **{chosen.name}** ({_calls(chosen)}, "
+        f"{findings.share(chosen):.1%} of the reference's; {_behind(chosen, 4)})."
+    )
+
+
+def tables(findings: Findings) -> str:
+    """For each measure a Markdown table, schedulers and steps down and shifts across; the recommended one is bold."""
+    shifts = sorted({setting.sampler.shift for setting in findings.settings})
+    groups: dict[tuple[str, int], dict[float, Setting]] = {}
+    for setting in findings.settings[1:] + findings.settings[:1]:
+        groups.setdefault((setting.sampler.scheduler, setting.sampler.steps), {})[setting.sampler.shift] = setting
+    measures: dict[str, Callable[[Setting], str]] = {
+        "LPIPS to the truth ↓": lambda setting: _plus_minus(setting.lpips, 3),
+        "LPIPS to the truth less the best": lambda setting: _behind(setting, 3),
+        "PSNR to the truth ↑": lambda setting: _plus_minus(setting.psnr, 2),
+        "LPIPS to the reference ↓": lambda setting: _plus_minus(setting.lpips_to_reference, 3),
+    }
+    texts = []
+    for title, cell in measures.items():
+        across = [f"shift {shift:g}" for shift in shifts] if len(shifts) > 1 else ["mean"]
+        lines = [
+            f"| {' | '.join([title, 'steps', 'network calls', 'of the reference', *across])} |",
+            "|---|" + "---:|" * (3 + len(across)),
+        ]
+        for (scheduler, steps), row in groups.items():
+            one = next(iter(row.values()))
+            cells = [scheduler, str(steps), str(one.calls), f"{findings.share(one):.1%}"]
+            for shift in shifts:
+                shown = cell(row[shift]) if shift in row else ""
+                cells.append(f"**{shown}**" if row.get(shift) is findings.recommended else shown)
+            lines.append(f"| {' | '.join(cells)} |")
+        texts.append("\n".join(lines))
+    return "\n\n".join(texts)
+
+
+def picture(findings: Findings) -> Figure:
+    """LPIPS to the truth and to the reference against network calls, a line for each scheduler and shift."""
+    figure = Figure(figsize=(11, 4.5), dpi=100, layout="constrained")
+    axes = figure.subplots(1, 2)
+    shifts = sorted({setting.sampler.shift for setting in findings.settings}, key=lambda shift: (shift != 1, shift))
+    lines: dict[tuple[str, float], list[Setting]] = {}
+    for setting in sorted(findings.settings, key=lambda setting: setting.calls):
+        lines.setdefault((setting.sampler.scheduler, setting.sampler.shift), []).append(setting)
+    for side, measure, title in (
+        (axes[0], "lpips", "LPIPS to the truth"),
+        (axes[1], "lpips_to_reference", f"LPIPS to {findings.reference.name} from the same noise"),
+    ):
+        for (scheduler, shift), line in sorted(lines.items()):
+            side.plot(
+                [setting.calls for setting in line],
+                [getattr(setting, measure).mean for setting in line],
+                color=COLOURS[scheduler],
+                linestyle=DASHES[shifts.index(shift) % len(DASHES)],
+                marker="o",
+                markersize=3,
+                linewidth=1.2,
+                label=scheduler if len(shifts) == 1 else f"{scheduler}, shift {shift:g}",
+            )
+        chosen = findings.recommended
+        side.plot(chosen.calls, getattr(chosen, measure).mean, "o", color="#1c1c22", markersize=11, fillstyle="none",
+                  linestyle="none", label="recommended")  # fmt: skip
+        side.set_xscale("log", base=2)
+        ticks = [2**power for power in range(int(np.log2(findings.reference.calls)) + 1)]
+        side.set_xticks(ticks, [str(tick) for tick in ticks])
+        side.set(xlabel="network calls for a frame", title=title)
+        side.grid(alpha=0.3)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, handlelength=3.5)
+    return figure
+
+
+def _plus_minus(estimate: Estimate, digits: int) -> str:
+    return f"{estimate.mean:.{digits}f} ± {(estimate.high - estimate.low) / 2:.{digits}f}"
+
+
+def _behind(setting: Setting, digits: int) -> str:
+    one = setting.behind
+    return f"{one.mean:+.{digits}f} [{one.low:+.{digits}f}, {one.high:+.{digits}f}]"
+
+
+def _calls(setting: Setting) -> str:
+    return f"{setting.calls} network {'call' if setting.calls == 1 else 'calls'}"

@@ -1,0 +1,186 @@
+"""Does the predicted picture turn with the camera? `python -m cdit.studies.turning --checkpoint RUN --data FOLDER`
+
+A pure turn to the left by Δyaw moves the picture to the right, by f·tan(Δyaw) at its centre, whatever is in it. For
+test contexts and turns of several sizes the next frame is predicted and the turn in it measured. True pairs of frames
+between which the camera hardly moved from its place say how well that can be measured.
+"""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cdit.common.cli import parse_config, run
+from cdit.common.errors import UserError
+from cdit.common.pictures import to_float
+from cdit.common.randomness import generator
+from cdit.data.frames import focal_lengths
+from cdit.data.loader import collate
+from cdit.data.motion import local_motion
+from cdit.data.windows import WindowDataset
+from cdit.evaluate.image_flow import measured_turn
+from cdit.loading import SamplerOptions, load_world, spread, windows_for
+from cdit.world_model import WorldModel
+
+PURE_TURN = 0.12
+"""True pairs of frames count as pure turns if the camera moved by less than this many metres between them."""
+
+
+@dataclass
+class TurningConfig:
+    """Which model is asked to turn, and where."""
+
+    checkpoint: str
+    """A training run's folder, or a world model's."""
+    data: str
+    """The dataset folder; its dataset.json must hold the camera."""
+    split: str = "test"
+    """Split the contexts are from."""
+    splits: str | None = None
+    """Folder with <split>/traj_names.txt, where that is not <data>/splits."""
+    follow_links: bool = False
+    """Whether links within the dataset's folder may lead out of it."""
+    contexts: int = 128
+    """How many contexts, spread over the split."""
+    turns: list[float] = field(default_factory=lambda: [5.0, 10.0, 15.0, 20.0])
+    """Turns within one frame, in degrees; each is tried to the left and to the right."""
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
+    """How frames are sampled."""
+    seed: int = 0
+    """Of the noise."""
+    batch_size: int = 16
+    """Contexts predicted at a time."""
+    device: str = "auto"
+    """Where to compute: auto, cpu, cuda, cuda:1 …"""
+    out: str | None = None
+    """A file that the Markdown table is written to, beside being printed."""
+
+
+@dataclass
+class Turn:
+    """Asked-for turns of one size, and what was measured."""
+
+    name: str
+    """What the table calls it."""
+    asked: Tensor
+    """(N,) radians, counter-clockwise."""
+    measured: Tensor
+    """(N,) radians, counter-clockwise."""
+
+    @property
+    def right_sign(self) -> float:
+        """Share of the frames in which the picture moved to the right side."""
+        return float((self.measured.sign() == self.asked.sign()).float().mean())
+
+
+def main() -> None:
+    """Predicts, measures and prints the table."""
+    config = parse_config(TurningConfig, __doc__.split("\n\n")[1])
+    if config.contexts < 1 or config.batch_size < 1:
+        raise UserError("contexts and batch_size must be at least 1")
+    if config.out is not None and not Path(config.out).parent.is_dir():
+        raise UserError(f"out is {config.out}, but there is no folder {Path(config.out).parent}")
+    world = load_world(config.checkpoint, config.device)
+    # Turns on the spot are the same in any unit of length.
+    dataset = windows_for(world, config.data, config.split, config.splits, config.follow_links, spacing=1.0)
+    if dataset.info.camera is None:
+        raise UserError(f"{config.data}/dataset.json has no camera, so that the size of a turn is not known in pixels")
+    focal = focal_lengths(dataset.info.camera, dataset.config.image_size, dataset.config.crop)
+    half_view = math.degrees(math.atan(dataset.config.image_size[1] / 2 / focal[0]))
+    if not config.turns or not all(0 < turn < half_view for turn in config.turns):
+        raise UserError(
+            f"turns is {config.turns}, expected degrees between 0 and {half_view:.0f}, half the field of view"
+        )
+
+    windows = spread(dataset.windows_with([1]), config.contexts)
+    if not windows:
+        raise UserError(
+            f"{config.data}: no trajectory of split {config.split!r} has a full context and a frame after it"
+        )
+    if not world.description.has_actions:
+        raise UserError(f"{config.checkpoint}: trained without actions, so it cannot be asked to turn")
+    turns = [*true_turns(dataset, focal), *predicted_turns(world, dataset, windows, focal, config)]
+    table = f"{len(windows)} contexts of {config.data}, split {config.split}; turns within one frame\n\n"
+    table += markdown_table(turns, focal[0])
+    print(table, end="")
+    if config.out is not None:
+        Path(config.out).write_text(table)
+
+
+def true_turns(dataset: WindowDataset, focal: tuple[float, float]) -> list[Turn]:
+    """The turns between true frames that are nearly pure and larger than 3°; none in a dataset without poses."""
+    chosen, asked = [], []
+    for window in dataset.windows_with([1]) if dataset.info.has_actions else []:
+        index, now = dataset.locate(window)
+        position, yaw = dataset.trajectories[index].position, dataset.trajectories[index].yaw
+        dx, dy, dyaw = local_motion(position[now], yaw[now], position[now + 1], yaw[now + 1])
+        if math.hypot(dx, dy) < PURE_TURN and math.radians(3) < abs(dyaw) < math.atan(
+            dataset.config.image_size[1] / 2 / focal[0]
+        ):
+            chosen.append(window)
+            asked.append(dyaw)
+    if not chosen:
+        return []
+    kept = spread(list(range(len(chosen))), 512)
+    pairs = collate([dataset.window(chosen[i], [1]) for i in kept])
+    measured = measured_turn(to_float(pairs["context"][:, -1]), to_float(pairs["target"][:, 0]), focal)
+    return [Turn("true frames", torch.tensor([asked[i] for i in kept], dtype=torch.float32), measured)]
+
+
+def predicted_turns(
+    world: WorldModel,
+    dataset: WindowDataset,
+    windows: list[int],
+    focal: tuple[float, float],
+    config: TurningConfig,
+) -> list[Turn]:
+    """The turns in predicted frames, for each of `config.turns` both ways."""
+    device = next(world.parameters()).device
+    sampler = config.sampler.over(world.description)
+    asked = torch.tensor([sign * math.radians(turn) for turn in config.turns for sign in (1, -1)])
+    actions = torch.stack((torch.zeros_like(asked), torch.zeros_like(asked), asked), dim=-1).to(device)
+    noise, measured = generator(config.seed), []
+    with tqdm(total=len(windows) * len(asked), desc="turning", unit="frame") as bar:
+        for start in range(0, len(windows), config.batch_size):
+            chosen = windows[start : start + config.batch_size]
+            context = to_float(torch.stack([dataset.window(i, [1])["context"] for i in chosen]).to(device))
+            shift = torch.full((len(chosen), len(asked)), 1 / world.description.fps, device=device)
+            told = actions.expand(len(chosen), -1, -1)
+            spacing = dataset.info.spacing
+            frames = world.predict(context, told, shift, spacing=spacing, sampler=sampler, generator=noise)
+            before = context[:, -1:].expand_as(frames).flatten(0, 1)
+            measured.append(measured_turn(before, frames.flatten(0, 1), focal).unflatten(0, shift.shape).cpu())
+            bar.update(shift.numel())
+    by_turn = torch.cat(measured).unflatten(1, (len(config.turns), 2)).transpose(0, 1).flatten(1)
+    asked = asked.unflatten(0, (len(config.turns), 2))
+    return [
+        Turn(f"predicted, ±{turn:g}°", asked[i].repeat(len(windows)), by_turn[i]) for i, turn in enumerate(config.turns)
+    ]
+
+
+def markdown_table(turns: list[Turn], focal: float) -> str:
+    """Share of right signs, and the shift at the picture's centre beside f·tan(Δyaw).
+
+    Args:
+        turns: the rows.
+        focal: horizontal focal length in pixels.
+    """
+    lines = [
+        "| turn | frames | right sign | f·tan(Δyaw) in px | measured in px (median) | measured / asked (median) |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for turn in turns:
+        sign = turn.asked.sign()
+        expected, shift = focal * turn.asked.abs().tan(), focal * (turn.measured * sign).tan()
+        lines.append(
+            f"| {turn.name} | {len(sign)} | {turn.right_sign:.1%} | {expected.median():.1f} | {shift.median():.1f} | "
+            f"{(turn.measured / turn.asked).median():.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    run(main)

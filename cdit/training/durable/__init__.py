@@ -1,0 +1,1 @@
+"""What makes a run durable: checkpoints, signals, bad steps, lost processes."""

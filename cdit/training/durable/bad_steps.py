@@ -1,0 +1,91 @@
+"""Steps whose gradient is not finite: skipped on the device, counted, and their batch kept to be looked at."""
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from safetensors.torch import save_file
+from torch import Tensor
+
+from cdit.common.errors import UserError, writing
+from cdit.training.durable.checkpoints import RunState
+
+FOLDER = "bad_steps"
+
+
+class BadSteps:
+    """Skips and reports them. The host learns of them when it next has to wait for the device anyhow.
+
+    With a gradient scaler (fp16), gradients that overflow are the scaler's, which skips such steps by itself while it
+    looks for a scale; only losses that are not finite count here then.
+
+    Args:
+        optimizer: a fused AdamW, which can be told on the device to do nothing.
+        accelerator: for its scaler and this process's number.
+        folder: the run's.
+        limit: after so many in a row `look` raises.
+        batch: reads again what this process had of a step's batch: its micro-batches.
+    """
+
+    def __init__(
+        self,
+        optimizer: AcceleratedOptimizer,
+        accelerator: Accelerator,
+        folder: Path,
+        limit: int,
+        batch: Callable[[int], Iterable[dict[str, Any]]],
+    ):
+        self.optimizer, self.accelerator = optimizer.optimizer, accelerator
+        self.folder, self.limit, self.batch = folder / FOLDER, limit, batch
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # norm and losses of the steps since the last look
+
+    def before(self, step: int, norm: Tensor, loss: Tensor) -> None:
+        """Has the optimizer do nothing in this step if its gradient is not finite.
+
+        Args:
+            step: its number, counted from 0.
+            norm: () of the gradients of all processes.
+            loss: () of this process's samples.
+        """
+        if self.accelerator.scaler is None:
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # as torch's own GradScaler tells it
+            self._seen[step] = norm, loss
+        else:
+            self._seen[step] = self.accelerator.reduce(loss, "sum"), loss
+
+    def look(self, state: RunState) -> None:
+        """Counts the bad ones among the steps since the last look, and keeps their batches.
+
+        Raises:
+            UserError: there are too many in a row, or the disk takes no batch.
+        """
+        seen, self._seen = self._seen, {}
+        values = torch.stack([torch.stack((n.float(), x.float())) for n, x in seen.values()]).tolist() if seen else []
+        for step, (norm, loss) in zip(seen, values, strict=True):
+            if math.isfinite(norm):
+                state.bad_in_a_row = 0
+                continue
+            state.bad_steps += 1
+            state.bad_in_a_row += 1
+            self._keep(step, norm, loss)
+            if state.bad_in_a_row >= self.limit:
+                raise UserError(
+                    f"the gradient was not finite in {state.bad_in_a_row} steps in a row, the last one step {step}: "
+                    f"try a lower optimizer.learning_rate, or look at their batches in {self.folder}"
+                )
+
+    def _keep(self, step: int, norm: float, loss: float) -> None:
+        parts = list(self.batch(step))
+        names = [name for name, value in parts[0].items() if isinstance(value, Tensor)]
+        tensors = {name: torch.cat([part[name] for part in parts]) for name in names}
+        path = self.folder / f"step_{step:08d}_process_{self.accelerator.process_index}"
+        said = {"step": step, "gradient_norm": str(norm), "loss": str(loss)}  # nan and inf are no JSON numbers
+        with writing(path):
+            self.folder.mkdir(exist_ok=True)
+            save_file(tensors, path.with_suffix(".safetensors"))
+            path.with_suffix(".json").write_text(json.dumps(said) + "\n")

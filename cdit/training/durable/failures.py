@@ -1,0 +1,47 @@
+"""Says in one line what ended a training from outside, and what to do."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from cdit.common.errors import Interrupted, UserError
+
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|bad_alloc", re.IGNORECASE)
+LOST_PEERS = re.compile(
+    r"Connection (closed|reset|refused)|Timed out|timed out|timeout|Broken pipe|\[.*gloo.*\]|NCCL|ProcessGroup"
+    r"|Socket (closed|error)",
+    re.IGNORECASE,
+)
+ADVICE = (
+    "a smaller micro_batch_size (the same training, in smaller pieces), --activation_checkpointing true, a smaller "
+    "data.cache_gb or fewer data.workers"
+)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turns what the libraries raise for want of memory, and for lost processes, into one clear error.
+
+    Raises:
+        UserError: the memory did not suffice.
+        Interrupted: another process, or the network to it, is gone.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise UserError(f"out of memory: try {ADVICE} ({_first_line(error)})") from error
+    except (dist.DistError, RuntimeError, OSError) as error:
+        if isinstance(error, (RuntimeError, OSError)) and NO_MEMORY.search(str(error)):
+            raise UserError(f"out of memory: try {ADVICE} ({_first_line(error)})") from error
+        if isinstance(error, dist.DistError) or (dist.is_initialized() and LOST_PEERS.search(str(error))):
+            raise Interrupted(
+                f"another process is gone, or does not answer ({_first_line(error)}); --resume auto continues"
+            ) from error
+        raise
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -1,0 +1,63 @@
+"""What a finished folder holds: every file's size and SHA-256, so that damage is found before it is used."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cdit.common.errors import DataError
+from cdit.common.files import read_json, sha256, write_whole
+
+MANIFEST = "manifest.json"
+VERSION = 1
+
+Entry = dict[str, Any]  # bytes, sha256
+
+
+def entry(path: Path) -> Entry:
+    """Size and hash of a file."""
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
+
+
+def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
+    """Writes `<folder>/manifest.json`, through to the disk.
+
+    Args:
+        folder: what holds the files.
+        files: the `entry` of each, by name.
+    """
+    write_whole(folder / MANIFEST, json.dumps({"version": VERSION, "files": dict(files)}, indent=2) + "\n")
+
+
+def problem(folder: Path) -> str | None:
+    """What is wrong with a folder that has a manifest, reading every file; None if nothing is."""
+    try:
+        if not (folder / MANIFEST).exists():
+            return f"{MANIFEST} is missing"
+        manifest = read_json(folder / MANIFEST)
+        if manifest["version"] > VERSION:
+            return f"{MANIFEST} has version {manifest['version']}, but this code reads up to {VERSION}"
+        files = {name: (expected["bytes"], expected["sha256"]) for name, expected in manifest["files"].items()}
+    except (DataError, TypeError, LookupError, AttributeError) as error:
+        return f"{MANIFEST} is not readable ({error})"
+    if not files:
+        return f"{MANIFEST} lists no files"
+    for name, expected in files.items():
+        try:
+            found = _file_problem(folder, name, *expected)
+        except (OSError, ValueError) as error:  # of names that no file can have, too
+            found = f"{name[:100]} is not readable ({getattr(error, 'strerror', None) or error})"
+        if found:
+            return found
+    return None
+
+
+def _file_problem(folder: Path, name: str, size: Any, checksum: Any) -> str | None:
+    path = folder / name
+    if Path(name).name != name or path.is_symlink():
+        return f"{MANIFEST} lists {name!r}, which is no file of the folder"
+    if not path.is_file():
+        return f"{name} is missing"
+    if path.stat().st_size != size:
+        return f"{name} has {path.stat().st_size} bytes, not {size}"
+    return None if entry(path)["sha256"] == checksum else f"{name} does not have its checksum"

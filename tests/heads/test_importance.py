@@ -1,0 +1,214 @@
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from cdit.common.randomness import generator
+from cdit.diffusion import DDPMConfig, SamplerConfig
+from cdit.evaluate.metrics import psnr
+from cdit.heads.ablate import ablate_heads
+from cdit.heads.importance import Head, ImportanceConfig, distances_without, importance, losses_without
+from cdit.heads.intervals import best_head
+from cdit.heads.outputs import contribution_squares, head_outputs
+from cdit.heads.pruning import pruning_curve
+from cdit.world_model import WorldDescription, WorldModel
+
+NWM = {"extra_kv": True, "context_modulation": True, "position": "learned", "learn_variance": True}
+CONFIG = ImportanceConfig(times=[0.3, 0.7], batch_size=2)
+TRAJECTORIES = ["a", "a", "b", "c"]
+
+
+@pytest.fixture(params=["native", "nwm"])
+def world(request, make_world, make_cdit) -> WorldModel:
+    if request.param == "native":
+        return make_world(extra_kv=True)
+    description = WorldDescription((16, 24), 4.0, objective="ddpm", ddpm=DDPMConfig(), sampler=SamplerConfig("ddim", 2))
+    return WorldModel(make_cdit(**NWM), make_world().codec, description).eval()
+
+
+@torch.no_grad()
+def test_the_rise_is_that_of_the_objective_without_the_heads_columns(world, make_batch):
+    batch = make_batch(samples=3)
+    found = importance(world, batch, CONFIG, seed=7)
+    assert len(found.heads) == 3 * 2 * 4
+    assert found.loss.shape == (3,)
+    assert found.loss_rise.shape == found.contribution.shape == (3, 24)
+    assert found.distance is None
+
+    def losses(sample: int) -> float:
+        frames = {name: batch[name][sample : sample + 1].float() / 127.5 - 1 for name in ("context", "target")}
+        noise = torch.randn((1, *frames["target"].shape[1:]), generator=generator(7, sample))
+        total = 0.0
+        for time in (0.3, 0.7):
+            times = torch.full((1, 2), time)
+            prediction = world.cdit(
+                world.objective.add_noise(frames["target"], noise, times),
+                world.objective.timestep(times),
+                batch["action"][sample : sample + 1],
+                batch["time_shift"][sample : sample + 1],
+                frames["context"],
+                batch["context_mask"][sample : sample + 1],
+            )
+            total += float(world.objective.loss(prediction, frames["target"], noise, times).mean()) / 2
+        return total
+
+    whole = [losses(i) for i in range(3)]
+    np.testing.assert_allclose(found.loss, whole, rtol=1e-4)
+    for head in (Head(1, "cross", 2), Head(2, "self", 0)):
+        weight = getattr(world.cdit.blocks[head.layer], f"{head.kind}_attn").out.weight
+        columns = slice(8 * head.number, 8 * head.number + 8)
+        kept = weight[:, columns].clone()
+        weight[:, columns] = 0
+        expected = [losses(i) - whole[i] for i in range(3)]
+        weight[:, columns] = kept
+        rise = found.loss_rise[:, found.heads.index(head)]
+        np.testing.assert_allclose(rise, expected, atol=2e-6 * max(whole), rtol=1e-3)
+        assert np.abs(rise).max() > 1e-5 * max(whole)
+
+
+def test_results_do_not_depend_on_the_batch_size(make_world, make_batch):
+    world, batch = make_world(), make_batch(samples=3)
+    one, all_at_once = (importance(world, batch, ImportanceConfig([0], batch_size=n), 0) for n in (1, 8))
+    np.testing.assert_allclose(one.loss_rise, all_at_once.loss_rise, atol=1e-5)
+    np.testing.assert_allclose(one.contribution, all_at_once.contribution, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_contributions_are_norms_after_w_o(world, make_batch):
+    outputs = head_outputs(world, make_batch(samples=3), [(1, "cross"), (0, "self")], [0.5], 2, 0)
+    assert outputs.contributions[1, "cross"].shape == (3, 4)
+    assert outputs.means[0, "self"].shape == (4, 8)
+    # By the change of the branch's output when the head is left out.
+    attention = world.cdit.blocks[0].cross_attn
+    out = torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(1))
+
+    def branch(out):
+        return attention.out(out.transpose(1, 2).flatten(2))
+
+    squares = contribution_squares(attention, out)
+    for head in range(4):
+        without = out.index_fill(1, torch.tensor([head]), 0.0)
+        torch.testing.assert_close(squares[:, head], (branch(out) - branch(without)).square().sum((1, 2)))
+    torch.testing.assert_close(squares[:, 4], (branch(out) - attention.out.bias).square().sum((1, 2)))
+
+
+def test_the_only_head_contributes_all_and_orthogonal_heads_add_up(make_world, make_batch):
+    single = make_world(num_heads=1)
+    found = head_outputs(single, make_batch(), [(0, "cross")], [0.5], 2, 0).contributions[0, "cross"]
+    np.testing.assert_allclose(found, np.ones((2, 1)), rtol=1e-5)
+    world = make_world()
+    with torch.no_grad():
+        world.cdit.blocks[0].cross_attn.out.weight.copy_(torch.eye(32))
+    found = head_outputs(world, make_batch(), [(0, "cross")], [0.5], 2, 0).contributions[0, "cross"]
+    np.testing.assert_allclose((found**2).sum(1), np.ones(2), rtol=1e-5)
+
+
+@torch.no_grad()
+def test_outputs_are_gathered_over_samples_times_goals_and_patches(world, make_batch):
+    batch, sites = make_batch(samples=3), [(1, "cross"), (1, "self")]
+    given = {site: [] for site in sites}
+    hooks = [
+        getattr(world.cdit.blocks[layer], f"{kind}_attn").out.register_forward_pre_hook(
+            lambda module, args, site=(layer, kind): given[site].append(args[0])
+        )
+        for layer, kind in sites
+    ]
+    at_once = head_outputs(world, batch, sites, [0.3, 0.7], 3, 5)
+    expected = {site: torch.stack(inputs).flatten(0, -2).mean(0).unflatten(0, (4, 8)) for site, inputs in given.items()}
+    for hook in hooks:
+        hook.remove()
+    uneven = head_outputs(world, batch, sites, [0.3, 0.7], 2, 5)
+    for site in sites:
+        # (time, sample, queries of its goals, H, K), which W_O takes to (time, sample, queries, H, D)
+        out = torch.stack(given[site]).reshape(2, 3, -1, 4, 8)
+        weight = getattr(world.cdit.blocks[site[0]], f"{site[1]}_attn").out.weight
+        added = torch.einsum("tsnhk,dhk->tsnhd", out, weight.unflatten(1, (4, 8)))
+        squares, total = added.square().sum((0, 2, 4)), added.sum(3).square().sum((0, 2, 3))
+        for found in (at_once, uneven):
+            torch.testing.assert_close(found.means[site], expected[site], atol=1e-6, rtol=1e-4)
+            np.testing.assert_allclose(found.contributions[site], (squares / total[:, None]).sqrt(), rtol=1e-3)
+
+
+def test_a_head_that_adds_the_same_always_is_needed_by_zero_but_not_by_its_mean(make_world, make_batch):
+    """Values without input: a constant head. Zeroing it changes the loss; its mean is itself."""
+    world, batch = make_world(), make_batch(samples=2)
+    with torch.no_grad():
+        world.cdit.blocks[1].cross_attn.kv.weight[32 + 8 : 32 + 16] = 0  # the values of head 1 are their bias
+    rises = {}
+    for mode in ("zero", "mean"):
+        config = ImportanceConfig([1], ["cross"], mode, [0.5])
+        rises[mode] = np.abs(importance(world, batch, config, 0).loss_rise).max(axis=0)
+    assert rises["zero"][1] > 1e-4
+    assert rises["mean"][1] < 1e-6
+    assert rises["mean"][0] > 1e-4
+
+
+def test_sampled_frames_are_compared_with_the_truth(world, make_batch):
+    batch = make_batch(samples=3)
+    variants = [(), (Head(1, "cross", 0), Head(1, "cross", 1))]
+    sampler = SamplerConfig(world.description.sampler.scheduler, 2)
+    found = distances_without(world, batch, variants, psnr, CONFIG, 3, sampler=sampler)
+    context, truth = (batch[name][:2].float() / 127.5 - 1 for name in ("context", "target"))
+    told = [batch[name][:2] for name in ("action", "time_shift", "context_mask")]
+    for i, heads in enumerate(({}, {(1, "cross"): [0, 1]})):
+        with ablate_heads(world.cdit, heads):
+            frames = world.predict(context, *told, sampler=sampler, generator=generator(3, 0))
+        expected = psnr(frames.flatten(0, 1), truth.flatten(0, 1)).unflatten(0, (2, 2)).mean(1)
+        np.testing.assert_allclose(found[:2, i], expected.numpy(), rtol=1e-4)
+    assert np.abs(found[:, 0] - found[:, 1]).min() > 0
+    whole = importance(world, batch, ImportanceConfig([1], ["cross"], times=[0.5], batch_size=2), 3, psnr, sampler)
+    np.testing.assert_allclose(whole.distance, found[:, 0], rtol=1e-5)
+    assert whole.distance_rise.shape == (3, 4)
+
+
+def test_heads_behind_a_closed_gate_are_never_needed(make_world, make_batch):
+    world = make_world()
+    with torch.no_grad():  # chunk 5 of 9 gates the cross-attention
+        for parameter in (world.cdit.blocks[1].ada_ln.weight, world.cdit.blocks[1].ada_ln.bias):
+            parameter.unflatten(0, (9, 32))[5] = 0
+    found = importance(world, make_batch(samples=4), CONFIG, 0)
+    closed = found.of(1, "cross")
+    assert [found.heads[i] for i in closed] == [Head(1, "cross", i) for i in range(4)]
+    assert (found.loss_rise[:, closed] == 0).all()
+    choosing = np.array([True, True, False, False])
+    assert set(found.order(choosing)) == set(found.heads)
+    needed = best_head(np.abs(found.loss_rise), choosing, TRAJECTORIES)
+    assert needed.column not in closed
+
+
+def test_the_curve_takes_the_least_needed_first_and_looks_at_other_samples(make_world, make_batch):
+    world, batch = make_world(), make_batch(samples=4)
+    measured = importance(world, batch, CONFIG, 0)
+    choosing = np.array([True, False, False, True])
+    curve = pruning_curve(world, batch, measured, choosing, TRAJECTORIES, CONFIG, 0, points=5, random_orders=2)
+    assert curve.counts == [0, 6, 12, 18, 24]
+    order = measured.order(choosing)
+    means = measured.loss_rise[choosing].mean(axis=0)
+    rises = [means[measured.heads.index(head)] for head in order]
+    assert rises == sorted(rises)
+    others = {name: value[[1, 2]] for name, value in batch.items()}
+    expected = losses_without(world, others, [order[:count] for count in curve.counts], CONFIG, 0).mean(axis=0)
+    np.testing.assert_allclose([point.mean for point in curve.ordered], expected, rtol=1e-6)
+    assert curve.ordered[0].mean == pytest.approx(curve.random[0].mean)  # none out, all out: no order matters
+    assert curve.ordered[-1].mean == pytest.approx(curve.random[-1].mean)
+    assert curve.ordered[2].mean != curve.random[2].mean
+    assert curve.ordered[1].low <= curve.ordered[1].mean <= curve.ordered[1].high
+
+
+def test_without_all_heads_the_past_is_not_seen(make_world, make_batch):
+    """With every cross-attention head out, other past frames leave the loss as it is."""
+    world, batch = make_world(), make_batch()
+    gone = [Head(layer, "cross", i) for layer in range(3) for i in range(4)]
+    other = batch | {"context": 255 - batch["context"]}
+    losses = [losses_without(world, items, [(), gone], CONFIG, 0) for items in (batch, other)]
+    assert (losses[0][:, 1] == losses[1][:, 1]).all()
+    assert (losses[0][:, 0] != losses[1][:, 0]).all()
+
+
+def test_the_model_is_left_as_it_was(make_world, make_batch):
+    world, state = make_world(dropout=0.5).train(), torch.get_rng_state()
+    world.cdit = nn.DataParallel(world.cdit)
+    importance(world, make_batch(), ImportanceConfig([0], mode="mean", times=[0.5]), 0)
+    assert world.cdit.module.training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(block.cross_attn.editor is None and block.self_attn.editor is None for block in world.cdit.module.blocks)

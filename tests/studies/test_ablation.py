@@ -1,0 +1,203 @@
+"""Ablations: what is trained and measured, and that the table says what the runs say."""
+
+import json
+import pickle
+import re
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from cdit.common.cli import parse_config
+from cdit.common.errors import UserError
+from cdit.evaluate.results import ProtocolResult, Results
+from cdit.evaluate.tables import Row
+from cdit.studies import ablation
+from cdit.studies.ablation import (
+    AblationConfig,
+    ablate,
+    check_comparable,
+    check_folder,
+    report,
+    resolve,
+    runs_of,
+    train,
+)
+from cdit.training.config import TrainConfig, flat
+
+SPECS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
+
+
+def spec(folder: Path, **changes) -> Path:
+    values = {
+        "name": "trial",
+        "base": str(folder / "base.yaml"),
+        "variants": {"Four frames": {}, "One frame": {"data.context_frames": 1, "data.min_history": 1}},
+        "reference": "Four frames",
+        "seconds": [0.25, 1.0],
+        "cases": 5,
+        "metrics": ["psnr"],
+        "launch": sys.executable,
+        "output": str(folder / "out"),
+    } | changes
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def base(folder: Path, data: Path) -> None:
+    config = {
+        "data": {"folder": str(data), "train_split": "test", "image_size": [32, 32], "workers": 0, "min_history": 4},
+        "model": {"hidden_size": 24, "depth": 1, "num_heads": 2, "patch_size": 8},
+        "sampler": {"steps": 1},
+        "steps": 1, "batch_size": 2, "mixed_precision": "no",
+        "validation": {"samples": 2},
+        "probe": {"samples": 1, "final_samples": 1, "rollouts": 0, "rows": 1, "attention": {"samples": 0}},
+        "tracking": {"backend": "none"},
+    }  # fmt: skip
+    (folder / "base.yaml").write_text(yaml.safe_dump(config))
+
+
+@pytest.mark.slow
+def test_an_ablation_from_end_to_end(walks: Path, tmp_path: Path):
+    base(tmp_path, walks)
+    ablate([str(spec(tmp_path))])
+    folder = tmp_path / "out" / "trial"
+    # All variants are measured on the same cases, those that the longest context allows.
+    index = pickle.loads((folder / "cases.pkl").read_bytes())
+    found = {name: Results.load(folder / name / "evaluation") for name in ("four_frames_seed0", "one_frame_seed0")}
+    for results in found.values():
+        assert results.protocols["time"].cases == [(name, now) for name, now, *_ in index]
+        assert len(index) == 5
+    assert min(now for _, now, *_ in index) >= 3
+    # The table's means are those of the evaluations, and its differences theirs.
+    table = (folder / "results.md").read_text()
+    four, one = (results.protocols["time"].values("model", "psnr", 1.0) for results in found.values())
+    assert re.search(rf"\| Four frames \|.*\| {four.mean():.2f}", table)
+    assert re.search(rf"\| One frame \|.*\| {one.mean():.2f}", table)
+    differences = json.loads((folder / "results.json").read_text())["differences"]
+    last = next(found for found in differences if found["seconds"] == 1.0)
+    assert last["variant"] == "One frame"
+    assert last["difference"]["mean"] == pytest.approx((one - four).mean())
+    assert last["seeds"] == pytest.approx([(one - four).mean()])
+    # Asked for something else, it does not give the old runs' numbers for the answer.
+    config = parse_config(AblationConfig, "", ["--config", str(spec(tmp_path))])
+    run = runs_of(config, "One frame")[0]
+    resolved = resolve(run)
+    check_folder(run, resolved)
+    other = resolved | {"steps": 2, "optimizer": resolved["optimizer"] | {"betas": [0.9, 0.9]}}
+    with pytest.raises(UserError, match=r"one_frame_seed0 .* of another config \(other steps, optimizer.betas\)"):
+        check_folder(run, other)
+    # What is done is not done again: without its config, a run could not be trained.
+    (tmp_path / "base.yaml").unlink()
+    train(run, config)
+    with pytest.raises(UserError, match="variant 'One frame', seed 1: exit code 2"):
+        train(runs_of(replace(config, seeds=[1]), "One frame")[0], config)
+
+
+@pytest.mark.slow
+def test_a_variant_that_cannot_be_trained_is_found_before_anything_is(walks: Path, tmp_path: Path):
+    base(tmp_path, walks)
+    variants = {"fine": {}, "wrong": {"model.num_haeds": 3}}
+    with pytest.raises(UserError, match=r"(?s)variant 'wrong'.*num_haeds"):
+        ablate([str(spec(tmp_path, variants=variants, reference="fine"))])
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_evaluated_is_found_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    data = {"folder": "somewhere", "test_split": "test", "splits": None, "mix": [], "fps": None, "follow_links": False}
+    monkeypatch.setattr(ablation, "resolve", lambda run: {"data": data})
+    monkeypatch.setattr(ablation, "train", lambda run, config: pytest.fail("trained"))
+    with pytest.raises(UserError, match="batch_size is 0"):
+        ablate([str(spec(tmp_path, evaluate={"batch_size": 0}))])
+    with pytest.raises(SystemExit):
+        ablate([str(spec(tmp_path, metrics=["pnsr"]))])
+
+
+def test_a_launcher_that_is_not_there(tmp_path: Path):
+    config = parse_config(AblationConfig, "", ["--config", str(spec(tmp_path, launch="no_such_launcher --fast"))])
+    with pytest.raises(UserError, match="launch: no_such_launcher cannot be started"):
+        train(runs_of(config, "One frame")[0], config)
+
+
+def test_what_is_compared_is_named(tmp_path: Path):
+    with pytest.raises(UserError, match="reference is 'five', expected one of Four frames, One frame"):
+        ablate([str(spec(tmp_path, reference="five"))])
+    with pytest.raises(UserError, match="usage"):
+        ablate([])
+    with pytest.raises(UserError, match="seeds is "):
+        ablate([str(spec(tmp_path)), "--seeds", "[]"])
+    with pytest.raises(UserError, match="two runs would share a folder"):
+        ablate([str(spec(tmp_path, variants={"Four frames": {}, "four-frames": {"steps": 2}}))])
+
+
+def test_help(capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit) as end:
+        ablate(["--help"])
+    assert end.value.code == 0
+    assert "--variants" in capsys.readouterr().out
+
+
+def test_variants_are_measured_on_one_dataset(tmp_path: Path):
+    config = parse_config(AblationConfig, "", ["--config", str(spec(tmp_path))])
+    one = {"data": {"folder": "a", "mix": [], "splits": None, "test_split": "test", "fps": None}}
+    check_comparable(config, {"Four frames": one, "One frame": one})
+    for key, value, message in [("mix", [{"folder": "b"}], "one dataset"), ("fps", 2.0, "different datasets")]:
+        other = {"data": one["data"] | {key: value}}
+        with pytest.raises(UserError, match=message):
+            check_comparable(config, {"Four frames": one, "One frame": other})
+
+
+def results_of(values: dict[float, np.ndarray], trajectories: list[str]) -> Results:
+    rows = [Row("model", seconds, 1, "psnr", 0.0, torch.tensor(found)) for seconds, found in values.items()]
+    cases = [(name, now) for now, name in enumerate(trajectories)]
+    return Results({}, {"time": ProtocolResult("time", 4.0, cases, rows)})
+
+
+def test_means_over_seeds_and_paired_intervals(tmp_path: Path):
+    """Samples differ by far more than the variants do, which are 0.6 and 0.4 apart, by seed."""
+    random = np.random.default_rng(0)
+    trajectories = [f"walk {i // 10}" for i in range(100)]
+    difficulty = random.normal(20, 5, 100)
+    config = AblationConfig("demo", "", {"plain": {}, "better": {}}, "plain", seeds=[3, 4], seconds=[1.0],
+                            metrics=["psnr"], output=str(tmp_path))  # fmt: skip
+    runs = [run for name in config.variants for run in runs_of(config, name)]
+    gain = {("plain", 3): 0.0, ("plain", 4): 0.0, ("better", 3): 0.6, ("better", 4): 0.4}
+    for run in runs:
+        folder = run.folder / ablation.EVALUATION
+        folder.mkdir(parents=True)
+        noise = random.normal(0, 0.01, 100)
+        results_of({1.0: difficulty + gain[run.variant, run.seed] + noise}, trajectories).save(folder)
+    text = report(config, runs)
+    assert "| plain | 20." in text
+    assert "| better | +0.50 [+0.50, +0.50] (+0.60, +0.40) |" in text
+    written = json.loads((tmp_path / "demo" / "results.json").read_text())
+    means = {row["method"]: row for row in written["means"]}
+    assert means["better"]["mean"] == pytest.approx(difficulty.mean() + 0.5, abs=0.01)
+    spread = difficulty.reshape(10, 10).mean(1).std() / 10**0.5  # of the mean of ten equally long walks
+    assert means["plain"]["high"] - means["plain"]["low"] == pytest.approx(2 * 1.96 * spread, rel=0.2)
+    assert written["differences"][0]["seeds"] == pytest.approx([0.6, 0.4], abs=0.01)
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_the_specs_in_the_repository_are_understood_by_training(path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(path.parents[2])
+    config = parse_config(AblationConfig, "", ["--config", str(path)])
+    assert config.reference in config.variants
+    assert config.name == path.stem
+    for name, changed in config.variants.items():
+        for run in runs_of(config, name):
+            resolved = parse_config(TrainConfig, "", run.options)
+            resolved.validate()
+            values = flat(resolved.plain())
+            assert values["seed"] == run.seed
+            assert {field: values[field] for field in config.train | changed} == config.train | changed
+
+
+def test_the_papers_ablations_and_ours_are_there():
+    names = {path.stem for path in SPECS}
+    assert names == {"goals", "context", "conditioning", "heads", "keys_values", "positions", "context_depth"}

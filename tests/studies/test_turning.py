@@ -1,0 +1,87 @@
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cdit.common.pictures import to_uint8
+from cdit.data.frames import focal_lengths
+from cdit.data.layout import Camera, DatasetInfo, write_split, write_trajectory
+from cdit.data.windows import DataConfig, WindowDataset
+from cdit.diffusion import SamplerConfig
+from cdit.studies.turning import TurningConfig, markdown_table, predicted_turns, true_turns
+
+SIZE, FOV, STEP = (40, 40), 1.2, 0.2
+CAMERA = Camera(width=40, height=40, horizontal_fov=FOV, eye_height=1.0)
+
+
+def view(yaw: Tensor) -> Tensor:
+    """What cameras in the middle of one textured cylinder see: (N, 3, H, W) for yaws (N,), counter-clockwise."""
+    random = torch.Generator().manual_seed(1)
+    coarse = torch.rand(1, 3, 12, 80, generator=random) * 2 - 1
+    panorama = F.interpolate(coarse, (96, 640), mode="bicubic").clamp(-1, 1).expand(len(yaw), -1, -1, -1)
+    x = (torch.arange(40) + 0.5 - 20) / CAMERA.focal_length
+    angle = (x.atan() - yaw[:, None] + np.pi) % (2 * np.pi) - np.pi
+    height = (x[:, None] * x.atan().cos()).expand(len(yaw), -1, -1)
+    grid = torch.stack(((angle / np.pi)[:, None].expand(-1, 40, -1), height), dim=-1)
+    return F.grid_sample(panorama, grid, align_corners=False, padding_mode="border")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A camera that turns to the left on the spot, by `STEP` a frame."""
+    yaw = torch.arange(14) * STEP - 1.3
+    frames = to_uint8(view(yaw)).permute(0, 2, 3, 1).numpy()
+    write_trajectory(tmp_path / "data", "a", frames, np.zeros((14, 2)), yaw.numpy(), quality=98)
+    write_split(tmp_path / "data", "test", ["a"])
+    DatasetInfo("turning", fps=4.0, metric_waypoint_spacing=0.3, camera=CAMERA).save(tmp_path / "data")
+    return tmp_path / "data"
+
+
+@pytest.mark.parametrize(("obeys", "share", "ratio"), [(1.0, 1.0, 1.0), (-1.0, 0.0, -1.0), (0.5, 1.0, 0.5)])
+def test_a_world_that_turns_as_told(folder: Path, obeys: float, share: float, ratio: float):
+    dataset = WindowDataset(DataConfig(str(folder), image_size=SIZE, context_frames=2), "test")
+    windows = dataset.windows_with([1])
+    told: list[float] = []
+
+    class World(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.anchor = nn.Parameter(torch.zeros(()))
+            self.description = SimpleNamespace(fps=4.0, objective="flow", sampler=SamplerConfig())
+
+        def predict(self, context, actions, time_shift, spacing, sampler, generator) -> Tensor:
+            now = [dataset.locate(windows[len(told) // actions.shape[1] + i])[1] for i in range(len(context))]
+            told.extend([0.0] * actions[..., 0].numel())
+            yaw = torch.tensor(now)[:, None] * STEP - 1.3 + obeys * actions[..., 2]
+            return view(yaw.flatten()).unflatten(0, yaw.shape)
+
+    config = TurningConfig("", "", turns=[6.0, 14.0], batch_size=5)
+    focal = focal_lengths(CAMERA, SIZE, "aspect")
+    small, large = predicted_turns(World(), dataset, windows, focal, config)
+    for turn in (small, large):
+        assert len(turn.asked) == 2 * len(windows)
+        assert turn.right_sign == share
+        assert float((turn.measured / turn.asked).median()) == pytest.approx(ratio, abs=0.1)
+    table = markdown_table([small, large], focal[0])
+    assert f"| predicted, ±14° | {2 * len(windows)} | {share:.1%} | {focal[0] * np.tan(np.radians(14)):.1f} |" in table
+
+
+def test_true_frames_turn_as_the_poses_say(folder: Path):
+    dataset = WindowDataset(DataConfig(str(folder), image_size=SIZE, context_frames=2), "test")
+    (turn,) = true_turns(dataset, focal_lengths(CAMERA, SIZE, "aspect"))
+    torch.testing.assert_close(turn.asked, torch.full((12,), STEP))
+    torch.testing.assert_close(turn.measured, turn.asked, atol=0.01, rtol=0)
+
+
+@pytest.mark.slow
+def test_command_line_needs_a_world_model(folder: Path):
+    command = [sys.executable, "-m", "cdit.studies.turning", "--checkpoint", str(folder), "--data", str(folder)]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "no world model here" in done.stderr
