@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cdit.benchmark.stopwatch import Spread
+from cdit.common.tables import markdown_table
 
 Cell = str | float | int | Spread | None
 """None where there is nothing to say."""
@@ -20,14 +21,5 @@ class Table:
     def __str__(self) -> str:
         """As Markdown."""
         columns = list(self.rows[0])
-        lines = [f"### {self.title}", ""]
-        for cells in (columns, ["---", *["---:"] * (len(columns) - 1)]):
-            lines.append(f"| {' | '.join(cells)} |")
-        lines += [f"| {' | '.join(_text(row[column]) for column in columns)} |" for row in self.rows]
-        return "\n".join([*lines, "", *([self.note, ""] if self.note else [])])
-
-
-def _text(cell: Cell) -> str:
-    if cell is None:
-        return "–"
-    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
+        table = markdown_table(columns, [[row[column] for column in columns] for row in self.rows])
+        return f"### {self.title}\n\n{table}" + (f"\n{self.note}\n" if self.note else "")

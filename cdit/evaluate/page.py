@@ -10,7 +10,7 @@ from torch import Tensor
 from cdit.common.pictures import comparison_grid, rollout_video, save_mp4, strip
 from cdit.evaluate.protocols import Protocol, Rollout
 from cdit.evaluate.results import FRECHET, ProtocolResult, Results
-from cdit.evaluate.tables import html_table, markdown_table
+from cdit.evaluate.tables import html, markdown
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 72rem; margin: 2rem auto; padding: 0 1rem }
@@ -61,7 +61,7 @@ def write_markdown(results: Results, path: Path) -> str:
     """Writes the tables, with what they are of, and returns the text."""
     parts = [_about(results.about)]
     for result in results.protocols.values():
-        parts += [f"## {result.name}", _samples(result), markdown_table(result.rows).rstrip()]
+        parts += [f"## {result.name}", _samples(result), markdown(result.rows).rstrip()]
     text = "\n\n".join(parts) + "\n"
     path.write_text(text)
     return text
@@ -81,7 +81,7 @@ def write_page(results: Results, pictures: Mapping[str, Mapping[str, Path]], pat
         parts += [
             f"<h2>{escape(name)}</h2>",
             f'<p class="note">{escape(_samples(result))}</p>',
-            html_table(result.rows),
+            html(result.rows),
         ]
         for caption, file in pictures[name].items():
             link = escape(file.relative_to(path.parent).as_posix())

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdit.common.bootstrap import Estimate, estimates, paired_difference
 from cdit.common.errors import UserError
 from cdit.common.files import read_json, write_whole
+from cdit.common.statistics import Estimate, estimates, paired_difference
 from cdit.evaluate.cases import Case
 from cdit.evaluate.frechet import frechet_distance
 from cdit.evaluate.methods import DIFFERENCES, METHODS

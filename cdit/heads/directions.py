@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdit.common.bootstrap import Estimate, estimates
+from cdit.common.statistics import Estimate, estimates
 from cdit.heads.measures import Layout, frame_maps
 
 

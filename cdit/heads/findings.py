@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cdit.common.bootstrap import Estimate
+from cdit.common.statistics import Estimate
 from cdit.heads.intervals import Best, best_head, mean_estimates, reporting, split_halves
 from cdit.heads.statistics import HeadStatistics
 from cdit.heads.truth import SCORES

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from cdit.common.bootstrap import Estimate, estimates
+from cdit.common.statistics import Estimate, estimates
 
 
 def mean_estimates(values: np.ndarray, trajectories: Sequence[Hashable], seed: int = 0) -> list[Estimate]:

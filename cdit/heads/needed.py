@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from cdit.common.bootstrap import Estimate
+from cdit.common.statistics import Estimate
 from cdit.heads.importance import Head, Importance
 from cdit.heads.intervals import best_head, mean_estimates, reporting
 from cdit.heads.pruning import PruningCurve

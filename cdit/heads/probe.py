@@ -8,10 +8,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from cdit.common.bootstrap import Estimate
 from cdit.common.errors import UserError
 from cdit.common.pictures import to_float, to_uint8
 from cdit.common.randomness import generator, seed_of
+from cdit.common.statistics import Estimate
 from cdit.heads.denoising import evaluating
 from cdit.heads.drawings import Drawings
 from cdit.heads.findings import best_heads, best_scores, halves, mean_scores

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdit.common.bootstrap import Estimate
+from cdit.common.statistics import Estimate
 from cdit.heads.importance import Importance, ImportanceConfig, losses_without
 from cdit.heads.intervals import mean_estimates, reporting
 from cdit.heads.outputs import head_outputs

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdit.common.bootstrap import Estimate
+from cdit.common.statistics import Estimate
 from cdit.heads import measures
 from cdit.heads.correspondence import CorrespondenceScore, correspondence_score
 from cdit.heads.directions import Trend, fit_motion, offset_fields, trends

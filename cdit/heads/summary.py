@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from cdit.common.bootstrap import Estimate
+from cdit.common.statistics import Estimate
 from cdit.heads.findings import BestHead
 from cdit.heads.glossary import type_sentences
 from cdit.heads.statistics import HeadRow, type_counts

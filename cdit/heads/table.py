@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cdit.common.bootstrap import Estimate
+from cdit.common.statistics import Estimate
 from cdit.heads.recording import Kind
 from cdit.heads.statistics import HeadRow
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdit.common.bootstrap import Estimate
+from cdit.common.statistics import Estimate
 from cdit.data.windows import WindowDataset
 from cdit.doom.correspondence import WindowCorrespondence
 from cdit.heads.correspondence import correspondence_score, even_weights, same_place_weights, true_tokens

@@ -18,13 +18,14 @@ import numpy as np
 import yaml
 
 import cdit
-from cdit.common.bootstrap import Estimate, estimates, paired_difference
 from cdit.common.cli import parse_config
 from cdit.common.errors import UserError
+from cdit.common.statistics import Estimate, estimates, paired_difference
+from cdit.common.tables import markdown_table
 from cdit.data.windows import DataConfig, WindowDataset
 from cdit.evaluate.config import EvaluateConfig
 from cdit.evaluate.results import RESULTS, Results
-from cdit.evaluate.tables import Row, markdown_table
+from cdit.evaluate.tables import Row, digits, markdown
 from cdit.loading import spread
 from cdit.world_model import DESCRIPTION
 
@@ -290,7 +291,7 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
     text = (
         f"# {config.name}\n\n{len(trajectories)} samples of {len(set(trajectories))} test trajectories; "
         f"seeds {', '.join(map(str, config.seeds))}; ± is half the 95 % interval over trajectories.\n\n"
-        f"{markdown_table(rows)}\n{differences_table(compared, config.reference)}"
+        f"{markdown(rows)}\n{differences_table(compared, config.reference)}"
     )
     (config.folder / "results.md").write_text(text)
     written = {
@@ -308,16 +309,13 @@ def differences_table(compared: list[Comparison], reference: str) -> str:
     for metric in dict.fromkeys(comparison.metric for comparison in compared):
         chosen = [comparison for comparison in compared if comparison.metric == metric]
         horizons = list(dict.fromkeys(comparison.seconds for comparison in chosen))
-        digits = 2 if metric == "psnr" else 3
-        lines = [
-            f"| {metric.upper()} less that of {reference} | " + " | ".join(f"{s:g} s" for s in horizons) + " |",
-            "|---|" + "---:|" * len(horizons),
+        columns = [f"{metric.upper()} minus that of {reference}", *(f"{seconds:g} s" for seconds in horizons)]
+        rows = [
+            [variant, *(c.text(digits(metric)) for c in chosen if c.variant == variant)]
+            for variant in dict.fromkeys(comparison.variant for comparison in chosen)
         ]
-        for variant in dict.fromkeys(comparison.variant for comparison in chosen):
-            cells = [c.text(digits) for c in chosen if c.variant == variant]
-            lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables) + "\n"
+        tables.append(markdown_table(columns, rows))
+    return "\n".join(tables)
 
 
 def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:

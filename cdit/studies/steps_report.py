@@ -10,8 +10,9 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cdit.common.bootstrap import Estimate, estimates, paired_difference
 from cdit.common.files import write_whole
+from cdit.common.statistics import Estimate, estimates, paired_difference
+from cdit.common.tables import markdown_table
 from cdit.diffusion import SamplerConfig
 from cdit.evaluate.results import RESULTS
 
@@ -118,7 +119,7 @@ def write(findings: Findings, about: Mapping[str, Any], folder: Path) -> str:
         f"# Few-step sampling\n\n{about['checkpoint']} on split {config['split']} of {config['data']}, {horizons} s "
         f"ahead: {findings.cases} samples of {findings.trajectories} trajectories; ± is half the width of the 95 % "
         f"interval (bootstrap over trajectories). The reference is {findings.reference.name}.\n\n"
-        f"{tables(findings)}\n\n{conclusion(findings)}\n"
+        f"{tables(findings)}\n{conclusion(findings)}\n"
     )
     rows = [asdict(setting) | {"share": findings.share(setting)} for setting in findings.settings]
     found = {
@@ -162,19 +163,16 @@ def tables(findings: Findings) -> str:
     texts = []
     for title, cell in measures.items():
         across = [f"shift {shift:g}" for shift in shifts] if len(shifts) > 1 else ["mean"]
-        lines = [
-            f"| {' | '.join([title, 'steps', 'network calls', 'of the reference', *across])} |",
-            "|---|" + "---:|" * (3 + len(across)),
-        ]
+        lines = []
         for (scheduler, steps), row in groups.items():
             one = next(iter(row.values()))
             cells = [scheduler, str(steps), str(one.calls), f"{findings.share(one):.1%}"]
             for shift in shifts:
                 shown = cell(row[shift]) if shift in row else ""
                 cells.append(f"**{shown}**" if row.get(shift) is findings.recommended else shown)
-            lines.append(f"| {' | '.join(cells)} |")
-        texts.append("\n".join(lines))
-    return "\n\n".join(texts)
+            lines.append(cells)
+        texts.append(markdown_table([title, "steps", "network calls", "of the reference", *across], lines))
+    return "\n".join(texts)
 
 
 def picture(findings: Findings) -> Figure:

@@ -17,6 +17,7 @@ from cdit.common.cli import parse_config, run
 from cdit.common.errors import UserError
 from cdit.common.pictures import to_float
 from cdit.common.randomness import generator
+from cdit.common.tables import markdown_table
 from cdit.data.frames import focal_lengths
 from cdit.data.loader import collate
 from cdit.data.motion import local_motion
@@ -104,7 +105,7 @@ def main() -> None:
         raise UserError(f"{config.checkpoint}: trained without actions, so it cannot be asked to turn")
     turns = [*true_turns(dataset, focal), *predicted_turns(world, dataset, windows, focal, config)]
     table = f"{len(windows)} contexts of {config.data}, split {config.split}; turns within one frame\n\n"
-    table += markdown_table(turns, focal[0])
+    table += turning_table(turns, focal[0])
     print(table, end="")
     if config.out is not None:
         Path(config.out).write_text(table)
@@ -161,25 +162,29 @@ def predicted_turns(
     ]
 
 
-def markdown_table(turns: list[Turn], focal: float) -> str:
+def turning_table(turns: list[Turn], focal: float) -> str:
     """Share of right signs, and the shift at the picture's centre beside f·tan(Δyaw).
 
     Args:
         turns: the rows.
         focal: horizontal focal length in pixels.
     """
-    lines = [
-        "| turn | frames | right sign | f·tan(Δyaw) in px | measured in px (median) | measured / asked (median) |",
-        "|---|---:|---:|---:|---:|---:|",
+    columns = [
+        "turn",
+        "frames",
+        "right sign",
+        "f·tan(Δyaw) in px",
+        "measured in px (median)",
+        "measured / asked (median)",
     ]
+    rows = []
     for turn in turns:
         sign = turn.asked.sign()
         expected, shift = focal * turn.asked.abs().tan(), focal * (turn.measured * sign).tan()
-        lines.append(
-            f"| {turn.name} | {len(sign)} | {turn.right_sign:.1%} | {expected.median():.1f} | {shift.median():.1f} | "
-            f"{(turn.measured / turn.asked).median():.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+        ratio = (turn.measured / turn.asked).median()
+        cells = (f"{turn.right_sign:.1%}", f"{expected.median():.1f}", f"{shift.median():.1f}", f"{ratio:.2f}")
+        rows.append([turn.name, len(sign), *cells])
+    return markdown_table(columns, rows)
 
 
 if __name__ == "__main__":

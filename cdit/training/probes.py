@@ -16,7 +16,7 @@ from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset
 from cdit.evaluate.horizons import HorizonResult, evaluate_horizons
 from cdit.evaluate.metrics import load_metrics
-from cdit.evaluate.tables import markdown_table
+from cdit.evaluate.tables import markdown
 from cdit.heads.probe import inspect_attention
 from cdit.heads.recording import unwrap
 from cdit.heads.truth import true_places
@@ -71,7 +71,7 @@ class Probes:
         windows = spread(self.windows, probe.final_samples if final else probe.samples)
         batch = collate([self.dataset.window(window, probe.offsets) for window in windows])
         result = evaluate_horizons(world, batch, self.metrics, self.seed)
-        table = markdown_table(result.rows)
+        table = markdown(result.rows)
         (folder / "horizons.md").write_text(f"{len(windows)} test windows, step {step}\n\n{table}")
         tracker.log(_scalars(result), step)
 

@@ -10,7 +10,7 @@ from cdit.common.pictures import to_float
 from cdit.diffusion import SamplerConfig
 from cdit.evaluate.horizons import evaluate_horizons
 from cdit.evaluate.metrics import MAX_PSNR, psnr, ssim
-from cdit.evaluate.tables import markdown_table
+from cdit.evaluate.tables import markdown
 from cdit.model import CDiT
 from cdit.world_model import WorldDescription, WorldModel
 
@@ -153,7 +153,9 @@ def test_a_world_model_with_the_same_noise_in_every_chunk_and_method(world: Worl
 
 
 def test_markdown(batch: dict[str, Tensor]):
-    table = markdown_table(evaluate_horizons(all_knowing(batch), batch, METRICS, seed=0).rows)
-    assert table.startswith("| PSNR ↑ | 0.25 s | 0.5 s | 2 s |\n|---|---:|---:|---:|\n| model | 100.00 | 100.00 |")
+    table = markdown(evaluate_horizons(all_knowing(batch), batch, METRICS, seed=0).rows)
+    assert table.startswith(
+        "| PSNR ↑ | 0.25 s | 0.5 s | 2 s |\n| --- | ---: | ---: | ---: |\n| model | 100.00 | 100.00 |"
+    )
     assert "| SSIM ↑ |" in table
     assert table.count("| last context frame |") == 2

@@ -22,9 +22,9 @@ from published import TINY, published, write_checkpoint  # noqa: E402
 from rooms import two_rooms  # noqa: E402
 
 from cdit.codec import PixelCodec  # noqa: E402
-from cdit.common.bootstrap import Estimate  # noqa: E402
 from cdit.common.cli import run  # noqa: E402
 from cdit.common.errors import UserError  # noqa: E402
+from cdit.common.statistics import Estimate  # noqa: E402
 from cdit.data.actions import compose, parse_actions  # noqa: E402
 from cdit.data.layout import Camera, DatasetInfo, write_split, write_trajectory  # noqa: E402
 from cdit.diffusion import SamplerConfig  # noqa: E402

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from cdit.common.bootstrap import Estimate, estimates
+from cdit.common.statistics import Estimate, estimates
 from cdit.heads.intervals import best_head, mean_estimates, split_halves
 
 NAMES = [f"trajectory {i // 4}" for i in range(40)]

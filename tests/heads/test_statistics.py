@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cdit.common.bootstrap import estimates
 from cdit.common.randomness import generator
+from cdit.common.statistics import estimates
 from cdit.heads import measures, record_attention
 from cdit.heads.correspondence import true_tokens
 from cdit.heads.directions import fit_motion, offset_fields, trends

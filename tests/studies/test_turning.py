@@ -14,7 +14,7 @@ from cdit.data.frames import focal_lengths
 from cdit.data.layout import Camera, DatasetInfo, write_split, write_trajectory
 from cdit.data.windows import DataConfig, WindowDataset
 from cdit.diffusion import SamplerConfig
-from cdit.studies.turning import TurningConfig, markdown_table, predicted_turns, true_turns
+from cdit.studies.turning import TurningConfig, predicted_turns, true_turns, turning_table
 
 SIZE, FOV, STEP = (40, 40), 1.2, 0.2
 CAMERA = Camera(width=40, height=40, horizontal_fov=FOV, eye_height=1.0)
@@ -68,7 +68,7 @@ def test_a_world_that_turns_as_told(folder: Path, obeys: float, share: float, ra
         assert len(turn.asked) == 2 * len(windows)
         assert turn.right_sign == share
         assert float((turn.measured / turn.asked).median()) == pytest.approx(ratio, abs=0.1)
-    table = markdown_table([small, large], focal[0])
+    table = turning_table([small, large], focal[0])
     assert f"| predicted, ±14° | {2 * len(windows)} | {share:.1%} | {focal[0] * np.tan(np.radians(14)):.1f} |" in table
 
 

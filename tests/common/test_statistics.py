@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from cdit.common.bootstrap import estimates, paired_difference
+from cdit.common.statistics import estimates, paired_difference
 
 
 def brute_force(values: np.ndarray, names: list[str], seed: int, resamples: int) -> tuple[float, float]:
