@@ -27,10 +27,12 @@ from cdit.data.actions import DEFAULT_STEP, compose, read_actions
 from cdit.data.frames import crop_and_resize, decode
 from cdit.data.layout import DatasetInfo
 from cdit.data.loader import collate
+from cdit.diffusion.config import SamplerOptions
 from cdit.evaluate.metrics import psnr
-from cdit.heads.probe import AttentionConfig, inspect_attention
+from cdit.heads.config import AttentionConfig
+from cdit.heads.probe import inspect_attention
 from cdit.heads.report import AttentionReport
-from cdit.loading import SamplerOptions, load_world, spread, windows_for
+from cdit.loading import load_world, spread, windows_for
 from cdit.world_model import WorldModel
 
 

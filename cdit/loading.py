@@ -1,50 +1,16 @@
 """What command lines that use a trained model have in common: device, model, sampler, test windows."""
 
 import sys
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from tqdm import tqdm
 
 from cdit.common.errors import UserError
+from cdit.data.config import DataConfig
 from cdit.data.layout import DatasetInfo
-from cdit.data.windows import DataConfig, WindowDataset
-from cdit.diffusion import SamplerConfig, check_sampler
-from cdit.world_model import WorldDescription, WorldModel
-
-
-@dataclass
-class SamplerOptions:
-    """How frames are sampled; what is not given is the model's own."""
-
-    scheduler: Literal["euler", "heun", "dpm", "unipc", "ddpm", "ddim"] | None = None
-    """DPM-Solver++ (2M) or UniPC; for a flow also Euler or Heun (two network calls a step), for a DDPM also ancestral
-    sampling (ddpm) or DDIM."""
-    steps: int | None = None
-    """Number of denoising steps."""
-    shift: float | None = None
-    """Moves the steps of a flow towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
-    guidance: float | None = None
-    """Classifier-free guidance on the action: 1 is off. Needs a model trained with action_dropout."""
-
-    def over(self, description: WorldDescription) -> SamplerConfig:
-        """The model's sampler with these options put over it.
-
-        Raises:
-            UserError: a value is out of its range.
-        """
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"sampler.steps is {self.steps}, expected at least 1")
-        if self.shift is not None and self.shift <= 0:
-            raise UserError(f"sampler.shift is {self.shift}, expected more than 0")
-        if self.guidance not in (None, 1.0) and not description.action_dropout:
-            raise UserError(f"sampler.guidance is {self.guidance}, but the model was trained without action_dropout")
-        given = {name: value for name, value in asdict(self).items() if value is not None}
-        config = replace(description.sampler, **given)
-        check_sampler(description.objective, config)
-        return config
+from cdit.data.windows import WindowDataset
+from cdit.world_model import WorldModel
 
 
 def find_device(name: str) -> torch.device:

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from cdit.codec import Codec, PixelCodec
+from cdit.data.config import DataConfig
 from cdit.data.layout import DatasetInfo, write_split, write_trajectory
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.windows import WindowDataset
 from cdit.diffusion import SamplerConfig
 from cdit.model import CDiT
 from cdit.world_model import WorldDescription, WorldModel

@@ -15,11 +15,12 @@ from cdit.benchmark.config import BenchmarkConfig
 from cdit.benchmark.contenders import Batch
 from cdit.benchmark.stopwatch import Call, Spread
 from cdit.benchmark.tables import Cell, Table
+from cdit.data.config import DataConfig
 from cdit.data.latents import Encoding, LatentCache
 from cdit.data.layout import write_split, write_trajectory
 from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.windows import WindowDataset
 
 
 def data(bench: Bench) -> Iterator[Table]:

@@ -11,7 +11,8 @@ from cdit.benchmark.contenders import PIXELS, Batch
 from cdit.benchmark.stopwatch import Spread
 from cdit.benchmark.tables import Cell, Table
 from cdit.common.errors import UserError
-from cdit.heads.probe import AttentionConfig, inspect_attention
+from cdit.heads.config import AttentionConfig
+from cdit.heads.probe import inspect_attention
 
 
 def probes(bench: Bench) -> Iterator[Table]:

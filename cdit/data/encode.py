@@ -25,12 +25,12 @@ from cdit.codec import AutoencoderCodec, CodecConfig, latent_size, load_codec
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import DataError, UserError
 from cdit.common.pictures import to_float
+from cdit.data.config import DataConfig
 from cdit.data.frames import FrameStore
 from cdit.data.latents import Encoding, LatentCache, Precision
 from cdit.data.loader import Reporting, WindowLoader
 from cdit.data.sources import Source, read_trajectories
 from cdit.data.trajectory import Trajectory
-from cdit.data.windows import DataConfig
 
 PATIENCE = timedelta(hours=24)
 """How long a process waits for those that have more to encode."""

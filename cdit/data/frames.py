@@ -4,7 +4,7 @@ import io
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,14 +15,13 @@ from torchvision.transforms.v2 import functional as F
 
 from cdit.common.errors import DataError
 from cdit.common.files import read_bytes
+from cdit.data.config import Crop
 from cdit.data.image_header import MAX_PIXELS, PNG, read_header
 from cdit.data.layout import Camera
 from cdit.data.trajectory import Trajectory
 
 MAX_BYTES = 4 * MAX_PIXELS
 """Largest image file: pixels that are not compressed, and as much again for what else it holds."""
-
-Crop = Literal["aspect", "4:3", "none"]
 
 
 class Member(Protocol):

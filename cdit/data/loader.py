@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cdit.common.errors import DataError, Interrupted, UserError
+from cdit.data.config import DataConfig
 from cdit.data.prefetch import fetching_ahead
 from cdit.data.sampler import KeyedBatchSampler
-from cdit.data.windows import DataConfig, WindowDataset, WindowKey
+from cdit.data.windows import WindowDataset, WindowKey
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Which loader workers leave to the process that they work for."""

@@ -7,28 +7,13 @@ from dataclasses import dataclass
 from tqdm import tqdm
 
 from cdit.common.errors import DataError
+from cdit.data.config import Source
 from cdit.data.layout import Camera, DatasetInfo
 from cdit.data.shard_cache import ShardCache
 from cdit.data.shards import Shards, ShardTrajectory, is_sharded
 from cdit.data.trajectory import Trajectory, read_split
 
 LISTED_PROBLEMS = 20
-
-
-@dataclass
-class Source:
-    """One dataset of a mix."""
-
-    folder: str
-    """The dataset folder; or a folder or URL of shards."""
-    splits: str | None = None
-    """Folder with <split>/traj_names.txt, where that is not <folder>/splits."""
-    fps: float | None = None
-    """Frames a second; by default what dataset.json says, or 4 where there is none."""
-    spacing: float | None = None
-    """Metres between consecutive frames; by default what dataset.json says, or 1."""
-    follow_links: bool = False
-    """Whether links within the folder may lead out of it."""
 
 
 @dataclass(frozen=True)

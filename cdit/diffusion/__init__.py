@@ -1,9 +1,7 @@
 """Objectives (rectified flow, DDPM) and how frames are sampled with them."""
 
-from cdit.diffusion.ddpm import DDPM, DDPMConfig
-from cdit.diffusion.flow import Flow, FlowConfig
-from cdit.diffusion.objective import Objective, ObjectiveName, check_sampler, make_objective
-from cdit.diffusion.sampling import TIMESTEPS, SamplerConfig
+from cdit.common.lazy import lazy_names
+from cdit.diffusion.config import TIMESTEPS, DDPMConfig, FlowConfig, ObjectiveName, SamplerConfig, check_sampler
 
 __all__ = [
     "DDPM",
@@ -17,3 +15,4 @@ __all__ = [
     "check_sampler",
     "make_objective",
 ]
+__getattr__ = lazy_names(__name__, flow="Flow", ddpm="DDPM", objective="Objective make_objective")

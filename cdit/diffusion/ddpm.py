@@ -7,24 +7,14 @@ standing for the index ⌊1000·t⌋ that the network is told.
 """
 
 import math
-from dataclasses import dataclass
 
 import diffusers
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cdit.diffusion.sampling import TIMESTEPS, Predict, SamplerConfig, denoise, spread
-
-BETAS = (1e-4, 0.02)
-
-
-@dataclass
-class DDPMConfig:
-    """What the network predicts and how it is trained to."""
-
-    learn_variance: bool = True
-    """Whether the network also predicts the variance of a reverse step, trained by the variational bound."""
+from cdit.diffusion.config import BETAS, SCHEDULERS, TIMESTEPS, DDPMConfig, SamplerConfig
+from cdit.diffusion.sampling import Predict, denoise, spread
 
 
 class Chain:
@@ -74,7 +64,7 @@ class Chain:
 class DDPM:
     """The noise-prediction objective."""
 
-    schedulers = ("ddpm", "ddim", "dpm", "unipc")
+    schedulers = tuple(SCHEDULERS["ddpm"])
 
     def __init__(self, config: DDPMConfig):
         self.learn_variance = config.learn_variance
@@ -176,17 +166,9 @@ class DDPM:
 
 
 def make_scheduler(config: SamplerConfig) -> diffusers.SchedulerMixin:
-    """The diffusers scheduler of that name, its timesteps set; all of them take noise predictions.
-
-    DDIM (Song et al. 2020) is DPM-Solver++ of first order; diffusers' own DDIMScheduler steps to t - ⌊1000 / steps⌋,
-    which is not where its next timestep is, unless the number of steps divides 1000.
-    """
-    common = {"beta_start": BETAS[0], "beta_end": BETAS[1], "prediction_type": "epsilon"}
-    if config.scheduler == "unipc":
-        scheduler = diffusers.UniPCMultistepScheduler(TIMESTEPS, **common)
-    else:
-        order = {"ddim": 1, "dpm": 2}[config.scheduler]
-        scheduler = diffusers.DPMSolverMultistepScheduler(TIMESTEPS, solver_order=order, **common)
+    """The diffusers scheduler of that name, its timesteps set; all of them take noise predictions."""
+    kind, arguments = SCHEDULERS["ddpm"][config.scheduler]
+    scheduler = getattr(diffusers, kind)(TIMESTEPS, **arguments)
     scheduler.set_timesteps(config.steps)
     return scheduler
 

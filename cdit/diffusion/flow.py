@@ -4,42 +4,20 @@ A noisy frame at time t in [0, 1] is x_t = (1 - t)·x0 + t·ε; its velocity is 
 Tensors are (…, C, H, W) with times (…): any leading dimensions.
 """
 
-from dataclasses import dataclass
-from typing import Literal
-
 import diffusers
 import numpy as np
 import torch
 from torch import Tensor
 
-from cdit.diffusion.sampling import TIMESTEPS, Predict, SamplerConfig, denoise, spread
-
-Quantity = Literal["clean", "velocity", "noise"]
-
-
-@dataclass
-class FlowConfig:
-    """What the network predicts and how it is trained to."""
-
-    prediction: Quantity = "velocity"
-    """What the network puts out: the clean frame (suits pixels), the velocity (suits latents) or the noise."""
-    loss: Quantity = "velocity"
-    """The quantity whose squared error is the loss; the prediction is converted to it."""
-    time_distribution: Literal["uniform", "logit_normal"] = "logit_normal"
-    """How diffusion times are drawn in training."""
-    time_mean: float = 0.0
-    """Mean of the logit of the diffusion time; larger is noisier."""
-    time_std: float = 1.0
-    """Standard deviation of the logit of the diffusion time."""
-    min_time: float = 0.05
-    """Conversions never divide by a t or 1 - t smaller than this; they are exact where both are larger."""
+from cdit.diffusion.config import SCHEDULERS, TIMESTEPS, FlowConfig, Quantity, SamplerConfig
+from cdit.diffusion.sampling import Predict, denoise, spread
 
 
 class Flow:
     """The rectified-flow objective."""
 
     learn_variance = False
-    schedulers = ("euler", "heun", "dpm", "unipc")
+    schedulers = tuple(SCHEDULERS["flow"])
 
     def __init__(self, config: FlowConfig):
         self.config = config
@@ -129,18 +107,14 @@ class Flow:
 
 def make_scheduler(config: SamplerConfig) -> diffusers.SchedulerMixin:
     """The diffusers scheduler of that name, its timesteps set; all of them take velocities."""
+    kind, arguments = SCHEDULERS["flow"][config.scheduler]
+    shift = "shift" if kind.startswith("FlowMatch") else "flow_shift"
+    scheduler = getattr(diffusers, kind)(TIMESTEPS, **arguments, **{shift: config.shift})
+    # Evenly spaced sigmas; those of the flow-matching schedulers end at 1/1000, a wasted step when there are few.
     if config.scheduler == "euler":
-        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(TIMESTEPS, shift=config.shift)
-        # Evenly spaced sigmas; the scheduler's own put the last step at 1/1000, a wasted one when there are few.
         scheduler.set_timesteps(sigmas=np.linspace(1.0, 1.0 / config.steps, config.steps))
         return scheduler
     if config.scheduler == "heun":
-        scheduler = diffusers.FlowMatchHeunDiscreteScheduler(TIMESTEPS, shift=config.shift)
-        scheduler.sigma_min = 1.0 / config.steps  # as above
-    else:
-        kind = {"dpm": diffusers.DPMSolverMultistepScheduler, "unipc": diffusers.UniPCMultistepScheduler}
-        scheduler = kind[config.scheduler](
-            TIMESTEPS, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=config.shift
-        )
+        scheduler.sigma_min = 1.0 / config.steps
     scheduler.set_timesteps(config.steps)
     return scheduler

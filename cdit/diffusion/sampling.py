@@ -1,32 +1,13 @@
 """From noise to a frame with a scheduler of diffusers: what all objectives have in common."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Literal
 
 import diffusers
 from torch import Tensor
 from tqdm import tqdm
 
-TIMESTEPS = 1000
-
 Predict = Callable[[Tensor, Tensor], Tensor]
 """The network's prediction for noisy samples (…, C, H, W) at a scalar timestep, 0 (clean) to 1000."""
-
-
-@dataclass
-class SamplerConfig:
-    """How frames are sampled."""
-
-    scheduler: Literal["euler", "heun", "dpm", "unipc", "ddpm", "ddim"] = "euler"
-    """DPM-Solver++ (2M) or UniPC; for a flow also Euler or Heun (two network calls a step), for a DDPM also ancestral
-    sampling (ddpm) or DDIM."""
-    steps: int = 8
-    """Number of denoising steps."""
-    shift: float = 1.0
-    """Moves the steps of a flow towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
-    guidance: float = 1.0
-    """Classifier-free guidance on the action: 1 is off. Needs training with action_dropout."""
 
 
 def denoise(

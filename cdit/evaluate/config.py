@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cdit.common.errors import UserError
-from cdit.loading import SamplerOptions
+from cdit.diffusion.config import SamplerOptions
 
 
 @dataclass

@@ -17,18 +17,20 @@ from cdit.common.cli import parse_config, run
 from cdit.common.errors import UserError
 from cdit.common.output import finished_folder
 from cdit.common.wandb_run import WandbRun
+from cdit.diffusion.config import SamplerOptions
 from cdit.evaluate.metrics import load_metrics
+from cdit.heads.config import AttentionConfig, Kind
 from cdit.heads.findings import halves
 from cdit.heads.importance import ImportanceConfig, importance
 from cdit.heads.needed import importance_measures, importance_section, pruning_picture
-from cdit.heads.probe import AttentionConfig, inspect_attention
+from cdit.heads.probe import inspect_attention
 from cdit.heads.pruning import pruning_curve
-from cdit.heads.recording import Kind
 from cdit.heads.report import PAGE, AttentionReport
 from cdit.heads.sources import Source, images_source, windows_source
-from cdit.loading import SamplerOptions, find_device, load_world, windows_for
+from cdit.loading import find_device, load_world, windows_for
 from cdit.model import CDiT
-from cdit.nwm import load_checkpoint, published_world
+from cdit.nwm.checkpoint import load_checkpoint
+from cdit.nwm.world import published_world
 from cdit.world_model import WorldModel
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from cdit.common.errors import UserError
-from cdit.heads.recording import Kind, attention_of, unwrap
+from cdit.heads.config import Kind
+from cdit.heads.recording import attention_of, unwrap
 from cdit.model.attention import MultiHeadAttention
 
 Site = tuple[int, Kind]

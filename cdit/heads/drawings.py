@@ -7,12 +7,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cdit.heads.config import Kind
 from cdit.heads.examples import Example, examples_figure, one_of_each_type
 from cdit.heads.figures import Scene
 from cdit.heads.measures import Layout, frame_maps
 from cdit.heads.overlays import overlay, thumbnails
 from cdit.heads.page import AttentionPage
-from cdit.heads.recording import Kind, LayerAttention
+from cdit.heads.recording import LayerAttention
 from cdit.heads.table import HeadLine
 
 

@@ -5,10 +5,11 @@ from collections.abc import Callable, Hashable, Sequence
 from torch import Tensor
 
 from cdit.common.pictures import to_float
+from cdit.heads.config import Kind
 from cdit.heads.denoising import encoded_batches, evaluating
 from cdit.heads.edges import edge_patches, gradient_magnitude
 from cdit.heads.measures import Layout
-from cdit.heads.recording import Kind, LayerAttention, unwrap, watch_attention
+from cdit.heads.recording import LayerAttention, unwrap, watch_attention
 from cdit.heads.statistics import HeadStatistics
 from cdit.world_model import WorldModel
 

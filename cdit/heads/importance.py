@@ -18,9 +18,10 @@ from cdit.common.randomness import generator
 from cdit.diffusion import SamplerConfig
 from cdit.evaluate.metrics import Metric
 from cdit.heads.ablate import Mode, Site, ablate_heads
+from cdit.heads.config import Kind
 from cdit.heads.denoising import encoded_batches, evaluating
 from cdit.heads.outputs import head_outputs
-from cdit.heads.recording import Kind, unwrap
+from cdit.heads.recording import unwrap
 from cdit.model import CDiT
 from cdit.world_model import WorldModel
 

@@ -3,9 +3,9 @@
 from PIL import Image
 from torch import Tensor
 
+from cdit.heads.config import Kind
 from cdit.heads.figures import HeadMaps, Scene, attention_figure, thumbnail
 from cdit.heads.measures import Layout, frame_maps
-from cdit.heads.recording import Kind
 
 TITLES = {"cross": "cross-attention to the past", "self": "self-attention within the target"}
 

@@ -1,17 +1,16 @@
 """Attention of a world model on a probe batch: a page, figures, a table of heads, and scalars to follow."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from cdit.common.errors import UserError
 from cdit.common.pictures import to_float, to_uint8
 from cdit.common.randomness import generator, seed_of
 from cdit.common.statistics import Estimate
+from cdit.heads.config import AttentionConfig, Kind
 from cdit.heads.denoising import evaluating
 from cdit.heads.drawings import Drawings
 from cdit.heads.findings import best_heads, best_scores, halves, mean_scores
@@ -23,61 +22,16 @@ from cdit.heads.intervals import reporting
 from cdit.heads.measures import Layout
 from cdit.heads.page import AttentionPage, HeadInfo
 from cdit.heads.page.compression import affordable_top_k
-from cdit.heads.recording import Kind, unwrap
+from cdit.heads.recording import unwrap
 from cdit.heads.report import AttentionReport
 from cdit.heads.statistics import HeadStatistics
 from cdit.heads.summary import about_samples, best_section, correspondence_section, types_section
 from cdit.heads.table import HeadLine, by_layer, measure_names, series, table
 from cdit.heads.truth import baseline_scores, tokens_at
 from cdit.loading import spread
-from cdit.model import CDiT
 from cdit.world_model import WorldModel
 
 NAMES = {"cross": "cross-attention", "self": "self-attention"}
-
-
-@dataclass
-class AttentionConfig:
-    """Which attention is looked at."""
-
-    kinds: list[Kind] = field(default_factory=lambda: ["cross"])
-    """cross, to the past frames, and self, within the target. The page has the first."""
-    layers: list[int] | None = None
-    """Blocks, from 0; by default all. Figures are drawn of the first, the middle and the last of them."""
-    times: list[float] = field(default_factory=lambda: [0.25, 0.75])
-    """Diffusion times between 0 (clean) and 1 (noise)."""
-    samples: int = 8
-    """Samples that are measured, each with all its goals; 0 for none."""
-    drawn: int = 1
-    """How many of them are drawn: on the page with their first and last goal, in figures with the first."""
-    patch: tuple[int, int] | None = None
-    """Row and column of the target patch from which figures look, from 0 at the top left; by default the centre."""
-
-    def resolve(self, cdit: CDiT, field: str = "attention") -> tuple[list[int], tuple[int, int]]:
-        """The layers and the patch that this means for a network.
-
-        Args:
-            cdit: the network.
-            field: what messages call this config; empty where its fields stand alone.
-
-        Raises:
-            UserError: the network has no such layer or patch, or a value is out of its range; the message names the
-                field.
-        """
-        depth, (rows, columns) = len(cdit.blocks), cdit.grid
-        layers = list(range(depth)) if self.layers is None else sorted(set(self.layers))
-        row, column = (rows // 2, columns // 2) if self.patch is None else self.patch
-        requirements = {
-            "kinds": (self.kinds and len(set(self.kinds)) == len(self.kinds), "cross, self or both"),
-            "layers": (layers and all(0 <= layer < depth for layer in layers), f"numbers from 0 to {depth - 1}"),
-            "times": (self.times and all(0 < time < 1 for time in self.times), "numbers between 0 and 1"),
-            "drawn": (self.drawn >= 0, "at least 0"),
-            "patch": (0 <= row < rows and 0 <= column < columns, f"one of the {rows} × {columns} patches of a frame"),
-        }
-        for name, (holds, expected) in requirements.items():
-            if not holds:
-                raise UserError(f"{field}{'.' if field else ''}{name} is {getattr(self, name)}, expected {expected}")
-        return layers, (row, column)
 
 
 @torch.no_grad()

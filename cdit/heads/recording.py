@@ -7,16 +7,16 @@ plus one for the extra key where there is one; K width of a head.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cdit.common.errors import UserError
+from cdit.heads.config import Kind
 from cdit.model import CDiT
 from cdit.model.attention import MultiHeadAttention, Observation
 
-Kind = Literal["cross", "self"]
 """Cross-attention to the past frames, or self-attention within the target."""
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cdit.common.statistics import Estimate
-from cdit.heads.recording import Kind
+from cdit.heads.config import Kind
 from cdit.heads.statistics import HeadRow
 
 Cell = str | int | float | None

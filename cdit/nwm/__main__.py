@@ -15,8 +15,9 @@ from typing import Literal
 from cdit.codec import CodecConfig, load_codec
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import UserError
-from cdit.nwm import load_checkpoint, published_world, save_checkpoint
+from cdit.nwm.checkpoint import load_checkpoint, save_checkpoint
 from cdit.nwm.tensors import differences
+from cdit.nwm.world import published_world
 from cdit.world_model import DESCRIPTION, WorldModel
 
 

@@ -22,7 +22,8 @@ from cdit.common.cli import parse_config
 from cdit.common.errors import UserError
 from cdit.common.statistics import Estimate, estimates, paired_difference
 from cdit.common.tables import markdown_table
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.config import DataConfig
+from cdit.data.windows import WindowDataset
 from cdit.evaluate.config import EvaluateConfig
 from cdit.evaluate.results import RESULTS, Results
 from cdit.evaluate.tables import Row, digits, markdown

@@ -25,12 +25,13 @@ from cdit.common.randomness import generator
 from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset
 from cdit.diffusion import ObjectiveName, SamplerConfig, make_objective
+from cdit.diffusion.config import SamplerOptions
 from cdit.evaluate.config import EvaluateConfig, TimeConfig
 from cdit.evaluate.metrics import score
 from cdit.evaluate.parts import Parts, weights_hash
 from cdit.evaluate.setup import build_judge, build_studies, describe, made_of
 from cdit.evaluate.study import Judge, Study
-from cdit.loading import SamplerOptions, load_world, windows_for
+from cdit.loading import load_world, windows_for
 from cdit.studies.steps_report import summarize, write
 from cdit.world_model import WorldDescription, WorldModel
 

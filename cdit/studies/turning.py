@@ -22,8 +22,9 @@ from cdit.data.frames import focal_lengths
 from cdit.data.loader import collate
 from cdit.data.motion import local_motion
 from cdit.data.windows import WindowDataset
+from cdit.diffusion.config import SamplerOptions
 from cdit.evaluate.image_flow import measured_turn
-from cdit.loading import SamplerOptions, load_world, spread, windows_for
+from cdit.loading import load_world, spread, windows_for
 from cdit.world_model import WorldModel
 
 PURE_TURN = 0.12

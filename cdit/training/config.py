@@ -9,9 +9,9 @@ import yaml
 
 from cdit.codec import CodecConfig
 from cdit.common.errors import UserError
-from cdit.data.windows import DataConfig
+from cdit.data.config import DataConfig
 from cdit.diffusion import DDPMConfig, FlowConfig, ObjectiveName, SamplerConfig, check_sampler
-from cdit.heads.probe import AttentionConfig
+from cdit.heads.config import AttentionConfig
 from cdit.model import ModelConfig
 
 

@@ -21,8 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from cdit.codec import Codec, latent_size, load_codec
 from cdit.common.errors import UserError, writing
+from cdit.data.config import DataConfig
 from cdit.data.latents import Encoding
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.windows import WindowDataset
 from cdit.model import CDiT
 from cdit.nwm.normalization import normalization
 from cdit.training.config import OptimizerConfig, TrainConfig

@@ -11,9 +11,10 @@ from PIL import Image
 
 from cdit.common.errors import DataError
 from cdit.data.check import check, main
+from cdit.data.config import DataConfig
 from cdit.data.layout import POSES
 from cdit.data.trajectory import read_split
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.windows import WindowDataset
 
 
 def problems(folder: Path, splits: list[str] | None = None, decode: bool = True) -> list[str]:

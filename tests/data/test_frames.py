@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 
 from cdit.common.errors import DataError
+from cdit.data.config import DataConfig
 from cdit.data.frames import FrameStore, crop_and_resize, decode
 from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.trajectory import read_split
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.windows import WindowDataset
 
 
 def store_of(dataset, cache_gb: float) -> FrameStore:

@@ -10,11 +10,12 @@ import pytest
 from cdit.common.errors import DataError, UserError
 from cdit.data import from_video
 from cdit.data.check import check
+from cdit.data.config import DataConfig
 from cdit.data.frames import decode
 from cdit.data.from_video import VideoOptions, convert
 from cdit.data.layout import DatasetInfo
 from cdit.data.trajectory import read_split
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.windows import WindowDataset
 
 
 def grey(seconds: float) -> int:

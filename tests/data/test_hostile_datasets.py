@@ -12,11 +12,12 @@ import pytest
 
 from cdit.common.errors import DataError
 from cdit.data.check import check
+from cdit.data.config import DataConfig
 from cdit.data.latents import LatentCache
 from cdit.data.layout import POSES, DatasetInfo, split_file
 from cdit.data.sources import Source
 from cdit.data.trajectory import read_split
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.windows import WindowDataset
 
 
 def problems_of(dataset: Path, **options) -> list[str]:

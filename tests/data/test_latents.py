@@ -12,12 +12,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cdit.common.errors import DataError
+from cdit.data.config import DataConfig
 from cdit.data.latent_store import open_latents
 from cdit.data.latents import DESCRIPTION, Encoding, LatentCache
 from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.sources import Source
-from cdit.data.windows import DataConfig, WindowDataset, WindowKey
+from cdit.data.windows import WindowDataset, WindowKey
 
 ENCODING = Encoding("kl", "some/autoencoder", "0123456789abcdef" * 4, (12, 16), "aspect")
 SHAPE = (2, 3, 4, 5)

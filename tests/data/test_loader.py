@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from cdit.common.errors import DataError, Interrupted
+from cdit.data.config import DataConfig
 from cdit.data.loader import collate, loader
 from cdit.data.sampler import KeyedBatchSampler
-from cdit.data.windows import DataConfig, WindowDataset, WindowKey
+from cdit.data.windows import WindowDataset, WindowKey
 
 
 def loader_of(dataset, workers: int, steps: int = 3, split: str = "train", share=(0, 1), batch_size: int = 8, **values):
@@ -163,7 +164,8 @@ def test_a_process_that_fails_leaves_no_worker(dataset):
 import multiprocessing, sys
 from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.config import DataConfig
+from cdit.data.windows import WindowDataset
 
 config = DataConfig(folder=sys.argv[1], image_size=(12, 16), workers=2)
 windows = WindowDataset(config, "train")

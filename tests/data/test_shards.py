@@ -20,13 +20,14 @@ from torch.utils.data import DataLoader
 from cdit.common.errors import DataError, UserError
 from cdit.data import shard as command
 from cdit.data.check import check
+from cdit.data.config import DataConfig
 from cdit.data.latents import Encoding, LatentCache
 from cdit.data.layout import DatasetInfo, write_split
 from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.shard import verify
 from cdit.data.sources import Source
-from cdit.data.windows import DataConfig, WindowDataset, WindowKey
+from cdit.data.windows import WindowDataset, WindowKey
 
 sys.path.append(str(Path(__file__).parent))
 from walks import SHARD_MB, config_of, converted, make_walks, same, windows

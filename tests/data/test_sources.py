@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from cdit.common.errors import DataError, UserError
+from cdit.data.config import DataConfig
 from cdit.data.layout import Camera, DatasetInfo
 from cdit.data.sources import Source
-from cdit.data.windows import DataConfig, WindowDataset, WindowKey
+from cdit.data.windows import WindowDataset, WindowKey
 
 
 def windows_of(*sources: Source, **values) -> WindowDataset:

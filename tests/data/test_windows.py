@@ -13,9 +13,10 @@ from PIL import Image
 
 from cdit.common.errors import DataError, UserError
 from cdit.common.randomness import seed_of
+from cdit.data.config import DataConfig
 from cdit.data.layout import POSES
 from cdit.data.motion import local_motion
-from cdit.data.windows import DataConfig, WindowDataset, WindowKey
+from cdit.data.windows import WindowDataset, WindowKey
 
 sys.path.append(str(Path(__file__).parent))
 from walks import make_walks, same, windows

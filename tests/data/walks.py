@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cdit.data.config import DataConfig
 from cdit.data.layout import DatasetInfo, write_split, write_trajectory
 from cdit.data.shard import convert
 from cdit.data.sources import Source
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.windows import WindowDataset
 
 SHARD_MB = 0.021  # one trajectory of them, or two short ones
 

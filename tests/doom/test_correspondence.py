@@ -7,8 +7,9 @@ import pytest
 from rooms import build, pillar, room, two_rooms
 
 from cdit.common.errors import DataError
+from cdit.data.config import DataConfig
 from cdit.data.layout import Camera, DatasetInfo, write_split, write_trajectory
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.windows import WindowDataset
 from cdit.doom.correspondence import Correspondence, Sight, WindowCorrespondence, correspondences
 from cdit.doom.geometry import MapGeometry
 from cdit.doom.raycast import Surface, View

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+from cdit.data.config import DataConfig
 from cdit.data.layout import DatasetInfo, write_split, write_trajectory
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.windows import WindowDataset
 from cdit.doom.correspondence import Correspondence, Sight, WindowCorrespondence, correspondences
 from cdit.doom.dataset import Job, map_path
 from cdit.doom.engine import Engine, Observation, camera

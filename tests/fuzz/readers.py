@@ -23,18 +23,19 @@ from cdit.common.cli import parse_config
 from cdit.common.errors import UserError
 from cdit.data import safe_pickle
 from cdit.data.actions import read_actions
+from cdit.data.config import DataConfig
 from cdit.data.frames import crop_and_resize, decode
 from cdit.data.latents import Encoding, LatentCache
 from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
 from cdit.data.shard import convert
 from cdit.data.sources import Source
 from cdit.data.trajectory import read_split
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.windows import WindowDataset
 from cdit.diffusion import SamplerConfig
 from cdit.evaluate.cases import read_index
 from cdit.evaluate.results import Results
 from cdit.model import CDiT
-from cdit.nwm import load_checkpoint
+from cdit.nwm.checkpoint import load_checkpoint
 from cdit.training.config import TrainConfig
 from cdit.training.durable import manifest
 from cdit.training.durable.checkpoints import Checkpoints, RunState, check_config

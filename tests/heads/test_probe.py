@@ -16,9 +16,11 @@ from torch import nn
 from cdit.codec import AutoencoderCodec
 from cdit.common.errors import UserError
 from cdit.common.randomness import generator
-from cdit.heads import AttentionConfig, inspect_attention, measures, record_attention
+from cdit.heads import measures
+from cdit.heads.config import AttentionConfig
 from cdit.heads.measures import Layout
-from cdit.heads.recording import LayerAttention
+from cdit.heads.probe import inspect_attention
+from cdit.heads.recording import LayerAttention, record_attention
 from cdit.heads.report import AttentionReport
 from cdit.world_model import WorldModel
 

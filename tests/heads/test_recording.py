@@ -5,8 +5,7 @@ import torch
 from torch import nn
 
 from cdit.common.errors import UserError
-from cdit.heads import record_attention, unwrap
-from cdit.heads.recording import watch_attention
+from cdit.heads.recording import record_attention, unwrap, watch_attention
 from cdit.model import attention
 
 DIALECTS = {

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 
 from cdit.common.randomness import generator
 from cdit.common.statistics import estimates
-from cdit.heads import measures, record_attention
+from cdit.heads import measures
 from cdit.heads.correspondence import true_tokens
 from cdit.heads.directions import fit_motion, offset_fields, trends
 from cdit.heads.edges import edge_lift, edge_patches, gradient_magnitude
 from cdit.heads.heads import measure_heads
 from cdit.heads.intervals import best_head, split_halves
 from cdit.heads.measures import Layout
-from cdit.heads.recording import LayerAttention
+from cdit.heads.recording import LayerAttention, record_attention
 from cdit.heads.redundancy import head_distances
 from cdit.heads.statistics import HeadStatistics, type_counts
 from cdit.model.attention import KeysValues, MultiHeadAttention, Observation

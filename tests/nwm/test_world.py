@@ -17,9 +17,10 @@ from cdit.common.cli import run
 from cdit.common.errors import UserError
 from cdit.diffusion import SamplerConfig
 from cdit.model import CDiT
-from cdit.nwm import normalization, published_world
 from cdit.nwm.__main__ import main
+from cdit.nwm.normalization import normalization
 from cdit.nwm.tensors import cdit_arguments
+from cdit.nwm.world import published_world
 from cdit.world_model import WorldDescription, WorldModel
 
 

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cdit.common.pictures import to_uint8
+from cdit.data.config import DataConfig
 from cdit.data.frames import focal_lengths
 from cdit.data.layout import Camera, DatasetInfo, write_split, write_trajectory
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.windows import WindowDataset
 from cdit.diffusion import SamplerConfig
 from cdit.studies.turning import TurningConfig, predicted_turns, true_turns, turning_table
 

@@ -125,7 +125,7 @@ def fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, str | No
 
 
 def test_help_tells_of_every_field(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as ended:
         parse_config(TrainConfig, "What it does.", ["--help"])
     assert ended.value.code == 0

@@ -8,7 +8,8 @@ import torch
 from accelerate import Accelerator
 
 from cdit.common.errors import UserError
-from cdit.data.windows import DataConfig, WindowDataset
+from cdit.data.config import DataConfig
+from cdit.data.windows import WindowDataset
 from cdit.training.config import OptimizerConfig, TrainConfig
 from cdit.training.setup import (
     build_accelerator,

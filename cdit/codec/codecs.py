@@ -1,7 +1,6 @@
 """Codecs: frames to and from what the network denoises (pixels, or the latents of an autoencoder of diffusers)."""
 
 import hashlib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -9,20 +8,11 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from cdit.codec.config import CodecConfig
 from cdit.common.errors import UserError
 
 UNSEEN_IN_WEIGHTS = ("act_fn", "norm_num_groups")
 """Settings that change what an encoder computes, and not the names and shapes of its weights."""
-
-
-@dataclass
-class CodecConfig:
-    """What the network denoises."""
-
-    kind: Literal["pixels", "kl", "tiny"] = "pixels"
-    """Raw pixels, or the latents of diffusers' AutoencoderKL or AutoencoderTiny."""
-    name: str = "stabilityai/sd-vae-ft-ema"
-    """Hub name or local folder of the autoencoder (for tiny: madebyollin/taesd)."""
 
 
 class PixelCodec(nn.Module):

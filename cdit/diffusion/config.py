@@ -1,0 +1,135 @@
+"""The sections of a config about diffusion, and which schedulers go with which objective. Imports no torch."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from cdit.common.errors import UserError
+
+if TYPE_CHECKING:
+    from cdit.world_model import WorldDescription
+
+TIMESTEPS = 1000
+BETAS = (1e-4, 0.02)
+"""First and last noise variance of a DDPM's linear chain."""
+
+ObjectiveName = Literal["flow", "ddpm"]
+Quantity = Literal["clean", "velocity", "noise"]
+
+
+class Scheduler(NamedTuple):
+    """How a scheduler of diffusers is built."""
+
+    kind: str
+    """Name of its class."""
+    arguments: dict[str, Any]
+
+
+_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+_DDPM = {"beta_start": BETAS[0], "beta_end": BETAS[1], "prediction_type": "epsilon"}
+
+# DDIM (Song et al. 2020) is DPM-Solver++ of first order; diffusers' own DDIMScheduler steps to t - ⌊1000 / steps⌋,
+# which is not where its next timestep is, unless the number of steps divides 1000.
+SCHEDULERS: dict[str, dict[str, Scheduler | None]] = {
+    "flow": {
+        "euler": Scheduler("FlowMatchEulerDiscreteScheduler", {}),
+        "heun": Scheduler("FlowMatchHeunDiscreteScheduler", {}),
+        "dpm": Scheduler("DPMSolverMultistepScheduler", _FLOW),
+        "unipc": Scheduler("UniPCMultistepScheduler", _FLOW),
+    },
+    "ddpm": {
+        "ddpm": None,
+        "ddim": Scheduler("DPMSolverMultistepScheduler", {**_DDPM, "solver_order": 1}),
+        "dpm": Scheduler("DPMSolverMultistepScheduler", {**_DDPM, "solver_order": 2}),
+        "unipc": Scheduler("UniPCMultistepScheduler", _DDPM),
+    },
+}
+"""Schedulers by objective and name; None: sampling that the objective does by itself."""
+
+
+@dataclass
+class SamplerConfig:
+    """How frames are sampled."""
+
+    scheduler: str = "euler"
+    """For a flow euler, heun (two network calls a step), dpm (DPM-Solver++ 2M) or unipc; for a DDPM ddpm (ancestral
+    sampling), ddim, dpm or unipc."""
+    steps: int = 8
+    """Number of denoising steps."""
+    shift: float = 1.0
+    """Moves the steps of a flow towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance on the action; 1: off. Needs training with action_dropout."""
+
+
+@dataclass
+class SamplerOptions:
+    """How frames are sampled; by default as the model's own config says."""
+
+    scheduler: str | None = None
+    """For a flow euler, heun (two network calls a step), dpm (DPM-Solver++ 2M) or unipc; for a DDPM ddpm (ancestral
+    sampling), ddim, dpm or unipc."""
+    steps: int | None = None
+    """Number of denoising steps."""
+    shift: float | None = None
+    """Moves the steps of a flow towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
+    guidance: float | None = None
+    """Scale of classifier-free guidance on the action; 1: off. Needs a model trained with action_dropout."""
+
+    def over(self, description: "WorldDescription") -> SamplerConfig:
+        """The model's sampler, with these options in place of its own where they are given.
+
+        Raises:
+            UserError: a value is out of range.
+        """
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"sampler.steps is {self.steps}, expected at least 1")
+        if self.shift is not None and self.shift <= 0:
+            raise UserError(f"sampler.shift is {self.shift}, expected more than 0")
+        if self.guidance not in (None, 1.0) and not description.action_dropout:
+            raise UserError(f"sampler.guidance is {self.guidance}, but the model was trained without action_dropout")
+        given = {name: value for name, value in asdict(self).items() if value is not None}
+        config = replace(description.sampler, **given)
+        check_sampler(description.objective, config)
+        return config
+
+
+@dataclass
+class FlowConfig:
+    """What the network of a rectified flow predicts, and how it is trained."""
+
+    prediction: Quantity = "velocity"
+    """What the network predicts: the clean frame (suits pixels), the velocity (suits latents) or the noise."""
+    loss: Quantity = "velocity"
+    """The quantity whose squared error is the loss; the prediction is converted to it."""
+    time_distribution: Literal["uniform", "logit_normal"] = "logit_normal"
+    """How diffusion times are drawn in training."""
+    time_mean: float = 0.0
+    """Mean of the logit of the diffusion time; larger is noisier."""
+    time_std: float = 1.0
+    """Standard deviation of the logit of the diffusion time."""
+    min_time: float = 0.05
+    """Conversions never divide by a t or 1 - t smaller than this; they are exact where both are larger."""
+
+
+@dataclass
+class DDPMConfig:
+    """What the network of a DDPM predicts."""
+
+    learn_variance: bool = True
+    """Whether the network also predicts the variance of a reverse step, trained by the variational bound."""
+
+
+def check_sampler(objective: str, sampler: SamplerConfig) -> None:
+    """Checks that an objective's frames can be sampled with this config.
+
+    Raises:
+        UserError: they cannot; the message names the values that are possible.
+    """
+    possible = SCHEDULERS[objective]
+    if sampler.scheduler not in possible:
+        expected = f"expected one of {', '.join(possible)} for a {objective}"
+        raise UserError(f"sampler.scheduler is {sampler.scheduler}, {expected}")
+    # A DDPM knows whole timesteps: a step that stays at one divides by zero. The solvers' last step leads from 1 to 0.
+    most = TIMESTEPS if sampler.scheduler == "ddpm" else TIMESTEPS - 1
+    if objective == "ddpm" and sampler.steps > most:
+        raise UserError(f"sampler.steps is {sampler.steps}, expected at most {most} with {sampler.scheduler}")
