@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 
 from cdit.benchmark.bench import Bench
 from cdit.benchmark.contenders import Batch, Contender, Ours
-from cdit.benchmark.stopwatch import Call, Spread, counted_flops
+from cdit.benchmark.stopwatch import Call, Spread
 from cdit.benchmark.tables import Cell, Table
+from cdit.model.describe import counted_flops
 
 Series = dict[str, Callable[[int], Call]]
 """By name, what is timed at a size."""

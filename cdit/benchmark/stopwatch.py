@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 Call = Callable[[], object]
 
@@ -76,13 +75,6 @@ def product(device: torch.device, dtype: torch.dtype) -> tuple[Call, int]:
     side = 2048 if device.type == "cpu" else 8192
     a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
     return lambda: torch.mm(a, b, out=out), 2 * side**3
-
-
-def counted_flops(call: Call) -> int:
-    """FLOPs of the products and attentions of a call, 2 for each multiplication with addition."""
-    with FlopCounterMode(display=False) as counter:
-        call()
-    return counter.get_total_flops()
 
 
 def peak_bytes(device: torch.device, call: Call) -> int | None:

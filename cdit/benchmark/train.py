@@ -8,8 +8,9 @@ import torch
 from cdit.benchmark.bench import Bench
 from cdit.benchmark.config import Precision
 from cdit.benchmark.contenders import Batch, Contender, Ours
-from cdit.benchmark.stopwatch import Call, Spread, counted_flops, peak_bytes, product
+from cdit.benchmark.stopwatch import Call, Spread, peak_bytes, product
 from cdit.benchmark.tables import Cell, Table
+from cdit.model.describe import counted_flops
 
 DTYPES: dict[Precision, torch.dtype] = {"bf16": torch.bfloat16, "no": torch.float32}
 

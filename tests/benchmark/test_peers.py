@@ -11,10 +11,10 @@ from cdit.benchmark.config import BenchmarkConfig
 from cdit.benchmark.contenders import Batch, Concatenated, Contender, Ours, Published
 from cdit.benchmark.peers import ConcatDiT, PublishedCDiT
 from cdit.benchmark.scale import denoising
-from cdit.benchmark.stopwatch import counted_flops
 from cdit.codec import PixelCodec
 from cdit.diffusion import SamplerConfig
 from cdit.model import ModelConfig
+from cdit.model.describe import counted_flops
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "nwm"))
 from published import TINY, published

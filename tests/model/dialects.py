@@ -31,6 +31,18 @@ DIALECTS: dict[str, dict[str, Any]] = {
     "learned_cached": {"position": "learned", "context_depth": 1, "norm": "post"},
     "time_only": {"use_action": False, "qk_norm": True},
     "action_only": {"use_time_shift": False},
+    "steered": {"steered_queries": True},
+    "steered_sink": {"steered_queries": True, "extra_kv": True, "qk_norm": True},
+    "keys_norm": {"context_norm": "keys", "context_depth": 1},
+    "no_norm": {"context_norm": "none"},
+    "convolutions": {"output_channels": 5, "learn_variance": True},
+    "levers": {"steered_queries": True, "context_norm": "keys", "output_channels": 5, "extra_kv": True, "norm": "post"},
+    "modulated_levers": {
+        "steered_queries": True,
+        "context_norm": "none",
+        "output_channels": 5,
+        "context_modulation": True,
+    },
 }
 
 

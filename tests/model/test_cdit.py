@@ -340,9 +340,11 @@ def test_unpatchify_inverts_unfold(patch_size):
         ({"patch_size": 4}, r"patch_size 4 .*\(4, 6\)"),
         ({"num_heads": 3}, "hidden_size 32 must be a multiple of num_heads 3"),
         ({"hidden_size": 30, "num_heads": 2}, "even width, not 15"),
+        ({"steered_queries": True, "position": "learned"}, "steered_queries needs position rotary, not learned"),
+        ({"context_norm": "keys", "context_modulation": True}, "context_norm keys cannot be .* context_modulation"),
     ],
 )
-def test_sizes_that_do_not_divide_are_named(changes, message):
+def test_options_that_do_not_go_together_are_named(changes, message):
     with pytest.raises(UserError, match=message):
         CDiT(**BASE | changes)
 

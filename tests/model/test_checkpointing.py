@@ -66,7 +66,7 @@ def test_a_context_encoded_beforehand_has_its_gradient(dialect):
     assert expected.abs().max() > 0
 
 
-@pytest.mark.parametrize("dialect", ["native", "encoder", "nwm"])
+@pytest.mark.parametrize("dialect", ["native", "encoder", "nwm", "levers"])
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_compiled_too(dialect):

@@ -22,7 +22,7 @@ def compiled(model: CDiT, backend: str):
 
 
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dialect", ["native", "modulated_rotary"])
+@pytest.mark.parametrize("dialect", ["native", "modulated_rotary", "levers", "steered_sink"])
 @torch.no_grad()
 def test_a_cached_context_of_one_part_and_of_two(dialect, masked):
     model, data, mask = build(dialect), batch(), masks()
@@ -43,7 +43,7 @@ def test_a_cached_context_of_the_published_dialect():
     torch.testing.assert_close(compiled(model, "eager")(**data, context=cache), model(**data, context=cache))
 
 
-@pytest.mark.parametrize("dialect", ["native", "nwm"])
+@pytest.mark.parametrize("dialect", ["native", "nwm", "levers", "modulated_levers"])
 def test_training_with_its_gradients(dialect):
     model, data = build(dialect).train(), batch() | masks()
     found = []

@@ -32,25 +32,35 @@ def test_each_part_has_its_tensors():
     assert parts["AdaLN"] == depth * 9 * (width**2 + width)
     assert parts["context blocks"] == 2 * (12 * width**2 + 13 * width + width)  # norms too: 2·2·width, and q, k: width
     assert parts["position table"] == 4 * 6 * width
+    levers = parameters(build("levers"))
+    assert levers["steered queries"] == depth * (width + 1) * 4 * 2
+    assert levers["output convolutions"] == 5 * (9 * 7 + 1) + 5 * (9 * 5 + 1) + 2 * (9 * 5 + 1)
     assert parts["action embedding"] == 2 * (10 * 257 + 10 * 11) + 12 * 257 + 12 * 13 + width
 
 
-def test_flops_are_those_counted_by_hand():
-    """Two goals of three past frames; six patches of 2·2·2 values, width 32, depth 2."""
+@pytest.mark.parametrize("levers", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_flops_are_those_counted_by_hand(device, levers):
+    """Two goals of three past frames; six patches of 2·2·2 values, width 32, depth 2, two heads."""
     d, depth, goals, patches, values, context = 32, 2, 2, 6, 8, 3 * 6
+    features, pixels = 5, 24
     encoding = context * values * d + depth * context * d * 2 * d
     embeddings = 2 * (256 * d + d * d) + sum(256 * part + part * part for part in (10, 10, 12))
     self_attention = 4 * patches * d * d + 2 * patches * patches * d
     cross_attention = 2 * patches * d * d + 2 * patches * context * d
     block = d * 9 * d + self_attention + cross_attention + 2 * patches * d * 4 * d
-    forward = patches * values * d + embeddings + depth * block + d * 2 * d + patches * d * values
-    for device in ("cpu", "meta"):
-        counted = flops(build("native").to(device), context_frames=3, goals=goals)
-        assert counted == {
-            "encoding the context, once": 2 * encoding,
-            "forward with the cached context": 2 * goals * forward,
-            "forward, context included": 2 * (encoding + goals * forward),
-        }
+    last = patches * d * values
+    if levers:
+        block += d * 4 * 2  # a shift and a zoom along rows and columns of each head
+        convolutions = (features + 2) * features + features * features + features * 2
+        last = patches * d * 4 * features + pixels * 9 * convolutions
+    forward = patches * values * d + embeddings + depth * block + d * 2 * d + last
+    options = {"steered_queries": True, "context_norm": "keys", "output_channels": features} if levers else {}
+    assert flops(build("native", **options).to(device), context_frames=3, goals=goals) == {
+        "encoding the context, once": 2 * encoding,
+        "forward with the cached context": 2 * goals * forward,
+        "forward, context included": 2 * (encoding + goals * forward),
+    }
 
 
 def test_what_a_cached_context_saves():

@@ -41,7 +41,7 @@ class Reference:
         patches = F.unfold(frame[None], p, stride=p)[0].T
         return patches @ self.w["patch_embed.proj.weight"].flatten(1).T + self.w["patch_embed.proj.bias"]
 
-    def turn(self, x: Tensor, spots: list[tuple[int, int, int]]) -> Tensor:
+    def turn(self, x: Tensor, spots: list[tuple[float, float, float]]) -> Tensor:
         """Rotary positions of the tokens of one head, standing at (frame, row, column) each."""
         a, b = x.chunk(2, dim=-1)
         pairs = a.shape[-1]
@@ -54,11 +54,32 @@ class Reference:
         turned = torch.complex(a, b) * torch.polar(torch.ones_like(a), a.new_tensor(angles))
         return torch.cat((turned.real, turned.imag), dim=-1)
 
+    def steered(self, name: str, condition: Tensor, h: int) -> list[tuple[float, float]]:
+        """The places at which head h looks for each patch: zoomed about the middle of the frame, then moved."""
+        row, column, row_zoom, column_zoom = self.linear(f"{name}.linear", condition)[4 * h : 4 * h + 4].tolist()
+        middle = [(max(axis) + min(axis)) / 2 for axis in zip(*self.places, strict=True)]
+        return [
+            (
+                middle[0] + (r - middle[0]) * 2 ** math.tanh(row_zoom) + 4 * row,
+                middle[1] + (c - middle[1]) * 2 ** math.tanh(column_zoom) + 4 * column,
+            )
+            for r, c in self.places
+        ]
+
     def attention(
-        self, name: str, x: Tensor, context: Tensor, frame: int, frames: list[int], keep: list[bool] | None = None
+        self,
+        name: str,
+        x: Tensor,
+        for_keys: Tensor,
+        for_values: Tensor,
+        frame: int,
+        frames: list[int],
+        keep: list[bool] | None = None,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """From the tokens of one frame to those of `frames`, of which `keep` says which exist."""
-        q, (k, v) = self.linear(f"{name}.q", x), self.linear(f"{name}.kv", context).chunk(2, -1)
+        q, k = self.linear(f"{name}.q", x), self.linear(f"{name}.kv", for_keys).chunk(2, -1)[0]
+        v = self.linear(f"{name}.kv", for_values).chunk(2, -1)[1]
         width, out = x.shape[-1] // self.heads, []
         for h in range(self.heads):
             qh, kh, vh = (t[:, h * width : (h + 1) * width] for t in (q, k, v))
@@ -68,7 +89,10 @@ class Reference:
                     for t, which in ((qh, "q"), (kh, "k"))
                 )
             if self.c.position == "rotary":
-                qh = self.turn(qh, [(frame, *place) for place in self.places])
+                looks = self.places
+                if condition is not None and self.c.steered_queries:
+                    looks = self.steered(name.replace("cross_attn", "steering"), condition, h)
+                qh = self.turn(qh, [(frame, *place) for place in looks])
                 kh = self.turn(kh, [(f, *place) for f in frames for place in self.places])
             if keep is not None:
                 kept = torch.tensor(keep).repeat_interleave(len(self.places))
@@ -96,10 +120,21 @@ class Reference:
                 name = f"context_blocks.{j}"
                 weights, biases = ([self.w[f"{name}.norm{n}.{what}"] for n in (1, 2)] for what in ("weight", "bias"))
                 y = F.layer_norm(x, x.shape[-1:], weights[0], biases[0])
-                x = x + self.attention(f"{name}.attn", y, y, 0, [0])
+                x = x + self.attention(f"{name}.attn", y, y, y, 0, [0])
                 x = x + self.mlp(f"{name}.mlp", F.layer_norm(x, x.shape[-1:], weights[1], biases[1]))
-            out.append(normalize(x))
+            out.append(normalize(x) if self.c.context_norm == "both" else x)
         return torch.cat(out)
+
+    def convolution(self, name: str, x: Tensor) -> Tensor:
+        """3×3 with a border of zeros, written as nine products."""
+        weight, bias = self.w[f"{name}.weight"], self.w[f"{name}.bias"]
+        height, width = x.shape[1:]
+        padded = x.new_zeros(len(x), height + 2, width + 2)
+        padded[:, 1:-1, 1:-1] = x
+        windows = {(i, j): padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)}
+        return bias[:, None, None] + sum(
+            torch.einsum("oc,chw->ohw", weight[:, :, i, j], window) for (i, j), window in windows.items()
+        )
 
     def __call__(self, sample, timestep, action, time_shift, context, keep=None) -> Tensor:
         """One target of one context; an action of None is unknown."""
@@ -120,10 +155,13 @@ class Reference:
         frames, target = list(range(len(context))), len(context)
         for i in range(self.c.depth):
             chunks = self.linear(f"blocks.{i}.ada_ln", condition).view(-1, x.shape[-1])
-            keys = past * (1 + chunks[10]) + chunks[9] if self.c.context_modulation else past
+            values = past * (1 + chunks[10]) + chunks[9] if self.c.context_modulation else past
+            keys = normalize(values) if self.c.context_norm == "keys" else values
             branches = [
-                lambda y, i=i: self.attention(f"blocks.{i}.self_attn", y, y, target, [target]),
-                lambda y, i=i, keys=keys: self.attention(f"blocks.{i}.cross_attn", y, keys, target, frames, keep),
+                lambda y, i=i: self.attention(f"blocks.{i}.self_attn", y, y, y, target, [target]),
+                lambda y, i=i, keys=keys, values=values: self.attention(
+                    f"blocks.{i}.cross_attn", y, keys, values, target, frames, keep, condition
+                ),
                 lambda y, i=i: self.mlp(f"blocks.{i}.mlp", y),
             ]
             for j, branch in enumerate(branches):
@@ -136,7 +174,14 @@ class Reference:
         x = self.linear("final_layer.linear", normalize(x) * (1 + scale) + shift)  # (P, p·p·channels)
         p = self.c.patch_size
         x = x.unflatten(-1, (p * p, -1)).transpose(1, 2).flatten(1)  # F.fold wants channels first
-        return F.fold(x.T[None], self.c.image_size, p, stride=p)[0]
+        x = F.fold(x.T[None], self.c.image_size, p, stride=p)[0]
+        if self.c.output_channels:
+            x = torch.cat((x, sample))
+            for i in (1, 2):
+                x = self.convolution(f"output_convolutions.conv{i}", x)
+                x = x * torch.sigmoid(x)
+            x = self.convolution("output_convolutions.conv3", x)
+        return x
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3])
