@@ -20,7 +20,9 @@ def test_markdown():
 
 def test_html_shows_what_was_given():
     class Reader(HTMLParser):
-        cells: list[tuple[str, str]] = []
+        def __init__(self):
+            super().__init__()
+            self.cells: list[tuple[str, str]] = []
 
         def handle_starttag(self, tag, attrs):
             if tag in ("th", "td"):

@@ -178,8 +178,8 @@ def test_means_over_seeds_and_paired_intervals(tmp_path: Path):
     written = json.loads((tmp_path / "demo" / "results.json").read_text())
     means = {row["method"]: row for row in written["means"]}
     assert means["better"]["mean"] == pytest.approx(difficulty.mean() + 0.5, abs=0.01)
-    spread = difficulty.reshape(10, 10).mean(1).std() / 10**0.5  # of the mean of ten equally long walks
-    assert means["plain"]["high"] - means["plain"]["low"] == pytest.approx(2 * 1.96 * spread, rel=0.2)
+    error = difficulty.reshape(10, 10).mean(1).std(ddof=1) / 10**0.5  # of the mean of ten equally long walks
+    assert means["plain"]["high"] - means["plain"]["low"] == pytest.approx(2 * 2.262 * error, rel=0.1)
     assert written["differences"][0]["seeds"] == pytest.approx([0.6, 0.4], abs=0.01)
 
 
