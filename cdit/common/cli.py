@@ -1,15 +1,18 @@
 """Command lines from typed dataclasses: help from docstrings, YAML files, one clear error, exit code 2."""
 
 import sys
-from collections.abc import Callable, Sequence
+from argparse import RawDescriptionHelpFormatter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar, get_args, get_type_hints
+from shutil import get_terminal_size
+from textwrap import fill
+from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, get_loader, set_loader, set_parsing_settings
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
 from tqdm import tqdm
 
 from cdit.common.errors import DISK_ERRORS, Interrupted, UserError
@@ -21,8 +24,25 @@ set_loader("yaml", load_yaml := safe_loader(get_loader("yaml")), (yaml.YAMLError
 T = TypeVar("T")
 
 
+class Command(NamedTuple):
+    """A subcommand."""
+
+    config_class: type
+    """The dataclass of its options."""
+    help: str
+    """What it does, in a line."""
+    default_file: Path | None = None
+    """See `parse_config`."""
+    positional: bool = False
+    """See `parse_config`."""
+
+
+class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Help whose description keeps its lines."""
+
+
 class _Parser(ArgumentParser):
-    """Names in every error the config file that was read; reads only some sections of one, if told so."""
+    """Names the config file that was read in every error; reads only some sections of it, if it is given any."""
 
     files: Sequence[str] = ()
     sections: Sequence[str] | None = None
@@ -48,29 +68,104 @@ def parse_config(
 ) -> T:
     """Reads a dataclass from `--config FILE` (YAML) and overrides such as `--model.depth 6`.
 
+    A field that is a bool can be given as a bare flag: `--compile` stands for `--compile true`.
+
     Args:
         config_class: the dataclass; its attribute docstrings become the help text.
-        description: what `--help` says of the program.
+        description: what `--help` says about the program; paragraphs are filled, indented lines kept.
         argv: the arguments, by default those of the process.
-        default_file: the YAML file read when no `--config` is given.
-        positional: whether fields without a default are given by position, in their order, and not by name.
-        sections: the fields that are read from a config file, which may be one of another program and have more.
+        default_file: the YAML file that is read if there is no `--config`.
+        positional: whether fields without a default are positional arguments, in their order.
+        sections: the only fields that are read from a config file, which may belong to another program and have more.
 
     Unknown or ill-typed fields end the process with a message that names them and exit code 2.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    parser = _Parser(description=description)
+    parser = _parser(config_class, description, positional)
     parser.sections = sections
+    arguments = _complete(sys.argv[1:] if argv is None else argv, parser, config_class, default_file)
+    return _instance(config_class, _parse(parser, arguments))
+
+
+def parse_command(
+    commands: Mapping[str, Command], description: str, argv: Sequence[str] | None = None
+) -> tuple[str, Any]:
+    """Reads a subcommand and its options, see `parse_config`.
+
+    Returns:
+        The subcommand's name, and an instance of its dataclass.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = _Parser(prog=_program(), description=_filled(description), formatter_class=_Formatter)
+    subcommands = parser.add_subcommands(dest="command", title="commands")
+    for name, (config_class, text, default_file, positional) in commands.items():
+        subparser = _parser(config_class, f"{text[0].upper()}{text[1:]}.", positional, f"{_program()} {name}")
+        subcommands.add_subcommand(name, subparser, help=text)
+        if argv[:1] == [name]:
+            argv[1:] = _complete(argv[1:], subparser, config_class, default_file)
+    values = _parse(parser, argv)
+    name = values["command"]
+    return name, _instance(commands[name].config_class, values[name])
+
+
+def _parser(config_class: type, description: str, positional: bool, program: str | None = None) -> _Parser:
+    program = program or _program()
+    required = [f.name for f in fields(config_class) if f.default is f.default_factory is MISSING]
+    shown = " ".join(name.upper() if positional else f"--{name} {name.upper()}" for name in required)
+    parser = _Parser(
+        prog=program,
+        usage=f"{program} {shown} [options]".replace("  ", " "),
+        description=_filled(description),
+        formatter_class=_Formatter,
+    )
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     parser.add_class_arguments(config_class, as_positional=positional, fail_untyped=True)
+    return parser
+
+
+def _program() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
+
+
+def _filled(text: str) -> str:
+    """Paragraphs as wide as the terminal; those that are indented as they are."""
+    width = get_terminal_size().columns - 2
+    paragraphs = text.strip("\n").split("\n\n")
+    return "\n\n".join(p.rstrip() if p.startswith(" ") else fill(p, width) for p in paragraphs)
+
+
+def _complete(argv: Sequence[str], parser: _Parser, config_class: type, default_file: Path | str | None) -> list[str]:
+    """Arguments with the default file and the values of bare flags; tells the parser which files there are."""
+    argv = list(argv)
     if default_file is not None and not any(a == "--config" or a.startswith("--config=") for a in argv):
         argv = ["--config", str(default_file), *argv]
     parser.files = [file for flag, file in pairwise(argv) if flag == "--config"]
     parser.files += [a.removeprefix("--config=") for a in argv if a.startswith("--config=")]
+    flags = {f"--{name}" for name in _bools(config_class)}
+    following = [*argv, ""][1:]
+    return [
+        f"{argument}=true" if argument in flags and value.lower() not in ("true", "false") else argument
+        for argument, value in zip(argv, following, strict=True)
+    ]
+
+
+def _bools(config_class: type) -> Iterator[str]:
+    """Dotted names of the fields that are bools."""
+    for name, kind in get_type_hints(config_class).items():
+        if kind is bool:
+            yield name
+        elif is_dataclass(kind):
+            yield from (f"{name}.{inner}" for inner in _bools(kind))
+
+
+def _parse(parser: _Parser, argv: list[str]) -> dict[str, Any]:
     try:
-        values = parser.parse_args(argv).as_dict()
+        return parser.parse_args(argv).as_dict()
     except (UnicodeDecodeError, RecursionError) as error:
         parser.error(str(error), error)
+
+
+def _instance(config_class: type[T], values: dict[str, Any]) -> T:
     values.pop("config", None)
     return parser_instance(config_class, values)
 
@@ -79,8 +174,8 @@ def parser_instance(config_class: type[T], values: dict[str, Any]) -> T:
     """Builds a (nested) config dataclass from plain values, with the same checks as the command line.
 
     Raises:
-        UserError: a value is none that a config can hold, or a group of fields is something else.
-        Exception: of jsonargparse, for other fields or types than the dataclass has.
+        UserError: a value that no config can hold, or something else in place of a group of fields.
+        Exception: jsonargparse's, for other fields or types than the dataclass has.
     """
     try:
         check_plain(values)
@@ -93,7 +188,7 @@ def parser_instance(config_class: type[T], values: dict[str, Any]) -> T:
 
 
 def _check_groups(config_class: type, values: Any, name: str = "") -> None:
-    """Refuses null, and what is no group of fields where one is expected; jsonargparse would not see it."""
+    """Rejects null, and anything but fields where a group of them is expected, which jsonargparse overlooks."""
     if not isinstance(values, dict):
         raise UserError(f"{name or config_class.__name__} is {ascii(values)[:100]}, expected fields with values")
     for field, kind in get_type_hints(config_class).items():
@@ -107,9 +202,9 @@ def _check_groups(config_class: type, values: Any, name: str = "") -> None:
 
 
 def run(main: Callable[[], Any]) -> None:
-    """Runs a command line's `main`; what ends it early becomes one line on stderr and an exit code.
+    """Runs a command's `main` and turns what ends it early into one line on stderr and an exit code.
 
-    `UserError`, or a disk that is full or cannot be written to: 2. `Interrupted`: 75. Ctrl-C: 130.
+    2: `UserError`, or a disk that is full or not writable. 75: `Interrupted`. 130: Ctrl-C.
     """
     try:
         main()
@@ -128,6 +223,6 @@ def run(main: Callable[[], Any]) -> None:
 
 def _end(message: str, code: int) -> NoReturn:
     for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()  # else the message stands behind it, and it is drawn again below
+        bar.close()  # or the message ends up behind it and the bar is drawn again below
     print(message, file=sys.stderr)
     sys.exit(code)

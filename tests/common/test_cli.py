@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from cdit.common.cli import parse_config, parser_instance, run
+from cdit.common.cli import Command, parse_command, parse_config, parser_instance, run
 from cdit.common.errors import DataError, UserError
 
 
@@ -104,6 +104,47 @@ def test_fields_without_defaults_by_position(capsys):
             parse_config(Move, "A test.", argv, positional=True)
         assert stop.value.code == 2
     assert "target" in capsys.readouterr().err
+
+
+@dataclass
+class Switches:
+    """What is on."""
+
+    fast: bool = False
+    """Whether it is fast."""
+    name: str = "x"
+    """What it is called."""
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["--fast"], Switches(True)),
+        (["--fast", "--name", "y"], Switches(True, "y")),
+        (["--name", "y", "--fast"], Switches(True, "y")),
+        (["--fast", "true"], Switches(True)),
+        (["--fast", "false"], Switches(False)),
+        (["--fast=false"], Switches(False)),
+        ([], Switches(False)),
+    ],
+)
+def test_a_bare_flag_means_true(argv, expected):
+    assert parse_config(Switches, "A test.", argv) == expected
+
+
+def test_subcommands_have_options_of_their_own(config, tmp_path, capsys):
+    commands = {"move": Command(Move, "moves it", positional=True), "show": Command(Whole, "shows it", config)}
+    assert parse_command(commands, "A test.", ["move", "a", "b"]) == ("move", Move("a", "b"))
+    shown = Whole(Part(depth=9, size=(4, 6)), rate=0.25)
+    assert parse_command(commands, "A test.", ["show", "--part.depth", "9"]) == ("show", shown)
+    other = tmp_path / "other.yaml"
+    other.write_text("rate: 2\n")
+    assert parse_command(commands, "A test.", ["show", "--config", str(other)]) == ("show", Whole(rate=2.0))
+    for argv, named in (([], "move"), (["other"], "other"), (["show", "--part.width", "3"], "part.width")):
+        with pytest.raises(SystemExit) as stop:
+            parse_command(commands, "A test.", argv)
+        assert stop.value.code == 2
+        assert named in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,67 @@
+"""Options that mean the same in every command, for its dataclass to inherit."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from cdit.common.errors import UserError
+
+
+@dataclass(kw_only=True)
+class CheckpointOptions:
+    """A trained model, and where it runs."""
+
+    checkpoint: str
+    """Folder of a training run or of a world model."""
+    device: str = "auto"
+    """Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, …"""
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """A dataset."""
+
+    data: str
+    """The dataset folder."""
+    split: str = "test"
+    """Split of the dataset."""
+    splits: str | None = None
+    """Folder with <split>/traj_names.txt; by default <data>/splits."""
+    follow_links: bool = False
+    """Whether links within the dataset folder may lead out of it."""
+    spacing: float | None = None
+    """Metres between consecutive frames, which models trained on several datasets ask for; by default the one in
+    dataset.json."""
+
+
+@dataclass(kw_only=True)
+class OutputOptions:
+    """Where results go."""
+
+    out: str
+    """Folder for the results. Files of the same names are replaced, others stay."""
+
+
+@dataclass(kw_only=True)
+class TrackingOptions:
+    """Where results are shown, beside the files."""
+
+    tracking: Literal["none", "wandb"] = "none"
+    """Whether to log to Weights & Biases too (offline if nobody is logged in)."""
+    project: str = "cdit"
+    """Name of the Weights & Biases project."""
+
+
+def check_options(options: object) -> None:
+    """Finds typos in paths and numbers before torch is imported and anything is loaded.
+
+    Raises:
+        UserError: the checkpoint or a folder does not exist, or spacing is not positive; the message names the option.
+    """
+    for name in ("checkpoint", "data", "splits"):
+        path = getattr(options, name, None)
+        if path is not None and "://" not in path and not Path(path).exists():
+            raise UserError(f"{name} is {path}, which does not exist")
+    spacing = getattr(options, "spacing", None)
+    if spacing is not None and spacing <= 0:
+        raise UserError(f"spacing is {spacing:g}, expected more than 0")
