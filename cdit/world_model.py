@@ -3,26 +3,31 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cdit.codec import AutoencoderCodec, Codec, CodecConfig, PixelCodec, load_codec
+from cdit.batch import Batch, Condition, EncodedBatch, KeyedDraws
+from cdit.codec.codec import Codec, load_codec
+from cdit.codec.config import CodecConfig
 from cdit.common.cli import parser_instance
 from cdit.common.errors import UserError, writing
 from cdit.common.files import read_json
+from cdit.common.pictures import to_float
+from cdit.common.randomness import seed_of
 from cdit.common.weights import weight_shapes
 from cdit.data.frames import Crop
 from cdit.data.image_header import MAX_PIXELS
-from cdit.diffusion import DDPMConfig, FlowConfig, ObjectiveName, SamplerConfig, check_sampler, make_objective
-from cdit.model import CDiT, ContextCache
+from cdit.diffusion.config import DDPMConfig, FlowConfig, SamplerConfig, check_sampler
+from cdit.diffusion.objective import make_objective
 from cdit.model.attention import side_by_side
+from cdit.model.cdit import CDiT, ContextCache
 
 DESCRIPTION = "world_model.json"
 VERSION = 1
@@ -46,15 +51,12 @@ class Units:
     """Metres between consecutive frames. None: the model was trained on datasets of different spacings, each in units
     of its own, and has to be told the one at hand."""
 
-    def normalize(
-        self, action: Tensor, time_shift: Tensor, spacing: Tensor | float | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Actions (B, G, 3) in metres and radians, time shifts (B, G) in seconds, to normalised numbers.
+    def normalize(self, action: Tensor, spacing: Tensor | float | None = None) -> Tensor:
+        """Actions (B, G, 3) in metres and radians to normalised numbers.
 
         Args:
             action: dx, dy, dyaw.
-            time_shift: from the last past frame.
-            spacing: (B,) or one number, metres; looked at only where the units have none of their own.
+            spacing: (B,) or one number, metres; used only where the units have none of their own.
 
         Raises:
             UserError: neither the units nor the call have a spacing.
@@ -65,7 +67,7 @@ class Units:
         unit = action.new_ones(len(action), 1, 3)
         unit[..., :2] = torch.as_tensor(spacing, dtype=action.dtype, device=action.device).reshape(-1, 1, 1)
         scale, offset = action.new_tensor(self.action_scale), action.new_tensor(self.action_offset)
-        return action / unit * scale + offset, time_shift * self.time_scale
+        return action / unit * scale + offset
 
 
 @dataclass
@@ -86,12 +88,14 @@ class WorldDescription:
     """Fewest past frames it was trained with."""
     units: Units = field(default_factory=Units)
     """Normalisation of actions and times."""
-    objective: ObjectiveName = "flow"
+    objective: str = "flow"
     """What the network was trained for."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """What the network of a flow predicts."""
     ddpm: DDPMConfig = field(default_factory=DDPMConfig)
     """What the network of a DDPM predicts."""
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    """Options of an objective of a user's own."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How frames are sampled where a call does not say."""
     version: int = VERSION
@@ -118,109 +122,235 @@ class WorldDescription:
         check_sampler(self.objective, self.sampler)
 
 
-class Window(NamedTuple):
-    """Latents of past frames (B, T, C, H, W), oldest first, and which of them exist, (B, T); None: all."""
+@dataclass(frozen=True)
+class WorldState:
+    """Past frames of B contexts, encoded, from which a `WorldModel` goes on. Immutable: steps return new ones.
 
-    latents: Tensor
-    mask: Tensor | None
+    G candidates of a context share what was before they part ways.
+    """
 
-    def push(self, new: Tensor, longest: int) -> "Window":
-        """The window one frame later, for candidates (B·G, C, H, W); its oldest leaves when it is full."""
-        latents = side_by_side((self.latents, new[:, None]), len(new), dim=1)[:, -longest:]
-        if self.mask is None:
-            return Window(latents, None)
-        mask = side_by_side((self.mask, self.mask.new_ones(len(new), 1)), len(new), dim=1)
-        return Window(latents, mask[:, -longest:])
+    cache: ContextCache
+    """What cross-attention attends to."""
+    batch: int
+    """B."""
+    fps: float
+    """Frames a second of the steps to come."""
+    spacing: Tensor | float | None = None
+    """(B,) or one number, metres between consecutive frames, for models of several datasets (see `Units`)."""
+    candidates: int = 1
+    """G."""
+    latents: Tensor | None = None
+    """(B or B·G, T, C, h, w) of the past frames, where the cache cannot be extended and is made anew at every step."""
+    mask: Tensor | None = None
+    """(B or B·G, T), True where a past frame exists, likewise; None where all do."""
+
+    def fork(self, candidates: int) -> "WorldState":
+        """The same past for several candidates of what follows; nothing is copied.
+
+        Raises:
+            ValueError: the candidates have parted ways already.
+        """
+        if self.candidates != 1:
+            raise ValueError(f"a state of {self.candidates} candidates cannot be forked again")
+        return replace(self, candidates=candidates)
 
 
 class WorldModel(nn.Module):
-    """Predicts frames from past frames, actions and time shifts.
+    """Predicts frames from past frames and conditions.
 
-    Frames are (…, 3, H, W) in [-1, 1]; actions (dx, dy, dyaw) in metres and radians in the local frame of the last past
-    frame (x forward, y left, yaw counter-clockwise); time shifts in seconds.
+    Frames are (…, 3, H, W) in [-1, 1]; conditions (`cdit.batch.Condition`) are in metres, radians and seconds. The
+    world alone normalises them, and drops actions where the model was trained without.
+
+    One frame after the other, in latents, which can be scored without decoding:
+
+        state = world.begin(context).fork(candidates)
+        state, sampled = world.step(state, Condition(action=actions))
+        frames = world.decode(sampled)
     """
 
     def __init__(self, cdit: CDiT, codec: Codec, description: WorldDescription):
         super().__init__()
         self.cdit, self.codec, self.description = cdit, codec, description
-        self.objective = make_objective(description.objective, description.flow, description.ddpm)
+        self.objective = make_objective(description)
+        if description.sampler.scheduler not in self.objective.schedulers:
+            expected = ", ".join(self.objective.schedulers)
+            raise UserError(f"sampler.scheduler is {description.sampler.scheduler}, expected one of {expected}")
         self._compiled: Callable[..., Tensor] | None = None
 
     @property
+    def networks(self) -> dict[str, nn.Module]:
+        """All bare networks of a training by name: the CDiT as `model`, and those of the objective."""
+        return {"model": self.cdit, **self.objective.networks}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.cdit.parameters()).device
+
+    @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the network denoises."""
+        """(C, h, w) of what the network denoises."""
         return (self.cdit.config.in_channels, *self.cdit.config.image_size)
 
-    def encode_context(self, context: Tensor, context_mask: Tensor | None = None) -> ContextCache:
-        """Encodes past frames (B, T, 3, H, W) for reuse over calls of `predict`; the last max_context are looked at.
-
-        Args:
-            context: consecutive frames at the model's fps, oldest first.
-            context_mask: (B, T), True where a frame exists.
-        """
-        return self.cdit.encode_context(*self._window(context, context_mask))
-
     def compile(self) -> None:
-        """Compiles the network for `predict` and `rollout`: on a GPU also to CUDA graphs, which save launches.
+        """Compiles the network for sampling: on a GPU also to CUDA graphs, which save launches.
 
         The first calls, and the first of every new shape, take a while. `cdit` itself stays as it is, for training and
-        for watching.
+        for recording.
         """
-        on_cuda = next(self.cdit.parameters()).is_cuda
+        on_cuda = self.device.type == "cuda"
         forward = torch.compile(self.cdit.forward, fullgraph=True, mode="reduce-overhead" if on_cuda else "default")
 
-        def network(*args: Tensor | ContextCache | None, **kwargs: Tensor | None) -> Tensor:
+        def network(*args: Tensor | ContextCache | Mapping[str, Tensor]) -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
             # Rollouts change shapes until the window has slid, and more so with masks, guidance and other goals.
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-                return forward(*args, **kwargs).clone()  # the next call's graph writes to the same memory
+                return forward(*args).clone()  # the next call's graph writes to the same memory
 
         self._compiled = network
 
     @torch.no_grad()
-    def predict(
+    def begin(
         self,
-        context: Tensor | ContextCache,
-        actions: Tensor | None,
-        time_shift: Tensor,
-        context_mask: Tensor | None = None,
-        action_mask: Tensor | None = None,
+        context: Tensor,
+        mask: Tensor | None = None,
         spacing: Tensor | float | None = None,
+        fps: float | None = None,
+    ) -> WorldState:
+        """Encodes past frames, of which the last max_context are used.
+
+        Args:
+            context: (B, T, 3, H, W) consecutive frames at the model's frames a second, oldest first.
+            mask: (B, T), True where a frame exists.
+            spacing: (B,) or one number, metres between consecutive frames; used only by models that were trained on
+                datasets of different spacings (see `Units`).
+            fps: steps a second, by default the model's. At fewer, frames that lie further apart join the past, as in
+                the published protocol.
+        """
+        longest = self.cdit.config.max_context
+        latents = self.codec.encode(context[:, -longest:].to(self.device))
+        mask = None if mask is None else mask[:, -longest:].to(self.device)
+        cache = self.cdit.encode_context(latents, mask)
+        state = WorldState(cache, len(context), fps or self.description.fps, spacing)
+        return state if self.cdit.can_push else replace(state, latents=latents, mask=mask)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        state: WorldState,
+        condition: Condition | None = None,
         sampler: SamplerConfig | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
     ) -> Tensor:
-        """Samples one frame per goal: (B, G, 3, H, W).
+        """Samples the latents of G goals of each context, or of the next frame of G candidates: (B, G, C, h, w).
 
         Args:
-            context: (B, T, 3, H, W) past frames, or what `encode_context` made of them.
-            actions: (B, G, 3) from the last past frame to each goal; G goals, or candidates, share a context. None: all
-                unknown.
-            time_shift: (B, G) from the last past frame to each goal.
-            context_mask: (B, T), True where a past frame exists; with frames only.
-            action_mask: (B, G), False where an action is unknown.
-            spacing: (B,) or one number, metres between consecutive frames; looked at only by models that were trained
-                on datasets of different spacings (see `Units`).
-            sampler: scheduler, steps and guidance; by default those of training.
+            state: the past.
+            condition: of each goal or candidate, (B, G, …).
+            sampler: scheduler, steps and guidance; by default those of the description.
             generator: of the noise.
-            progress: whether to show a progress bar.
+            progress: whether to show a progress bar over the denoising steps.
         """
-        if isinstance(context, Tensor):
-            context = self.encode_context(context, context_mask)
         sampler = sampler or self.description.sampler
-        conditions = self._normalized(actions, time_shift, action_mask, spacing)
-        return self.codec.decode(self._sample(context, *conditions, sampler, generator, progress))
+        known = self.network_condition(self._complete(condition or Condition(), state))
+        network, goals, device = self._compiled or self.cdit, known["time_shift"].shape, self.device
+        guided = sampler.guidance != 1 and "action" in known and bool(known["action_known"].any())
+        if guided:  # every goal twice, the second time without its action
+            known = {name: x.repeat_interleave(2, 1) for name, x in known.items()}
+            known["action_known"] = known["action_known"] & (torch.arange(2 * goals[1], device=device) % 2 == 0)
+
+        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+            if guided:
+                noisy = noisy.repeat_interleave(2, 1)
+            prediction = network(noisy, timestep.expand(noisy.shape[:2]), known, state.cache)
+            if not guided:
+                return prediction
+            return self.objective.guide(prediction[:, 1::2], prediction[:, ::2], sampler.guidance)
+
+        shape = (*goals, *self.latent_shape)
+        noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+        return self.objective.sample(predict, noise, sampler, generator, progress)
 
     @torch.no_grad()
+    def step(
+        self,
+        state: WorldState,
+        condition: Condition | None = None,
+        sampler: SamplerConfig | None = None,
+        generator: torch.Generator | None = None,
+        reencode: bool = False,
+    ) -> tuple[WorldState, Tensor]:
+        """Samples the next frame of each candidate, and returns the state with it, and its latents (B, G, C, h, w).
+
+        Args:
+            state: the past of B contexts with G candidates.
+            condition: (B, G, …); actions are the motion during the step, in the local frame at its start.
+            sampler: see `sample`.
+            generator: of the noise.
+            reencode: whether the frame joins the past decoded and encoded again, as in the published protocol. By
+                default it joins as it was sampled (pixels are clipped to [-1, 1]).
+        """
+        sampled = self.sample(state, condition, sampler, generator)
+        return self.advance(state, sampled, self.decode(sampled) if reencode else None), sampled
+
+    @torch.no_grad()
+    def advance(self, state: WorldState, sampled: Tensor, frames: Tensor | None = None) -> WorldState:
+        """The state with the next frame of each candidate.
+
+        Args:
+            state: the past.
+            sampled: (B, G, C, h, w) latents of the frames.
+            frames: (B, G, 3, H, W), to encode in place of the latents.
+        """
+        new = (self.codec.as_past(sampled) if frames is None else self.codec.encode(frames)).flatten(0, 1)
+        if self.cdit.can_push:
+            return replace(state, cache=self.cdit.push_context(state.cache, new))
+        longest = self.cdit.config.max_context
+        latents = side_by_side((state.latents, new[:, None]), len(new), dim=1)[:, -longest:]
+        mask = state.mask
+        if mask is not None:
+            mask = side_by_side((mask, mask.new_ones(len(new), 1)), len(new), dim=1)[:, -longest:]
+        return replace(state, cache=self.cdit.encode_context(latents, mask), latents=latents, mask=mask)
+
+    def decode(self, sampled: Tensor) -> Tensor:
+        """Latents (…, C, h, w) to frames (…, 3, H, W) in [-1, 1]."""
+        return self.codec.decode(sampled)
+
+    def predict(
+        self,
+        context: Tensor | WorldState,
+        condition: Condition,
+        mask: Tensor | None = None,
+        sampler: SamplerConfig | None = None,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Samples one frame per goal, each in one jump: (B, G, 3, H, W).
+
+        Args:
+            context: (B, T, 3, H, W) past frames, or a state.
+            condition: (B, G, …) of each goal; actions from the last past frame to it.
+            mask: (B, T), True where a past frame exists; with frames only.
+            sampler: see `sample`.
+            generator: of the noise.
+            progress: whether to show a progress bar.
+
+        Raises:
+            ValueError: a mask is given beside a state, which has its own.
+        """
+        if isinstance(context, WorldState) and mask is not None:
+            raise ValueError("mask: expected none beside a state, which has its own")
+        state = context if isinstance(context, WorldState) else self.begin(context, mask)
+        return self.decode(self.sample(state, condition, sampler, generator, progress))
+
     def rollout(
         self,
-        context: Tensor,
-        actions: Tensor | None,
-        context_mask: Tensor | None = None,
-        action_mask: Tensor | None = None,
+        context: Tensor | WorldState,
+        condition: Condition | None = None,
+        mask: Tensor | None = None,
         length: int | None = None,
         fps: float | None = None,
-        spacing: Tensor | float | None = None,
         sampler: SamplerConfig | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
@@ -230,47 +360,96 @@ class WorldModel(nn.Module):
         """Predicts frame by frame, each prediction joining the past frames: (B, G, L, 3, H, W).
 
         Args:
-            context: (B, T, 3, H, W) past frames.
-            actions: (B, G, L, 3) for G action sequences of L steps of 1 / fps seconds; the action of a step is the
-                motion during it, in the local frame at its start. None: all unknown, G = 1.
-            context_mask: (B, T), True where a past frame exists.
-            action_mask: (B, G, L), False where an action is unknown.
-            length: L, where there are no actions.
-            fps: steps a second, by default the model's frames a second. At fewer, predictions that lie further apart
-                join the past frames, as in the published protocol.
-            spacing: see `predict`.
-            sampler: scheduler, steps and guidance; by default those of training.
+            context: (B, T, 3, H, W) past frames, or a state.
+            condition: (B, G, L, …) of G candidates and L steps; the action of a step is the motion during it, in the
+                local frame at its start. None: actions are unknown, G = 1.
+            mask: (B, T), True where a past frame exists; with frames only.
+            length: L, where the condition has no steps.
+            fps: steps a second, by default the model's (see `begin`); with frames only.
+            sampler: see `sample`.
             generator: of the noise.
             progress: whether to show a progress bar over the L steps.
-            reencode: whether predictions join the past as frames that are encoded again, as in the published protocol.
-                By default what was sampled joins it as it is, unless it is pixels, which are clipped to [-1, 1].
-            last_only: whether only the last frames are decoded and returned, (B, G, 1, 3, H, W), as planners want them.
+            reencode: see `step`.
+            last_only: whether only the last frames are decoded and returned, (B, G, 1, 3, H, W), as for planning.
+
+        Raises:
+            ValueError: there is no length, or a mask or fps is given beside a state.
         """
-        batch, candidates = (len(context), 1) if actions is None else actions.shape[:2]
-        length = length if actions is None else actions.shape[2]
-        time_shift = context.new_full((batch, candidates), 1 / (fps or self.description.fps))
-        sampler = sampler or self.description.sampler
-        window = self._window(context, context_mask)
-        cache = self.cdit.encode_context(*window)
+        condition = condition or Condition()
+        per_step = replace(condition, spacing=None).named_tensors()
+        if per_step:
+            candidates, length = next(iter(per_step.values())).shape[1:3]
+        elif length is None:
+            raise ValueError("length: expected a number of steps where the condition has none")
+        else:
+            candidates = 1
+        if isinstance(context, WorldState):
+            if mask is not None or fps is not None:
+                raise ValueError("mask, fps: expected none beside a state, which has its own")
+            state = context
+        else:
+            state = self.begin(context, mask, condition.spacing, fps)
+        if state.candidates != candidates:
+            state = state.fork(candidates)
         frames: list[Tensor] = []
-        sampled: Tensor | None = None
-        for step in tqdm(range(length), desc="rollout", disable=not progress, leave=False):
-            if sampled is not None:
-                new = (self.codec.encode(frames[-1]) if reencode else self.codec.as_past(sampled)).flatten(0, 1)
-                if self.cdit.can_push:
-                    cache = self.cdit.push_context(cache, new)
-                else:
-                    window = window.push(new, self.cdit.config.max_context)
-                    cache = self.cdit.encode_context(*window)
-            action, known = (x if x is None else x[:, :, step] for x in (actions, action_mask))
-            conditions = self._normalized(action, time_shift, known, spacing)
-            sampled = self._sample(cache, *conditions, sampler, generator, progress=False)
-            if reencode or not last_only or step == length - 1:
-                frames.append(self.codec.decode(sampled))
+        for i in tqdm(range(length), desc="rollout", disable=not progress, leave=False):
+            sampled = self.sample(state, condition.select(2, i), sampler, generator)
+            if reencode or not last_only or i == length - 1:
+                frames.append(self.decode(sampled))
+            if i < length - 1:
+                state = self.advance(state, sampled, frames[-1] if reencode else None)
         return torch.stack(frames[-1:] if last_only else frames, dim=2)
 
+    @torch.no_grad()
+    def encode(self, batch: Batch, action_dropout: float = 0.0) -> EncodedBatch:
+        """A batch of windows as the network sees it, on the world's device.
+
+        Args:
+            batch: of frames or of latents' moments, with keys.
+            action_dropout: share of goals whose action `EncodedBatch.dropped` hides.
+        """
+        # Asked on the CPU, where the answer costs no synchronisation; without masks faster kernels can be used.
+        mask = None if batch.mask.all() else batch.mask.to(self.device)
+        past = batch.context.shape[1]
+        recorded = torch.cat([x.to(self.device, non_blocking=True) for x in (batch.context, batch.target)], dim=1)
+        noise = None
+        if self.codec.samples:
+            keys = [seed_of(key, 1) for key in batch.key.tolist()]
+            noise = KeyedDraws(keys, self.device).randn(recorded.shape[1], *self.latent_shape)
+        if recorded.dtype == torch.uint8:
+            latents = self.codec.encode(to_float(recorded), noise)
+        else:  # already encoded
+            latents = self.codec.draw(recorded, noise)
+        condition = self.network_condition(batch.condition.to(self.device))
+        return EncodedBatch(latents[:, :past], mask, latents[:, past:], condition, action_dropout)
+
+    def network_condition(self, condition: Condition) -> dict[str, Tensor]:
+        """Normalised conditions by name, as `CDiT.forward` takes them; no action for a model trained without.
+
+        Args:
+            condition: with a time shift.
+        """
+        units = self.description.units
+        named = {"time_shift": condition.time_shift * units.time_scale, **condition.extra}
+        if condition.action is None or not self.description.has_actions:
+            return named
+        known = condition.known
+        if known is None:
+            known = torch.ones(condition.action.shape[:-1], dtype=torch.bool, device=condition.action.device)
+        action = units.normalize(condition.action, condition.spacing)
+        return named | {"action": action, "action_known": known}
+
+    def _complete(self, condition: Condition, state: WorldState) -> Condition:
+        """On the world's device, with time shift and spacing of the state where it has none."""
+        condition = condition.to(self.device)
+        if condition.time_shift is None:
+            shape = (state.batch, state.candidates)
+            shift = torch.full(shape, 1 / state.fps, dtype=self.cdit.dtype, device=self.device)
+            condition = replace(condition, time_shift=shift)
+        return condition if condition.spacing is not None else replace(condition, spacing=state.spacing)
+
     def save_pretrained(self, folder: Path | str) -> None:
-        """Writes what `from_pretrained` reads: world_model.json, cdit/ and, for an autoencoder, codec/.
+        """Writes what `from_pretrained` reads: world_model.json, cdit/ and, where the codec has weights, codec/.
 
         An older model in the folder is replaced when the new one is written in full.
 
@@ -287,8 +466,7 @@ class WorldModel(nn.Module):
 
     def _write(self, folder: Path, partial: Path) -> None:
         self.cdit.save_pretrained(partial / "cdit")
-        if isinstance(self.codec, AutoencoderCodec):
-            self.codec.autoencoder.save_pretrained(partial / "codec")
+        self.codec.save(partial / "codec")
         description = {"codec": self.codec.kind, **asdict(self.description)}
         (partial / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
         (folder / DESCRIPTION).unlink(missing_ok=True)  # without it the folder is no world model, until all is there
@@ -323,57 +501,9 @@ class WorldModel(nn.Module):
             if shapes != {name: tuple(weight.shape) for name, weight in expected.items()}:
                 raise UserError("the weights in cdit/ are not those of its config.json")
             cdit = CDiT.from_pretrained(found / "cdit", low_cpu_mem_usage=False, use_safetensors=True)
-            if kind != PixelCodec.kind:
+            if (found / "codec").is_dir():
                 weight_shapes(found / "codec")
             codec = load_codec(CodecConfig(kind, str(found / "codec")))
         except Exception as error:  # the libraries that read these files raise as they please
             raise UserError(f"{found}: not a readable world model ({error})") from error
         return cls(cdit, codec, description).eval()
-
-    def _window(self, context: Tensor, mask: Tensor | None) -> Window:
-        """The last max_context of the frames, encoded by the codec."""
-        longest = self.cdit.config.max_context
-        return Window(self.codec.encode(context[:, -longest:]), None if mask is None else mask[:, -longest:])
-
-    def _normalized(
-        self,
-        action: Tensor | None,
-        time_shift: Tensor,
-        action_mask: Tensor | None,
-        spacing: Tensor | float | None,
-    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
-        """Action, time shift and action mask as the network takes them."""
-        if action is None:
-            return None, time_shift * self.description.units.time_scale, None
-        return *self.description.units.normalize(action, time_shift, spacing), action_mask
-
-    def _sample(
-        self,
-        context: ContextCache,
-        action: Tensor | None,
-        time_shift: Tensor,
-        action_mask: Tensor | None,
-        config: SamplerConfig,
-        generator: torch.Generator | None,
-        progress: bool,
-    ) -> Tensor:
-        network, goals = self._compiled or self.cdit, time_shift.shape
-        guided = config.guidance != 1 and action is not None and (action_mask is None or bool(action_mask.any()))
-        if guided:  # every goal twice, the second time told no action
-            known = torch.ones_like(time_shift, dtype=torch.bool) if action_mask is None else action_mask
-            action_mask = torch.stack((known, torch.zeros_like(known)), dim=2).flatten(1, 2)
-            action, time_shift = action.repeat_interleave(2, 1), time_shift.repeat_interleave(2, 1)
-
-        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
-            if guided:
-                noisy = noisy.repeat_interleave(2, 1)
-            timesteps = timestep.expand(noisy.shape[:2])
-            prediction = network(noisy, timesteps, action, time_shift, context, action_mask=action_mask)
-            if not guided:
-                return prediction
-            return self.objective.guide(prediction[:, 1::2], prediction[:, ::2], config.guidance)
-
-        device = time_shift.device
-        shape = (*goals, *self.latent_shape)
-        noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
-        return self.objective.sample(predict, noise, config, generator, progress)

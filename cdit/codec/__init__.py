@@ -3,5 +3,7 @@
 from cdit.codec.config import CodecConfig
 from cdit.common.lazy import lazy_names
 
-__all__ = ["AutoencoderCodec", "Codec", "CodecConfig", "PixelCodec", "latent_size", "load_codec"]
-__getattr__ = lazy_names(__name__, codecs="AutoencoderCodec Codec PixelCodec latent_size load_codec")
+__all__ = ["CODECS", "AutoencoderCodec", "Codec", "CodecConfig", "KLCodec", "PixelCodec", "TinyCodec", "load_codec"]
+__getattr__ = lazy_names(
+    __name__, codec="CODECS Codec PixelCodec load_codec", autoencoder="AutoencoderCodec KLCodec TinyCodec"
+)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cdit.codec import AutoencoderCodec, CodecConfig, latent_size, load_codec
+from cdit.codec import Codec, CodecConfig, load_codec
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import DataError, UserError
 from cdit.common.pictures import to_float
@@ -54,7 +54,7 @@ class EncodeConfig:
     """Only check the checksums of what is there already, and name every file that is missing or damaged."""
 
 
-def encode(config: EncodeConfig, codec: AutoencoderCodec) -> None:
+def encode(config: EncodeConfig, codec: Codec) -> None:
     """Writes the latent cache of every dataset; of several processes, each takes its share of the trajectories.
 
     Raises:
@@ -63,8 +63,8 @@ def encode(config: EncodeConfig, codec: AutoencoderCodec) -> None:
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     codec.to(state.device)
     data = config.data
-    frame_shape = (1 + codec.samples, codec.channels, *latent_size(codec, data.image_size))
-    encoding = Encoding(codec.kind, config.codec.name, codec.fingerprint(), data.image_size, data.crop)
+    frame_shape = (1 + codec.samples, *codec.latent_shape(data.image_size))
+    encoding = Encoding(codec.kind, config.codec.weights, codec.fingerprint(), data.image_size, data.crop)
     for source in data.sources:
         trajectories = _trajectories(source, config.splits)
         with state.main_process_first():
@@ -84,7 +84,7 @@ def encode(config: EncodeConfig, codec: AutoencoderCodec) -> None:
 def _encode(
     trajectories: Sequence[Trajectory],
     cache: LatentCache,
-    codec: AutoencoderCodec,
+    codec: Codec,
     config: EncodeConfig,
     state: PartialState,
 ) -> "Rounding":

@@ -4,14 +4,15 @@ import atexit
 import multiprocessing
 import signal
 from collections.abc import Iterator
+from dataclasses import replace
 from multiprocessing import connection
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
+from cdit.batch import Batch
 from cdit.common.errors import DataError, Interrupted, UserError
 from cdit.data.config import DataConfig
 from cdit.data.prefetch import fetching_ahead
@@ -24,18 +25,13 @@ SUBSTITUTES = 20
 """How many windows are tried in place of one that cannot be read."""
 
 
-def collate(items: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Stacks items: every tensor gains a leading batch dimension."""
-    return default_collate(items)
-
-
 def loader(dataset: WindowDataset, sampler: KeyedBatchSampler, config: DataConfig) -> "WindowLoader":
     """A loader of the sampler's batches with `config.workers` processes, in pinned memory where there is CUDA.
 
     Shards from afar are fetched before they are needed.
 
-    Batches have, beside the stacked items, `skipped`: a list of messages, one for each sample that could not be read
-    and so has weight 0 and another window's content. It is always empty where `config.on_error` is "stop".
+    Where `config.on_error` is "skip", a sample that cannot be read has weight 0, another window's content, and a
+    message in the batch's `skipped`.
     """
     return WindowLoader(
         Reporting(Skipping(dataset) if config.on_error == "skip" else dataset),
@@ -55,7 +51,7 @@ class WindowLoader(DataLoader):
     signals often go to all processes of a run at once, and it still needs them to finish its step.
     """
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
+    def __iter__(self) -> Iterator[Batch]:
         # Torch would have a signal handler raise where a worker dies, wherever the main process is just then. That a
         # worker is missing is noticed without it, within seconds of waiting for its batch.
         handler, children = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
@@ -119,7 +115,7 @@ class Skipping(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, key: WindowKey) -> dict[str, Any]:
+    def __getitem__(self, key: WindowKey) -> Batch:
         try:
             return self.dataset[key]
         except DataError as error:
@@ -129,13 +125,12 @@ class Skipping(Dataset):
                 item = self.dataset[key._replace(window=(key.window + int(distance)) % len(self), weight=0.0)]
             except DataError:
                 continue
-            return item | {"skipped": str(first)} if key.weight else item  # padding has counted for nothing before
+            return replace(item, skipped=[str(first)]) if key.weight else item  # padding has weight 0 in any case
         raise first
 
 
-def _collate_or_report(items: list[dict[str, Any] | Exception]) -> dict[str, Any] | Exception:
-    for item in items:
-        if isinstance(item, Exception):
-            return item
-    skipped = [item.pop("skipped") for item in items if "skipped" in item]
-    return {**collate(items), "skipped": skipped}
+def _collate_or_report(items: list[Batch | Exception]) -> Batch | Exception:
+    return next((item for item in items if isinstance(item, Exception)), None) or Batch.collate(items)
+
+
+collate = Batch.collate

@@ -2,13 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
+from cdit.batch import Batch, Condition
 from cdit.common.randomness import seed_of
 from cdit.data.config import DataConfig
 from cdit.data.frames import FrameStore
@@ -37,21 +38,12 @@ class WindowKey(NamedTuple):
 class WindowDataset(Dataset):
     """The windows of a split: every (trajectory, current time t) with `min_history` frames up to t and a goal in range.
 
-    An item is a dict of tensors (T context frames, G goals):
+    An item is a `Batch` of one sample, without the dimension B. Context frames are zeros where the trajectory had not
+    begun; actions are float32 with dyaw in [-π, π), and zeros where they are not known; `key` is
+    `seed_of(seed, step, sample)`.
 
-        context       (T, 3, H, W) uint8    RGB, oldest first; zeros where the trajectory had not begun
-        context_mask  (T,) bool             True where the frame exists
-        target        (G, 3, H, W) uint8    the goal frames
-        action        (G, 3) float32        motion to the goal in the local frame of the last context frame: dx forward
-                                            and dy left in metres, dyaw ccw in [-π, π); zeros where unknown
-        action_mask   (G,) bool             True where the action is known
-        time_shift    (G,) float32          seconds to the goal, negative in the past
-        spacing       () float32            metres between consecutive frames of the window's dataset
-        seed          () int64              seed of the sample's further draws: `seed_of(seed, step, sample)`
-        weight        () float32            that of its key: how much the sample counts
-
-    After `use_latents`, what an item holds as context and target is (T, S, C, h, w) and (G, S, C, h, w) float32 latents
-    (see cdit.data.latents); `window` and `path` give frames all the same.
+    After `use_latents`, context and target of an item are the latents' moments (T, S, C, h, w) and (G, S, C, h, w) in
+    float32 (see cdit.data.latents); `window` and `path` give frames all the same.
 
     Args:
         config: which dataset and windows.
@@ -81,7 +73,7 @@ class WindowDataset(Dataset):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    def __getitem__(self, key: WindowKey | int) -> dict[str, Tensor]:
+    def __getitem__(self, key: WindowKey | int) -> Batch:
         """The window with goals drawn by the key: uniform over the offsets in range that the trajectory has.
 
         A plain index stands for `WindowKey(index, step=0, sample=index)`.
@@ -94,7 +86,7 @@ class WindowDataset(Dataset):
         draws = np.random.default_rng(seed)
         goals = now + draws.integers(low, high, size=self.config.goals, endpoint=True)
         item = self._item(trajectory, now, goals.tolist(), [now] * len(goals), self._latents or self.frames)
-        return item | {"seed": torch.tensor(seed), "weight": torch.tensor(weight, dtype=torch.float32)}
+        return replace(item, key=torch.tensor(seed), weight=torch.tensor(weight, dtype=torch.float32))
 
     def use_latents(self, encoding: Encoding) -> None:
         """Has items hold latents in place of frames, if there are any in the dataset's folder (in all, of a mix).
@@ -139,8 +131,8 @@ class WindowDataset(Dataset):
         trajectory = int(np.searchsorted(self._starts, window, side="right")) - 1
         return trajectory, self._first + window - int(self._starts[trajectory])
 
-    def window(self, index: int, offsets: Sequence[int]) -> dict[str, Tensor]:
-        """The window `index` with its goals at these offsets in frames: an item without `seed` and `weight`.
+    def window(self, index: int, offsets: Sequence[int]) -> Batch:
+        """The window `index` with its goals at these offsets in frames: an item without key and weight.
 
         Raises:
             IndexError: an offset leads out of the trajectory.
@@ -159,10 +151,10 @@ class WindowDataset(Dataset):
             indices += range(first_window + earliest, min(first_window + latest + 1, int(stop)))
         return indices
 
-    def path(self, index: int, length: int) -> dict[str, Tensor]:
+    def path(self, index: int, length: int) -> Batch:
         """The window's context and the `length` frames that follow it one by one, for rollouts.
 
-        An item without `seed` and `weight`, with G = length: target i is frame t+1+i, its action the motion from frame
+        An item without key and weight, with G = length: target i is frame t+1+i, its action the motion from frame
         t+i to t+i+1 in the local frame of t+i, its time shift 1 / fps.
 
         Raises:
@@ -174,7 +166,7 @@ class WindowDataset(Dataset):
 
     def _item(
         self, index: int, now: int, goals: list[int], origins: list[int], store: FrameStore | LatentStore
-    ) -> dict[str, Tensor]:
+    ) -> Batch:
         """The context at `now`, and the goals with the motion and time from each one's origin, in frames."""
         trajectory = self.trajectories[index]
         if not all(0 <= goal < len(trajectory) for goal in goals):
@@ -188,12 +180,14 @@ class WindowDataset(Dataset):
         if trajectory.position is not None:
             position, yaw = trajectory.position, trajectory.yaw
             action = local_motion(position[origins], yaw[origins], position[goals], yaw[goals])
-        return {
-            "context": context,
-            "context_mask": torch.arange(size) >= size - len(history),
-            "target": frames[len(history) :],
-            "action": torch.tensor(action, dtype=torch.float32),
-            "action_mask": torch.full((len(goals),), trajectory.position is not None),
-            "time_shift": torch.tensor(np.subtract(goals, origins) / self.info.fps, dtype=torch.float32),
-            "spacing": torch.tensor(self._spacing[index], dtype=torch.float32),
-        }
+        return Batch(
+            context=context,
+            mask=torch.arange(size) >= size - len(history),
+            target=frames[len(history) :],
+            condition=Condition(
+                time_shift=torch.tensor(np.subtract(goals, origins) / self.info.fps, dtype=torch.float32),
+                action=torch.tensor(action, dtype=torch.float32),
+                known=torch.full((len(goals),), trajectory.position is not None),
+                spacing=torch.tensor(self._spacing[index], dtype=torch.float32),
+            ),
+        )

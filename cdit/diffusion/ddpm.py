@@ -3,7 +3,7 @@
 1000 linear betas from 1e-4 to 0.02; a noisy frame is x_t = √ᾱ_t·x0 + √(1 - ᾱ_t)·ε; the network predicts ε and, in
 further channels, where between log β̃_t and log β_t the logarithm of the reverse step's variance lies. This is the
 objective of DiT and of Navigation World Models. Tensors are (…, C, H, W) with diffusion times (…) in [0, 1), time t
-standing for the index ⌊1000·t⌋ that the network is told.
+standing for the index ⌊1000·t⌋ that the network is conditioned on.
 """
 
 import math
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cdit.batch import KeyedDraws
 from cdit.diffusion.config import BETAS, SCHEDULERS, TIMESTEPS, DDPMConfig, SamplerConfig
+from cdit.diffusion.objective import DenoisingObjective
 from cdit.diffusion.sampling import Predict, denoise, spread
 
 
@@ -61,28 +63,30 @@ class Chain:
         return spread(self._copies[key][index], frames)
 
 
-class DDPM:
+class DDPM(DenoisingObjective):
     """The noise-prediction objective."""
 
     schedulers = tuple(SCHEDULERS["ddpm"])
 
     def __init__(self, config: DDPMConfig):
+        super().__init__()
         self.learn_variance = config.learn_variance
+        self.outputs = 2 if config.learn_variance else 1
         self.chain = Chain((1 - torch.linspace(*BETAS, TIMESTEPS, dtype=torch.float64)).cumprod(0))
 
-    def draw_time(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Diffusion times in [0, 1), uniform, on the generator's device."""
-        return torch.rand(shape, generator=generator, device=generator.device)
+    def draw_time(self, draws: KeyedDraws, *shape: int) -> Tensor:
+        """Diffusion times in [0, 1), uniform."""
+        return draws.rand(*shape)
 
     def timestep(self, time: Tensor) -> Tensor:
-        """What the network is told of a diffusion time: whole numbers from 0 to 999."""
+        """⌊1000·t⌋, at most 999."""
         return (time * TIMESTEPS).floor().clamp(max=TIMESTEPS - 1)
 
     def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """x_t = √ᾱ_t·x0 + √(1 - ᾱ_t)·ε."""
         return self.chain.noisy(clean, noise, self._index(time))
 
-    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Mean squared error of the noise, plus the variational bound in bits per dimension, of each frame: (…).
 
         The bound, L_vlb of Nichol & Dhariwal taken at one t, teaches the variance only: in it the noise is detached.

@@ -1,7 +1,7 @@
 """Rectified flow (Liu et al. 2022, arXiv 2209.03003; Esser et al. 2024, arXiv 2403.03206).
 
-A noisy frame at time t in [0, 1] is x_t = (1 - t)·x0 + t·ε; its velocity is v = ε - x0. The network is told t·1000.
-Tensors are (…, C, H, W) with times (…): any leading dimensions.
+A noisy frame at time t in [0, 1] is x_t = (1 - t)·x0 + t·ε; its velocity is v = ε - x0. The network is conditioned on
+t·1000. Tensors are (…, C, H, W) with times (…): any leading dimensions.
 """
 
 import diffusers
@@ -9,28 +9,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cdit.batch import KeyedDraws
 from cdit.diffusion.config import SCHEDULERS, TIMESTEPS, FlowConfig, Quantity, SamplerConfig
+from cdit.diffusion.objective import DenoisingObjective
 from cdit.diffusion.sampling import Predict, denoise, spread
 
 
-class Flow:
+class Flow(DenoisingObjective):
     """The rectified-flow objective."""
 
-    learn_variance = False
     schedulers = tuple(SCHEDULERS["flow"])
 
     def __init__(self, config: FlowConfig):
+        super().__init__()
         self.config = config
 
-    def draw_time(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        """Diffusion times in (0, 1) on the generator's device."""
+    def draw_time(self, draws: KeyedDraws, *shape: int) -> Tensor:
+        """Diffusion times in (0, 1), uniform or logit-normal."""
         if self.config.time_distribution == "uniform":
-            return torch.rand(shape, generator=generator, device=generator.device)
-        logit = torch.randn(shape, generator=generator, device=generator.device)
-        return torch.sigmoid(logit * self.config.time_std + self.config.time_mean)
+            return draws.rand(*shape)
+        # Sample by sample: vectorised, the last bit of a sigmoid would depend on its place in the batch.
+        logits = draws.randn(*shape) * self.config.time_std + self.config.time_mean
+        return torch.stack([logit.sigmoid() for logit in logits])
 
     def timestep(self, time: Tensor) -> Tensor:
-        """What the network is told of a diffusion time: 0 to 1000."""
+        """1000·t."""
         return time * TIMESTEPS
 
     def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
@@ -41,7 +44,7 @@ class Flow:
     def convert(self, value: Tensor, source: Quantity, target: Quantity, noisy: Tensor, time: Tensor) -> Tensor:
         """Turns a prediction of one quantity into another, given x_t and t; exact for min_time ≤ t ≤ 1 - min_time.
 
-        From clean frame or noise the velocity is had by a division by t or 1 - t, clamped below at min_time.
+        The velocity of a clean frame or noise is a quotient by t or 1 - t, which are clamped below at min_time.
         """
         if source == target:
             return value
@@ -54,7 +57,7 @@ class Flow:
             velocity = value
         return {"clean": noisy - t * velocity, "velocity": velocity, "noise": noisy + (1 - t) * velocity}[target]
 
-    def loss(self, prediction: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+    def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Squared error of the chosen quantity, averaged over each frame: (…), in float32.
 
         Prediction and truth pass through the same conversion: where the clamp acts, it weights their difference.
@@ -94,7 +97,7 @@ class Flow:
             predict: the network's prediction for a noisy sample at a scalar timestep (0 to 1000).
             noise: (…, C, H, W), standard normal.
             config: scheduler and number of steps.
-            generator: not used: the flow draws nothing on its way.
+            generator: not used; the flow is deterministic.
             progress: whether to show a progress bar over the steps.
         """
 

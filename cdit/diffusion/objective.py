@@ -1,12 +1,141 @@
-"""Choosing an objective."""
+"""What an objective is: how the network is trained, and how frames are sampled with it."""
 
-from cdit.diffusion.config import DDPMConfig, FlowConfig, ObjectiveName
-from cdit.diffusion.ddpm import DDPM
-from cdit.diffusion.flow import Flow
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from typing import Any, Protocol
 
-Objective = Flow | DDPM
+import torch
+from torch import Tensor, nn
+
+from cdit.batch import EncodedBatch, KeyedDraws
+from cdit.common.registry import Registry
+from cdit.diffusion.config import DDPMConfig, FlowConfig, SamplerConfig
+from cdit.diffusion.sampling import Predict
 
 
-def make_objective(name: ObjectiveName, flow: FlowConfig, ddpm: DDPMConfig) -> Objective:
-    """The objective of that name, with its config of the two."""
-    return Flow(flow) if name == "flow" else DDPM(ddpm)
+class Settings(Protocol):
+    """What an objective is built from: the fields of a `TrainConfig` or a `WorldDescription`."""
+
+    objective: str
+    flow: FlowConfig
+    ddpm: DDPMConfig
+    objective_options: dict[str, Any]
+
+
+class Objective(ABC):
+    """How the network is trained, and how frames are sampled with it.
+
+    A subclass is built from `Settings`, and registered in `OBJECTIVES` or named by its import path.
+    """
+
+    schedulers: Collection[str]
+    """Names of the schedulers that frames can be sampled with."""
+    outputs: int = 1
+    """Output channels of the network for each channel of a frame."""
+
+    def __init__(self) -> None:
+        self.networks: dict[str, nn.Module] = {}
+        """Further networks by name, such as a teacher or an average. They are prepared, sharded and checkpointed with
+        the model, and their parameters that require gradients are trained with it."""
+
+    def attach(self, cdit: nn.Module) -> None:  # noqa: B027 (a hook)
+        """Builds `networks` for training; by default none.
+
+        Args:
+            cdit: the network with its initial weights, not sharded yet.
+        """
+
+    @abstractmethod
+    def loss(self, network: nn.Module, batch: EncodedBatch, draws: KeyedDraws, time: Tensor | None = None) -> Tensor:
+        """The loss of each goal, (B, G) in float32.
+
+        Args:
+            network: the CDiT in training (or its average in validation), wrapped for distributed training. It may be
+                called any number of times.
+            batch: of B contexts with G goals.
+            draws: the samples' random numbers.
+            time: (B, G) diffusion times in [0, 1] to take in place of random ones, in validation.
+        """
+
+    def after_step(self, cdit: nn.Module) -> None:  # noqa: B027
+        """Called after each optimizer step with the bare network, for example to update an average of it."""
+
+    @abstractmethod
+    def sample(
+        self,
+        predict: Predict,
+        noise: Tensor,
+        config: SamplerConfig,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Samples clean latents.
+
+        Args:
+            predict: the network's prediction for a noisy sample at a scalar timestep, 0 (clean) to 1000.
+            noise: (…, C, h, w), standard normal.
+            config: scheduler and number of steps.
+            generator: of further random numbers.
+            progress: whether to show a progress bar over the steps.
+        """
+
+    @abstractmethod
+    def guide(self, unknown: Tensor, known: Tensor, scale: float) -> Tensor:
+        """Classifier-free guidance: from the prediction without the action past that with it."""
+
+
+class DenoisingObjective(Objective):
+    """Adds noise to the goals at random diffusion times, and compares the network's prediction with what it was for."""
+
+    def loss(self, network: nn.Module, batch: EncodedBatch, draws: KeyedDraws, time: Tensor | None = None) -> Tensor:
+        """The error of one prediction of each goal; see `Objective.loss`."""
+        drawn = self.draw_time(draws, batch.clean.shape[1])
+        time = drawn if time is None else time
+        condition = batch.dropped(draws)
+        noise = draws.randn(*batch.clean.shape[1:])
+        noisy = self.add_noise(batch.clean, noise, time)
+        prediction = network(noisy, self.timestep(time), condition, batch.context, batch.mask)
+        return self.error(prediction, batch.clean, noise, time)
+
+    @abstractmethod
+    def draw_time(self, draws: KeyedDraws, *shape: int) -> Tensor:
+        """(B, *shape) diffusion times in [0, 1]."""
+
+    @abstractmethod
+    def timestep(self, time: Tensor) -> Tensor:
+        """What the network is conditioned on for a diffusion time: 0 to 1000."""
+
+    @abstractmethod
+    def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """The noisy sample at a time."""
+
+    @abstractmethod
+    def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """The loss of a prediction, averaged over each frame: (…)."""
+
+
+OBJECTIVES: Registry[Callable[[Settings], Objective]] = Registry("objective")
+"""Objectives by name: classes or functions that build one from `Settings`."""
+
+
+@OBJECTIVES.register("flow")
+def _flow(settings: Settings) -> Objective:
+    from cdit.diffusion.flow import Flow
+
+    return Flow(settings.flow)
+
+
+@OBJECTIVES.register("ddpm")
+def _ddpm(settings: Settings) -> Objective:
+    from cdit.diffusion.ddpm import DDPM
+
+    return DDPM(settings.ddpm)
+
+
+def make_objective(settings: Settings) -> Objective:
+    """The objective of a config or a world's description.
+
+    Raises:
+        UserError: its name is unknown.
+    """
+    return OBJECTIVES.get(settings.objective)(settings)

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import torch
 
+from cdit.codec.autoencoder import latent_shape
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import UserError
+from cdit.diffusion.objective import make_objective
 from cdit.model import CDiT
-from cdit.model.describe import describe, latent_shape, table
+from cdit.model.describe import describe, table
 from cdit.model.scale import Hardware, Run, tables
 from cdit.training.config import TrainConfig
 
@@ -39,7 +41,7 @@ def network(config: TrainConfig) -> tuple[CDiT, str]:
             tuple(size),
             channels,
             config.data.context_frames,
-            learn_variance=config.objective == "ddpm" and config.ddpm.learn_variance,
+            learn_variance=make_objective(config).outputs == 2,
             **config.model.arguments(),
         )
     kind = "pixels" if config.codec.kind == "pixels" else "latents"

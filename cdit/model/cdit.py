@@ -8,7 +8,7 @@ Shape suffixes: B contexts, G goals of a context (their targets share its keys a
 P patches of a frame, M = T·P context tokens, D width; S rows of encoded frames, each shared by consecutive targets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from cdit.common.errors import UserError
 from cdit.model.attention import KeysValues, MultiHeadAttention, Part, side_by_side
 from cdit.model.blocks import Block, ContextBlock, ContextTokens, FinalLayer, OutputConvolutions, layer_norm
-from cdit.model.embeddings import ActionEmbedding, ScalarEmbedding
+from cdit.model.conditioners import CONDITIONERS, ActionConditioner, ScalarEmbedding, TimeShiftConditioner
 from cdit.model.rotary import Rotation, axial_rotation
 
 
@@ -100,7 +100,7 @@ class ContextCache:
 
 
 class CDiT(ModelMixin, ConfigMixin):
-    """Predicts what a frame's denoising objective asks for, from a noisy frame, past frames, action and time shift.
+    """Predicts the target of a denoising objective from a noisy frame, past frames and further conditions.
 
     After `enable_gradient_checkpointing()` a block leaves only its input in memory, and makes the rest, its keys and
     values of the context among it, once more in the backward pass (Chen et al. 2016, arXiv 1604.06174).
@@ -142,6 +142,7 @@ class CDiT(ModelMixin, ConfigMixin):
         dropout: float = 0.0,
         use_action: bool = True,
         use_time_shift: bool = True,
+        extra_conditioners: Mapping[str, str] | None = None,
         embedding_scale: float = 30.0,
         init: Literal["native", "published"] = "native",
         learn_variance: bool = False,
@@ -163,8 +164,15 @@ class CDiT(ModelMixin, ConfigMixin):
 
         self.patch_embed = PatchEmbed(tuple(image_size), patch_size, in_channels, hidden_size)
         self.time_embed = ScalarEmbedding(hidden_size)
-        self.shift_embed = ScalarEmbedding(hidden_size, embedding_scale) if use_time_shift else None
-        self.action_embed = ActionEmbedding(hidden_size, embedding_scale) if use_action else None
+        self.conditioners = nn.ModuleDict()
+        if use_time_shift:
+            self.conditioners["time_shift"] = TimeShiftConditioner(hidden_size, embedding_scale)
+        if use_action:
+            self.conditioners["action"] = ActionConditioner(hidden_size, embedding_scale)
+        for name, kind in (extra_conditioners or {}).items():
+            if name in self.conditioners:
+                raise UserError(f"extra_conditioners: {name} is built in; choose another name")
+            self.conditioners[name] = CONDITIONERS.get(kind)(hidden_size)
         self.pos_embed = None
         if position == "learned":  # slots of the past frames, oldest first, then the target's
             self.pos_embed = nn.Parameter(torch.empty(max_context + 1, self.grid[0] * self.grid[1], hidden_size))
@@ -203,8 +211,8 @@ class CDiT(ModelMixin, ConfigMixin):
             self._shrink_weights()
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # the convolution is a linear map of a patch
         nn.init.zeros_(self.patch_embed.proj.bias)
-        if self.action_embed is not None:
-            nn.init.normal_(self.action_embed.unknown, std=0.4)  # as large as the embeddings of known actions
+        if "action" in self.conditioners:
+            nn.init.normal_(self.conditioners["action"].unknown, std=0.4)  # as large as embeddings of known actions
         if self.pos_embed is not None:
             nn.init.normal_(self.pos_embed, std=0.02)
         for block in self.blocks:
@@ -298,11 +306,9 @@ class CDiT(ModelMixin, ConfigMixin):
         self,
         sample: Tensor,
         timestep: Tensor,
-        action: Tensor | None,
-        time_shift: Tensor | None,
+        condition: Mapping[str, Tensor],
         context: Tensor | ContextCache,
         context_mask: Tensor | None = None,
-        action_mask: Tensor | None = None,
     ) -> Tensor:
         """Predicts in the shape of the sample (twice the channels where variance is learned).
 
@@ -310,35 +316,27 @@ class CDiT(ModelMixin, ConfigMixin):
             sample: (B, C, H, W) noisy targets, or (B, G, C, H, W) for several goals of one context; for a cache of
                 candidates with frames of their own, G is a multiple of their number.
             timestep: (B[, G]) diffusion time, 0 (clean) to 1000 (noise).
-            action: (B[, G], 3) normalised dx, dy, dyaw in the local frame of the last past frame. None: all unknown.
-            time_shift: (B[, G]) normalised time from the last past frame to the target, negative for the past. May be
-                None where the model does not use it.
+            condition: normalised conditions by name, for the conditioners: `time_shift` (B[, G]) from the last past
+                frame to the target, negative for the past; `action` (B[, G], 3) dx, dy, dyaw in the frame of the last past
+                frame, absent where all are unknown, and `action_known` (B[, G]), False where one is.
             context: (B, T, C, H, W) past frames, oldest first, or what `encode_context` made of them.
             context_mask: (B, T), True where a past frame exists; with frames only.
-            action_mask: (B[, G]), False where the action is unknown; None where all are known.
         """
         if isinstance(context, Tensor):
             context = ContextCache([self._encode(context, context_mask)])
-        if action is None:
-            action = sample.new_zeros(*timestep.shape, 3)
-            action_mask = torch.zeros_like(timestep, dtype=torch.bool)
-
         x = self.patch_embed(sample.reshape(-1, *sample.shape[-3:]))  # (B·G, P, D)
         if self.pos_embed is not None:
             x = x + self.pos_embed[-1]
-        condition = self.time_embed(timestep.flatten())
-        if self.shift_embed is not None:
-            condition = condition + self.shift_embed(time_shift.flatten())
-        if self.action_embed is not None:
-            known = None if action_mask is None else action_mask.flatten()
-            condition = condition + self.action_embed(action.reshape(-1, 3), known)
-        condition = F.silu(condition)
+        pooled = self.time_embed(timestep.flatten())
+        for conditioner in self.conditioners.values():
+            pooled = pooled + conditioner(condition)
+        pooled = F.silu(pooled)
 
         frame_1 = context.parts[-1].frame_T[-1:] + 1
         position, rotation = self._position(frame_1), self._rotation(frame_1)
         for block, looked_at in zip(self.blocks, self._for_blocks(context, len(x)), strict=True):
-            x = self._run(block, x, condition, looked_at, rotation, position)
-        x = self._unpatchify(self.final_layer(x, condition))
+            x = self._run(block, x, pooled, looked_at, rotation, position)
+        x = self._unpatchify(self.final_layer(x, pooled))
         if self.output_convolutions is not None:
             x = self.output_convolutions(x, sample.flatten(0, -4))
         return x.reshape(*sample.shape[:-3], -1, *sample.shape[-2:])

@@ -1,6 +1,6 @@
 """The size and the dialect of a CDiT, as a person writes them in a YAML file."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 PRESETS = {
@@ -49,9 +49,11 @@ class ModelConfig:
     dropout: float = 0.0
     """Share of each branch's output zeroed in training."""
     use_action: bool = True
-    """Whether the model is told the action."""
+    """Whether the model is conditioned on the action."""
     use_time_shift: bool = True
-    """Whether the model is told how far ahead (or back) the target is."""
+    """Whether the model is conditioned on how far ahead (or back) the target is."""
+    extra_conditioners: dict[str, str] = field(default_factory=dict)
+    """Further conditioners by name: each a registered one, or `my_module:Class` (see docs/extending.md)."""
     embedding_scale: float = 30.0
     """Factor on normalised action and time shift before their sinusoidal features (1 in the published network)."""
     init: Literal["native", "published"] = "native"

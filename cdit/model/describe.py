@@ -1,18 +1,14 @@
 """Parameters, tokens and FLOPs of a network, without memory for its weights where it is on the meta device."""
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from cdit.codec import CodecConfig
-from cdit.common.errors import UserError
 from cdit.model.cdit import CDiT
 
 # The first pattern that a parameter's name matches says which part of the network it belongs to.
@@ -20,8 +16,9 @@ PARTS = {
     r"patch_embed": "patch embedding",
     r"pos_embed": "position table",
     r"time_embed": "diffusion time embedding",
-    r"shift_embed": "time shift embedding",
-    r"action_embed": "action embedding",
+    r"conditioners\.time_shift": "time shift embedding",
+    r"conditioners\.action": "action embedding",
+    r"conditioners\.": "further conditioners",
     r"context_blocks": "context blocks",
     r"(self|cross)_attn\.q\.": r"\1-attention Q",
     r"(self|cross)_attn\.kv\.": r"\1-attention K, V",
@@ -88,10 +85,11 @@ def flops(cdit: CDiT, context_frames: int, goals: int) -> dict[str, int]:
     with torch.no_grad():
         cache = cdit.encode_context(context)
     each = torch.zeros(1, goals, device=device)
-    sample, action = torch.zeros(1, goals, *frame, device=device), each[..., None].expand(1, goals, 3)
+    sample, condition = torch.zeros(1, goals, *frame, device=device), {"time_shift": each}
+    condition["action"] = each[..., None].expand(1, goals, 3)
     with torch.no_grad():
         encoded = counted_flops(lambda: cdit.encode_context(context))
-        denoised = counted_flops(lambda: cdit(sample, each, action, each, cache))
+        denoised = counted_flops(lambda: cdit(sample, each, condition, cache))
     return {
         "encoding the context, once": encoded,
         "forward with the cached context": denoised,
@@ -127,20 +125,3 @@ def table(rows: list[Row]) -> str:
             line += f"  {row.value / 1e9:10.4g} G"
         lines.append(line)
     return "\n".join(lines).strip("\n")
-
-
-def latent_shape(codec: CodecConfig, image_size: tuple[int, int]) -> tuple[int, int, int]:
-    """(C, H, W) of what is denoised, without loading an autoencoder's weights.
-
-    Raises:
-        UserError: the frame's size is no multiple of the codec's.
-    """
-    channels, downscale = (3, 1) if codec.kind == "pixels" else (4, 8)
-    said = Path(codec.name) / "config.json"
-    if codec.kind != "pixels" and said.is_file():
-        values = json.loads(said.read_text())
-        blocks = values["block_out_channels" if codec.kind == "kl" else "encoder_block_out_channels"]
-        channels, downscale = values["latent_channels"], 2 ** (len(blocks) - 1)
-    if any(side % downscale for side in image_size):
-        raise UserError(f"data.image_size {image_size}: expected multiples of {downscale}, the codec's downscaling")
-    return channels, image_size[0] // downscale, image_size[1] // downscale

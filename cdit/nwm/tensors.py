@@ -34,7 +34,7 @@ HEADS = {
 """Heads of the published networks by (width, depth): a checkpoint does not say."""
 
 MAX_BLOCKS = 1000
-UNKNOWN_ACTION = "action_embed.unknown"
+UNKNOWN_ACTION = "conditioners.action.unknown"
 
 
 class Match(NamedTuple):
@@ -131,9 +131,9 @@ def _matches(depth: int, num_heads: int) -> Iterator[Match]:
     yield _renamed("pos_embed", "pos_embed")
     yield from _layers("x_embedder.proj", "patch_embed.proj")
     yield from _embedding("t_embedder", "time_embed")
-    yield from _embedding("time_embedder", "shift_embed")
+    yield from _embedding("time_embedder", "conditioners.time_shift.embedding")
     for i, part in enumerate(("x_emb", "y_emb", "angle_emb")):
-        yield from _embedding(f"y_embedder.{part}", f"action_embed.parts.{i}")
+        yield from _embedding(f"y_embedder.{part}", f"conditioners.action.parts.{i}")
     for i in range(depth):
         yield from _block(f"blocks.{i}.", num_heads)
     yield from _layers("final_layer.adaLN_modulation.1", "final_layer.ada_ln")

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import yaml
 
-from cdit.codec import CodecConfig
+from cdit.codec.config import DEFAULT_WEIGHTS, CodecConfig
 from cdit.common.errors import UserError
 from cdit.data.config import DataConfig
-from cdit.diffusion import DDPMConfig, FlowConfig, ObjectiveName, SamplerConfig, check_sampler
+from cdit.diffusion.config import SCHEDULERS, DDPMConfig, FlowConfig, SamplerConfig, check_sampler
 from cdit.heads.config import AttentionConfig
-from cdit.model import ModelConfig
+from cdit.model.config import ModelConfig
 
 
 @dataclass
@@ -156,12 +156,15 @@ class TrainConfig:
     """What is denoised: pixels or latents."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
-    objective: ObjectiveName = "flow"
-    """Rectified flow, or the DDPM of DiT and NWM."""
+    objective: str = "flow"
+    """Rectified flow (flow), the DDPM of DiT and NWM (ddpm), or one of your own, `my_module:Class` (see
+    docs/extending.md)."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """The flow."""
     ddpm: DDPMConfig = field(default_factory=DDPMConfig)
     """The DDPM."""
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    """Options of an objective of your own."""
     units: Literal["farthest_goal", "nwm"] = "farthest_goal"
     """How actions and time shifts are normalised: in units of the farthest goal's, or as in the NWM release."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -191,6 +194,7 @@ class TrainConfig:
             UserError: a value is out of its range; the message names the field.
         """
         self.data.validate()
+        self._load_plugins()
         check_sampler(self.objective, self.sampler)
         positive = {
             "steps": self.steps,
@@ -257,6 +261,22 @@ class TrainConfig:
             raise UserError(f"sampler.guidance is {self.sampler.guidance}, which needs action_dropout above 0")
         if not self.probe.offsets or 0 in self.probe.offsets:
             raise UserError(f"probe.offsets is {self.probe.offsets}, expected non-zero numbers of frames")
+
+    def _load_plugins(self) -> None:
+        """Imports the modules of a user's own codec, objective and conditioners."""
+        if self.codec.kind not in ("pixels", *DEFAULT_WEIGHTS):
+            from cdit.codec.codec import CODECS
+
+            CODECS.load(self.codec.kind)
+        if self.objective not in SCHEDULERS:
+            from cdit.diffusion.objective import OBJECTIVES
+
+            OBJECTIVES.load(self.objective)
+        if self.model.extra_conditioners:
+            from cdit.model.conditioners import CONDITIONERS
+
+            for kind in self.model.extra_conditioners.values():
+                CONDITIONERS.load(kind)
 
     def check_folder(self) -> None:
         """Checks that the run's folder can be made, or written to.

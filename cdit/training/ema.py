@@ -36,15 +36,22 @@ class EMA:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """The network holds the averaged weights, in evaluation mode, inside the `with`."""
-        self.average.store(self.network.parameters())
-        self.average.copy_to(self.network.parameters())
         training = self.network.training
+        self._swap()
         self.network.eval()
         try:
             yield
         finally:
-            self.average.restore(self.network.parameters())
+            self._swap()
             self.network.train(training)
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchanges average and weights in place, one parameter at a time, so that memory for one more is enough."""
+        for weight, average in zip(self.network.parameters(), self.average.shadow_params, strict=True):
+            kept = weight.clone()
+            weight.copy_(average)
+            average.copy_(kept)
 
     def tensors(self) -> dict[str, Tensor]:
         """The average itself, under the network's parameter names."""

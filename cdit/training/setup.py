@@ -6,7 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -16,31 +16,32 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
 from diffusers.optimization import get_scheduler
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.checkpoint import checkpoint
 
-from cdit.codec import Codec, latent_size, load_codec
+from cdit.codec.codec import Codec, load_codec
 from cdit.common.errors import UserError, writing
 from cdit.data.config import DataConfig
 from cdit.data.latents import Encoding
 from cdit.data.windows import WindowDataset
+from cdit.diffusion.objective import make_objective
 from cdit.model import CDiT
 from cdit.nwm.normalization import normalization
 from cdit.training.config import OptimizerConfig, TrainConfig
+from cdit.training.durable.tensors import trainable
 from cdit.training.muon import Muon
+from cdit.training.sharding import take_wish
 from cdit.world_model import Units, WorldDescription, WorldModel
 
 
-def build_accelerator(config: TrainConfig, sharded: bool = False) -> Accelerator:
-    """Device, processes and precision.
-
-    Args:
-        config: of the run.
-        sharded: whether `cdit.training.sharding.shard` takes the place of `prepare` for the network.
+def build_accelerator(config: TrainConfig) -> tuple[Accelerator, bool]:
+    """Device, processes, precision and micro-batches; and whether the weights are to be sharded.
 
     Raises:
         UserError: the device, or sharding, does not have that precision, or the processes do not find each other.
     """
+    sharded = take_wish()
     if config.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
         torch.use_deterministic_algorithms(True)
@@ -69,7 +70,10 @@ def build_accelerator(config: TrainConfig, sharded: bool = False) -> Accelerator
         raise UserError("mixed_precision is fp16, expected no or bf16 where weights are sharded")
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate trains in full precision
         raise UserError("mixed_precision is fp16, expected no or bf16 on a CPU")
-    return accelerator
+    accelerator.gradient_accumulation_steps = micro_batches(config, accelerator.num_processes)
+    if accelerator.device.type == "cpu":  # the launcher leaves each process one thread
+        torch.set_num_threads(max(1, available_cpus() // accelerator.num_processes))
+    return accelerator, sharded
 
 
 def available_cpus() -> int:
@@ -124,13 +128,13 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         UserError: sizes do not fit together.
     """
     codec = load_codec(config.codec)
-    size = latent_size(codec, config.data.image_size)
+    channels, *size = codec.latent_shape(config.data.image_size)
     torch.manual_seed(config.seed)
     cdit = CDiT(
-        image_size=size,
-        in_channels=codec.channels,
+        image_size=tuple(size),
+        in_channels=channels,
         max_context=config.data.context_frames,
-        learn_variance=config.objective == "ddpm" and config.ddpm.learn_variance,
+        learn_variance=make_objective(config).outputs == 2,
         **config.model.arguments(),
     )
     if config.activation_checkpointing:
@@ -153,9 +157,12 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         objective=config.objective,
         flow=config.flow,
         ddpm=config.ddpm,
+        objective_options=config.objective_options,
         sampler=config.sampler,
     )
-    return WorldModel(cdit, codec, description)
+    world = WorldModel(cdit, codec, description)
+    world.objective.attach(cdit)
+    return world
 
 
 def use_latents(datasets: Iterable[WindowDataset], codec: Codec, config: TrainConfig) -> None:
@@ -164,20 +171,22 @@ def use_latents(datasets: Iterable[WindowDataset], codec: Codec, config: TrainCo
     Raises:
         DataError: latents are there, but not all, or of another codec, frame size or crop.
     """
-    if codec.kind == "pixels" or config.data.latents == "no":
+    if codec.moments is None or config.data.latents == "no":
         return
-    encoding = Encoding(codec.kind, config.codec.name, codec.fingerprint(), config.data.image_size, config.data.crop)
+    encoding = Encoding(codec.kind, config.codec.weights, codec.fingerprint(), config.data.image_size, config.data.crop)
     for dataset in datasets:
         dataset.use_latents(encoding)
 
 
-def build_optimizer(network: CDiT, config: OptimizerConfig, steps: int) -> tuple[torch.optim.Optimizer, LambdaLR]:
-    """The optimizer, with weight decay on matrices only, and its schedule over the run's steps.
+def build_optimizer(
+    networks: Mapping[str, nn.Module], config: OptimizerConfig, steps: int
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """The optimizer of all networks, with weight decay on matrices only, and its schedule over the run's steps.
 
     Muon takes the matrices of attentions and MLPs; AdaLN, steering, embeddings and the final layer stay with AdamW.
     """
-    parameters = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    hidden = re.compile(r"(context_)?blocks\.\d+\.(\w*attn\.(q|kv|out)|mlp\.fc[12])\.weight")
+    parameters = trainable(networks)
+    hidden = re.compile(r"(\w+\.)?(context_)?blocks\.\d+\.(\w*attn\.(q|kv|out)|mlp\.fc[12])\.weight")
     muon = {name: p for name, p in parameters.items() if config.name == "muon" and hidden.fullmatch(name)}
     rest = [p for name, p in parameters.items() if name not in muon]
     others = [

@@ -34,6 +34,23 @@ def take_wish() -> bool:
     return wish and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
+def prepare_networks(world: WorldModel, accelerator: Accelerator, sharded: bool, compile: bool = False) -> nn.Module:
+    """Moves a world to the accelerator's device, shared or sharded among its processes, and returns what to train.
+
+    Further networks of the objective are prepared likewise; those without parameters to train are only moved.
+    """
+    world.codec.to(accelerator.device)
+    for name, network in world.objective.networks.items():
+        trained = any(p.requires_grad for p in network.parameters())
+        if sharded and isinstance(network, CDiT):
+            world.objective.networks[name] = shard(network, accelerator, compile)
+        elif trained:
+            world.objective.networks[name] = accelerator.prepare(network)
+        else:
+            network.to(accelerator.device)
+    return shard(world.cdit, accelerator, compile) if sharded else accelerator.prepare(world.cdit)
+
+
 def shard(network: CDiT, accelerator: Accelerator, compile: bool = False) -> nn.Module:
     """Cuts a network up, in place, among two or more processes, and returns what to train.
 

@@ -6,10 +6,9 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
+from cdit.batch import Batch, KeyedDraws
 from cdit.common.randomness import generator
-from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset, WindowKey
-from cdit.training.batch import noisy_batch
 from cdit.training.config import ValidationConfig
 from cdit.world_model import WorldModel
 
@@ -49,10 +48,10 @@ class Validation:
             places = mine[start : start + CHUNK]
             chosen = [place if place < windows else 0 for place in places]
             counted = torch.tensor([place < windows for place in places]).double()[:, None]
-            items = collate([self.dataset[self.keys[i]] for i in chosen])
-            batch = noisy_batch(world, items, accelerator.device, time=self.times[chosen])
-            loss = world.objective.loss(network(**batch.inputs()), batch.clean, batch.noise, batch.time)
-            loss = loss.float().cpu().double()
+            windows_here = Batch.collate([self.dataset[self.keys[i]] for i in chosen])
+            draws = KeyedDraws(windows_here.key, accelerator.device)
+            times = self.times[chosen].to(accelerator.device)
+            loss = world.objective.loss(network, world.encode(windows_here), draws, times).float().cpu().double()
             bins = (self.times[chosen] * self.bins).long().clamp(max=self.bins - 1).flatten()
             sums[0].index_add_(0, bins, (counted * loss).flatten())
             sums[1].index_add_(0, bins, counted.expand_as(loss).flatten())

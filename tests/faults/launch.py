@@ -234,9 +234,10 @@ class Phases:
 
 def watch(phases: Phases) -> None:
     """Finds the phases of a run."""
+    import cdit.training.batch
+
     import cdit.common.cli
     import cdit.data.windows
-    import cdit.training.batch
     from cdit.training.durable.checkpoints import Checkpoints
     from cdit.training.durable.signals import StopSignals
     from cdit.training.ema import EMA
@@ -266,6 +267,7 @@ def watch(phases: Phases) -> None:
 def break_losses(steps: dict[str, float]) -> None:
     """Multiplies the losses of these training steps: by NaN or infinity."""
     import cdit.training.batch
+
     from cdit.common.randomness import seed_of
     from cdit.diffusion import Flow
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cdit.training.batch import NoisyBatch, noisy_batch
 from diffusers import AutoencoderKL
 
 from cdit.data import encode, frames
 from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset, WindowKey
-from cdit.training.batch import NoisyBatch, noisy_batch
 from cdit.training.config import TrainConfig
 from cdit.training.setup import build_world, use_latents
 from cdit.world_model import WorldModel

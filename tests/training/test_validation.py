@@ -3,10 +3,10 @@ from collections import Counter
 import pytest
 import torch
 from accelerate import Accelerator
+from cdit.training.batch import noisy_batch
 
 from cdit.data.windows import WindowDataset
 from cdit.training import validation
-from cdit.training.batch import noisy_batch
 from cdit.training.config import ValidationConfig
 from cdit.training.validation import Validation
 from cdit.world_model import WorldModel

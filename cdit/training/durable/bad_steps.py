@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,6 +11,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from safetensors.torch import save_file
 from torch import Tensor
 
+from cdit.batch import Batch
 from cdit.common.errors import UserError, writing
 from cdit.training.durable.checkpoints import RunState
 
@@ -38,7 +38,7 @@ class BadSteps:
         accelerator: Accelerator,
         folder: Path,
         limit: int,
-        batch: Callable[[int], Iterable[dict[str, Any]]],
+        batch: Callable[[int], Iterable[Batch]],
     ):
         self.optimizer, self.accelerator = optimizer.optimizer, accelerator
         self.folder, self.limit, self.batch = folder / FOLDER, limit, batch
@@ -81,8 +81,8 @@ class BadSteps:
 
     def _keep(self, step: int, norm: float, loss: float) -> None:
         parts = list(self.batch(step))
-        names = [name for name, value in parts[0].items() if isinstance(value, Tensor)]
-        tensors = {name: torch.cat([part[name] for part in parts]) for name in names}
+        named = [part.named_tensors() for part in parts]
+        tensors = {name: torch.cat([part[name] for part in named]) for name in named[0]}
         path = self.folder / f"step_{step:08d}_process_{self.accelerator.process_index}"
         said = {"step": step, "gradient_norm": str(norm), "loss": str(loss)}  # nan and inf are no JSON numbers
         with writing(path):

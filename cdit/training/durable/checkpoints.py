@@ -4,7 +4,8 @@ step_00001000/              one checkpoint, complete: until it is, its name is .
     manifest.json           size and SHA-256 of every other file, written last
     state.json              `RunState`
     config.yaml             the run's config
-    model.safetensors       the weights; sharded ones in model-00001-of-00008.safetensors …, a part each
+    model.safetensors       the weights; sharded ones in model-00001-of-00008.safetensors …, a part each; those of
+                            further networks of the objective under their names
     average.safetensors     their running average, likewise
     optimizer.safetensors   `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, likewise
     process_00000.json      random states of each process
@@ -17,7 +18,7 @@ import re
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -89,18 +90,23 @@ class Checkpoints:
     Args:
         accelerator: the processes; its gradient scaler is saved, too.
         config: of the run.
-        cdit: the bare network.
-        optimizer: its AdamW.
+        networks: the bare networks by name; the CDiT as `model`.
+        optimizer: theirs.
         ema: its running average.
     """
 
     def __init__(
-        self, accelerator: Accelerator, config: TrainConfig, cdit: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA
+        self,
+        accelerator: Accelerator,
+        config: TrainConfig,
+        networks: Mapping[str, nn.Module],
+        optimizer: torch.optim.Optimizer,
+        ema: EMA,
     ):
         self.accelerator, self.config, self.ema = accelerator, config, ema
         self.folder = config.folder / "checkpoints"
         self.saved_step: int | None = None
-        self._tensors: Callable[[], dict[str, dict[str, Tensor]]] = lambda: run_tensors(cdit, optimizer, ema)
+        self._tensors: Callable[[], dict[str, dict[str, Tensor]]] = lambda: run_tensors(networks, optimizer, ema)
         self._copies: dict[tuple[str, str], Tensor] = {}
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future | None = None

@@ -16,22 +16,33 @@ from torch.distributed.tensor import DTensor
 from cdit.training.ema import EMA
 
 
-def run_tensors(cdit: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA) -> dict[str, dict[str, Tensor]]:
-    """The live tensors of a run: `model`, `average` and `optimizer`, each by name.
+def run_tensors(
+    networks: Mapping[str, nn.Module], optimizer: torch.optim.Optimizer, ema: EMA
+) -> dict[str, dict[str, Tensor]]:
+    """The live tensors of a run: those of each network, `average` and `optimizer`, each by name.
 
     AdamW's state is made, as its first step would make it, where there is none yet.
     """
     moments = {}
-    for name, parameter in cdit.named_parameters():
-        if not parameter.requires_grad:
-            continue
+    for name, parameter in trainable(networks).items():
         state = optimizer.state[parameter]
         if not state:
             state["step"] = torch.zeros((), device=parameter.device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         moments |= {f"{name}.{key}": tensor for key, tensor in state.items()}
-    return {"model": cdit.state_dict(), "average": ema.tensors(), "optimizer": moments}
+    weights = {name: network.state_dict() for name, network in networks.items()}
+    return {**weights, "average": ema.tensors(), "optimizer": moments}
+
+
+def trainable(networks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
+    """The parameters to train by name, those of further networks than `model` after the network's."""
+    return {
+        name if network == "model" else f"{network}.{name}": parameter
+        for network, module in networks.items()
+        for name, parameter in module.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def part(tensor: Tensor, main: bool) -> Tensor | None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from cdit.training.batch import noisy_batch
 from safetensors.torch import load_file
 
 from cdit.data.loader import collate
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import WindowDataset
-from cdit.training.batch import noisy_batch
 from cdit.training.config import TrainConfig
 from cdit.training.durable import manifest
 from cdit.world_model import WorldModel

@@ -1,0 +1,167 @@
+"""The typed unit of data: what predictions are conditioned on, and batches of windows.
+
+Shape suffixes: B contexts, G goals of each, T past frames. A single sample is a `Batch` without its dimension B.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+
+class TensorData:
+    """A dataclass of tensors and further `TensorData` that is moved, indexed and stacked as a whole.
+
+    Fields that hold neither (None, strings) stay as they are; lists of strings are concatenated where samples are
+    stacked.
+    """
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor replaced by `function` of it."""
+        return type(self)(**{f.name: _map(getattr(self, f.name), function) for f in fields(self)})
+
+    def to(self, device: torch.device | str) -> Self:
+        """On another device."""
+        return self.map(lambda x: x.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """In pinned memory; called by torch's `DataLoader`."""
+        return self.map(Tensor.pin_memory)
+
+    def __getitem__(self, index: Any) -> Self:
+        """Every tensor indexed along its first dimension."""
+        return self.map(lambda x: x[index])
+
+    @classmethod
+    def collate(cls, samples: Sequence[Self]) -> Self:
+        """Samples stacked along a new first dimension."""
+        return cls(**{f.name: _collate([getattr(sample, f.name) for sample in samples]) for f in fields(cls)})
+
+    def named_tensors(self, prefix: str = "") -> dict[str, Tensor]:
+        """All tensors under dotted names."""
+        found: dict[str, Tensor] = {}
+        for f in fields(self):
+            found |= _named(prefix + f.name, getattr(self, f.name))
+        return found
+
+
+@dataclass
+class Condition(TensorData):
+    """What predictions are conditioned on beside the past frames, in physical units."""
+
+    time_shift: Tensor | None = None
+    """(B, G) seconds from the last past frame to the goal, negative for the past. None: one frame."""
+    action: Tensor | None = None
+    """(B, G, 3) dx, dy in metres and dyaw in radians to the goal, in the frame of the last past one. None: unknown."""
+    known: Tensor | None = None
+    """(B, G) bool, which actions are known; what the others hold is not used. None: all."""
+    spacing: Tensor | None = None
+    """(B,) metres between consecutive frames; used by models that were trained on datasets of different spacings."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """Further conditions by name, (B, G, …), for conditioners of a user's own."""
+
+    def select(self, dim: int, index: int) -> "Condition":
+        """The same at one index of a dimension, such as a goal's (1), which goes; the spacing has none of them."""
+        return replace(replace(self, spacing=None).map(lambda x: x.select(dim, index)), spacing=self.spacing)
+
+
+@dataclass
+class Batch(TensorData):
+    """Windows of a dataset: past frames, goals, and what leads from one to the other."""
+
+    context: Tensor
+    """(B, T, 3, H, W) uint8 RGB past frames, oldest first; or their latents' moments (B, T, S, C, h, w)."""
+    mask: Tensor
+    """(B, T) bool, True where a past frame exists."""
+    target: Tensor
+    """(B, G, 3, H, W) uint8 goal frames, or their latents' moments."""
+    condition: Condition
+    """Of each goal."""
+    key: Tensor | None = None
+    """(B,) int64 key of each sample's random draws (see `KeyedDraws`)."""
+    weight: Tensor | None = None
+    """(B,) float32, how much each sample counts; 0 for one that only fills a batch up."""
+    skipped: list[str] = field(default_factory=list)
+    """A message for each sample that could not be read and was replaced by one of weight 0."""
+
+    def __len__(self) -> int:
+        return len(self.context)
+
+
+@dataclass
+class EncodedBatch(TensorData):
+    """A batch as the network sees it: latents, and normalised conditions (see `WorldModel.encode`)."""
+
+    context: Tensor
+    """(B, T, C, h, w) latents of the past frames."""
+    mask: Tensor | None
+    """(B, T) bool; None where all past frames exist, for which there are faster kernels."""
+    clean: Tensor
+    """(B, G, C, h, w) latents of the goals."""
+    condition: dict[str, Tensor]
+    """For `CDiT.forward`; every tensor (B, G, …)."""
+    action_dropout: float = 0.0
+    """Share of goals whose action `dropped` hides."""
+
+    def dropped(self, draws: "KeyedDraws") -> dict[str, Tensor]:
+        """The condition with the action hidden from some of the goals, for classifier-free guidance in sampling."""
+        kept = draws.rand(self.clean.shape[1]) >= self.action_dropout
+        if "action" not in self.condition:
+            return self.condition
+        return self.condition | {"action_known": self.condition["action_known"] & kept}
+
+
+class KeyedDraws:
+    """Random numbers keyed by sample: the same for a sample whatever batch, process or order it is drawn in.
+
+    Args:
+        keys: (B,) of the samples.
+        device: of the numbers, which differ from one kind of device to another.
+    """
+
+    def __init__(self, keys: Iterable[int] | Tensor, device: torch.device):
+        self.device = device
+        keys = keys.tolist() if isinstance(keys, Tensor) else keys
+        self._generators = [torch.Generator(device).manual_seed(key) for key in keys]
+
+    def rand(self, *shape: int) -> Tensor:
+        """(B, *shape), uniform in [0, 1)."""
+        return torch.stack([torch.rand(shape, generator=g, device=self.device) for g in self._generators])
+
+    def randn(self, *shape: int) -> Tensor:
+        """(B, *shape), standard normal."""
+        return torch.stack([torch.randn(shape, generator=g, device=self.device) for g in self._generators])
+
+
+def _map(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, TensorData):
+        return value.map(function)
+    if isinstance(value, dict):
+        return {name: _map(item, function) for name, item in value.items()}
+    return value
+
+
+def _collate(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.stack(values)
+    if isinstance(first, TensorData):
+        return type(first).collate(values)
+    if isinstance(first, dict):
+        return {name: _collate([value[name] for value in values]) for name in first}
+    return [item for value in values for item in value] if isinstance(first, list) else first
+
+
+def _named(name: str, value: Any) -> dict[str, Tensor]:
+    if isinstance(value, Tensor):
+        return {name: value}
+    if isinstance(value, TensorData):
+        return value.named_tensors(f"{name}.")
+    if isinstance(value, dict):
+        return {f"{name}.{key}": item for key, item in value.items()}
+    return {}

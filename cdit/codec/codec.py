@@ -1,0 +1,120 @@
+"""The interface of a codec, and the codec of raw pixels."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from cdit.codec.config import CodecConfig
+from cdit.common.errors import UserError
+from cdit.common.registry import Registry
+
+CODECS: Registry[type["Codec"]] = Registry("codec.kind")
+
+
+class Codec(nn.Module, ABC):
+    """Frames (…, 3, H, W) in [-1, 1] to and from latents (…, C, H / downscale, W / downscale), which are denoised.
+
+    A subclass sets the attributes below and implements the abstract methods; `CODECS.register` gives it a name.
+    """
+
+    kind: str
+    """Its name in `CODECS`."""
+    channels: int
+    """C."""
+    downscale: int = 1
+    lossless: bool = False
+    """Whether `decode` restores the frames exactly."""
+    samples: bool = False
+    """Whether `encode` draws latents from a posterior."""
+    moments: Callable[[Tensor], Tensor] | None = None
+    """Frames to what `draw` makes latents of, (…, S, C, h, w) with S = 2 where there is a posterior (its mean and
+    standard deviation) and S = 1 elsewhere, which `cdit.data.encode` keeps on disk. None: nothing is worth keeping."""
+
+    @abstractmethod
+    def encode(self, frames: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Frames to latents; where there is a posterior, drawn with standard-normal noise, else its mean."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Tensor:
+        """Latents to frames, clipped to [-1, 1]."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls, name: str) -> Self:
+        """The codec of a hub name, or of a folder that `save` wrote.
+
+        Raises:
+            UserError: there is none.
+        """
+
+    def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Latents (…, C, h, w) from moments (…, S, C, h, w)."""
+        latents = moments.select(-4, 0)
+        return latents if noise is None or not self.samples else latents + moments.select(-4, 1) * noise
+
+    def as_past(self, sampled: Tensor) -> Tensor:
+        """Sampled latents as they join those of the past frames in a rollout."""
+        return sampled
+
+    def fingerprint(self) -> str:
+        """A string that differs where `moments` differ."""
+        return self.kind
+
+    def save(self, folder: Path) -> None:
+        """Writes to a folder what `load` needs; by default nothing."""
+
+    def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
+        """(C, h, w) of the latents of frames of that height and width.
+
+        Raises:
+            UserError: the frames' size is no multiple of the downscaling.
+        """
+        return shape_of_latents(self.channels, self.downscale, image_size)
+
+
+@CODECS.register("pixels")
+class PixelCodec(Codec):
+    """Frames as they are."""
+
+    kind = "pixels"
+    channels = 3
+    lossless = True
+
+    def encode(self, frames: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Frames unchanged."""
+        return frames
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Clipped to [-1, 1]."""
+        return latents.clamp(-1, 1)
+
+    def as_past(self, sampled: Tensor) -> Tensor:
+        """Clipped to [-1, 1], as recorded frames are."""
+        return self.decode(sampled)
+
+    @classmethod
+    def load(cls, name: str) -> Self:
+        """The codec."""
+        return cls()
+
+
+def shape_of_latents(channels: int, downscale: int, image_size: tuple[int, int]) -> tuple[int, int, int]:
+    """See `Codec.latent_shape`."""
+    height, width = image_size
+    if height % downscale or width % downscale:
+        raise UserError(f"data.image_size is {height}×{width}, expected multiples of the codec's {downscale}")
+    return channels, height // downscale, width // downscale
+
+
+def load_codec(config: CodecConfig) -> Codec:
+    """The codec of a config.
+
+    Raises:
+        UserError: the kind is unknown, or its weights are not available.
+    """
+    import cdit.codec.autoencoder  # noqa: F401 (registers its codecs)
+
+    return CODECS.get(config.kind).load(config.weights)

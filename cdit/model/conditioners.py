@@ -1,0 +1,79 @@
+"""What a CDiT is conditioned on: diffusion time, and conditioners by name, each a vector that is added to it.
+
+Shape suffixes: B batch (one target each), D width.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from cdit.common.registry import Registry
+
+FREQUENCIES = 256  # width of the sinusoidal features of a scalar
+
+CONDITIONERS: Registry[type[nn.Module]] = Registry("model.extra_conditioners")
+"""Conditioners of a user's own. A class is built with the width D, and maps the normalised conditions, a mapping from
+names to tensors (…, any) with the leading dimensions of the targets, to (B, D), or to (1, D) for all of them."""
+
+
+class ScalarEmbedding(nn.Module):
+    """Sinusoidal features of a scalar times `scale` (cosines first, frequencies 1 … 1/10000), then a two-layer MLP."""
+
+    def __init__(self, width: int, scale: float = 1.0):
+        super().__init__()
+        self.scale = scale
+        self.mlp = Mlp(FREQUENCIES, width, width, act_layer=nn.SiLU)
+
+    def forward(self, x_B: Tensor) -> Tensor:
+        """(B,) to (B, D)."""
+        dtype = self.mlp.fc1.weight.dtype
+        features = get_timestep_embedding(
+            x_B.to(torch.promote_types(dtype, torch.float32)),
+            FREQUENCIES,
+            flip_sin_to_cos=True,
+            downscale_freq_shift=0,
+            scale=self.scale,
+        )
+        return self.mlp(features.to(dtype))
+
+
+class TimeShiftConditioner(nn.Module):
+    """Embeds `time_shift`."""
+
+    def __init__(self, width: int, scale: float = 1.0):
+        super().__init__()
+        self.embedding = ScalarEmbedding(width, scale)
+
+    def forward(self, condition: Mapping[str, Tensor]) -> Tensor:
+        """(B, D)."""
+        return self.embedding(condition["time_shift"].flatten())
+
+
+class ActionConditioner(nn.Module):
+    """Embeds `action` (dx, dy, dyaw), each number by itself, concatenated; an unknown action is a learned vector.
+
+    Actions are unknown where `action_known` is False (their numbers are not used), and all are where there is no
+    `action`.
+    """
+
+    def __init__(self, width: int, scale: float = 1.0):
+        super().__init__()
+        third = width // 3
+        self.parts = nn.ModuleList(ScalarEmbedding(w, scale) for w in (third, third, width - 2 * third))
+        self.unknown = nn.Parameter(torch.zeros(width))
+
+    def forward(self, condition: Mapping[str, Tensor]) -> Tensor:
+        """(B, D)."""
+        if "action" not in condition:
+            return self.unknown[None]
+        action_B3, known = condition["action"].reshape(-1, 3), condition.get("action_known")
+        if known is not None:
+            known = known.flatten()[:, None]
+            action_B3 = action_B3.masked_fill(~known, 0.0)
+        embedding_BD = torch.cat([part(x) for part, x in zip(self.parts, action_B3.unbind(-1), strict=True)], dim=-1)
+        if known is None:
+            return embedding_BD
+        return torch.where(known, embedding_BD, self.unknown.to(embedding_BD.dtype))
