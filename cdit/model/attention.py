@@ -38,11 +38,6 @@ class Part(NamedTuple):
         return len(self.kv.k_BHMK)
 
 
-def causal_mask(queries: int, keys: int, device: torch.device | None = None) -> Tensor:
-    """(N, M) mask in which each query sees the keys up to its own; the last query is aligned with the last key."""
-    return torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
-
-
 def attention_scores(q_BHNK: Tensor, k_BHMK: Tensor, mask: Tensor | None = None) -> Tensor:
     """q·kᵀ / √K in float32, (B, H, N, M); -inf where masked."""
     with torch.autocast(q_BHNK.device.type, enabled=False):
@@ -60,16 +55,14 @@ def attention_weights(q_BHNK: Tensor, k_BHMK: Tensor, mask: Tensor | None = None
 
 
 def scaled_dot_product_attention(q_BHNK: Tensor, kv: KeysValues, mask: Tensor | None = None) -> Tensor:
-    """softmax(q·kᵀ / √K)·v by a fused kernel, (B, H, N, K).
+    """softmax(q·kᵀ / √K)·v by a fused kernel, (B, H, N, K). A query whose row is fully masked yields zeros.
 
-    A query whose row is fully masked yields zeros. A masked key has no influence, whatever it holds: one that is not
-    finite makes exactly those queries NaN that may look at it.
+    Masked keys and values must be finite: kernels multiply them by zero.
     """
     if mask is None:
         return _fused(q_BHNK, *kv, None)
-    visible = _visible(kv, mask)
-    out_BHNK = _fused(q_BHNK, *visible.kv, visible.mask)
-    return out_BHNK.masked_fill(visible.empty, 0.0).masked_fill(visible.poisoned, torch.nan)
+    mask, empty = _never_empty(mask)
+    return _fused(q_BHNK, *kv, mask).masked_fill(empty, 0.0)
 
 
 def joint_attention(q_BHNK: Tensor, parts: Sequence[Part]) -> Tensor:
@@ -100,10 +93,10 @@ def attention_and_logsumexp(q_BHNK: Tensor, kv: KeysValues, mask: Tensor | None 
     """
     if mask is None:
         return _fused_with_logsumexp(q_BHNK, *kv, None)
-    visible = _visible(kv, mask)
-    out_BHNK, sum_BHN = _fused_with_logsumexp(q_BHNK, *visible.kv, visible.mask)
-    out_BHNK = out_BHNK.masked_fill(visible.empty, 0.0).masked_fill(visible.poisoned, torch.nan)
-    return out_BHNK, sum_BHN.masked_fill(visible.empty[..., 0], torch.finfo(sum_BHN.dtype).min)
+    mask, empty = _never_empty(mask)
+    out_BHNK, sum_BHN = _fused_with_logsumexp(q_BHNK, *kv, mask)
+    lowest = torch.finfo(sum_BHN.dtype).min
+    return out_BHNK.masked_fill(empty, 0.0), sum_BHN.masked_fill(empty[..., 0], lowest)
 
 
 def concatenated(parts: Sequence[Part]) -> Part:
@@ -114,12 +107,8 @@ def concatenated(parts: Sequence[Part]) -> Part:
     kv = KeysValues(*(side_by_side(x, rows, 2) for x in zip(*(part.kv for part in parts), strict=True)))
     if all(part.mask is None for part in parts):
         return Part(kv)
-    masks = []
-    for (k, _), mask in parts:
-        mask = k.new_ones(1, dtype=torch.bool) if mask is None else mask
-        masks.append(mask.expand(*(1,) * (4 - mask.ndim), *mask.shape[:-1], k.shape[2]))
-    shape = torch.broadcast_shapes(*((rows, *mask.shape[1:3]) for mask in masks))
-    return Part(kv, torch.cat([_repeated(mask, rows).expand(*shape, -1) for mask in masks], dim=-1))
+    masks = [k.new_ones(len(k), 1, 1, k.shape[2], dtype=torch.bool) if m is None else m for (k, _), m in parts]
+    return Part(kv, side_by_side(masks, rows, -1))
 
 
 def side_by_side(tensors: Sequence[Tensor], rows: int, dim: int) -> Tensor:
@@ -137,22 +126,10 @@ def fold_queries(x_BHNK: Tensor, rows: int) -> Tensor:
     return x_BHNK.transpose(1, 2).reshape(rows, -1, x_BHNK.shape[1], x_BHNK.shape[3]).transpose(1, 2)
 
 
-class _Visible(NamedTuple):
-    """Keys and a mask that the fused kernels agree about, and what their outputs then need."""
-
-    kv: KeysValues
-    mask: Tensor
-    empty: Tensor
-    poisoned: Tensor
-
-
-def _visible(kv: KeysValues, mask: Tensor) -> _Visible:
-    broken_BHM = ~(kv.k_BHMK.isfinite().all(-1) & kv.v_BHMK.isfinite().all(-1))
-    cleaned = KeysValues(*(x.masked_fill(broken_BHM[..., None], 0.0) for x in kv))
-    poisoned = (mask & broken_BHM[..., None, :]).any(-1, keepdim=True)
+def _never_empty(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The mask with rows that have no key opened, about which the fused kernels disagree, and which these rows are."""
     empty = ~mask.any(-1, keepdim=True)
-    # The fused kernels disagree about rows without keys (zeros or NaN), so such rows see every key and are zeroed.
-    return _Visible(cleaned, mask | empty, empty, poisoned)
+    return mask | empty, empty
 
 
 def _fused(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask: Tensor | None) -> Tensor:
@@ -215,7 +192,7 @@ class MultiHeadAttention(nn.Module):
         width: D, width of queries, context and output.
         heads: h; must divide D.
         qk_norm: normalise q and k per head by RMSNorm before rotation (Dehghani et al. 2023, ViT-22B).
-        extra_kv: one learned key and value, appended after the others, without projection or position: a sink for
+        extra_kv: one learned key and value without projection or position, appended by `project_kv`: a sink for
             queries with nothing to find (`add_bias_kv` of `torch.nn.MultiheadAttention`).
 
     `observer`, when set, is called with an `Observation` at every `attend`. The output still comes from the fused
@@ -244,11 +221,17 @@ class MultiHeadAttention(nn.Module):
         return rotate(self.q_norm(self._split(q_BND)).to(q_BND.dtype), rotation)
 
     def project_kv(
-        self, context_BMD: Tensor, rotation: Rotation | None = None, key_norm: nn.Module | None = None
+        self,
+        context_BMD: Tensor,
+        rotation: Rotation | None = None,
+        key_norm: nn.Module | None = None,
+        extra_rotation: Rotation | None = None,
     ) -> KeysValues:
-        """Keys (rotated to their positions) and values of a context.
+        """Keys (rotated to their positions) and values of a context, the extra key and value last.
 
-        With `key_norm`, keys are made of the normalised context, values of the context as it is.
+        With `key_norm`, keys are made of the normalised context, values of the context as it is. Where queries are
+        rotated, `extra_rotation` of a place that moves with them, (1, K / 2), keeps the extra key's scores from
+        following the queries' coordinates: only differences may matter.
         """
         if key_norm is None:
             k_BMD, v_BMD = self.kv(context_BMD).chunk(2, dim=-1)
@@ -257,18 +240,17 @@ class MultiHeadAttention(nn.Module):
             sources = (key_norm(context_BMD), context_BMD)
             k_BMD, v_BMD = (F.linear(x, *half) for x, half in zip(sources, halves, strict=True))
         k_BHMK = self.k_norm(self._split(k_BMD)).to(k_BMD.dtype)
-        return KeysValues(rotate(k_BHMK, rotation), self._split(v_BMD))
+        kv = KeysValues(rotate(k_BHMK, rotation), self._split(v_BMD))
+        if self.extra_k is None:
+            return kv
+        # Here, not at each attention: then every block would copy the cache at every step. As a part of its own it
+        # would not be copied, but the fused kernels do not tell the logarithm that merging takes.
+        extra = (rotate(self.extra_k, extra_rotation), self.extra_v)
+        extra = (e.to(x.dtype).expand(len(x), -1, -1, -1) for x, e in zip(kv, extra, strict=True))
+        return KeysValues(*(torch.cat(pair, dim=2) for pair in zip(kv, extra, strict=True)))
 
-    def attend(self, q_BHNK: Tensor, parts: Sequence[Part], extra_rotation: Rotation | None = None) -> Tensor:
-        """Attention of projected queries to projected keys (see `joint_attention`), mixed by W_O: (B, N, D).
-
-        Where queries are rotated, `extra_rotation` of a place that moves with them, (1, K / 2), keeps the extra key's
-        scores from following the queries' coordinates: only differences may matter.
-        """
-        if self.extra_k is not None:
-            extra = (rotate(self.extra_k, extra_rotation), self.extra_v)
-            sink = Part(KeysValues(*(e.to(x.dtype)[None] for x, e in zip(parts[0].kv, extra, strict=True))))
-            parts = [concatenated([*parts, sink])] if len(parts) == 1 else [*parts, sink]
+    def attend(self, q_BHNK: Tensor, parts: Sequence[Part]) -> Tensor:
+        """Attention of projected queries to projected keys (see `joint_attention`), mixed by W_O: (B, N, D)."""
         out_BHNK = joint_attention(q_BHNK, parts)
         if self.observer is not None:
             self.observer(Observation(q_BHNK, *concatenated(parts)))
@@ -284,10 +266,12 @@ class MultiHeadAttention(nn.Module):
         rotation: Rotation | None = None,
         context_rotation: Rotation | None = None,
     ) -> Tensor:
-        """Self-attention over x, or cross-attention from x to a context: (B, N, D)."""
+        """Self-attention over x, or cross-attention from x to a context: (B, N, D). The extra key is never masked."""
         if context_BMD is None:
             context_BMD, context_rotation = x_BND, rotation
         kv = self.project_kv(context_BMD, context_rotation)
+        if mask is not None and self.extra_k is not None:
+            mask = F.pad(mask.expand(*mask.shape[:-1], context_BMD.shape[1]), (0, 1), value=True)
         return self.attend(self.project_q(x_BND, rotation), [Part(kv, mask)])
 
     def _split(self, x_BND: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 
 from cdit.model.attention import KeysValues, MultiHeadAttention, Part, fold_queries
-from cdit.model.rotary import Rotation, axial_rotation
+from cdit.model.rotary import Rotation, axial_rotation, corner
 
 REACH = 4.0
 """Patches by which an output of 1 of a `Steering` moves the place a head looks at."""
@@ -35,7 +35,7 @@ class ContextTokens(NamedTuple):
 
     tokens_SMD: Tensor
     mask: Tensor | None
-    """(S, 1, 1, M), True where a token exists; None where all do."""
+    """(S, 1, 1, M), and one for the extra key, True where a token exists; None where all do."""
     rotation: Rotation | None
 
 
@@ -148,7 +148,10 @@ class Block(nn.Module):
         """
         chunks = self.ada_ln(condition_BD)[:, None].chunk(self.chunks, dim=-1)
         for_self, for_cross, for_mlp = (Modulation(*chunks[i : i + 3]) for i in (0, 3, 6))
-        parts = [self._part(context, chunks[9:])] if isinstance(context, ContextTokens) else context
+        parts = context
+        if isinstance(context, ContextTokens):
+            tokens_SMD = modulate(context.tokens_SMD, *chunks[9:]) if chunks[9:] else context.tokens_SMD
+            parts = [Part(self.project_kv(tokens_SMD, context.rotation, corner(rotation)), context.mask)]
 
         def self_attention(x: Tensor) -> Tensor:
             return self.self_attn(x, rotation=rotation)
@@ -162,23 +165,21 @@ class Block(nn.Module):
             else:
                 steered = self.steering(condition_BD, position_N3)
                 folded_rotation = Rotation(*(fold_queries(angle, len(folded)) for angle in steered))
-            corner = rotation and Rotation(*(angle[:1] for angle in rotation))  # where the extra key stands
             q_BHNK = self.cross_attn.project_q(folded, folded_rotation)
-            return self.cross_attn.attend(q_BHNK, parts, corner).view_as(x)
+            return self.cross_attn.attend(q_BHNK, parts).view_as(x)
 
         x_BND = self._residual(x_BND, for_self, self_attention)
         x_BND = self._residual(x_BND, for_cross, cross_attention)
         return self._residual(x_BND, for_mlp, self.mlp)
 
-    def project_kv(self, tokens_SMD: Tensor, rotation: Rotation | None = None) -> KeysValues:
-        """Keys and values that `forward` takes, of context tokens; not for `context_modulation`."""
-        return self.cross_attn.project_kv(tokens_SMD, rotation, self.key_norm)
+    def project_kv(
+        self, tokens_SMD: Tensor, rotation: Rotation | None = None, extra_rotation: Rotation | None = None
+    ) -> KeysValues:
+        """Keys and values that `forward` takes, of context tokens (modulated ones, with `context_modulation`).
 
-    def _part(self, context: ContextTokens, modulation: Sequence[Tensor]) -> Part:
-        tokens_SMD, mask, rotation = context
-        if modulation:
-            tokens_SMD = modulate(tokens_SMD, *modulation)
-        return Part(self.project_kv(tokens_SMD, rotation), mask)
+        `extra_rotation`, where the extra key stands: the first token of the target.
+        """
+        return self.cross_attn.project_kv(tokens_SMD, rotation, self.key_norm, extra_rotation)
 
     def _residual(self, x_BND: Tensor, m: Modulation, branch: Callable[[Tensor], Tensor]) -> Tensor:
         if self.pre_norm:

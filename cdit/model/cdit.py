@@ -23,7 +23,7 @@ from cdit.common.errors import UserError
 from cdit.model.attention import KeysValues, MultiHeadAttention, Part, side_by_side
 from cdit.model.blocks import Block, ContextBlock, ContextTokens, FinalLayer, OutputConvolutions, layer_norm
 from cdit.model.conditioners import CONDITIONERS, ActionConditioner, ScalarEmbedding, TimeShiftConditioner
-from cdit.model.rotary import Rotation, axial_rotation
+from cdit.model.rotary import Rotation, axial_rotation, corner
 
 
 @dataclass
@@ -31,25 +31,28 @@ class EncodedFrames:
     """Consecutive past frames of S contexts, or of S candidates for what follows them, encoded."""
 
     keys_values: list[KeysValues]
-    """Per block, (S, H, M, K) each. Empty where every block makes its own, from `tokens_SMD`."""
+    """Per block, (S, H, M, K) each, and the extra ones. Empty where every block makes its own, from `tokens_SMD`."""
     tokens_SMD: Tensor | None
     """Tokens where K and V follow the condition, or are used once only, else None."""
     mask_ST: Tensor | None
     """True where a frame exists; None where all do."""
     frame_T: Tensor
     """Frame coordinates, oldest first."""
+    patches: int
+    """P."""
 
     @property
     def rows(self) -> int:
         """S."""
-        return len(self._any_tokens)
+        return len(self.keys_values[0].k_BHMK if self.tokens_SMD is None else self.tokens_SMD)
 
     def newest(self, frames: int) -> "EncodedFrames":
-        """The last of the frames, in the same memory."""
-        tokens = frames * (self._any_tokens.shape[-2] // len(self.frame_T))
-        return EncodedFrames(
-            keys_values=[KeysValues(*(x[:, :, -tokens:] for x in kv)) for kv in self.keys_values],
-            tokens_SMD=None if self.tokens_SMD is None else self.tokens_SMD[:, -tokens:],
+        """The last of the frames, in the same memory, without the extra key: it follows the newest frame of all."""
+        first, end = ((len(self.frame_T) - before) * self.patches for before in (frames, 0))
+        return replace(
+            self,
+            keys_values=[KeysValues(*(x[:, :, first:end] for x in kv)) for kv in self.keys_values],
+            tokens_SMD=None if self.tokens_SMD is None else self.tokens_SMD[:, first:],
             mask_ST=None if self.mask_ST is None else self.mask_ST[:, -frames:],
             frame_T=self.frame_T[-frames:],
         )
@@ -57,16 +60,13 @@ class EncodedFrames:
     def followed_by(self, new: "EncodedFrames") -> "EncodedFrames":
         """These frames and then those, which all exist."""
         pairs = zip(self.keys_values, new.keys_values, strict=True)
-        return EncodedFrames(
+        return replace(
+            self,
             keys_values=[KeysValues(*(torch.cat(x, dim=2) for x in zip(*pair, strict=True))) for pair in pairs],
             tokens_SMD=None if self.tokens_SMD is None else torch.cat((self.tokens_SMD, new.tokens_SMD), dim=1),
             mask_ST=None if self.mask_ST is None else F.pad(self.mask_ST, (0, len(new.frame_T)), value=True),
             frame_T=torch.cat((self.frame_T, new.frame_T)),
         )
-
-    @property
-    def _any_tokens(self) -> Tensor:
-        return self.keys_values[0].k_BHMK if self.tokens_SMD is None else self.tokens_SMD
 
 
 @dataclass
@@ -285,14 +285,14 @@ class CDiT(ModelMixin, ConfigMixin):
         for block in self.context_blocks:
             x = self._run(block, x, self._rotation(frame_T[-1:]))
         x = self.token_norm(x).unflatten(0, (batch, count)).flatten(1, 2)
-        return EncodedFrames(keys_values=[], tokens_SMD=x, mask_ST=mask, frame_T=frame_T)
+        return EncodedFrames([], tokens_SMD=x, mask_ST=mask, frame_T=frame_T, patches=self.grid[0] * self.grid[1])
 
     def _with_keys_values(self, frames: EncodedFrames) -> EncodedFrames:
         """Tokens replaced by the keys and values of every block, unless these follow the condition."""
         if self.config.context_modulation:
             return frames
-        rotation = self._rotation(frames.frame_T)
-        made = [block.project_kv(frames.tokens_SMD, rotation) for block in self.blocks]
+        rotation, target = self._rotation(frames.frame_T), self._rotation(frames.frame_T[-1:] + 1)
+        made = [block.project_kv(frames.tokens_SMD, rotation, corner(target)) for block in self.blocks]
         # Values are half of a projection whose other half, keys before their rotation, would stay with them.
         keys_values = [KeysValues(*(x.contiguous() for x in kv)) for kv in made]
         return replace(frames, keys_values=keys_values, tokens_SMD=None)
@@ -345,7 +345,7 @@ class CDiT(ModelMixin, ConfigMixin):
         """What each block looks at."""
         parts = context.parts
         if parts[0].tokens_SMD is None:
-            masks = [self._token_mask(part.mask_ST) for part in parts]
+            masks = [self._token_mask(part.mask_ST, last=part is parts[-1]) for part in parts]
             per_block = zip(*(part.keys_values for part in parts), strict=True)
             return [[Part(kv, mask) for kv, mask in zip(block, masks, strict=True)] for block in per_block]
         # Keys and values that follow the condition are each target's own.
@@ -360,9 +360,12 @@ class CDiT(ModelMixin, ConfigMixin):
             mask = self._token_mask(side_by_side(masks, rows, dim=1))
         return [ContextTokens(tokens, mask, self._rotation(context.frame_T))] * len(self.blocks)
 
-    def _token_mask(self, mask_ST: Tensor | None) -> Tensor | None:
-        """(S, 1, 1, M) of (S, T)."""
-        return None if mask_ST is None else mask_ST.repeat_interleave(self.grid[0] * self.grid[1], 1)[:, None, None]
+    def _token_mask(self, mask_ST: Tensor | None, last: bool = True) -> Tensor | None:
+        """(S, 1, 1, M) of (S, T), and the extra key where this part is the last."""
+        if mask_ST is None:
+            return None
+        mask_SM = mask_ST.repeat_interleave(self.grid[0] * self.grid[1], 1)
+        return F.pad(mask_SM, (0, int(last and self.config.extra_kv)), value=True)[:, None, None]
 
     def _run(self, block: nn.Module, *inputs: Tensor | Rotation | Sequence[Part] | ContextTokens | None) -> Tensor:
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()

@@ -23,11 +23,11 @@ class Rotation(NamedTuple):
 
 
 def axial_rotation(position_N3: Tensor, head_width: int) -> Rotation:
-    """Angles of tokens at (frame, row, column), (…, N, 3), for heads of an even width: a fourth of the pairs follows
-    the frame, the rest is halved between row and column.
+    """Angles of tokens at (frame, row, column), (…, N, 3), for heads of an even width: a fourth of the pairs, and at
+    least one of three or more, follows the frame; the rest is halved between row and column.
     """
     pairs = head_width // 2
-    frame_pairs = pairs // 4
+    frame_pairs = max(pairs // 4, int(pairs > 2))
     row_pairs = (pairs - frame_pairs) // 2
     shares = (frame_pairs, row_pairs, pairs - frame_pairs - row_pairs)
     angles = [
@@ -36,6 +36,11 @@ def axial_rotation(position_N3: Tensor, head_width: int) -> Rotation:
     ]
     angle_NK = torch.cat(angles, dim=-1)
     return Rotation(angle_NK.cos(), angle_NK.sin())
+
+
+def corner(rotation: Rotation | None) -> Rotation | None:
+    """The rotation of the first token, (1, K / 2)."""
+    return rotation and Rotation(*(angle[:1] for angle in rotation))
 
 
 def rotate(x_BHNK: Tensor, rotation: Rotation | None) -> Tensor:

@@ -80,10 +80,10 @@ def pushed(
 
 @pytest.mark.parametrize("branch", [1, 2])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("dialect", [*PUSHABLE, "sink"])
+@pytest.mark.parametrize("dialect", PUSHABLE)
 def test_candidates_that_share_a_past_are_as_each_with_its_own(dialect, masked, branch):
     """Pushed until no real frame is left, two goals for each of three candidates of two contexts."""
-    model = build("native" if dialect == "sink" else dialect, **({"extra_kv": True} if dialect == "sink" else {}))
+    model = build(dialect)
     data, mask = batch(goals=6, frames=3), torch.tensor([[True] * 3, [False, False, True]]) if masked else None
     caches, frames = pushed(model, data.pop("context"), mask, candidates=3, pushes=5, branch=branch)
     for push, cache in enumerate(caches[branch:], branch):
@@ -112,7 +112,8 @@ def test_a_shared_past_is_not_copied_for_candidates(dialect):
         for push, cache in enumerate(caches[1:], 1):
             assert [part.rows for part in cache.parts] == ([2, 2 * candidates] if push < 3 else [2 * candidates])
             own = tensors(cache.parts[-1])
-            assert all(x.numel() == 2 * candidates * min(push, 3) * 6 * 32 for x in own)
+            extra = int(model.config.extra_kv)
+            assert all(x.numel() == 2 * candidates * (min(push, 3) * 6 + extra) * 32 for x in own)
             assert not {x.untyped_storage().data_ptr() for x in own} & set(real)
             if push < 3:
                 shared = tensors(cache.parts[0])
@@ -390,6 +391,19 @@ def test_dropout_acts_in_training_only():
     assert torch.equal(model(**data), model(**data))
     model.train()
     assert not torch.equal(model(**data), model(**data))
+
+
+@pytest.mark.parametrize("dialect", ["encoder", "levers"])
+def test_the_cache_is_not_copied_for_the_extra_key(dialect):
+    """Nor for goals: each block looks at the memory that the context was encoded to."""
+    model, data = build(dialect), batch()
+    cache = model.encode_context(data.pop("context"), masks()["context_mask"])
+    seen: list[Observation] = []
+    for block in model.blocks:
+        block.cross_attn.observer = seen.append
+    model(**data, context=cache)
+    for observation, kv in zip(seen, cache.parts[0].keys_values, strict=True):
+        assert [x.data_ptr() for x in observation.kv] == [x.data_ptr() for x in kv]
 
 
 def test_blocks_fold_targets_into_queries_of_their_context():
