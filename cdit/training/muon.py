@@ -71,7 +71,7 @@ class Muon(torch.optim.AdamW):
                     continue
                 buffer = self.state[parameter]["momentum_buffer"]
                 buffer.copy_(self._unless_bad(buffer.lerp(parameter.grad, 1 - group["momentum"]), buffer))
-                update = _whole(parameter.grad.lerp(buffer, group["momentum"]))
+                update = _whole(parameter.grad.lerp(buffer, group["momentum"]).bfloat16())
                 for matrix in update.chunk(group["splits"]):
                     by_shape[matrix.shape].append(matrix)
         orthogonal = {
