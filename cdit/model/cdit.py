@@ -317,8 +317,8 @@ class CDiT(ModelMixin, ConfigMixin):
                 candidates with frames of their own, G is a multiple of their number.
             timestep: (B[, G]) diffusion time, 0 (clean) to 1000 (noise).
             condition: normalised conditions by name, for the conditioners: `time_shift` (B[, G]) from the last past
-                frame to the target, negative for the past; `action` (B[, G], 3) dx, dy, dyaw in the frame of the last past
-                frame, absent where all are unknown, and `action_known` (B[, G]), False where one is.
+                frame to the target, negative for the past; `action` (B[, G], 3) dx, dy, dyaw in the frame of the last
+                past frame, absent where all are unknown, and `action_known` (B[, G]), False where one is.
             context: (B, T, C, H, W) past frames, oldest first, or what `encode_context` made of them.
             context_mask: (B, T), True where a past frame exists; with frames only.
         """

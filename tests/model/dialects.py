@@ -1,5 +1,6 @@
 """Small networks of every dialect, and numbers to feed them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -55,10 +56,16 @@ def build(dialect: str, seed: int = 0, **changes: Any) -> CDiT:
     return model
 
 
+def call(network: Callable[..., Tensor], action_mask: Tensor | None = None, **inputs: Any) -> Tensor:
+    """The network's output for inputs as `batch` and `masks` make them; conditions that are None are left out."""
+    condition = {"action": inputs.pop("action"), "time_shift": inputs.pop("time_shift"), "action_known": action_mask}
+    return network(**inputs, condition={name: x for name, x in condition.items() if x is not None})
+
+
 def batch(
     contexts: int = 2, goals: int = 3, frames: int = 3, dtype: torch.dtype = torch.float32, seed: int = 1
 ) -> dict[str, Tensor]:
-    """Arguments of `CDiT.forward`; times are kept small so that sines of them are precise in float32."""
+    """Arguments of `call`; times are kept small so that sines of them are precise in float32."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:

@@ -59,7 +59,7 @@ def kept_bytes(cdit: CDiT, contexts: int, goals: int, frames: int) -> int:
     sample, context = torch.randn(contexts, goals, 4, 28, 28), torch.randn(contexts, frames, 4, 28, 28)
     scalar = torch.rand(contexts, goals)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
-        cdit(sample, scalar, torch.randn(contexts, goals, 3), scalar, context)
+        cdit(sample, scalar, {"action": torch.randn(contexts, goals, 3), "time_shift": scalar}, context)
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 

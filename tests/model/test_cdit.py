@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from dialects import BASE, DIALECTS, batch, build, masks
+from dialects import BASE, DIALECTS, batch, build, call, masks
 
 from cdit.common.errors import UserError
 from cdit.model import PRESETS, CDiT, ModelConfig
@@ -33,11 +33,11 @@ def test_goals_of_a_cached_context_are_those_goals_alone_with_their_frames(diale
     model, data, mask = build(dialect), batch(), masks() if masked else {}
     cache = model.encode_context(data["context"], mask.get("context_mask"))
     others = {k: v for k, v in (data | mask).items() if k not in ("context", "context_mask")}
-    together = model(**others, context=cache)
+    together = call(model, **others, context=cache)
     for b in range(2):
         frames = {k: v[b : b + 1] for k, v in (data | mask).items() if k in ("context", "context_mask")}
         for g in range(3):
-            alone = model(**{k: v[b, g][None] for k, v in others.items()}, **frames)
+            alone = call(model, **{k: v[b, g][None] for k, v in others.items()}, **frames)
             torch.testing.assert_close(together[b, g], alone[0], atol=1e-5, rtol=0)
 
 
@@ -56,8 +56,8 @@ def test_pushing_frames_is_encoding_the_new_window_afresh(dialect, masked, first
         cache = model.push_context(cache, frames[:, end - 1])
         window = slice(max(0, end - 3), end)
         assert len(cache.frame_T) == min(end, 3)
-        afresh = model(**goal, context=frames[:, window], context_mask=mask[:, window] if masked else None)
-        torch.testing.assert_close(model(**goal, context=cache), afresh, atol=1e-5, rtol=0)
+        afresh = call(model, **goal, context=frames[:, window], context_mask=mask[:, window] if masked else None)
+        torch.testing.assert_close(call(model, **goal, context=cache), afresh, atol=1e-5, rtol=0)
 
 
 def pushed(
@@ -91,11 +91,11 @@ def test_candidates_that_share_a_past_are_as_each_with_its_own(dialect, masked, 
         ones = torch.ones(6, push, dtype=torch.bool)
         mine = torch.cat((mask.repeat_interleave(3, 0), ones), 1)[:, window] if masked else None
         goals = {name: x.unflatten(1, (3, 2)).flatten(0, 1) for name, x in data.items()}
-        expected = model(**goals, context=frames[:, window], context_mask=mine)
+        expected = call(model, **goals, context=frames[:, window], context_mask=mine)
         assert cache.rows == 6
         assert cache.frame_T.tolist() == list(range(push - 2, push + 1))
-        torch.testing.assert_close(model(**data, context=cache).view_as(expected), expected, atol=1e-5, rtol=0)
-        torch.testing.assert_close(model(**goals, context=cache), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(call(model, **data, context=cache).view_as(expected), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(call(model, **goals, context=cache), expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dialect", PUSHABLE)
@@ -125,11 +125,11 @@ def test_a_shared_past_is_not_copied_for_candidates(dialect):
 def test_watching_candidates_shows_one_softmax_over_shared_and_own_frames(dialect):
     model, data = build(dialect), batch(goals=6)
     caches, frames = pushed(model, data.pop("context"), masks()["context_mask"], candidates=3, pushes=2)
-    expected = model(**data, context=caches[-1])
+    expected = call(model, **data, context=caches[-1])
     seen: list[Observation] = []
     for block in model.blocks:
         block.cross_attn.observer = seen.append
-    assert torch.equal(model(**data, context=caches[-1]), expected)
+    assert torch.equal(call(model, **data, context=caches[-1]), expected)
 
     together = [
         observation.weights().unflatten(2, (-1, 6)).transpose(1, 2).reshape(12, 2, 6, -1) for observation in seen
@@ -137,7 +137,7 @@ def test_watching_candidates_shows_one_softmax_over_shared_and_own_frames(dialec
     seen.clear()
     goals = {name: x.unflatten(1, (3, 2)).flatten(0, 1) for name, x in data.items()}
     existing = torch.tensor([[True] * 3] * 3 + [[True] * 3] * 3)
-    model(**goals, context=frames[:, 2:], context_mask=existing)
+    call(model, **goals, context=frames[:, 2:], context_mask=existing)
     for weights, alone in zip(together, seen, strict=True):
         torch.testing.assert_close(weights.sum(-1), torch.ones(12, 2, 6))
         apart = alone.weights().unflatten(2, (-1, 6)).transpose(1, 2).reshape(12, 2, 6, -1)
@@ -162,9 +162,9 @@ def test_only_modulated_contexts_are_kept_as_tokens():
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_fewer_frames_are_a_full_window_whose_oldest_are_missing(dialect):
     model, data = build(dialect), batch(frames=3)
-    expected = model(**data, context_mask=torch.tensor([[False, False, True]] * 2))
+    expected = call(model, **data, context_mask=torch.tensor([[False, False, True]] * 2))
     data["context"] = data["context"][:, -1:]
-    torch.testing.assert_close(model(**data), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(call(model, **data), expected, atol=1e-5, rtol=0)
 
 
 def test_more_frames_than_max_context_are_refused():
@@ -179,25 +179,25 @@ def test_more_frames_than_max_context_are_refused():
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_what_missing_frames_and_unknown_actions_hold_is_not_looked_at(dialect, fill):
     model, data, mask = build(dialect), batch(), masks()
-    expected = model(**data, **mask)
+    expected = call(model, **data, **mask)
     data["context"] = data["context"].masked_fill(~mask["context_mask"][:, :, None, None, None], fill)
     data["action"] = data["action"].masked_fill(~mask["action_mask"][..., None], fill)
-    assert torch.equal(model(**data, **mask), expected)
+    assert torch.equal(call(model, **data, **mask), expected)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_target_without_any_past_frame_is_finite(dialect):
     data = batch() | {"context_mask": torch.zeros(2, 3, dtype=torch.bool)}
-    assert build(dialect)(**data).isfinite().all()
+    assert call(build(dialect), **data).isfinite().all()
 
 
 def test_unknown_actions_become_the_learned_vector():
     model, data = build("native"), batch()
-    unknown = model(**data, action_mask=torch.zeros(2, 3, dtype=torch.bool))
-    torch.testing.assert_close(model(**data | {"action": None}), unknown)
-    assert not torch.allclose(model(**data), unknown, atol=1e-3)
-    model.action_embed.unknown.add_(1)
-    assert not torch.allclose(model(**data | {"action": None}), unknown, atol=1e-3)
+    unknown = call(model, **data, action_mask=torch.zeros(2, 3, dtype=torch.bool))
+    torch.testing.assert_close(call(model, **data | {"action": None}), unknown)
+    assert not torch.allclose(call(model, **data), unknown, atol=1e-3)
+    model.conditioners["action"].unknown.add_(1)
+    assert not torch.allclose(call(model, **data | {"action": None}), unknown, atol=1e-3)
 
 
 # --- every input matters ---
@@ -207,21 +207,25 @@ def test_unknown_actions_become_the_learned_vector():
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_every_input_matters_unless_the_config_says_otherwise(dialect, name):
     model, data = build(dialect), batch()
-    before = model(**data)
-    changed = model(**data | {name: data[name] + 0.5})
+    before = call(model, **data)
+    changed = call(model, **data | {name: data[name] + 0.5})
     unused = {"action": not model.config.use_action, "time_shift": not model.config.use_time_shift}
     assert torch.equal(before, changed) == unused.get(name, False)
 
 
 def test_no_time_shift_is_needed_where_it_is_not_used():
     data = batch()
-    torch.testing.assert_close(build("action_only")(**data | {"time_shift": None}), build("action_only")(**data))
+    torch.testing.assert_close(
+        call(build("action_only"), **data | {"time_shift": None}), call(build("action_only"), **data)
+    )
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_the_order_of_past_frames_matters(dialect):
     model, data = build(dialect), batch()
-    assert not torch.allclose(model(**data), model(**data | {"context": data["context"].flip(1)}), atol=1e-4)
+    assert not torch.allclose(
+        call(model, **data), call(model, **data | {"context": data["context"].flip(1)}), atol=1e-4
+    )
 
 
 # --- watching ---
@@ -230,12 +234,12 @@ def test_the_order_of_past_frames_matters(dialect):
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_recording_every_attention_leaves_the_output_bit_identical(dialect):
     model, data, mask = build(dialect), batch(), masks()
-    expected = model(**data, **mask)
+    expected = call(model, **data, **mask)
     seen: dict[str, list[torch.Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, MultiHeadAttention):
             module.observer = lambda o, name=name: seen.setdefault(name, []).append((o, o.weights()))
-    assert torch.equal(model(**data, **mask), expected)
+    assert torch.equal(call(model, **data, **mask), expected)
 
     heads, extra = 2, int(model.config.extra_kv)
     for i in range(2):
@@ -262,7 +266,7 @@ def test_the_untrained_network_is_the_identity_on_its_stream_and_predicts_zero(d
     streams = []
     for block in model.blocks:
         block.register_forward_hook(lambda _, inputs, output: streams.append((inputs[0], output)))
-    out = model(**batch(), **masks())
+    out = call(model, **batch(), **masks())
     assert len(streams) == 2
     for before, after in streams:
         assert torch.equal(before, after)
@@ -278,7 +282,7 @@ def test_initial_weights():
     for name, weight in model.named_parameters():
         if name.endswith("bias") or "ada_ln" in name or name.startswith("final_layer"):
             assert (weight == 0).all(), name
-        elif name == "action_embed.unknown":
+        elif name == "conditioners.action.unknown":
             assert weight.std().item() == pytest.approx(0.4, rel=0.3), name
         elif name == "pos_embed":
             assert weight.std().item() == pytest.approx(0.02, rel=0.1 if weight.numel() > 1000 else 0.3), name
@@ -299,7 +303,7 @@ def test_published_initial_weights():
     in_proj = torch.nn.MultiheadAttention(192, 6).in_proj_weight
     native = CDiT(image_size=(8, 8), **arguments)
     for (name, weight), other in zip(model.named_parameters(), native.parameters(), strict=True):
-        if "_embed" in name and name.endswith("weight") and "patch" not in name:
+        if name.startswith(("time_embed", "conditioners")) and name.endswith("weight"):
             assert weight.std().item() == pytest.approx(0.02, rel=0.05), name
         elif name.endswith(("attn.q.weight", "attn.kv.weight")):
             assert weight.abs().max().item() == pytest.approx(in_proj.abs().max().item(), rel=0.01), name
@@ -352,7 +356,8 @@ def test_options_that_do_not_go_together_are_named(changes, message):
 
 def test_heads_of_odd_width_are_fine_with_learned_positions():
     data = batch()
-    assert CDiT(**BASE | {"hidden_size": 30, "position": "learned"})(**data).shape == data["sample"].shape
+    model = CDiT(**BASE | {"hidden_size": 30, "position": "learned"})
+    assert call(model, **data).shape == data["sample"].shape
 
 
 def test_presets_can_be_overridden_field_by_field():
@@ -372,15 +377,15 @@ def test_a_saved_network_comes_back_bit_equal(dialect, tmp_path: Path):
     model.save_pretrained(tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "diffusion_pytorch_model.safetensors"]
     loaded = CDiT.from_pretrained(tmp_path, low_cpu_mem_usage=False)
-    assert torch.equal(loaded(**data), model(**data))
+    assert torch.equal(call(loaded, **data), call(model, **data))
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_bfloat16_is_near_float32(dialect):
     model, data = build(dialect), batch() | masks()
-    exact = model(**data)
+    exact = call(model, **data)
     halved = {k: v.bfloat16() if k in ("sample", "context") else v for k, v in data.items()}
-    out = model.bfloat16()(**halved)
+    out = call(model.bfloat16(), **halved)
     assert out.dtype == torch.bfloat16
     assert (out - exact).square().mean() < 3e-3 * exact.square().mean()
 
@@ -388,9 +393,9 @@ def test_bfloat16_is_near_float32(dialect):
 def test_dropout_acts_in_training_only():
     data = batch()
     model = build("native", dropout=0.5)
-    assert torch.equal(model(**data), model(**data))
+    assert torch.equal(call(model, **data), call(model, **data))
     model.train()
-    assert not torch.equal(model(**data), model(**data))
+    assert not torch.equal(call(model, **data), call(model, **data))
 
 
 @pytest.mark.parametrize("dialect", ["encoder", "levers"])
@@ -401,7 +406,7 @@ def test_the_cache_is_not_copied_for_the_extra_key(dialect):
     seen: list[Observation] = []
     for block in model.blocks:
         block.cross_attn.observer = seen.append
-    model(**data, context=cache)
+    call(model, **data, context=cache)
     for observation, kv in zip(seen, cache.parts[0].keys_values, strict=True):
         assert [x.data_ptr() for x in observation.kv] == [x.data_ptr() for x in kv]
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from dialects import DIALECTS, batch, build, masks
+from dialects import DIALECTS, batch, build, call, masks
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,7 +25,7 @@ def gradients(
     """The output and every parameter's gradient of a loss in which all outputs matter differently."""
     torch.manual_seed(7)  # what dropout draws from
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        out = model(**inputs)
+        out = call(model, **inputs)
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
     model.zero_grad()
     (weights * out.float() + 0.1 * out.float().square()).sum().backward()
@@ -57,7 +57,7 @@ def test_a_context_encoded_beforehand_has_its_gradient(dialect):
 
     def context_gradient() -> Tensor:
         frames.grad = None
-        model(**data, context=model.encode_context(frames)).square().sum().backward()
+        call(model, **data, context=model.encode_context(frames)).square().sum().backward()
         return frames.grad
 
     expected = context_gradient()
@@ -90,7 +90,7 @@ def saved_bytes(model: CDiT, data: dict[str, Tensor | None]) -> int:
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        model(**data)
+        call(model, **data)
     return sum(x.untyped_storage().nbytes() for x in kept.values())
 
 
@@ -122,7 +122,7 @@ def test_sampling_keeps_its_cached_context(dialect):
             module.observer = lambda observation: seen.append(observation.weights())
     with torch.no_grad():
         cache = model.encode_context(data["context"], data["context_mask"])
-        watched = model(**data)
+        watched = call(model, **data)
     assert len(cache.parts[0].keys_values) == (0 if model.config.context_modulation else 2)
     assert len(seen) == 2 * model.config.context_depth + 4  # the context is encoded twice here
 
@@ -130,7 +130,7 @@ def test_sampling_keeps_its_cached_context(dialect):
         if isinstance(module, MultiHeadAttention):
             module.observer = None
     model.disable_gradient_checkpointing()
-    assert torch.equal(model(**data), watched)
+    assert torch.equal(call(model, **data), watched)
 
 
 @pytest.mark.parametrize("dialect", ["native", "nwm"])

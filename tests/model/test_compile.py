@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dialects import batch, build, masks
+from dialects import batch, build, call, masks
 
 from cdit.model import CDiT
 
@@ -31,8 +31,8 @@ def test_a_cached_context_of_one_part_and_of_two(dialect, masked):
     told = mask["action_mask"] if masked else None
     for parts in (1, 2):
         assert len(cache.parts) == parts
-        expected = model(**data, context=cache, action_mask=told)
-        torch.testing.assert_close(network(**data, context=cache, action_mask=told), expected, atol=1e-6, rtol=0)
+        expected = call(model, **data, context=cache, action_mask=told)
+        torch.testing.assert_close(call(network, **data, context=cache, action_mask=told), expected, atol=1e-6, rtol=0)
         cache = model.push_context(cache, torch.randn(6, 2, 4, 6, generator=torch.Generator().manual_seed(2)))
 
 
@@ -40,7 +40,9 @@ def test_a_cached_context_of_one_part_and_of_two(dialect, masked):
 def test_a_cached_context_of_the_published_dialect():
     model, data = build("nwm"), batch()
     cache = model.encode_context(data.pop("context"), masks()["context_mask"])
-    torch.testing.assert_close(compiled(model, "eager")(**data, context=cache), model(**data, context=cache))
+    torch.testing.assert_close(
+        call(compiled(model, "eager"), **data, context=cache), call(model, **data, context=cache)
+    )
 
 
 @pytest.mark.parametrize("dialect", ["native", "nwm", "levers", "modulated_levers"])
@@ -49,7 +51,7 @@ def test_training_with_its_gradients(dialect):
     found = []
     for network in (model, compiled(model, "aot_eager")):
         model.zero_grad()
-        out = network(**data)
+        out = call(network, **data)
         out.square().sum().backward()
         found.append([out, *(parameter.grad.clone() for parameter in model.parameters())])
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
@@ -64,9 +66,9 @@ def test_gradients_through_two_parts():
     for network in (model, compiled(model, "aot_eager")):
         cache = model.push_context(model.encode_context(shared), own)
         assert len(cache.parts) == 2
-        found.append(torch.autograd.grad(network(**data, context=cache).square().sum(), (shared, own)))
+        found.append(torch.autograd.grad(call(network, **data, context=cache).square().sum(), (shared, own)))
     torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
     window = torch.cat((shared.repeat_interleave(3, 0)[:, 1:], own[:, None]), dim=1)
     goals = {name: x.flatten(0, 1) for name, x in data.items()}
-    alone = torch.autograd.grad(model(**goals, context=window).square().sum(), (shared, own))
+    alone = torch.autograd.grad(call(model, **goals, context=window).square().sum(), (shared, own))
     torch.testing.assert_close(found[0], alone, atol=1e-4, rtol=1e-4)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dialects import DIALECTS, batch, build, masks
+from dialects import DIALECTS, batch, build, call, masks
 
 H = 1e-5
 
@@ -14,10 +14,10 @@ def test_every_parameter_has_the_gradient_of_a_finite_difference(dialect):
     data["context"][1, 0] = float("nan")  # a missing frame: gradients must not notice
     data["action"][0, 1] = float("nan")  # an unknown action
     generator = torch.Generator().manual_seed(5)
-    weights = torch.randn(model(**data).shape, generator=generator, dtype=torch.float64)
+    weights = torch.randn(call(model, **data).shape, generator=generator, dtype=torch.float64)
 
     def loss() -> torch.Tensor:
-        out = model(**data)
+        out = call(model, **data)
         return (weights * out + 0.1 * out.square()).sum()
 
     def loss_at(parameter: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ def test_inputs_get_gradients_and_missing_ones_get_none(dialect):
     data["context"][1, 0] = float("nan")
     data["action"][0, 1] = float("nan")
     leaves = {name: data[name].requires_grad_() for name in ("sample", "action", "context")}
-    model(**data, **mask).square().sum().backward()
+    call(model, **data, **mask).square().sum().backward()
     assert (leaves["sample"].grad != 0).any(dim=(-3, -2, -1)).all()
     per_frame = leaves["context"].grad
     assert per_frame.isfinite().all()

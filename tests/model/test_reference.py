@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from dialects import DIALECTS, batch, build, masks
+from dialects import DIALECTS, batch, build, call, masks
 from torch import Tensor
 
 from cdit.model import CDiT
@@ -143,11 +143,11 @@ class Reference:
             x = x + self.w["pos_embed"][-1]
         condition = self.scalar("time_embed", timestep, 1.0)
         if self.c.use_time_shift:
-            condition = condition + self.scalar("shift_embed", time_shift, self.c.embedding_scale)
+            condition = condition + self.scalar("conditioners.time_shift.embedding", time_shift, self.c.embedding_scale)
         if self.c.use_action and action is None:
-            condition = condition + self.w["action_embed.unknown"]
+            condition = condition + self.w["conditioners.action.unknown"]
         elif self.c.use_action:
-            parts = [self.scalar(f"action_embed.parts.{i}", action[i], self.c.embedding_scale) for i in range(3)]
+            parts = [self.scalar(f"conditioners.action.parts.{i}", action[i], self.c.embedding_scale) for i in range(3)]
             condition = condition + torch.cat(parts)
         condition = F.silu(condition)
 
@@ -190,7 +190,7 @@ def test_forward_is_the_reference(dialect, frames):
     model = build(dialect).double()
     data, mask = batch(goals=2, frames=frames, dtype=torch.float64), masks(goals=2, frames=frames)
     with torch.no_grad():
-        out = model(**data, **mask)
+        out = call(model, **data, **mask)
         reference = Reference(model)
         for b in range(2):
             for g in range(2):
@@ -216,4 +216,6 @@ def test_patches_of_non_square_frames(patch_size):
     t, action = torch.ones(1, dtype=torch.float64), torch.full((1, 3), 0.5, dtype=torch.float64)
     with torch.no_grad():
         expected = Reference(model)(sample[0], t[0], action[0], t[0], context[0])
-        torch.testing.assert_close(model(sample, t, action, t, context)[0], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            model(sample, t, {"action": action, "time_shift": t}, context)[0], expected, atol=1e-5, rtol=0
+        )

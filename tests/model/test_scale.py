@@ -102,7 +102,8 @@ def test_a_step_has_the_flops_of_its_forward_and_backward_pass(checkpointing):
         cdit.enable_gradient_checkpointing()
     each = torch.rand(2, 3)
     frames = torch.randn(2, 3, 4, 8, 8)
-    counted = counted_flops(lambda: cdit(frames, each, each[..., None].expand(2, 3, 3), each, frames).sum().backward())
+    condition = {"action": each[..., None].expand(2, 3, 3), "time_shift": each}
+    counted = counted_flops(lambda: cdit(frames, each, condition, frames).sum().backward())
     seconds = step(Run(cdit, 3, 3, 2, None, checkpointing), 1, "DDP", Hardware(tflops=1.0)).compute
     assert seconds * 1e12 == pytest.approx(counted, rel=0.03)
 

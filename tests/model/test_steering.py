@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from dialects import batch, build, masks
+from dialects import batch, build, call, masks
 from torch import Tensor
 
 from cdit.model.attention import Observation, Part
@@ -25,7 +25,7 @@ def test_zero_weights_are_the_unsteered_network():
         block.steering.linear.weight.zero_()
         block.steering.linear.bias.zero_()
     plain.load_state_dict({name: x for name, x in steered.state_dict().items() if "steering" not in name})
-    torch.testing.assert_close(steered(**data), plain(**data), atol=1e-6, rtol=0)
+    torch.testing.assert_close(call(steered, **data), call(plain, **data), atol=1e-6, rtol=0)
 
 
 def scores(moves: dict[int, tuple[float, float, float, float]]) -> Tensor:

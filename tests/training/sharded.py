@@ -53,11 +53,13 @@ def batch(step: int, process: int) -> dict[str, Tensor]:
     return {
         "sample": torch.randn(2, 2, 1, 3, 2, generator=draws),
         "timestep": 1000 * torch.rand(2, 2, generator=draws),
-        "action": torch.randn(2, 2, 3, generator=draws),
-        "time_shift": torch.randn(2, 2, generator=draws),
+        "condition": {
+            "action": torch.randn(2, 2, 3, generator=draws),
+            "time_shift": torch.randn(2, 2, generator=draws),
+            "action_known": torch.tensor([[True, False], [True, True]]),
+        },
         "context": torch.randn(2, 2, 1, 3, 2, generator=draws),
         "context_mask": torch.tensor([[True, True], [False, True]]),
-        "action_mask": torch.tensor([[True, False], [True, True]]),
     }
 
 
