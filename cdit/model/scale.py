@@ -6,46 +6,18 @@ buckets that are sent. Sharded (FSDP2) it has a P-th, and for as long as they co
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 from cdit.model.activations import activation_bytes, backward_bytes
 from cdit.model.cdit import CDiT
 from cdit.model.describe import flops
+from cdit.model.hardware import Hardware
 
 BUCKET = 25 * 2**20
 """Bytes that DDP sends together, torch's `bucket_cap_mb`."""
 Mode = Literal["DDP", "FSDP2"]
-
-
-@dataclass
-class Hardware:
-    """The machines. Rates are what is assumed to be reached of a data sheet's."""
-
-    gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256, 512])
-    """Numbers of GPUs to compare."""
-    gpus_per_node: int = 8
-    """GPUs of a node."""
-    memory_gb: list[float] = field(default_factory=lambda: [24, 40, 80, 141])
-    """Sizes of a GPU's memory to compare, in 10^9 bytes."""
-    reserve_gb: float = 4.0
-    """Of it, what CUDA, NCCL, libraries' workspaces, temporary tensors and fragmentation take; assumed."""
-    tflops: float = 400.0
-    """10^12 FLOPs a second of a GPU that trains; assumed: 40 % of the 989 of NVIDIA's H100 SXM (dense bfloat16)."""
-    gpu_link_gb_s: float = 360.0
-    """10^9 bytes a GPU sends in a second within its node; assumed: 80 % of the 450 of NVLink 4."""
-    node_link_gb_s: float = 40.0
-    """Likewise to other nodes; assumed: 80 % of an InfiniBand adapter of 400 Gbit/s for each GPU."""
-    latency_us: float = 5.0
-    """10^-6 seconds from one GPU to the next for the smallest message; assumed."""
-    host_gb_s: float = 20.0
-    """10^9 bytes a second from a GPU to its host's memory; assumed: 60 % of PCIe 4.0 ×16."""
-    disk_gb_s: float = 1.0
-    """10^9 bytes a second that all processes together write to the run's folder; assumed."""
-    hours_between_failures: float = 50000.0
-    """Mean hours in which a GPU (with its share of the node) fails once: 16384 GPUs were interrupted 419 times in 54
-    days (Llama 3, arXiv 2407.21783, section 3.3.4)."""
 
 
 @dataclass(frozen=True)
