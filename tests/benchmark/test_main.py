@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from cdit.benchmark.__main__ import MODES, main
-from cdit.benchmark.profile import REST, kind_of
+from cdit.benchmark.operations import REST, kind_of
 from cdit.common.errors import UserError
 
 SMALL = [
