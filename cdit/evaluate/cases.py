@@ -78,17 +78,20 @@ def spread_cases(dataset: WindowDataset, reach: int, samples: int, field: str) -
             f"{field}: no trajectory of the split has {past} frames of context and {reach / fps:g} s ({reach} frames) "
             + (f"after them; at most {longest / fps:g} s would work" if longest > 0 else "after them, nor even one")
         )
-    cases = []
-    for window in spread(windows, samples):
-        trajectory, now = dataset.locate(window)
-        cases.append(Case(window, trajectory, dataset.trajectories[trajectory].name, now))
-    return cases
+    return [case_of(dataset, window) for window in spread(windows, samples)]
+
+
+def case_of(dataset: WindowDataset, window: int) -> Case:
+    """The case of a window."""
+    trajectory, now = dataset.locate(window)
+    return Case(window, trajectory, dataset.trajectories[trajectory].name, now)
 
 
 def others(cases: Sequence[Case]) -> list[int]:
-    """For each case another, whose actions it is given to see what they are worth: half the list away.
+    """For each case another one, whose actions or context the model is given to see what its own are worth.
 
-    From there on the first of another trajectory, where there is one, lest the actions be its own at another time.
+    It is half the list away, or the next one from there on that is of another trajectory, so that the actions are not
+    its own at another time.
     """
     trajectories = np.array([case.trajectory for case in cases])
     order = (np.arange(len(cases)) + len(cases) // 2) % len(cases)

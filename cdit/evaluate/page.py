@@ -30,26 +30,27 @@ def draw(protocol: Protocol, found: Mapping[str, Tensor], folder: Path) -> dict[
     Args:
         protocol: what was predicted.
         found: `shown/…`, see `Study.compute`.
-        folder: where to.
+        folder: where the files go.
 
     Returns:
-        Files by caption: a grid with truth and prediction at each horizon; of rollouts also a strip and a video each.
+        Files by caption: a grid with truth and prediction at each horizon, and what `draw_rollouts` draws.
     """
     if "shown/model" not in found:
         return {}
-    context, truth, prediction = (found[f"shown/{name}"] for name in ("context", "truth", "model"))
     folder.mkdir(parents=True, exist_ok=True)
     files = {"last frame seen, truth and prediction at each horizon": folder / f"{protocol.name}.png"}
     horizons = [f"{seconds:+g} s" for seconds in protocol.seconds]
-    measured = protocol.measured
-    comparison_grid(context, truth[:, measured], prediction[:, measured], horizons).save(*files.values())
-    if not isinstance(protocol, Rollout):
-        return files
-    fps = protocol.fps / protocol.stride
-    mask = found["shown/context_mask"]
+    truth, prediction = (found[f"shown/{name}"][:, protocol.measured] for name in ("truth", "model"))
+    comparison_grid(found["shown/context"], truth, prediction, horizons).save(*files.values())
+    return files | (draw_rollouts(protocol, found, folder) if isinstance(protocol, Rollout) else {})
+
+
+def draw_rollouts(protocol: Rollout, found: Mapping[str, Tensor], folder: Path) -> dict[str, Path]:
+    """Draws a strip `<name>_<i>.png` and a video `<name>_<i>.mp4` of each shown rollout; see `draw`."""
+    context, mask, fps, files = found["shown/context"], found["shown/context_mask"], protocol.fps / protocol.stride, {}
     if protocol.stride > 1:  # earlier frames are not as far apart as the predicted ones
         context, mask = context[:, -1:], mask[:, -1:]
-    for i, (seen, true, predicted) in enumerate(zip(context, truth, prediction, strict=True)):
+    for i, (seen, true, predicted) in enumerate(zip(context, found["shown/truth"], found["shown/model"], strict=True)):
         picture, video = (folder / f"{protocol.name}_{i}.{suffix}" for suffix in ("png", "mp4"))
         strip(seen, true, predicted, fps, context_mask=mask[i]).save(picture)
         save_mp4(rollout_video(seen[mask[i]], true, predicted, fps), video, fps)
@@ -61,7 +62,7 @@ def write_markdown(results: Results, path: Path) -> str:
     """Writes the tables, with what they are of, and returns the text."""
     parts = [_about(results.about)]
     for result in results.protocols.values():
-        parts += [f"## {result.name}", _samples(result), markdown(result.rows).rstrip()]
+        parts += [f"## {result.name}", describe_samples(result), markdown(result.rows).rstrip()]
     text = "\n\n".join(parts) + "\n"
     path.write_text(text)
     return text
@@ -80,7 +81,7 @@ def write_page(results: Results, pictures: Mapping[str, Mapping[str, Path]], pat
     for name, result in results.protocols.items():
         parts += [
             f"<h2>{escape(name)}</h2>",
-            f'<p class="note">{escape(_samples(result))}</p>',
+            f'<p class="note">{escape(describe_samples(result))}</p>',
             html(result.rows),
         ]
         for caption, file in pictures[name].items():
@@ -93,6 +94,17 @@ def write_page(results: Results, pictures: Mapping[str, Mapping[str, Path]], pat
     path.write_text(f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n')
 
 
+def describe_samples(result: ProtocolResult) -> str:
+    """A sentence on the samples that the numbers are over."""
+    trajectories = len(set(result.trajectories))
+    text = f"{len(result.cases)} samples of {trajectories} trajectories"
+    if any(row.low is not None for row in result.rows):
+        text += "; ± is half the width of the 95 % interval (bootstrap over trajectories)"
+    if any(row.metric in FRECHET for row in result.rows):
+        text += f"; FID and FVD of these {len(result.cases)} samples compare with those of as many only"
+    return text + "."
+
+
 def _about(about: Mapping[str, Any]) -> str:
     sampler = about["sampler"]
     text = (
@@ -103,13 +115,3 @@ def _about(about: Mapping[str, Any]) -> str:
     if about["config"]["nwm_compat"]:
         text += " Actions of rollouts and 8-bit pictures as in the NWM release."
     return text
-
-
-def _samples(result: ProtocolResult) -> str:
-    trajectories = len(set(result.trajectories))
-    text = f"{len(result.cases)} samples of {trajectories} trajectories"
-    if any(row.low is not None for row in result.rows):
-        text += "; ± is half the width of the 95 % interval (bootstrap over trajectories)"
-    if any(row.metric in FRECHET for row in result.rows):
-        text += f"; FID and FVD of these {len(result.cases)} samples compare with those of as many only"
-    return text + "."

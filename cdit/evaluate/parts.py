@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cdit.common.errors import UserError
 from cdit.common.files import read_json
+from cdit.evaluate.study import joined
 from cdit.world_model import WorldModel
 
 FINGERPRINT = "made_of.json"
@@ -88,10 +89,7 @@ class Parts:
                 parts.append(load_file(self.folder / _name(batch)))
             except Exception as error:  # safetensors has errors of its own
                 raise UserError(f"{self.folder / _name(batch)}: damaged ({error}): delete it and go on") from error
-        return {
-            name: torch.cat([part[name] for part in parts if name in part])
-            for name in dict.fromkeys(name for part in parts for name in part)
-        }
+        return joined(parts)
 
     def _replace(self, name: str, write: Any) -> None:
         partial = self.folder / f".{name}.partial"

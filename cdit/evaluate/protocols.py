@@ -19,7 +19,6 @@ from cdit.data.trajectory import Trajectory
 from cdit.data.windows import WindowDataset
 from cdit.diffusion import SamplerConfig
 from cdit.evaluate.cases import Case
-from cdit.evaluate.methods import predict_goals
 from cdit.world_model import Units, WorldModel
 
 
@@ -43,7 +42,7 @@ class Protocol(ABC):
 
     @abstractmethod
     def actions(self, trajectory: Trajectory, now: int) -> np.ndarray:
-        """What the model is told of each step, by the trajectory's poses: (G, 3) in metres and radians."""
+        """The actions that the model is conditioned on, from the trajectory's poses: (G, 3) in metres and radians."""
 
     @abstractmethod
     def predict(
@@ -51,20 +50,24 @@ class Protocol(ABC):
     ) -> Tensor:
         """Frames (B, G, 3, H, W) in [-1, 1] for collated items."""
 
-    def item(self, dataset: WindowDataset, case: Case, other: Case) -> dict[str, Tensor]:
-        """The case's window, its targets at `offsets`, with this protocol's actions and those of another case."""
-        item = dataset.window(case.window, self.offsets)
-        for key, of in (("action", case), ("other_action", other)):
-            trajectory = dataset.trajectories[of.trajectory]
-            known = trajectory.position is not None
-            action = self.actions(trajectory, of.now) if known else np.zeros((len(self.offsets), 3))
-            item |= {key: torch.tensor(action, dtype=torch.float32), f"{key}_mask": torch.full((len(action),), known)}
-        return item
+    def motion(self, dataset: WindowDataset, case: Case) -> dict[str, Tensor]:
+        """The case's actions (G, 3), zeros where poses are unknown, and the mask of known ones (G,)."""
+        trajectory = dataset.trajectories[case.trajectory]
+        known = trajectory.position is not None
+        action = self.actions(trajectory, case.now) if known else np.zeros((len(self.offsets), 3))
+        return {
+            "action": torch.tensor(action, dtype=torch.float32),
+            "action_mask": torch.full((len(action),), known),
+        }
+
+    def item(self, dataset: WindowDataset, case: Case) -> dict[str, Tensor]:
+        """The case's window with its targets at `offsets` and this protocol's actions."""
+        return dataset.window(case.window, self.offsets) | self.motion(dataset, case)
 
 
 @dataclass(frozen=True)
 class Direct(Protocol):
-    """Each horizon in one jump, told the motion from the last context frame, as in training."""
+    """Each horizon in one jump, given the motion from the last context frame, as in training."""
 
     def actions(self, trajectory: Trajectory, now: int) -> np.ndarray:
         """The motion from the current frame to each goal."""
@@ -74,7 +77,16 @@ class Direct(Protocol):
         self, world: WorldModel, batch: dict[str, Tensor], sampler: SamplerConfig | None, noise: torch.Generator
     ) -> Tensor:
         """All goals of a context at once."""
-        return predict_goals(world, batch, sampler, noise)
+        return world.predict(
+            to_float(batch["context"]),
+            batch["action"],
+            batch["time_shift"],
+            context_mask=batch["context_mask"],
+            action_mask=batch["action_mask"],
+            spacing=batch["spacing"],
+            sampler=sampler,
+            generator=noise,
+        )
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One protocol on its cases, batch by batch: predictions of every method, and what the metrics say of them."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,9 +70,11 @@ class Study:
     batch_size: int
     """Cases in a batch. Whoever computes it, a batch is always of the same cases and noise."""
     pictures: int
-    """How many cases are shown, spread over all."""
+    """Number of cases that are shown, evenly spread over all."""
     seed: int
-    """Of the noise, which is the same for every method."""
+    """Seed of the noise, which is the same for every method."""
+    methods: Sequence[str] = ("model", "copy_last", "shuffled_actions", "reconstruction")
+    """Keys of `METHODS`. A method that cannot be computed is left out: nothing is shuffled in a single case."""
 
     @property
     def batches(self) -> list[range]:
@@ -88,27 +90,39 @@ class Study:
 
         Returns:
             `<method>/<metric>` (B, S) for S horizons; `<method>/fid` (B, S, F) and `<method>/fvd` (B, F), features,
-            also of the method "truth". Where cases of the batch are shown, `shown/context` (N, T, 3, H, W),
+            also of the method "truth". If cases of the batch are shown, `shown/context` (N, T, 3, H, W),
             `shown/truth` and `shown/model` (N, G, 3, H, W), uint8, and `shown/context_mask` (N, T).
         """
-        indices, protocol = self.batches[batch], self.protocol
-        another = others(self.cases)
-        items = collate([protocol.item(dataset, self.cases[i], self.cases[another[i]]) for i in indices])
-        if not world.description.has_actions:  # it learned of none
-            items["action_mask"] = torch.zeros_like(items["action_mask"])
-        if len(self.cases) == 1 or not bool(items["action_mask"].any()):  # nothing to shuffle
-            del items["other_action"], items["other_action_mask"]
-        device = next(world.parameters()).device
-        items = {key: value.to(device) for key, value in items.items()}
-        truth = to_float(items["target"])
-        found = {f"truth/{name}": value for name, value in judge.features(truth, protocol).items()}
+        indices, protocol, device = self.batches[batch], self.protocol, next(world.parameters()).device
 
-        def predict(method: str, seen: dict[str, Tensor]) -> Tensor:
+        def collated(items: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+            found = {key: value.to(device) for key, value in collate(list(items)).items()}
+            if "action_mask" in found and not world.description.has_actions:
+                found["action_mask"] = torch.zeros_like(found["action_mask"])
+            return found
+
+        items = collated(protocol.item(dataset, self.cases[i]) for i in indices)
+        another, swapped = others(self.cases), {}
+        theirs = [self.cases[another[i]] for i in indices] if len(self.cases) > 1 else []
+        if theirs and "shuffled_actions" in self.methods and bool(items["action_mask"].any()):
+            swapped["shuffled_actions"] = collated(protocol.motion(dataset, case) for case in theirs)
+        if theirs and "shuffled_contexts" in self.methods:
+            windows = [dataset.window(case.window, []) for case in theirs]
+            swapped["shuffled_contexts"] = collated(
+                {key: window[key] for key in ("context", "context_mask")} for window in windows
+            )
+
+        def predict(seen: dict[str, Tensor]) -> Tensor:
             noise = generator(self.seed, zlib.crc32(protocol.name.encode()), batch)
             return protocol.predict(world, seen, sampler, noise)
 
+        truth = to_float(items["target"])
+        found = {f"truth/{name}": value for name, value in judge.features(truth, protocol).items()}
         shown = [i - indices.start for i in spread(list(range(len(self.cases))), self.pictures) if i in indices]
-        for method, frames in predictions(items, predict, world.codec):
+        codec = world.codec if "reconstruction" in self.methods else None
+        for method, frames in predictions(items, swapped, predict, codec):
+            if method not in self.methods:
+                continue
             measured = judge.eight_bits(frames)
             frames = to_float(measured)
             scores = score(judge.metrics, frames[:, protocol.measured], truth[:, protocol.measured])
@@ -120,3 +134,9 @@ class Study:
             kept = {"truth": "target", "context": "context", "context_mask": "context_mask"}
             found |= {f"shown/{name}": items[key][shown].cpu() for name, key in kept.items()}
         return found
+
+
+def joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The results of all batches, one after the other, by name."""
+    names = dict.fromkeys(name for batch in batches for name in batch)
+    return {name: torch.cat([batch[name] for batch in batches if name in batch]) for name in names}

@@ -189,7 +189,7 @@ def measure(
     """
     cases = [study.cases[i] for i in study.batches[batch]]
     device = next(world.parameters()).device
-    items = collate([study.protocol.item(dataset, case, case) for case in cases])
+    items = collate([study.protocol.item(dataset, case) for case in cases])
     if not world.description.has_actions:  # it learned of none
         items["action_mask"] = torch.zeros_like(items["action_mask"])
     items = {key: value.to(device) for key, value in items.items()}

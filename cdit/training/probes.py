@@ -4,18 +4,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 import wandb
 from accelerate import Accelerator
-from PIL import Image
+from torch import Tensor
 
 from cdit.common.errors import UserError, writing
-from cdit.common.pictures import comparison_grid, rollout_video, save_mp4, strip, to_float
-from cdit.common.randomness import generator, seed_of
+from cdit.common.randomness import seed_of
 from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset
-from cdit.evaluate.horizons import HorizonResult, evaluate_horizons
+from cdit.evaluate.cases import case_of
+from cdit.evaluate.methods import METHODS
 from cdit.evaluate.metrics import load_metrics
+from cdit.evaluate.page import describe_samples, draw, draw_rollouts
+from cdit.evaluate.protocols import Direct, Protocol, Rollout
+from cdit.evaluate.results import ProtocolResult, summarize
+from cdit.evaluate.study import Judge, Study, joined
 from cdit.evaluate.tables import markdown
 from cdit.heads.probe import inspect_attention
 from cdit.heads.recording import unwrap
@@ -26,9 +29,14 @@ from cdit.training.config import TrainConfig
 from cdit.training.tracking import Tracker
 from cdit.world_model import WorldModel
 
+BATCH = 32
+"""Windows predicted at a time; the noise depends on it."""
+
 
 class Probes:
-    """Samples, measures and draws, always from the same windows and noise. The main process does it all.
+    """Samples, measures and draws, always from the same windows and noise, on the main process.
+
+    Predictions are computed and measured by the engine of `python -m cdit.evaluate`.
 
     Raises:
         UserError: no window reaches as far ahead as `probe.offsets` or `probe.rollout_frames` ask, or the network has
@@ -67,51 +75,38 @@ class Probes:
         self.accelerator.wait_for_everyone()
 
     def _predictions(self, world: WorldModel, tracker: Tracker, step: int, final: bool, folder: Path) -> None:
-        probe = self.config.probe
+        probe, fps = self.config.probe, self.dataset.info.fps
         windows = spread(self.windows, probe.final_samples if final else probe.samples)
-        batch = collate([self.dataset.window(window, probe.offsets) for window in windows])
-        result = evaluate_horizons(world, batch, self.metrics, self.seed)
-        table = markdown(result.rows)
-        (folder / "horizons.md").write_text(f"{len(windows)} test windows, step {step}\n\n{table}")
+        protocol = Direct("predictions", [offset / fps for offset in probe.offsets], fps, probe.offsets)
+        study = self._study(protocol, windows, probe.rows, tuple(METHODS))
+        found = self._compute(study, world, Judge(self.metrics))
+        result = summarize(protocol, study.cases, found, self.seed)
+        text = f"{describe_samples(result)}\n\n{markdown(result.rows)}"
+        (folder / "horizons.md").write_text(f"Step {step}: {text}")
         tracker.log(_scalars(result), step)
-
-        shown = torch.tensor(spread(list(range(len(windows))), probe.rows))
-        horizons = [f"{offset / self.dataset.info.fps:+g} s" for offset in probe.offsets]
-        grid = comparison_grid(batch["context"][shown], batch["target"][shown], result.predictions[shown], horizons)
-        grid.save(folder / "predictions.png")
-        rows = [[row.method, row.frames, row.seconds, row.metric, row.mean] for row in result.rows]
+        ((caption, picture),) = draw(protocol, found, folder).items()
+        columns = ["method", "frames ahead", "seconds ahead", "metric", "mean", "low", "high"]
+        rows = [[row.method, row.frames, row.seconds, row.metric, row.mean, row.low, row.high] for row in result.rows]
         tracker.show(
             lambda: {
-                "probe/predictions": wandb.Image(grid, caption=f"test windows, step {step}"),
-                "probe/horizons": wandb.Table(["method", "frames ahead", "seconds ahead", "metric", "mean"], rows),
+                "probe/predictions": wandb.Image(str(picture), caption=caption),
+                "probe/horizons": wandb.Table(columns, rows),
             },
             step,
         )
         if final:
-            tracker.print(f"\n{len(windows)} test windows, {self.config.sampler.steps} denoising steps:\n\n{table}")
+            tracker.print(f"\n{self.config.sampler.steps} denoising steps; {text}")
 
     def _rollouts(self, world: WorldModel, tracker: Tracker, step: int, folder: Path) -> None:
         length, fps = self.config.probe.rollout_frames, self.dataset.info.fps
         if not self.paths:
             return
-        batch = collate(
-            [self.dataset.path(window, length) for window in spread(self.paths, self.config.probe.rollouts)]
-        )
-        device = self.accelerator.device
-        prediction = world.rollout(
-            to_float(batch["context"].to(device)),
-            batch["action"].to(device)[:, None],
-            context_mask=batch["context_mask"].to(device),
-            action_mask=batch["action_mask"].to(device)[:, None],
-            spacing=batch["spacing"],
-            generator=generator(self.seed),
-        )[:, 0].cpu()
-        for i, (context, truth) in enumerate(zip(batch["context"], batch["target"], strict=True)):
-            video, picture = folder / f"rollout_{i}.mp4", strip(context, truth, prediction[i], fps)
-            save_mp4(rollout_video(context, truth, prediction[i], fps), video, fps)
-            picture.save(folder / f"rollout_{i}.png")
-            caption = f"autoregressive rollout {i}, step {step}"
-            tracker.show(partial(_rollout_media, i, video, picture, caption), step)
+        windows = spread(self.paths, self.config.probe.rollouts)
+        protocol = Rollout("rollout", [length / fps], fps, list(range(1, length + 1)))
+        study = self._study(protocol, windows, len(windows), ("model",))
+        draw_rollouts(protocol, self._compute(study, world, Judge({})), folder)
+        for i in range(len(windows)):
+            tracker.show(partial(_rollout_media, i, folder, f"autoregressive rollout {i}, step {step}"), step)
 
     def _attention(self, world: WorldModel, tracker: Tracker, step: int, folder: Path) -> None:
         config, offsets = self.config.probe.attention, self.config.probe.offsets
@@ -131,6 +126,12 @@ class Probes:
         tracker.log(report.scalars, step)
         tracker.show(lambda: report.to_wandb(folder / "attention"), step)
 
+    def _study(self, protocol: Protocol, windows: list[int], shown: int, methods: tuple[str, ...]) -> Study:
+        return Study(protocol, [case_of(self.dataset, window) for window in windows], BATCH, shown, self.seed, methods)
+
+    def _compute(self, study: Study, world: WorldModel, judge: Judge) -> dict[str, Tensor]:
+        return joined([study.compute(batch, world, self.dataset, judge) for batch in range(len(study.batches))])
+
     def _reaching(self, offsets: list[int], field: str) -> list[int]:
         windows = self.dataset.windows_with(offsets)
         if not windows:
@@ -141,12 +142,15 @@ class Probes:
         return windows
 
 
-def _rollout_media(number: int, video: Path, picture: Image.Image, caption: str) -> dict[str, Any]:
+def _rollout_media(number: int, folder: Path, caption: str) -> dict[str, Any]:
+    file = folder / f"rollout_{number}"
     return {
-        f"probe/rollout_{number}": wandb.Video(str(video), caption=caption, format="mp4"),
-        f"probe/rollout_strip_{number}": wandb.Image(picture, caption=caption),
+        f"probe/rollout_{number}": wandb.Video(f"{file}.mp4", caption=caption, format="mp4"),
+        f"probe/rollout_strip_{number}": wandb.Image(f"{file}.png", caption=caption),
     }
 
 
-def _scalars(result: HorizonResult) -> dict[str, float]:
-    return {f"probe/{row.metric}/{row.method}/{row.frames}_frames": row.mean for row in result.rows}
+def _scalars(result: ProtocolResult) -> dict[str, float]:
+    return {
+        f"probe/{row.metric}/{row.method}/{row.frames}_frames": row.mean for row in result.rows if row.method in METHODS
+    }

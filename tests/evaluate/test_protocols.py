@@ -27,10 +27,10 @@ def test_direct_goals_are_those_of_the_windows(dataset: WindowDataset):
     expected = dataset.window(9, [2, 8, 16])
     np.testing.assert_allclose(protocol.actions(dataset.trajectories[trajectory], now), expected["action"], atol=1e-6)
     case, other = Case(9, trajectory, "", now), Case(31, *(lambda t, n: (t, "", n))(*dataset.locate(31)))
-    item = protocol.item(dataset, case, other)
+    item = protocol.item(dataset, case)
     for key, value in expected.items():
         torch.testing.assert_close(item[key], value)
-    torch.testing.assert_close(item["other_action"], dataset.window(31, [2, 8, 16])["action"])
+    torch.testing.assert_close(protocol.motion(dataset, other)["action"], dataset.window(31, [2, 8, 16])["action"])
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])

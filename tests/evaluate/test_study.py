@@ -1,6 +1,7 @@
 import math
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from cdit.codec import AutoencoderCodec, PixelCodec
 from cdit.common.pictures import to_float, to_uint8
 from cdit.data.windows import WindowDataset
-from cdit.evaluate.cases import others, spread_cases
+from cdit.evaluate.cases import case_of, others, spread_cases
 from cdit.evaluate.frechet import Features
+from cdit.evaluate.methods import METHODS
 from cdit.evaluate.metrics import MAX_PSNR, psnr, ssim
 from cdit.evaluate.parts import weights_hash
 from cdit.evaluate.protocols import Protocol, direct, rollout
@@ -145,6 +147,34 @@ def test_each_is_given_the_actions_of_its_other(dataset: WindowDataset):
         assert this.cases[other].trajectory != this.cases[i].trajectory
         expected = dataset.window(this.cases[other].window, [2, 8, 16])["action"]
         torch.testing.assert_close(shuffled[i], expected)
+
+
+def test_each_is_given_the_context_of_its_other(dataset: WindowDataset):
+    this = replace(study(PROTOCOLS[2], dataset, samples=5), methods=("model", "shuffled_contexts"))
+    this.cases[0] = case_of(dataset, 0)  # its past has begun only just
+    asked: list[tuple[Tensor, ...]] = []
+
+    class Asked(Knowing):
+        def rollout(self, context, actions, context_mask, **options) -> Tensor:
+            asked.append((context, context_mask, actions))
+            return super().rollout(context, actions, context_mask, **options)
+
+    found = compute(this, Asked(dataset), dataset, Judge(METRICS))
+    assert {name.partition("/")[0] for name in found} == {"model", "shuffled_contexts", "shown"}
+    contexts, masks, actions = (torch.cat(tensors) for tensors in zip(*asked[1::2], strict=True))
+    _, own_masks, own_actions = (torch.cat(tensors) for tensors in zip(*asked[::2], strict=True))
+    assert torch.equal(actions, own_actions)
+    assert not own_masks.all()
+    for i, other in enumerate(others(this.cases)):
+        window = dataset.window(this.cases[other].window, [1])
+        torch.testing.assert_close(contexts[i], to_float(window["context"]))
+        assert torch.equal(masks[i], window["context_mask"])
+
+
+def test_a_single_case_has_no_other(dataset: WindowDataset):
+    this = replace(study(PROTOCOLS[0], dataset, samples=1), methods=tuple(METHODS))
+    found = compute(this, Knowing(dataset), dataset, Judge(METRICS))
+    assert {name.partition("/")[0] for name in found} == {"model", "copy_last", "shown"}
 
 
 def test_a_model_without_actions_is_told_none(dataset: WindowDataset):

@@ -13,7 +13,10 @@ from PIL import Image
 
 from cdit.common.errors import UserError
 from cdit.data.windows import WindowDataset
+from cdit.evaluate.cases import spread_cases
 from cdit.evaluate.metrics import psnr
+from cdit.evaluate.protocols import direct
+from cdit.evaluate.study import Judge, Study
 from cdit.training.config import TrainConfig
 from cdit.training.probes import Probes
 from cdit.world_model import WorldModel
@@ -51,15 +54,15 @@ def test_the_table_says_what_was_measured(
     done, run = offline
     for step, windows in {2: 3, 4: 3, 6: 4}.items():
         text = (run / f"probes/step_{step:08d}/horizons.md").read_text()
-        assert text.startswith(f"{windows} test windows, step {step}\n")
+        assert text.startswith(f"Step {step}: {windows} samples of 2 trajectories")
         logged = next(row for row in rows(run, "probe/psnr/model/1_frames") if row["step"] == step)
         for method, label in {"model": "model", "copy_last": "last context frame"}.items():
             line = next(line for line in text.splitlines() if line.startswith(f"| {label} |"))
-            shown = [float(number) for number in re.findall(r"\d+\.\d+", line)]
+            shown = [float(number) for number in re.findall(r"(\d+\.\d+) ±", line)]
             expected = [logged[f"probe/psnr/{method}/{frames}_frames"] for frames in (1, 2)]
             assert shown == pytest.approx(expected, abs=0.006)
     assert "| PSNR ↑ | 0.2 s | 0.4 s |" in text
-    assert text.partition("\n\n")[2].strip() in done.stdout  # the last one is printed, too
+    assert text.partition(": ")[2].strip() in done.stdout  # the last one is printed, too
 
 
 @pytest.mark.slow
@@ -82,6 +85,28 @@ def test_the_copied_frame_scores_what_it_should(
             a, b = test_set.frames.read(trajectory, [now, now + ahead]).double().unbind()
             scores.append(10 * np.log10(255**2 / (a - b).square().mean().item()))
         assert last[f"probe/psnr/copy_last/{ahead}_frames"] == pytest.approx(np.mean(scores), rel=1e-4)
+
+
+def test_a_probe_measures_what_an_evaluation_does(
+    config: Callable[..., TrainConfig],
+    test_set: WindowDataset,
+    world: WorldModel,
+    accelerator: Accelerator,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """Frames of 8 bits, and the actions of another trajectory, not only of another window."""
+    monkeypatch.setattr("cdit.training.probes.load_metrics", lambda *_: {"psnr": psnr})
+    tracker = Recorder()
+    probes = Probes(test_set, world.cdit, config("--probe.offsets", "[1, 2]"), accelerator)
+    probes.run(world, tracker, 1)
+    protocol = direct([1 / test_set.info.fps, 2 / test_set.info.fps], test_set.info.fps)
+    cases = spread_cases(test_set, 2, probes.config.probe.samples, "")
+    study = Study(replace(protocol, name="predictions"), cases, batch_size=32, pictures=0, seed=probes.seed)
+    found = study.compute(0, world, test_set, Judge({"psnr": psnr}))
+    for method in ("model", "copy_last", "shuffled_actions"):
+        for i, frames in enumerate((1, 2)):
+            logged = tracker.values[f"probe/psnr/{method}/{frames}_frames"]
+            assert logged == pytest.approx(float(found[f"{method}/psnr"][:, i].mean()))
 
 
 @pytest.mark.parametrize(
@@ -126,10 +151,11 @@ class Recorder:
     """A tracker that keeps the names that it is given."""
 
     def __init__(self):
-        self.logged, self.shown = [], []
+        self.logged, self.shown, self.values = [], [], {}
 
     def log(self, metrics: dict[str, float], step: int) -> None:
         self.logged += metrics
+        self.values |= metrics
 
     def show(self, media: Callable[[], dict[str, object]], step: int) -> None:
         self.shown += media()
