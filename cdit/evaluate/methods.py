@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import Tensor
 
+from cdit.batch import Batch
 from cdit.codec import Codec
 from cdit.common.pictures import to_float
 
@@ -23,12 +24,12 @@ DIFFERENCES = {
 }
 """Differences of two methods sample by sample, and their names in tables."""
 
-Predict = Callable[[dict[str, Tensor]], Tensor]
+Predict = Callable[[Batch], Tensor]
 """From a batch, the model's frames (B, G, 3, H, W) in [-1, 1]."""
 
 
 def predictions(
-    batch: dict[str, Tensor], others: Mapping[str, dict[str, Tensor]], predict: Predict, codec: Codec | None = None
+    batch: Batch, shuffled: Mapping[str, Batch], predict: Predict, codec: Codec | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Every method's frames for the targets of a batch, method after method.
 
@@ -36,8 +37,8 @@ def predictions(
     codec bounds every prediction in latents.
 
     Args:
-        batch: collated items: context (B, T, 3, H, W) uint8, target (B, G, 3, H, W) uint8, and what `predict` takes.
-        others: for shuffled_actions and shuffled_contexts, the tensors of other samples that replace the batch's own.
+        batch: of frames.
+        shuffled: by method, the same batch with the actions or the context of other samples.
         predict: samples the model.
         codec: encodes and decodes the truth, if that changes it.
 
@@ -45,9 +46,9 @@ def predictions(
         A key of `METHODS`, and frames (B, G, 3, H, W) in [-1, 1].
     """
     yield "model", predict(batch)
-    yield "copy_last", to_float(batch["context"][:, -1:]).expand(*batch["target"].shape)
-    for method, swapped in others.items():
-        yield method, predict(batch | swapped)
-    if codec is not None and codec.kind != "pixels":
-        frames = to_float(batch["target"]).unbind(1)  # one goal at a time, for memory
+    yield "copy_last", to_float(batch.context[:, -1:]).expand(*batch.target.shape)
+    for method, other in shuffled.items():
+        yield method, predict(other)
+    if codec is not None and not codec.lossless:
+        frames = to_float(batch.target).unbind(1)  # one goal at a time, for memory
         yield "reconstruction", torch.stack([codec.decode(codec.encode(frame)) for frame in frames], dim=1)

@@ -6,12 +6,13 @@ These are the protocols of Navigation World Models (arXiv 2412.03572): *time*, 1
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cdit.batch import Batch, Condition
 from cdit.common.errors import UserError
 from cdit.common.pictures import to_float
 from cdit.data.motion import local_motion, wrap_angle
@@ -45,24 +46,20 @@ class Protocol(ABC):
         """The actions that the model is conditioned on, from the trajectory's poses: (G, 3) in metres and radians."""
 
     @abstractmethod
-    def predict(
-        self, world: WorldModel, batch: dict[str, Tensor], sampler: SamplerConfig | None, noise: torch.Generator
-    ) -> Tensor:
-        """Frames (B, G, 3, H, W) in [-1, 1] for collated items."""
+    def predict(self, world: WorldModel, batch: Batch, sampler: SamplerConfig | None, noise: torch.Generator) -> Tensor:
+        """Frames (B, G, 3, H, W) in [-1, 1] for the goals of a batch."""
 
-    def motion(self, dataset: WindowDataset, case: Case) -> dict[str, Tensor]:
-        """The case's actions (G, 3), zeros where poses are unknown, and the mask of known ones (G,)."""
+    def motion(self, dataset: WindowDataset, case: Case) -> Condition:
+        """The case's actions (G, 3), and whether they are known (G,)."""
         trajectory = dataset.trajectories[case.trajectory]
         known = trajectory.position is not None
         action = self.actions(trajectory, case.now) if known else np.zeros((len(self.offsets), 3))
-        return {
-            "action": torch.tensor(action, dtype=torch.float32),
-            "action_mask": torch.full((len(action),), known),
-        }
+        return Condition(action=torch.tensor(action, dtype=torch.float32), known=torch.full((len(action),), known))
 
-    def item(self, dataset: WindowDataset, case: Case) -> dict[str, Tensor]:
+    def window(self, dataset: WindowDataset, case: Case) -> Batch:
         """The case's window with its targets at `offsets` and this protocol's actions."""
-        return dataset.window(case.window, self.offsets) | self.motion(dataset, case)
+        window = dataset.window(case.window, self.offsets)
+        return moved(window, self.motion(dataset, case))
 
 
 @dataclass(frozen=True)
@@ -73,19 +70,10 @@ class Direct(Protocol):
         """The motion from the current frame to each goal."""
         return _motion(trajectory, np.array(now), now + np.array(self.offsets))
 
-    def predict(
-        self, world: WorldModel, batch: dict[str, Tensor], sampler: SamplerConfig | None, noise: torch.Generator
-    ) -> Tensor:
+    def predict(self, world: WorldModel, batch: Batch, sampler: SamplerConfig | None, noise: torch.Generator) -> Tensor:
         """All goals of a context at once."""
         return world.predict(
-            to_float(batch["context"]),
-            batch["action"],
-            batch["time_shift"],
-            context_mask=batch["context_mask"],
-            action_mask=batch["action_mask"],
-            spacing=batch["spacing"],
-            sampler=sampler,
-            generator=noise,
+            to_float(batch.context), batch.condition, mask=batch.mask, sampler=sampler, generator=noise
         )
 
 
@@ -106,17 +94,14 @@ class Rollout(Protocol):
             return release_actions(_motion(trajectory, np.array(now), times[1:]), *self.release)
         return _motion(trajectory, times[:-1], times[1:])
 
-    def predict(
-        self, world: WorldModel, batch: dict[str, Tensor], sampler: SamplerConfig | None, noise: torch.Generator
-    ) -> Tensor:
+    def predict(self, world: WorldModel, batch: Batch, sampler: SamplerConfig | None, noise: torch.Generator) -> Tensor:
         """All steps, one after the other."""
+        of_one_candidate = replace(batch.condition, time_shift=None, spacing=None).map(lambda x: x[:, None])
         return world.rollout(
-            to_float(batch["context"]),
-            batch["action"][:, None],
-            context_mask=batch["context_mask"],
-            action_mask=batch["action_mask"][:, None],
+            to_float(batch.context),
+            replace(of_one_candidate, spacing=batch.condition.spacing),
+            mask=batch.mask,
             fps=self.fps / self.stride,
-            spacing=batch["spacing"],
             sampler=sampler,
             generator=noise,
             reencode=self.release is not None,
@@ -145,6 +130,11 @@ def rollout(seconds: Sequence[float], rate: float, fps: float, release: tuple[Un
     steps = max(_frames(horizon, rate, "rollout.seconds") for horizon in seconds)
     offsets = [stride * step for step in range(1, steps + 1)]
     return Rollout(f"rollout_{rate:g}fps", list(seconds), fps, offsets, stride, release)
+
+
+def moved(batch: Batch, motion: Condition) -> Batch:
+    """A batch, or a sample, with the actions of `motion`."""
+    return replace(batch, condition=replace(batch.condition, action=motion.action, known=motion.known))
 
 
 def release_actions(waypoints: np.ndarray, units: Units, spacing: float) -> np.ndarray:

@@ -1,22 +1,22 @@
 """One protocol on its cases, batch by batch: predictions of every method, and what the metrics say of them."""
 
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from cdit.batch import Batch, Condition
 from cdit.common.pictures import to_float, to_uint8
 from cdit.common.randomness import generator
-from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset
 from cdit.diffusion import SamplerConfig
 from cdit.evaluate.cases import Case, others
 from cdit.evaluate.frechet import Features
 from cdit.evaluate.methods import predictions
 from cdit.evaluate.metrics import Metric, score
-from cdit.evaluate.protocols import Protocol, Rollout
+from cdit.evaluate.protocols import Protocol, Rollout, moved
 from cdit.loading import spread
 from cdit.world_model import WorldModel
 
@@ -93,34 +93,27 @@ class Study:
             also of the method "truth". If cases of the batch are shown, `shown/context` (N, T, 3, H, W),
             `shown/truth` and `shown/model` (N, G, 3, H, W), uint8, and `shown/context_mask` (N, T).
         """
-        indices, protocol, device = self.batches[batch], self.protocol, next(world.parameters()).device
-
-        def collated(items: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-            found = {key: value.to(device) for key, value in collate(list(items)).items()}
-            if "action_mask" in found and not world.description.has_actions:
-                found["action_mask"] = torch.zeros_like(found["action_mask"])
-            return found
-
-        items = collated(protocol.item(dataset, self.cases[i]) for i in indices)
-        another, swapped = others(self.cases), {}
+        indices, protocol = self.batches[batch], self.protocol
+        items = Batch.collate([protocol.window(dataset, self.cases[i]) for i in indices]).to(world.device)
+        another, shuffled = others(self.cases), {}
         theirs = [self.cases[another[i]] for i in indices] if len(self.cases) > 1 else []
-        if theirs and "shuffled_actions" in self.methods and bool(items["action_mask"].any()):
-            swapped["shuffled_actions"] = collated(protocol.motion(dataset, case) for case in theirs)
+        known = world.description.has_actions and bool(items.condition.known.any())
+        if theirs and known and "shuffled_actions" in self.methods:
+            motion = Condition.collate([protocol.motion(dataset, case) for case in theirs]).to(world.device)
+            shuffled["shuffled_actions"] = moved(items, motion)
         if theirs and "shuffled_contexts" in self.methods:
-            windows = [dataset.window(case.window, []) for case in theirs]
-            swapped["shuffled_contexts"] = collated(
-                {key: window[key] for key in ("context", "context_mask")} for window in windows
-            )
+            past = Batch.collate([dataset.window(case.window, []) for case in theirs]).to(world.device)
+            shuffled["shuffled_contexts"] = replace(items, context=past.context, mask=past.mask)
 
-        def predict(seen: dict[str, Tensor]) -> Tensor:
+        def predict(seen: Batch) -> Tensor:
             noise = generator(self.seed, zlib.crc32(protocol.name.encode()), batch)
             return protocol.predict(world, seen, sampler, noise)
 
-        truth = to_float(items["target"])
+        truth = to_float(items.target)
         found = {f"truth/{name}": value for name, value in judge.features(truth, protocol).items()}
         shown = [i - indices.start for i in spread(list(range(len(self.cases))), self.pictures) if i in indices]
         codec = world.codec if "reconstruction" in self.methods else None
-        for method, frames in predictions(items, swapped, predict, codec):
+        for method, frames in predictions(items, shuffled, predict, codec):
             if method not in self.methods:
                 continue
             measured = judge.eight_bits(frames)
@@ -131,8 +124,8 @@ class Study:
             if method == "model" and shown:
                 found["shown/model"] = measured[shown].cpu()
         if shown:
-            kept = {"truth": "target", "context": "context", "context_mask": "context_mask"}
-            found |= {f"shown/{name}": items[key][shown].cpu() for name, key in kept.items()}
+            kept = {"truth": items.target, "context": items.context, "context_mask": items.mask}
+            found |= {f"shown/{name}": tensor[shown].cpu() for name, tensor in kept.items()}
         return found
 
 

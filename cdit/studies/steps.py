@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cdit.batch import Batch
 from cdit.common.cli import parse_config
 from cdit.common.errors import UserError
 from cdit.common.pictures import to_float
 from cdit.common.randomness import generator
-from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset
-from cdit.diffusion import ObjectiveName, SamplerConfig, make_objective
+from cdit.diffusion import SamplerConfig, make_objective
 from cdit.diffusion.config import SamplerOptions
 from cdit.evaluate.config import EvaluateConfig, TimeConfig
 from cdit.evaluate.metrics import score
@@ -36,7 +36,7 @@ from cdit.studies.steps_report import summarize, write
 from cdit.world_model import WorldDescription, WorldModel
 
 SHIFTS = (0.5, 1.0, 2.0, 3.0)
-REFERENCE: dict[ObjectiveName, str] = {"flow": "euler", "ddpm": "ddim"}
+REFERENCE = {"flow": "euler", "ddpm": "ddim"}
 """Of each objective a scheduler that draws nothing on its way: its frames follow from the first noise."""
 
 
@@ -120,7 +120,7 @@ def compare_steps(argv: Sequence[str]) -> None:
     (study,) = build_studies(evaluation, world, dataset)
     if len({case.trajectory for case in study.cases}) < 2:
         raise UserError("time: the cases are of one trajectory, expected more: intervals are over trajectories")
-    device = next(world.parameters()).device
+    device = world.device
     judge = build_judge(evaluation, world, [study], device)
     if "lpips" not in judge.names:
         raise UserError("settings are compared by LPIPS, which cannot be measured here (see above)")
@@ -155,7 +155,7 @@ def settings(config: StepsConfig, description: WorldDescription) -> list[Sampler
         raise UserError(f"sampler.shift is {grid.shift}, but the model is a {objective}: expected none")
     schedulers = grid.scheduler
     if schedulers is None:
-        schedulers = list(make_objective(objective, description.flow, description.ddpm).schedulers)
+        schedulers = list(make_objective(description).schedulers)
     shifts = grid.shift
     if shifts is None:
         shifts = list(SHIFTS) if objective == "flow" else [1.0]
@@ -188,12 +188,8 @@ def measure(
         and `i/calls` (B,), how often the network was called. On the CPU.
     """
     cases = [study.cases[i] for i in study.batches[batch]]
-    device = next(world.parameters()).device
-    items = collate([study.protocol.item(dataset, case) for case in cases])
-    if not world.description.has_actions:  # it learned of none
-        items["action_mask"] = torch.zeros_like(items["action_mask"])
-    items = {key: value.to(device) for key, value in items.items()}
-    truth, reference, found = to_float(items["target"]), None, {}
+    items = Batch.collate([study.protocol.window(dataset, case) for case in cases]).to(world.device)
+    truth, reference, found = to_float(items.target), None, {}
     for i, sampler in enumerate(samplers):
         with counting(world.cdit) as calls:
             frames = study.protocol.predict(world, items, sampler, generator(study.seed, batch))

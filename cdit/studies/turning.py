@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from cdit.batch import Batch, Condition
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import UserError
 from cdit.common.pictures import to_float
 from cdit.common.randomness import generator
 from cdit.common.tables import markdown_table
 from cdit.data.frames import focal_lengths
-from cdit.data.loader import collate
 from cdit.data.motion import local_motion
 from cdit.data.windows import WindowDataset
 from cdit.diffusion.config import SamplerOptions
@@ -127,8 +127,8 @@ def true_turns(dataset: WindowDataset, focal: tuple[float, float]) -> list[Turn]
     if not chosen:
         return []
     kept = spread(list(range(len(chosen))), 512)
-    pairs = collate([dataset.window(chosen[i], [1]) for i in kept])
-    measured = measured_turn(to_float(pairs["context"][:, -1]), to_float(pairs["target"][:, 0]), focal)
+    pairs = Batch.collate([dataset.window(chosen[i], [1]) for i in kept])
+    measured = measured_turn(to_float(pairs.context[:, -1]), to_float(pairs.target[:, 0]), focal)
     return [Turn("true frames", torch.tensor([asked[i] for i in kept], dtype=torch.float32), measured)]
 
 
@@ -140,22 +140,21 @@ def predicted_turns(
     config: TurningConfig,
 ) -> list[Turn]:
     """The turns in predicted frames, for each of `config.turns` both ways."""
-    device = next(world.parameters()).device
     sampler = config.sampler.over(world.description)
     asked = torch.tensor([sign * math.radians(turn) for turn in config.turns for sign in (1, -1)])
-    actions = torch.stack((torch.zeros_like(asked), torch.zeros_like(asked), asked), dim=-1).to(device)
+    actions = torch.stack((torch.zeros_like(asked), torch.zeros_like(asked), asked), dim=-1).to(world.device)
     noise, measured = generator(config.seed), []
     with tqdm(total=len(windows) * len(asked), desc="turning", unit="frame") as bar:
         for start in range(0, len(windows), config.batch_size):
             chosen = windows[start : start + config.batch_size]
-            context = to_float(torch.stack([dataset.window(i, [1])["context"] for i in chosen]).to(device))
-            shift = torch.full((len(chosen), len(asked)), 1 / world.description.fps, device=device)
-            told = actions.expand(len(chosen), -1, -1)
-            spacing = dataset.info.spacing
-            frames = world.predict(context, told, shift, spacing=spacing, sampler=sampler, generator=noise)
+            pasts = Batch.collate([dataset.window(i, []) for i in chosen]).to(world.device)
+            context = to_float(pasts.context)
+            turns = Condition(action=actions.expand(len(chosen), -1, -1), spacing=pasts.condition.spacing)
+            frames = world.predict(context, turns, sampler=sampler, generator=noise)
             before = context[:, -1:].expand_as(frames).flatten(0, 1)
-            measured.append(measured_turn(before, frames.flatten(0, 1), focal).unflatten(0, shift.shape).cpu())
-            bar.update(shift.numel())
+            found = measured_turn(before, frames.flatten(0, 1), focal)
+            measured.append(found.unflatten(0, (len(chosen), len(asked))).cpu())
+            bar.update(len(found))
     by_turn = torch.cat(measured).unflatten(1, (len(config.turns), 2)).transpose(0, 1).flatten(1)
     asked = asked.unflatten(0, (len(config.turns), 2))
     return [

@@ -8,9 +8,9 @@ import wandb
 from accelerate import Accelerator
 from torch import Tensor
 
+from cdit.batch import Batch
 from cdit.common.errors import UserError, writing
 from cdit.common.randomness import seed_of
-from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset
 from cdit.evaluate.cases import case_of
 from cdit.evaluate.methods import METHODS
@@ -26,6 +26,7 @@ from cdit.heads.truth import true_places
 from cdit.loading import spread
 from cdit.model import CDiT
 from cdit.training.config import TrainConfig
+from cdit.training.sharding import whole_world
 from cdit.training.tracking import Tracker
 from cdit.world_model import WorldModel
 
@@ -56,16 +57,16 @@ class Probes:
         if accelerator.is_main_process:
             self.metrics = load_metrics(accelerator.device, config.data.image_size)
 
-    def run(self, world: WorldModel | None, tracker: Tracker, step: int, final: bool = False) -> None:
+    def run(self, world: WorldModel, tracker: Tracker, step: int, final: bool = False) -> None:
         """Probes the world model as it is; every process must call it.
 
         Args:
-            world: its network holds the weights to look at, in evaluation mode; None where it is not the main process.
+            world: its network holds the weights to look at, in evaluation mode.
             tracker: where to show what is found, beside <run>/probes/<step>/.
             step: the training step.
-            final: measure more samples, and print the table.
+            final: whether to measure more samples and print the table.
         """
-        if self.accelerator.is_main_process:
+        if world := whole_world(world, self.accelerator):
             folder = self.config.folder / "probes" / f"step_{step:08d}"
             with writing(folder), self.accelerator.autocast():
                 folder.mkdir(parents=True, exist_ok=True)
@@ -113,7 +114,7 @@ class Probes:
         if not config.samples:
             return
         windows = spread(self.windows, config.samples)
-        batch = collate([self.dataset.window(window, offsets) for window in windows])
+        batch = Batch.collate([self.dataset.window(window, offsets) for window in windows])
         names = [self.dataset.trajectories[self.dataset.locate(window)[0]].name for window in windows]
         try:
             places = true_places(self.dataset, unwrap(world.cdit).grid, windows, offsets)

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from cdit.batch import Batch, Condition
 from cdit.common.errors import UserError
 from cdit.data.actions import compose
 from cdit.data.windows import WindowDataset
@@ -25,12 +26,16 @@ def test_direct_goals_are_those_of_the_windows(dataset: WindowDataset):
     assert protocol.measured == [0, 1, 2]
     trajectory, now = dataset.locate(9)
     expected = dataset.window(9, [2, 8, 16])
-    np.testing.assert_allclose(protocol.actions(dataset.trajectories[trajectory], now), expected["action"], atol=1e-6)
+    actions = protocol.actions(dataset.trajectories[trajectory], now)
+    np.testing.assert_allclose(actions, expected.condition.action, atol=1e-6)
     case, other = Case(9, trajectory, "", now), Case(31, *(lambda t, n: (t, "", n))(*dataset.locate(31)))
-    item = protocol.item(dataset, case)
-    for key, value in expected.items():
-        torch.testing.assert_close(item[key], value)
-    torch.testing.assert_close(protocol.motion(dataset, other)["action"], dataset.window(31, [2, 8, 16])["action"])
+    found = protocol.window(dataset, case).named_tensors()
+    assert found.keys() == expected.named_tensors().keys()
+    for name, value in expected.named_tensors().items():
+        torch.testing.assert_close(found[name], value)
+    motion = protocol.motion(dataset, other)
+    torch.testing.assert_close(motion.action, dataset.window(31, [2, 8, 16]).condition.action)
+    assert motion.known.all()
 
 
 @pytest.mark.parametrize("stride", [1, 2, 4])
@@ -41,9 +46,9 @@ def test_rollouts_take_every_nth_frame_and_the_motion_between(dataset: WindowDat
     trajectory, now = dataset.locate(9)
     actions = protocol.actions(dataset.trajectories[trajectory], now)
     if stride == 1:
-        np.testing.assert_allclose(actions, dataset.path(9, 12)["action"], atol=1e-6)
+        np.testing.assert_allclose(actions, dataset.path(9, 12).condition.action, atol=1e-6)
     for steps in range(1, len(actions) + 1):  # one after the other they lead to each goal
-        goal = dataset.window(9, [steps * stride])["action"][0].numpy()
+        goal = dataset.window(9, [steps * stride]).condition.action[0].numpy()
         np.testing.assert_allclose(compose(actions[:steps])[-1], goal, atol=1e-5)
 
 
@@ -66,11 +71,11 @@ def test_the_release_s_actions_derived_step_by_step(dataset: WindowDataset, stri
 
     protocol = rollout([3.0], 4.0 / stride, 4.0, release=(NWM, 1.0))
     physical = torch.from_numpy(protocol.actions(walk, now))[None]
-    found, _ = NWM.normalize(physical, torch.zeros(1, len(expected)))
+    found = NWM.normalize(physical)
     np.testing.assert_allclose(found[0], expected, atol=1e-12)
     # What tells it from training: at rest it would be -1/3 in every step there, here only in the first.
     rest = torch.from_numpy(release_actions(np.zeros((3, 3)), NWM, 1.0))[None]
-    np.testing.assert_allclose(NWM.normalize(rest, torch.zeros(1, 3))[0][0, :, 0], [-1 / 3, 0, 0], atol=1e-12)
+    np.testing.assert_allclose(NWM.normalize(rest)[0, :, 0], [-1 / 3, 0, 0], atol=1e-12)
 
 
 def test_the_release_s_actions_of_units_without_a_spacing_of_their_own():
@@ -85,12 +90,13 @@ def test_the_release_s_actions_of_units_without_a_spacing_of_their_own():
 def test_only_rollouts_by_the_release_s_conventions_encode_their_frames_again(release):
     asked = []
 
-    def rollout_of_a_world(context: torch.Tensor, actions: torch.Tensor, **options) -> torch.Tensor:
+    def rollout_of_a_world(context: torch.Tensor, condition: Condition, **options) -> torch.Tensor:
         asked.append(options["reencode"])
-        return actions
+        return condition.action
 
-    batch = {name: torch.zeros(2, 3) for name in ("action", "action_mask", "context_mask", "spacing")}
-    batch["context"] = torch.zeros(2, 3, 3, 4, 4, dtype=torch.uint8)
+    frames = torch.zeros(2, 3, 3, 4, 4, dtype=torch.uint8)
+    condition = Condition(action=torch.zeros(2, 3, 3), known=torch.ones(2, 3, dtype=torch.bool))
+    batch = Batch(frames, torch.ones(2, 3, dtype=torch.bool), frames, condition)
     world = SimpleNamespace(rollout=rollout_of_a_world)
     rollout([1.0], 4.0, 4.0, release).predict(world, batch, None, torch.Generator())
     assert asked == [release is not None]

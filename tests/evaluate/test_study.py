@@ -10,7 +10,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from cdit.codec import AutoencoderCodec, PixelCodec
+from cdit.codec import KLCodec, PixelCodec
 from cdit.common.pictures import to_float, to_uint8
 from cdit.data.windows import WindowDataset
 from cdit.evaluate.cases import case_of, others, spread_cases
@@ -35,7 +35,7 @@ class Knowing(nn.Module):
     def __init__(self, dataset: WindowDataset):
         super().__init__()
         self.dataset, self.anchor, self.codec = dataset, nn.Parameter(torch.zeros(())), PixelCodec()
-        self.description = SimpleNamespace(has_actions=True)
+        self.description, self.device = SimpleNamespace(has_actions=True), torch.device("cpu")
         self.noises: list[float] = []
 
     def ahead(self, frame: Tensor, action: Tensor, seconds: float) -> Tensor:
@@ -52,23 +52,21 @@ class Knowing(nn.Module):
         right = torch.allclose(action[:2], torch.tensor(expected, dtype=torch.float32), atol=1e-4) and turned < 1e-4
         return to_float(self.dataset.frames.read(number, [goal])[0]) if right else torch.zeros_like(frame)
 
-    def predict(self, context, actions, time_shift, context_mask, action_mask, spacing, sampler, generator) -> Tensor:
-        assert bool(action_mask.all())
-        assert spacing.tolist() == [0.25] * len(context)
+    def predict(self, context, condition, mask, sampler, generator) -> Tensor:
+        assert bool(condition.known.all())
+        assert condition.spacing.tolist() == [0.25] * len(context)
         self.noises.append(float(torch.rand((), generator=generator)))
+        goals = [list(zip(*pair, strict=True)) for pair in zip(condition.action, condition.time_shift, strict=True)]
         return torch.stack(
-            [
-                torch.stack([self.ahead(c[-1], a, float(s)) for a, s in zip(actions[b], time_shift[b], strict=True)])
-                for b, c in enumerate(context)
-            ]
+            [torch.stack([self.ahead(c[-1], a, float(s)) for a, s in goals[b]]) for b, c in enumerate(context)]
         )
 
-    def rollout(
-        self, context, actions, context_mask, action_mask, fps, spacing, sampler, generator, reencode
-    ) -> Tensor:
-        assert action_mask.shape == actions.shape[:3]
-        assert bool(action_mask.all())
-        assert spacing.tolist() == [0.25] * len(context)
+    def rollout(self, context, condition, mask, fps, sampler, generator, reencode) -> Tensor:
+        actions = condition.action
+        assert condition.time_shift is None
+        assert condition.known.shape == actions.shape[:3]
+        assert bool(condition.known.all())
+        assert condition.spacing.tolist() == [0.25] * len(context)
         self.noises.append(float(torch.rand((), generator=generator)))
         films = []
         for b, past in enumerate(context):
@@ -126,8 +124,8 @@ def test_the_shown_cases_are_what_was_measured(dataset: WindowDataset):
     shown = [this.cases[2], this.cases[6]]  # in the middle of each half of nine
     for i, case in enumerate(shown):
         window = dataset.window(case.window, [2, 8, 16])
-        for name, key in (("context", "context"), ("context_mask", "context_mask"), ("truth", "target")):
-            assert torch.equal(found[f"shown/{name}"][i], window[key])
+        for name, tensor in {"context": window.context, "context_mask": window.mask, "truth": window.target}.items():
+            assert torch.equal(found[f"shown/{name}"][i], tensor)
     assert torch.equal(found["shown/model"], found["shown/truth"])
     assert len(found["shown/model"]) == 2
 
@@ -137,15 +135,15 @@ def test_each_is_given_the_actions_of_its_other(dataset: WindowDataset):
     asked: list[Tensor] = []
 
     class Asked(Knowing):
-        def predict(self, context, actions, *arguments, **options) -> Tensor:
-            asked.append(actions)
-            return super().predict(context, actions, *arguments, **options)
+        def predict(self, context, condition, **options) -> Tensor:
+            asked.append(condition.action)
+            return super().predict(context, condition, **options)
 
     compute(this, Asked(dataset), dataset, Judge(METRICS))
     shuffled = torch.cat(asked[1::2])
     for i, other in enumerate(others(this.cases)):
         assert this.cases[other].trajectory != this.cases[i].trajectory
-        expected = dataset.window(this.cases[other].window, [2, 8, 16])["action"]
+        expected = dataset.window(this.cases[other].window, [2, 8, 16]).condition.action
         torch.testing.assert_close(shuffled[i], expected)
 
 
@@ -155,9 +153,9 @@ def test_each_is_given_the_context_of_its_other(dataset: WindowDataset):
     asked: list[tuple[Tensor, ...]] = []
 
     class Asked(Knowing):
-        def rollout(self, context, actions, context_mask, **options) -> Tensor:
-            asked.append((context, context_mask, actions))
-            return super().rollout(context, actions, context_mask, **options)
+        def rollout(self, context, condition, mask, **options) -> Tensor:
+            asked.append((context, mask, condition.action))
+            return super().rollout(context, condition, mask, **options)
 
     found = compute(this, Asked(dataset), dataset, Judge(METRICS))
     assert {name.partition("/")[0] for name in found} == {"model", "shuffled_contexts", "shown"}
@@ -167,8 +165,8 @@ def test_each_is_given_the_context_of_its_other(dataset: WindowDataset):
     assert not own_masks.all()
     for i, other in enumerate(others(this.cases)):
         window = dataset.window(this.cases[other].window, [1])
-        torch.testing.assert_close(contexts[i], to_float(window["context"]))
-        assert torch.equal(masks[i], window["context_mask"])
+        torch.testing.assert_close(contexts[i], to_float(window.context))
+        assert torch.equal(masks[i], window.mask)
 
 
 def test_a_single_case_has_no_other(dataset: WindowDataset):
@@ -177,11 +175,10 @@ def test_a_single_case_has_no_other(dataset: WindowDataset):
     assert {name.partition("/")[0] for name in found} == {"model", "copy_last", "shown"}
 
 
-def test_a_model_without_actions_is_told_none(dataset: WindowDataset):
+def test_actions_are_not_shuffled_for_a_model_without_them(dataset: WindowDataset):
     class Blind(Knowing):
-        def predict(self, context, actions, time_shift, context_mask, action_mask, **options) -> Tensor:
-            assert not action_mask.any()
-            return context[:, -1:].expand(-1, time_shift.shape[1], -1, -1, -1)
+        def predict(self, context, condition, **options) -> Tensor:
+            return context[:, -1:].expand(-1, condition.time_shift.shape[1], -1, -1, -1)
 
     world = Blind(dataset)
     world.description.has_actions = False
@@ -214,11 +211,11 @@ def test_truncated_predictions_are_measured_truncated(dataset: WindowDataset):
     assert bool((scores[1] == MAX_PSNR).all())
 
 
-def small_codec() -> AutoencoderCodec:
+def small_codec() -> KLCodec:
     torch.manual_seed(0)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
     autoencoder = AutoencoderKL(block_out_channels=(8, 8), latent_channels=4, norm_num_groups=4, **blocks)
-    return AutoencoderCodec("kl", autoencoder)
+    return KLCodec(autoencoder)
 
 
 def test_what_the_codec_makes_of_the_truth(dataset: WindowDataset, world: Callable[..., WorldModel]):
@@ -226,7 +223,7 @@ def test_what_the_codec_makes_of_the_truth(dataset: WindowDataset, world: Callab
     this = study(PROTOCOLS[2], dataset, samples=3)
     found = compute(this, world(codec), dataset, Judge(METRICS))
     for i, case in enumerate(this.cases):
-        truth = to_float(dataset.window(case.window, [2, 16])["target"])
+        truth = to_float(dataset.window(case.window, [2, 16]).target)
         expected = psnr(to_float(to_uint8(codec.decode(codec.encode(truth)))), truth)
         torch.testing.assert_close(found["reconstruction/psnr"][i], expected, atol=1e-3, rtol=0)
 
@@ -263,7 +260,7 @@ def test_features_of_horizons_and_films(dataset: WindowDataset, tmp_path: Path, 
     assert found["truth/fid"].shape == (9, 2, 3)
     assert found["truth/fvd"].shape == (9, 16 * 3)
     for i, case in enumerate(this.cases):
-        film = to_float(dataset.window(case.window, list(range(1, 17)))["target"]).mean((-2, -1))
+        film = to_float(dataset.window(case.window, list(range(1, 17))).target).mean((-2, -1))
         torch.testing.assert_close(found["truth/fvd"][i], film.flatten())
         torch.testing.assert_close(found["truth/fid"][i], film[[1, 15]])
     torch.testing.assert_close(found["model/fid"], found["truth/fid"])

@@ -40,7 +40,7 @@ class GaussianField(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.anchor = nn.Parameter(torch.zeros(()))
+        self.anchor, self.dtype, self.can_push = nn.Parameter(torch.zeros(())), torch.float32, False
         self.config = SimpleNamespace(max_context=3, in_channels=3, image_size=(SIDE, SIDE))
 
     def encode_context(self, frames: Tensor, mask: Tensor | None) -> SimpleNamespace:
@@ -92,7 +92,7 @@ def test_errors_are_those_of_the_solvers_on_a_known_flow(dataset: WindowDataset)
 
     # The same noise for all settings, another for each batch, case and horizon.
     noise = torch.cat([torch.randn(n, 2, 3, SIDE, SIDE, generator=generator(7, i)) for i, n in enumerate((3, 2))])
-    cases = [dataset.window(case.window, [2, 8])["target"] for case in study.cases]
+    cases = [dataset.window(case.window, [2, 8]).target for case in study.cases]
     truth = torch.stack(cases).double() / 127.5 - 1
     left = [left_of_noise(*values) for values in TRIED]
     assert abs(left[0] - SPREAD) < 0.01  # the reference is near the exact solution

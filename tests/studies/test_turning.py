@@ -55,8 +55,10 @@ def test_a_world_that_turns_as_told(folder: Path, obeys: float, share: float, ra
             super().__init__()
             self.anchor = nn.Parameter(torch.zeros(()))
             self.description = SimpleNamespace(fps=4.0, objective="flow", sampler=SamplerConfig())
+            self.device = torch.device("cpu")
 
-        def predict(self, context, actions, time_shift, spacing, sampler, generator) -> Tensor:
+        def predict(self, context, condition, sampler, generator) -> Tensor:
+            actions = condition.action
             now = [dataset.locate(windows[len(told) // actions.shape[1] + i])[1] for i in range(len(context))]
             told.extend([0.0] * actions[..., 0].numel())
             yaw = torch.tensor(now)[:, None] * STEP - 1.3 + obeys * actions[..., 2]

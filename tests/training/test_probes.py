@@ -201,9 +201,9 @@ def test_a_rollout_without_poses_is_told_no_actions(
     told = []
     rollout = world.rollout
 
-    def spy(context, actions, **options):
-        told.append(options["action_mask"])
-        return rollout(context, actions, **options)
+    def spy(context, condition, **options):
+        told.append(condition.known)
+        return rollout(context, condition, **options)
 
     monkeypatch.setattr(world, "rollout", spy)
     shown = SimpleNamespace(show=lambda media, step: None)
