@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "diffusers", "matplotlib", "wandb", "av")
 COMMANDS = [
     ["train.py"],
+    ["sample.py"],
     ["-m", "cdit.model"],
     ["-m", "cdit.model", "describe"],
     ["-m", "cdit.model", "scale"],

@@ -110,7 +110,7 @@ def test_one_image_and_actions(place: Path, sample, checkpoint: str, history: st
     done = sample("--checkpoint", checkpoint, *chosen, "--out", out, "--sampler.steps=1", "--seed", "3")
     assert done.returncode == 0, done.stderr
     summary = json.loads((place / out / "samples.json").read_text())
-    expected = [[0.3, 0, 0], [0.3, 0, 0], [0, 0, np.pi / 6]]
+    expected = [[1.0, 0, 0], [1.0, 0, 0], [0, 0, np.pi / 6]]  # a step is the spacing of the model
     for taken in summary["samples"]:
         np.testing.assert_allclose(taken["actions"], expected, rtol=1e-6)
     assert summary["config"]["sampler"]["steps"] == 1
@@ -138,6 +138,22 @@ def test_given_actions_take_their_step_from_the_dataset(place: Path, sample):
     assert len(taken) == 4
     assert taken[0]["actions"] == [[0.5, 0, 0]] * 20
     assert "psnr" not in taken[0]
+
+
+def test_actions_take_their_step_from_what_is_known_of_the_spacing(place: Path, sample):
+    view = ["--image", "view.png", "--actions", "forward", "--samples", "1", "--horizons", "[]", "--sampler.steps", "1"]
+    cases = {
+        ("world", "--image", "view.png"): 1.0,
+        ("mixed", "--image", "view.png", "--spacing", "0.25"): 0.25,
+        ("world", "--data", "walks"): 0.5,
+        ("world", "--data", "walks", "--spacing", "0.75"): 0.75,
+        ("world", "--data", "bare"): 1.0,
+    }
+    for (checkpoint, *chosen), step in cases.items():
+        done = sample("--checkpoint", checkpoint, *chosen, *view[2:], "--out", "step")
+        assert done.returncode == 0, done.stderr
+        (taken,) = json.loads((place / "step/samples.json").read_text())["samples"]
+        assert taken["actions"] == [[step, 0, 0]]
 
 
 def test_a_dataset_without_poses(place: Path, sample):
@@ -193,6 +209,9 @@ WALKS = ["--checkpoint", "world", "--data", "walks"]
         (["--checkpoint", "world"], "either data"),
         (["--checkpoint", "walks", "--data", "walks"], "no world model here"),
         (["--checkpoint", "world", "--image", "view.png"], "actions"),
+        ([*WALKS, "--history", "still"], "history is an option of image"),
+        (["--checkpoint", "nowhere", "--data", "walks"], "checkpoint is nowhere"),
+        (["--checkpoint", "world", "--data", "nowhere"], "data is nowhere"),
         ([*WALKS, "--actions", "hop*3"], "'hop*3'"),
         ([*WALKS, "--actions", "rows.csv"], "rows.csv"),
         ([*WALKS, "--length", "11"], "length is 11"),

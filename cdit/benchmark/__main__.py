@@ -25,9 +25,9 @@ from cdit.benchmark.config import BenchmarkConfig
 from cdit.benchmark.context import context
 from cdit.benchmark.data import data
 from cdit.benchmark.latents import latents
+from cdit.benchmark.operations import profile
 from cdit.benchmark.plan import plan
 from cdit.benchmark.probes import probes
-from cdit.benchmark.operations import profile
 from cdit.benchmark.rollout import rollout
 from cdit.benchmark.sample import sample
 from cdit.benchmark.scale import scale

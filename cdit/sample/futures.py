@@ -1,0 +1,206 @@
+"""Predicts futures and draws them."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cdit.batch import Batch, Condition
+from cdit.common.errors import UserError
+from cdit.common.output import finished_folder
+from cdit.common.pictures import comparison_grid, rollout_video, save_gif, save_mp4, strip, to_float, to_uint8
+from cdit.common.randomness import generator
+from cdit.data.actions import DEFAULT_STEP, compose, read_actions
+from cdit.data.frames import crop_and_resize, decode
+from cdit.data.layout import DatasetInfo
+from cdit.evaluate.metrics import psnr
+from cdit.heads.probe import inspect_attention
+from cdit.heads.report import AttentionReport
+from cdit.loading import load_world, spread, windows_for
+from cdit.sample.config import SampleConfig
+from cdit.world_model import WorldModel
+
+
+@dataclass
+class Scenes:
+    """N contexts and the actions taken in each."""
+
+    names: list[str]
+    """For files and labels."""
+    sources: list[str]
+    """The trajectory or image of each."""
+    context: Tensor
+    """(N, T, 3, H, W) uint8, oldest first."""
+    mask: Tensor
+    """(N, T), True where a past frame exists."""
+    actions: Tensor | None
+    """(N, L, 3), the motion of each step in metres and radians; None if unknown."""
+    truth: Tensor | None
+    """(N, L, 3, H, W) uint8; None if unknown."""
+    length: int
+    """L."""
+    spacing: Tensor | None
+    """(N,) metres between frames, for models of several datasets."""
+
+
+def sample(config: SampleConfig) -> None:
+    """Predicts and draws.
+
+    Raises:
+        UserError: the model, the data or the actions cannot be used; nothing is written.
+    """
+    world = load_world(config.checkpoint, config.device)
+    description = world.description
+    if config.attention:
+        config.inspect.resolve(world.cdit, "inspect")
+    description.sampler = config.sampler.over(description)
+    if config.actions is not None and not description.has_actions:
+        raise UserError(f"{config.checkpoint} was trained without actions: leave actions out")
+    scenes = scenes_of_image(config, world) if config.image else scenes_of_dataset(config, world)
+    horizons = [h for h in config.horizons if h <= scenes.length]
+    if config.compile:
+        world.compile()
+
+    with finished_folder(Path(config.out)) as folder:
+        rollout = predict_rollout(world, scenes, config.seed)
+        if horizons:
+            direct = predict_direct(world, scenes, horizons, config.seed)
+            truth = None if scenes.truth is None else scenes.truth[:, [h - 1 for h in horizons]]
+            labels = [f"{h / description.fps:+g} s in one jump" for h in horizons]
+            comparison_grid(scenes.context, truth, direct, labels, rows=scenes.names).save(folder / "direct.png")
+        if config.attention:
+            inspect_first_frame(world, scenes, rollout, config).save(folder / "attention")
+        write_rollouts(folder, scenes, rollout, config.fps or description.fps, description.fps)
+        write_summary(folder, scenes, rollout, config, world)
+    print(f"{len(scenes.names)} futures of {scenes.length} frames: {config.out}/{scenes.names[0]}.mp4, …")
+
+
+def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
+    """Contexts spread over the split, with the recorded actions and the truth, or with the given actions."""
+    given = None
+    if config.actions is not None:
+        info = DatasetInfo.load(Path(config.data))
+        given = read_actions(config.actions, _step(config, world, info and info.metric_waypoint_spacing))
+    dataset = windows_for(
+        world, config.data, config.split, config.splits, config.follow_links, config.spacing, acting=given is not None
+    )
+    recorded = config.length if given is None else 0  # frames of the trajectory that are needed after the context
+    windows = spread(dataset.windows_with([recorded]), config.samples)
+    if not windows:
+        raise UserError(
+            f"length is {recorded}: no trajectory of split {config.split!r} of {config.data} has "
+            f"{dataset.config.context_frames} past frames and so many after them"
+        )
+    batch = Batch.collate([dataset.path(window, recorded) for window in windows])
+    names, sources = [], []
+    for i, window in enumerate(windows):
+        trajectory, now = dataset.locate(window)
+        sources.append(dataset.trajectories[trajectory].name)
+        names.append(f"{i:02}_{Path(sources[-1]).name}_{now:04}")
+    if given is not None:
+        actions, truth = torch.from_numpy(given).expand(len(windows), -1, -1), None
+    else:
+        known = dataset.info.has_actions and world.description.has_actions
+        actions, truth = batch.condition.action if known else None, batch.target
+    length = recorded if given is None else len(given)
+    return Scenes(names, sources, batch.context, batch.mask, actions, truth, length, batch.condition.spacing)
+
+
+def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
+    """The same image and actions for every sample."""
+    actions = torch.from_numpy(read_actions(config.actions, _step(config, world)))
+    frame = crop_and_resize(decode(Path(config.image)), tuple(world.description.image_size), world.description.crop)
+    past = world.cdit.config.max_context
+    still = config.history == "still" or (config.history == "auto" and world.description.min_history > 1)
+    mask = torch.ones(past, dtype=torch.bool) if still else torch.arange(past) == past - 1
+    context = torch.where(mask[:, None, None, None], frame, torch.zeros_like(frame))
+    return Scenes(
+        names=[f"{i:02}_{Path(config.image).stem}" for i in range(config.samples)],
+        sources=[config.image] * config.samples,
+        context=context.expand(config.samples, -1, -1, -1, -1),
+        mask=mask.expand(config.samples, -1),
+        actions=actions.expand(config.samples, -1, -1),
+        truth=None,
+        length=len(actions),
+        spacing=None if config.spacing is None else torch.full((config.samples,), config.spacing),
+    )
+
+
+def _step(config: SampleConfig, world: WorldModel, recorded: float | None = None) -> float:
+    """Metres of a word such as forward: the spacing that is given, or the dataset's, or the model's."""
+    return config.spacing or recorded or world.description.units.spacing or DEFAULT_STEP
+
+
+def predict_rollout(world: WorldModel, scenes: Scenes, seed: int) -> Tensor:
+    """Frame by frame, each prediction joining the past: (N, L, 3, H, W) in [-1, 1] on the CPU."""
+    actions = None if scenes.actions is None else scenes.actions[:, None]
+    rollout = world.rollout(
+        to_float(scenes.context),
+        Condition(action=actions, spacing=scenes.spacing),
+        scenes.mask,
+        scenes.length,
+        generator=generator(seed),
+        progress=True,
+    )
+    return rollout[:, 0].cpu()
+
+
+def predict_direct(world: WorldModel, scenes: Scenes, horizons: list[int], seed: int) -> Tensor:
+    """Each horizon in one jump: (N, G, 3, H, W) in [-1, 1] on the CPU."""
+    actions = None
+    if scenes.actions is not None:
+        motions = np.stack([compose(steps) for steps in scenes.actions.numpy()])
+        actions = torch.from_numpy(motions)[:, [h - 1 for h in horizons]]
+    time_shift = torch.tensor(horizons).expand(len(scenes.names), -1) / world.description.fps
+    condition = Condition(time_shift, actions, spacing=scenes.spacing)
+    context, noise = to_float(scenes.context), generator(seed, 1)
+    return world.predict(context, condition, scenes.mask, generator=noise, progress=True).cpu()
+
+
+def inspect_first_frame(world: WorldModel, scenes: Scenes, rollout: Tensor, config: SampleConfig) -> AttentionReport:
+    """Attention while the first future frame is denoised: the true one, or the predicted one if it is unknown."""
+    count = len(scenes.names)
+    target = to_uint8(rollout[:, :1]) if scenes.truth is None else scenes.truth[:, :1]
+    condition = Condition(
+        time_shift=torch.full((count, 1), 1 / world.description.fps),
+        action=None if scenes.actions is None else scenes.actions[:, :1],
+        spacing=scenes.spacing,
+    )
+    batch = Batch(scenes.context, scenes.mask, target, condition)
+    return inspect_attention(world, batch, config.inspect, config.seed, scenes.sources)
+
+
+def write_rollouts(folder: Path, scenes: Scenes, rollout: Tensor, play_fps: float, fps: float) -> None:
+    """A strip and a video, in both formats, of every sample.
+
+    Args:
+        folder: where to write.
+        scenes: what was predicted from.
+        rollout: (N, L, 3, H, W) in [-1, 1].
+        play_fps: frame rate of the videos.
+        fps: frame rate of the model, for the labels.
+    """
+    for i, name in enumerate(tqdm(scenes.names, desc="writing", unit="sample", leave=False)):
+        context, mask = scenes.context[i], scenes.mask[i]
+        truth = None if scenes.truth is None else scenes.truth[i]
+        strip(context, truth, rollout[i], fps, context_mask=mask).save(folder / f"{name}.png")
+        video = rollout_video(context[mask], truth, rollout[i], fps)
+        save_mp4(video, folder / f"{name}.mp4", play_fps)
+        save_gif(video, folder / f"{name}.gif", play_fps)
+
+
+def write_summary(folder: Path, scenes: Scenes, rollout: Tensor, config: SampleConfig, world: WorldModel) -> None:
+    """samples.json: options and actions, and the PSNR of every frame of a rollout if the truth is known."""
+    samples: list[dict] = []
+    for i, name in enumerate(scenes.names):
+        entry: dict = {"name": name, "actions": None if scenes.actions is None else scenes.actions[i].tolist()}
+        if scenes.truth is not None:
+            entry["psnr"] = [round(value, 3) for value in psnr(rollout[i], to_float(scenes.truth[i])).tolist()]
+        samples.append(entry)
+    how = {**asdict(config), "sampler": asdict(world.description.sampler), "fps": world.description.fps}
+    del how["out"]
+    (folder / "samples.json").write_text(json.dumps({"config": how, "samples": samples}, indent=2) + "\n")
