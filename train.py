@@ -30,10 +30,11 @@ def train(config: TrainConfig, signals: "StopSignals") -> None:  # noqa: F821
     from cdit.common.randomness import seed_of
     from cdit.data.windows import WindowDataset
     from cdit.training.durable.run import DurableRun
+    from cdit.training.durable.tensors import trainable
     from cdit.training.ema import EMA
     from cdit.training.probes import Probes
     from cdit.training.setup import build_accelerator, build_optimizer, build_world, prepare_data, use_latents
-    from cdit.training.sharding import prepare_networks
+    from cdit.training.sharding import bare_networks, prepare_networks
     from cdit.training.validation import Validation
 
     accelerator, sharded = build_accelerator(config)
@@ -48,7 +49,8 @@ def train(config: TrainConfig, signals: "StopSignals") -> None:  # noqa: F821
     world = build_world(config, train_set)
     use_latents((train_set, test_set), world.codec, config)
     network = prepare_networks(world, accelerator, sharded, config.compile)
-    optimizer, schedule = build_optimizer(world.networks, config.optimizer, config.steps)
+    networks = bare_networks(world)
+    optimizer, schedule = build_optimizer(networks, config.optimizer, config.steps)
     optimizer = accelerator.prepare(optimizer)
     ema = EMA(world.cdit, config.ema)
     validation = Validation(test_set, config.validation, config.seed)
@@ -82,7 +84,7 @@ def train(config: TrainConfig, signals: "StopSignals") -> None:  # noqa: F821
                     # Accelerate divides by the number of parts, and processes take the mean of their gradients.
                     accelerator.backward(share * (len(parts) * accelerator.num_processes))
                 shares.append(share.detach())
-            norm = accelerator.clip_grad_norm_(network.parameters(), config.optimizer.max_grad_norm)
+            norm = accelerator.clip_grad_norm_(trainable(networks).values(), config.optimizer.max_grad_norm)
             run.before_step(norm, torch.stack(shares).sum())
             optimizer.step()
             optimizer.zero_grad()

@@ -53,7 +53,7 @@ class Condition(TensorData):
     """What predictions are conditioned on beside the past frames, in physical units."""
 
     time_shift: Tensor | None = None
-    """(B, G) seconds from the last past frame to the goal, negative for the past. None: one frame."""
+    """(B, G) seconds from the last past frame to the goal, negative for the past. None: one frame (1 / fps)."""
     action: Tensor | None = None
     """(B, G, 3) dx, dy in metres and dyaw in radians to the goal, in the frame of the last past one. None: unknown."""
     known: Tensor | None = None
@@ -62,6 +62,11 @@ class Condition(TensorData):
     """(B,) metres between consecutive frames; used by models that were trained on datasets of different spacings."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Further conditions by name, (B, G, …), for conditioners of a user's own."""
+
+    def shape(self, dims: int) -> tuple[int, ...] | None:
+        """The first dimensions, such as (B, G), which all but the spacing share; None where there is nothing else."""
+        first = next(iter(replace(self, spacing=None).named_tensors().values()), None)
+        return None if first is None else tuple(first.shape[:dims])
 
     def select(self, dim: int, index: int) -> "Condition":
         """The same at one index of a dimension, such as a goal's (1), which goes; the spacing has none of them."""

@@ -178,11 +178,6 @@ class WorldModel(nn.Module):
         self._compiled: Callable[..., Tensor] | None = None
 
     @property
-    def networks(self) -> dict[str, nn.Module]:
-        """All bare networks of a training by name: the CDiT as `model`, and those of the objective."""
-        return {"model": self.cdit, **self.objective.networks}
-
-    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return next(self.cdit.parameters()).device
@@ -247,7 +242,7 @@ class WorldModel(nn.Module):
 
         Args:
             state: the past.
-            condition: of each goal or candidate, (B, G, …).
+            condition: of each goal or candidate, (B, G, …); G is the number of candidates where it is empty.
             sampler: scheduler, steps and guidance; by default those of the description.
             generator: of the noise.
             progress: whether to show a progress bar over the denoising steps.
@@ -302,7 +297,12 @@ class WorldModel(nn.Module):
             state: the past.
             sampled: (B, G, C, h, w) latents of the frames.
             frames: (B, G, 3, H, W), to encode in place of the latents.
+
+        Raises:
+            ValueError: the state has another number of candidates.
         """
+        if state.candidates != sampled.shape[1]:
+            state = state.fork(sampled.shape[1])
         new = (self.codec.as_past(sampled) if frames is None else self.codec.encode(frames)).flatten(0, 1)
         if self.cdit.can_push:
             return replace(state, cache=self.cdit.push_context(state.cache, new))
@@ -362,7 +362,7 @@ class WorldModel(nn.Module):
         Args:
             context: (B, T, 3, H, W) past frames, or a state.
             condition: (B, G, L, …) of G candidates and L steps; the action of a step is the motion during it, in the
-                local frame at its start. None: actions are unknown, G = 1.
+                local frame at its start. None: actions are unknown, and G is that of the state, or 1.
             mask: (B, T), True where a past frame exists; with frames only.
             length: L, where the condition has no steps.
             fps: steps a second, by default the model's (see `begin`); with frames only.
@@ -373,24 +373,22 @@ class WorldModel(nn.Module):
             last_only: whether only the last frames are decoded and returned, (B, G, 1, 3, H, W), as for planning.
 
         Raises:
-            ValueError: there is no length, or a mask or fps is given beside a state.
+            ValueError: there is no length; a mask or fps is given beside a state; or the state has candidates, but
+                another number of them than the condition.
         """
         condition = condition or Condition()
-        per_step = replace(condition, spacing=None).named_tensors()
-        if per_step:
-            candidates, length = next(iter(per_step.values())).shape[1:3]
-        elif length is None:
+        shape = condition.shape(3)
+        if shape is None and length is None:
             raise ValueError("length: expected a number of steps where the condition has none")
-        else:
-            candidates = 1
+        length = shape[2] if shape else length
         if isinstance(context, WorldState):
             if mask is not None or fps is not None:
                 raise ValueError("mask, fps: expected none beside a state, which has its own")
             state = context
         else:
             state = self.begin(context, mask, condition.spacing, fps)
-        if state.candidates != candidates:
-            state = state.fork(candidates)
+        if shape and state.candidates != shape[1]:
+            state = state.fork(shape[1])
         frames: list[Tensor] = []
         for i in tqdm(range(length), desc="rollout", disable=not progress, leave=False):
             sampled = self.sample(state, condition.select(2, i), sampler, generator)
@@ -443,7 +441,7 @@ class WorldModel(nn.Module):
         """On the world's device, with time shift and spacing of the state where it has none."""
         condition = condition.to(self.device)
         if condition.time_shift is None:
-            shape = (state.batch, state.candidates)
+            shape = condition.shape(2) or (state.batch, state.candidates)
             shift = torch.full(shape, 1 / state.fps, dtype=self.cdit.dtype, device=self.device)
             condition = replace(condition, time_shift=shift)
         return condition if condition.spacing is not None else replace(condition, spacing=state.spacing)
@@ -501,9 +499,7 @@ class WorldModel(nn.Module):
             if shapes != {name: tuple(weight.shape) for name, weight in expected.items()}:
                 raise UserError("the weights in cdit/ are not those of its config.json")
             cdit = CDiT.from_pretrained(found / "cdit", low_cpu_mem_usage=False, use_safetensors=True)
-            if (found / "codec").is_dir():
-                weight_shapes(found / "codec")
             codec = load_codec(CodecConfig(kind, str(found / "codec")))
+            return cls(cdit, codec, description).eval()
         except Exception as error:  # the libraries that read these files raise as they please
             raise UserError(f"{found}: not a readable world model ({error})") from error
-        return cls(cdit, codec, description).eval()

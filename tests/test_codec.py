@@ -7,7 +7,8 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from cdit.codec import AutoencoderCodec, CodecConfig, PixelCodec, latent_size, load_codec
+from cdit.codec import AutoencoderCodec, CodecConfig, PixelCodec, TinyCodec, load_codec
+from cdit.codec.autoencoder import latent_shape
 from cdit.common.errors import UserError
 
 
@@ -170,9 +171,27 @@ def test_fingerprints_tell_the_kinds_apart(tmp_path):
 def test_frames_have_to_shrink_evenly(size, tmp_path):
     save_kl(tmp_path)
     codec = load_codec(CodecConfig("kl", str(tmp_path)))
-    assert latent_size(codec, (16, 24)) == (4, 6)
+    assert codec.latent_shape((16, 24)) == (5, 4, 6)
     with pytest.raises(UserError, match=r"data\.image_size is \d+×\d+, expected multiples of the codec's 4"):
-        latent_size(codec, size)
+        codec.latent_shape(size)
+
+
+@pytest.mark.parametrize(("kind", "save", "channels"), [("kl", save_kl, 5), ("tiny", save_tiny, 6)])
+def test_the_shape_of_latents_is_known_without_the_weights(kind, save, channels, tmp_path):
+    save(tmp_path)
+    for weights in tmp_path.glob("*.safetensors"):
+        weights.unlink()
+    assert latent_shape(CodecConfig(kind, str(tmp_path)), (16, 24)) == (channels, 4, 6)
+    assert latent_shape(CodecConfig("pixels"), (16, 24)) == (3, 16, 24)
+
+
+def test_a_kind_alone_stands_for_its_default_weights(monkeypatch):
+    """madebyollin/taesd holds an AutoencoderTiny; the KL repository does not."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for kind, weights in {"kl": "stabilityai/sd-vae-ft-ema", "tiny": "madebyollin/taesd"}.items():
+        assert latent_shape(CodecConfig(kind), (64, 32)) == (4, 8, 4)
+        with pytest.raises(UserError, match=f"codec.name '{weights}'"):
+            load_codec(CodecConfig(kind))
 
 
 def test_autoencoders_are_frozen(tmp_path):
@@ -185,7 +204,7 @@ def test_autoencoders_are_frozen(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["kl", "tiny"])
-def test_weights_that_cannot_be_had(kind, monkeypatch, tmp_path):
+def test_weights_that_are_not_available(kind, monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"codec.name 'nobody/no-such-autoencoder': no Autoencoder\w+ weights from the"):
         load_codec(CodecConfig(kind, "nobody/no-such-autoencoder"))
@@ -207,4 +226,4 @@ def test_what_was_sampled_joins_the_past_as_recorded_frames_would():
         encoder_block_out_channels=(4,), decoder_block_out_channels=(4,), num_encoder_blocks=(1,),
         num_decoder_blocks=(1,), latent_channels=3,
     )  # fmt: skip
-    assert torch.equal(AutoencoderCodec("tiny", tiny).as_past(far), far)
+    assert torch.equal(TinyCodec(tiny).as_past(far), far)

@@ -1,7 +1,7 @@
 """The world model against loops over its parts written out here, and one that learns its four samples by heart."""
 
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import FrozenInstanceError, fields, is_dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,11 +9,12 @@ import diffusers
 import pytest
 import torch
 
-from cdit.codec import AutoencoderCodec, PixelCodec
+from cdit.batch import Condition, KeyedDraws
+from cdit.codec import AutoencoderCodec, KLCodec, PixelCodec, TinyCodec
 from cdit.common.errors import UserError
 from cdit.diffusion import Flow, FlowConfig, SamplerConfig
 from cdit.model import CDiT
-from cdit.world_model import Units, WorldDescription, WorldModel
+from cdit.world_model import Units, WorldDescription, WorldModel, WorldState
 
 DIALECTS = {
     "native": {"extra_kv": True},
@@ -26,8 +27,7 @@ UNITS = Units(action_scale=(2.0, 3.0, 0.5), action_offset=(-0.25, 0.0, 0.125), t
 
 
 def autoencoder_codec() -> AutoencoderCodec:
-    return AutoencoderCodec(
-        "tiny",
+    return TinyCodec(
         diffusers.AutoencoderTiny(
             encoder_block_out_channels=(4, 4),
             decoder_block_out_channels=(4, 4),
@@ -67,6 +67,17 @@ def inputs(contexts: int = 2, goals: int = 3, frames: int = 3) -> tuple[torch.Te
     )
 
 
+def named(action: torch.Tensor | None, time_shift: torch.Tensor, **further: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Normalised conditions as a CDiT takes them."""
+    given = {} if action is None else {"action": action}
+    return {"time_shift": time_shift, **given, **further}
+
+
+def normalized(actions: torch.Tensor, seconds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `UNITS` say, written out."""
+    return actions * torch.tensor([2.0, 3.0, 0.5]) + torch.tensor([-0.25, 0.0, 0.125]), seconds / 16
+
+
 def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
@@ -85,19 +96,20 @@ def spied(module: torch.nn.Module):
 # --- predict ---
 
 
-def test_the_network_is_told_normalised_numbers():
+def test_the_network_is_conditioned_on_normalised_numbers():
     world, (context, actions, seconds) = build(), inputs()
     with spied(world.cdit) as calls:
-        world.predict(context, actions, seconds, generator=seeded())
+        world.predict(context, Condition(seconds, actions), generator=seeded())
     assert len(calls) == 3
     for call, t in zip(calls, [1.0, 2 / 3, 1 / 3], strict=True):
-        noisy, timestep, action, shift, _ = call.args
+        noisy, timestep, condition, _ = call.args
+        action = condition["action"]
         assert noisy.shape == (2, 3, 3, 8, 12)
         torch.testing.assert_close(timestep, torch.full((2, 3), 1000 * t))
         torch.testing.assert_close(action[..., 0], 2 * actions[..., 0] - 0.25)
         torch.testing.assert_close(action[..., 1], 3 * actions[..., 1])
         torch.testing.assert_close(action[..., 2], 0.5 * actions[..., 2] + 0.125)
-        torch.testing.assert_close(shift, seconds / 16)
+        torch.testing.assert_close(condition["time_shift"], seconds / 16)
 
 
 @pytest.mark.parametrize("dialect", DIALECTS)
@@ -105,23 +117,24 @@ def test_the_network_is_told_normalised_numbers():
 def test_predict_is_the_sampling_loop_written_out(dialect):
     """Euler steps of the velocity (x - clean) / t, over frames given anew at every step."""
     world, (context, actions, seconds) = build(dialect), inputs()
-    action = actions * torch.tensor([2.0, 3.0, 0.5]) + torch.tensor([-0.25, 0.0, 0.125])
+    condition = named(*normalized(actions, seconds))
     x = torch.randn(2, 3, 3, 8, 12, generator=seeded())
     for t in (1.0, 2 / 3, 1 / 3):
-        clean = world.cdit(x, torch.full((2, 3), 1000 * t), action, seconds / 16, context)
+        clean = world.cdit(x, torch.full((2, 3), 1000 * t), condition, context)
         x = x - (x - clean) / t / 3
-    out = world.predict(context, actions, seconds, generator=seeded())
+    out = world.predict(context, Condition(seconds, actions), generator=seeded())
     assert out.shape == (2, 3, 3, 8, 12)
     torch.testing.assert_close(out, x.clamp(-1, 1), atol=1e-4, rtol=0)
     assert x.std() > 0.1
 
 
 def test_the_generator_decides_the_noise():
-    world, args = build(), inputs()
-    first = world.predict(*args, generator=seeded(1))
+    world, (context, actions, seconds) = build(), inputs()
+    condition = Condition(seconds, actions)
+    first = world.predict(context, condition, generator=seeded(1))
     torch.rand(3)
-    assert torch.equal(world.predict(*args, generator=seeded(1)), first)
-    assert not torch.equal(world.predict(*args, generator=seeded(2)), first)
+    assert torch.equal(world.predict(context, condition, generator=seeded(1)), first)
+    assert not torch.equal(world.predict(context, condition, generator=seeded(2)), first)
 
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
@@ -129,48 +142,47 @@ def test_the_generator_decides_the_noise():
 def test_candidates_together_are_candidates_alone_with_the_same_noise(dialect, guidance):
     world, (context, actions, seconds) = build(dialect), inputs(contexts=1, goals=4)
     sampler = SamplerConfig(steps=3, guidance=guidance)
-    together = world.predict(context, actions, seconds, sampler=sampler, generator=seeded())
+    together = world.predict(context, Condition(seconds, actions), sampler=sampler, generator=seeded())
     generator = seeded()  # noise of 288 numbers a candidate comes out the same in one draw or four
-    alone = [
-        world.predict(context, actions[:, g : g + 1], seconds[:, g : g + 1], sampler=sampler, generator=generator)
-        for g in range(4)
-    ]
+    goals = [Condition(seconds[:, g : g + 1], actions[:, g : g + 1]) for g in range(4)]
+    alone = [world.predict(context, goal, sampler=sampler, generator=generator) for goal in goals]
     torch.testing.assert_close(together, torch.cat(alone, dim=1), atol=1e-4, rtol=0)
 
 
 def test_an_encoded_context_serves_as_well_as_its_frames():
     world, (context, actions, seconds) = build(), inputs()
     mask = torch.tensor([[False, True, True], [True, True, True]])
-    expected = world.predict(context, actions, seconds, mask, generator=seeded())
-    cache = world.encode_context(context, mask)
-    assert torch.equal(world.predict(cache, actions, seconds, generator=seeded()), expected)
+    condition = Condition(seconds, actions)
+    expected = world.predict(context, condition, mask, generator=seeded())
+    state = world.begin(context, mask)
+    assert torch.equal(world.predict(state, condition, generator=seeded()), expected)
 
 
-def test_missing_frames_and_unknown_actions_are_not_looked_at():
+def test_missing_frames_and_unknown_actions_are_not_used():
     world, (context, actions, seconds) = build(), inputs()
-    context_mask = torch.tensor([[False, True, True], [True, True, True]])
-    action_mask = torch.tensor([[True, False, True], [True, True, False]])
+    mask = torch.tensor([[False, True, True], [True, True, True]])
+    known = torch.tensor([[True, False, True], [True, True, False]])
 
     def predict() -> torch.Tensor:
-        return world.predict(context, actions, seconds, context_mask, action_mask, generator=seeded())
+        return world.predict(context, Condition(seconds, actions, known), mask, generator=seeded())
 
     expected = predict()
     context[0, 0], actions[0, 1], actions[1, 2] = float("nan"), float("nan"), 1e9
     assert torch.equal(predict(), expected)
     none_known = torch.zeros(2, 3, dtype=torch.bool)
     assert torch.equal(
-        world.predict(context, None, seconds, context_mask, generator=seeded()),
-        world.predict(context, actions, seconds, context_mask, none_known, generator=seeded()),
+        world.predict(context, Condition(seconds), mask, generator=seeded()),
+        world.predict(context, Condition(seconds, actions, none_known), mask, generator=seeded()),
     )
 
 
-def test_only_the_last_frames_of_a_long_past_are_looked_at():
+def test_only_the_last_frames_of_a_long_past_are_used():
     world, (context, actions, seconds) = build(), inputs(frames=5)
     mask = torch.ones(2, 5, dtype=torch.bool)
     mask[0, :3] = False
     torch.testing.assert_close(
-        world.predict(context, actions, seconds, mask, generator=seeded()),
-        world.predict(context[:, 2:], actions, seconds, mask[:, 2:], generator=seeded()),
+        world.predict(context, Condition(seconds, actions), mask, generator=seeded()),
+        world.predict(context[:, 2:], Condition(seconds, actions), mask[:, 2:], generator=seeded()),
     )
 
 
@@ -182,7 +194,7 @@ def test_guidance_of_one_is_off_and_of_zero_unconditional():
 
     def predict(guidance: float, actions: torch.Tensor | None = actions) -> torch.Tensor:
         sampler = SamplerConfig(steps=3, guidance=guidance)
-        return world.predict(context, actions, seconds, sampler=sampler, generator=seeded())
+        return world.predict(context, Condition(seconds, actions), sampler=sampler, generator=seeded())
 
     with spied(world.cdit) as calls:
         predict(1.0)
@@ -195,16 +207,16 @@ def test_guidance_of_one_is_off_and_of_zero_unconditional():
 @torch.no_grad()
 def test_guidance_extrapolates_velocities():
     world, (context, actions, seconds) = build(), inputs()
-    action, shift = UNITS.normalize(actions, seconds)
+    action, shift = normalized(actions, seconds)
     x = torch.randn(2, 3, 3, 8, 12, generator=seeded())
     for t in (1.0, 0.5):
         times = torch.full((2, 3), 1000 * t)
         with_action, without = (
-            (x - world.cdit(x, times, told, shift, context)) / t for told in (action, None)
+            (x - world.cdit(x, times, named(given, shift), context)) / t for given in (action, None)
         )  # of clean frames
         x = x - 0.5 * (without + 2.5 * (with_action - without))
     sampler = SamplerConfig(steps=2, guidance=2.5)
-    out = world.predict(context, actions, seconds, sampler=sampler, generator=seeded())
+    out = world.predict(context, Condition(seconds, actions), sampler=sampler, generator=seeded())
     torch.testing.assert_close(out, x.clamp(-1, 1), atol=1e-4, rtol=0)
 
 
@@ -214,21 +226,17 @@ def test_guidance_of_a_ddpm_moves_the_noise_and_keeps_the_known_variance():
     cdit = CDiT(**{**dict(flow.cdit.config), "learn_variance": True}).eval()
     for p in cdit.parameters():
         torch.nn.init.normal_(p, std=0.1)
-    world = WorldModel(cdit, PixelCodec(), replace(flow.description, objective="ddpm"))
+    world = WorldModel(
+        cdit, PixelCodec(), replace(flow.description, objective="ddpm", sampler=SamplerConfig("ddpm", 2))
+    )
     asked = []
     world.objective.sample = lambda predict, noise, *_: asked.append(predict) or noise  # what it would be sampled with
-    hidden = torch.tensor([[True, False, True], [True, True, True]])
-    world.predict(
-        context,
-        actions,
-        seconds,
-        action_mask=hidden,
-        sampler=SamplerConfig("ddpm", 2, guidance=2.5),
-        generator=seeded(),
-    )
-    action, shift = UNITS.normalize(actions, seconds)
+    shown = torch.tensor([[True, False, True], [True, True, True]])
+    sampler = SamplerConfig("ddpm", 2, guidance=2.5)
+    world.predict(context, Condition(seconds, actions, shown), sampler=sampler, generator=seeded())
+    action, shift = normalized(actions, seconds)
     x, times = torch.randn(2, 3, 3, 8, 12, generator=seeded()), torch.full((2, 3), 700)
-    known, unknown = (cdit(x, times, told, shift, context, action_mask=hidden) for told in (action, None))
+    known, unknown = (cdit(x, times, named(given, shift, action_known=shown), context) for given in (action, None))
     out = asked[0](x, torch.tensor(700))
     assert out.shape == (2, 3, 6, 8, 12)
     torch.testing.assert_close(out[:, :, :3], (unknown + 2.5 * (known - unknown))[:, :, :3], atol=1e-4, rtol=0)
@@ -247,7 +255,7 @@ def test_a_rollout_is_predictions_over_windows_encoded_afresh(dialect, masked, f
     actions = torch.randn(2, 2, 5, 3, generator=seeded(3))
     mask = torch.ones(2, frames, dtype=torch.bool)
     mask[1, :-1] = False
-    out = world.rollout(context, actions, mask if masked else None, generator=seeded())
+    out = world.rollout(context, Condition(action=actions), mask if masked else None, generator=seeded())
     assert out.shape == (2, 2, 5, 3, 8, 12)
 
     window, window_mask = context.repeat_interleave(2, 0), mask.repeat_interleave(2, 0)
@@ -255,7 +263,7 @@ def test_a_rollout_is_predictions_over_windows_encoded_afresh(dialect, masked, f
     for step in range(5):
         recent, recent_mask = window[:, -3:], window_mask[:, -3:] if masked else None
         action = actions.flatten(0, 1)[:, step, None]
-        frame = world.predict(recent, action, quarter_second, recent_mask, generator=generator)
+        frame = world.predict(recent, Condition(quarter_second, action), recent_mask, generator=generator)
         torch.testing.assert_close(out.flatten(0, 1)[:, step], frame[:, 0], atol=1e-4, rtol=0)
         # Go on from the very frame of the rollout, so that differences do not pile up.
         window = torch.cat((window, out.flatten(0, 1)[:, step, None]), dim=1)
@@ -278,8 +286,8 @@ def test_candidates_rolled_out_together_are_those_alone_with_the_same_noise(dial
         given = iter(noises)
         world.objective.sample = lambda predict, _, *rest: sample(predict, next(given)[:, goals], *rest)
         sampler = SamplerConfig(steps=2, guidance=guidance)
-        told = None if known is None else known[:, goals]
-        return world.rollout(context, actions[:, goals], mask, told, sampler=sampler)
+        condition = Condition(action=actions[:, goals], known=None if known is None else known[:, goals])
+        return world.rollout(context, condition, mask, sampler=sampler)
 
     together = rollout(slice(0, 3))
     for g in range(3):
@@ -290,21 +298,20 @@ def test_candidates_rolled_out_together_are_those_alone_with_the_same_noise(dial
 @torch.no_grad()
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 def test_goals_of_candidates_with_a_past_of_their_own(guidance):
-    """As predict takes them: of a cache of B·G candidates, G goals for each context."""
+    """As predict takes them: of a state with B·G pasts, G goals for each context."""
     world, (context, actions, seconds) = build("native"), inputs()
     new = torch.rand(6, 3, 8, 12, generator=seeded(6)) * 2 - 1
-    cache = world.cdit.push_context(world.encode_context(context), new)
+    state = world.advance(world.begin(context).fork(3), new.unflatten(0, (2, 3)))
     sampler = SamplerConfig(steps=2, guidance=guidance)
-    together = world.predict(cache, actions, seconds, sampler=sampler, generator=seeded())
+    together = world.predict(state, Condition(seconds, actions), sampler=sampler, generator=seeded())
     past = torch.cat((context.repeat_interleave(3, 0), new[:, None]), dim=1)
-    told = (x.flatten(0, 1)[:, None] for x in (actions, seconds))
-    apart = world.predict(past, *told, sampler=sampler, generator=seeded())
+    each = Condition(*(x.flatten(0, 1)[:, None] for x in (seconds, actions)))
+    apart = world.predict(past, each, sampler=sampler, generator=seeded())
     torch.testing.assert_close(together.flatten(0, 1), apart[:, 0], atol=1e-4, rtol=0)
 
 
 def kl_codec() -> AutoencoderCodec:
-    return AutoencoderCodec(
-        "kl",
+    return KLCodec(
         diffusers.AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
@@ -324,14 +331,15 @@ def test_sampled_latents_join_the_past_or_their_frames_encoded_again(dialect, re
     torch.manual_seed(1)
     world, (context, _, _) = build(dialect, codec()), inputs(contexts=1)
     actions = torch.randn(1, 1, 5, 3, generator=seeded(3))
-    out = world.rollout(context, actions, generator=seeded(), reencode=reencode)
+    out = world.rollout(context, Condition(action=actions), generator=seeded(), reencode=reencode)
 
     generator, window = seeded(), world.codec.encode(context)
-    action, shift = UNITS.normalize(actions[:, 0], torch.full((1, 1), 0.25))
+    action, shift = normalized(actions[:, 0], torch.full((1, 1), 0.25))
     for step in range(5):
         x = torch.randn(1, 1, 3, 4, 6, generator=generator)
         for t in (1.0, 2 / 3, 1 / 3):
-            clean = world.cdit(x, torch.full((1, 1), 1000 * t), action[:, step, None], shift, window[:, -3:])
+            condition = named(action[:, step, None], shift)
+            clean = world.cdit(x, torch.full((1, 1), 1000 * t), condition, window[:, -3:])
             x = x - (x - clean) / t / 3
         torch.testing.assert_close(out[:, :, step], world.codec.decode(x), atol=1e-4, rtol=0)
         window = torch.cat((window, world.codec.encode(world.codec.decode(x)) if reencode else x), dim=1)
@@ -341,13 +349,13 @@ def test_sampled_latents_join_the_past_or_their_frames_encoded_again(dialect, re
 @pytest.mark.parametrize("dialect", ["native", "nwm"])
 def test_a_rollout_encodes_its_context_once_and_its_own_frames_only_when_asked(dialect, monkeypatch):
     world, (context, _, _) = build(dialect, kl_codec()), inputs()
-    actions = torch.randn(2, 3, 4, 3, generator=seeded(3))
+    condition = Condition(action=torch.randn(2, 3, 4, 3, generator=seeded(3)))
     encoded, encode = [], world.codec.autoencoder.encode
     monkeypatch.setattr(world.codec.autoencoder, "encode", lambda x: encoded.append(len(x)) or encode(x))
-    world.rollout(context, actions, generator=seeded())
+    world.rollout(context, condition, generator=seeded())
     assert encoded == [6]  # 2 contexts of 3 frames
     encoded.clear()
-    world.rollout(context, actions, generator=seeded(), reencode=True)
+    world.rollout(context, condition, generator=seeded(), reencode=True)
     assert encoded == [6, 6, 6, 6]  # then the frames of 6 candidates, of which the last join no past
 
 
@@ -355,11 +363,11 @@ def test_a_rollout_encodes_its_context_once_and_its_own_frames_only_when_asked(d
 @pytest.mark.parametrize("dialect", ["native", "nwm"])
 def test_a_rollout_decodes_the_last_frame_only_when_asked(dialect, reencode, monkeypatch):
     world, (context, _, _) = build(dialect, kl_codec()), inputs()
-    actions = torch.randn(2, 3, 4, 3, generator=seeded(3))
-    whole = world.rollout(context, actions, generator=seeded(), reencode=reencode)
+    condition = Condition(action=torch.randn(2, 3, 4, 3, generator=seeded(3)))
+    whole = world.rollout(context, condition, generator=seeded(), reencode=reencode)
     decoded, decode = [], world.codec.autoencoder.decode
     monkeypatch.setattr(world.codec.autoencoder, "decode", lambda x: decoded.append(len(x)) or decode(x))
-    last = world.rollout(context, actions, generator=seeded(), reencode=reencode, last_only=True)
+    last = world.rollout(context, condition, generator=seeded(), reencode=reencode, last_only=True)
     assert torch.equal(last, whole[:, :, -1:])
     assert decoded == [6] * (4 if reencode else 1)
 
@@ -368,32 +376,182 @@ def test_a_rollout_decodes_the_last_frame_only_when_asked(dialect, reencode, mon
 def test_pixels_join_the_past_clipped_either_way(dialect):
     world, (context, _, _) = build(dialect), inputs()
     torch.nn.init.normal_(world.cdit.final_layer.linear.weight, std=1.0)  # far out of range
-    actions = torch.randn(2, 2, 4, 3, generator=seeded(3))
+    condition = Condition(action=torch.randn(2, 2, 4, 3, generator=seeded(3)))
     with spied(world.cdit.patch_embed) as calls:
-        out = world.rollout(context, actions, generator=seeded())
+        out = world.rollout(context, condition, generator=seeded())
     assert ((out == 1) | (out == -1)).float().mean() > 0.05
-    assert torch.equal(out, world.rollout(context, actions, generator=seeded(), reencode=True))
+    assert torch.equal(out, world.rollout(context, condition, generator=seeded(), reencode=True))
     shown = out.transpose(0, 2).flatten(0, 2)  # each was embedded as it was shown, but those of the last step
     embedded = torch.cat([call.args[0] for call in calls])
     assert all((frame == embedded).flatten(1).all(1).any() for frame in shown[:-4])
 
 
 @pytest.mark.parametrize("dialect", ["native", "nwm"])
-def test_a_rollout_tells_each_context_its_own_spacing_and_the_time_of_a_step(dialect):
+def test_each_context_of_a_rollout_has_its_own_spacing_and_the_time_of_a_step(dialect):
     world, (context, _, _) = build(dialect), inputs()
     world.description.units = replace(UNITS, spacing=None)
     actions = torch.randn(2, 2, 3, 3, generator=seeded(3))
     with spied(world.cdit) as calls:
-        world.rollout(context, actions, spacing=torch.tensor([0.5, 2.0]), fps=2.0, generator=seeded())
+        condition = Condition(action=actions, spacing=torch.tensor([0.5, 2.0]))
+        world.rollout(context, condition, fps=2.0, generator=seeded())
     for step, call in enumerate(calls[::3]):  # three denoising steps each
-        _, _, action, shift, _ = call.args
+        condition = call.args[2]
         metres = actions[:, :, step, :2] / torch.tensor([0.5, 2.0])[:, None, None]
-        torch.testing.assert_close(action[..., :2], metres * torch.tensor([2.0, 3.0]) + torch.tensor([-0.25, 0.0]))
-        torch.testing.assert_close(shift, torch.full((2, 2), 0.5 / 16))
+        expected = metres * torch.tensor([2.0, 3.0]) + torch.tensor([-0.25, 0.0])
+        torch.testing.assert_close(condition["action"][..., :2], expected)
+        torch.testing.assert_close(condition["time_shift"], torch.full((2, 2), 0.5 / 16))
     world.description.units = replace(UNITS, spacing=0.25)  # which then is the only one
     with spied(world.cdit) as calls:
-        world.predict(context, actions[:, :, 0], torch.ones(2, 2), spacing=torch.tensor([0.5, 2.0]))
-    torch.testing.assert_close(calls[0].args[2][..., 1], actions[:, :, 0, 1] / 0.25 * 3)
+        world.predict(context, Condition(torch.ones(2, 2), actions[:, :, 0], spacing=torch.tensor([0.5, 2.0])))
+    torch.testing.assert_close(calls[0].args[2]["action"][..., 1], actions[:, :, 0, 1] / 0.25 * 3)
+
+
+# --- steps ---
+
+
+def tensors_of(state: WorldState) -> list[torch.Tensor]:
+    """All tensors that a state holds."""
+    found = []
+
+    def collect(value: object) -> None:
+        if isinstance(value, torch.Tensor):
+            found.append(value)
+        elif is_dataclass(value):
+            for f in fields(value):
+                collect(getattr(value, f.name))
+        elif isinstance(value, (list, tuple)):
+            for item in value:
+                collect(item)
+
+    collect(state)
+    return found
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_two_continuations_of_a_state_do_not_disturb_each_other(dialect, masked):
+    """Each is what it is alone, and the state that both began with stays as it was."""
+    world, (context, _, _) = build(dialect), inputs(frames=2)
+    mask = torch.tensor([[True, True], [False, True]]) if masked else None
+    actions = torch.randn(2, 2, 3, 4, 3, generator=seeded(3))  # of two plans, for 3 candidates and 4 steps
+
+    def go(state: WorldState, plan: int, step: int) -> tuple[WorldState, torch.Tensor]:
+        return world.step(state, Condition(action=actions[plan][:, :, step]), generator=seeded(10 * plan + step))
+
+    def alone(plan: int) -> list[torch.Tensor]:
+        state, frames = world.begin(context, mask).fork(3), []
+        for step in range(4):
+            state, sampled = go(state, plan, step)
+            frames.append(sampled)
+        return frames
+
+    begun = world.begin(context, mask).fork(3)
+    before = [tensor.clone() for tensor in tensors_of(begun)]
+    assert before
+    states, frames = [begun, begun], [[], []]
+    for step in range(4):
+        for plan in (0, 1):
+            states[plan], sampled = go(states[plan], plan, step)
+            frames[plan].append(sampled)
+    for plan in (0, 1):
+        for found, expected in zip(frames[plan], alone(plan), strict=True):
+            assert torch.equal(found, expected)
+    assert not torch.allclose(frames[0][-1], frames[1][-1], atol=0.05)
+    assert all(map(torch.equal, tensors_of(begun), before))
+    with pytest.raises(FrozenInstanceError):
+        begun.candidates = 1
+
+
+@pytest.mark.parametrize("reencode", [False, True])
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_steps_one_by_one_are_the_rollout_to_the_last_bit(dialect, reencode):
+    world, (context, _, _) = build(dialect, kl_codec()), inputs()
+    mask = torch.tensor([[True] * 3, [False, False, True]])
+    actions, known = torch.randn(2, 3, 5, 3, generator=seeded(3)), torch.rand(2, 3, 5, generator=seeded(4)) > 0.3
+    expected = world.rollout(
+        context, Condition(action=actions, known=known), mask, generator=seeded(), reencode=reencode
+    )
+
+    generator, state, frames = seeded(), world.begin(context, mask).fork(3), []
+    for step in range(5):
+        condition = Condition(action=actions[:, :, step], known=known[:, :, step])
+        state, sampled = world.step(state, condition, generator=generator, reencode=reencode)
+        frames.append(world.decode(sampled))
+    assert torch.equal(torch.stack(frames, dim=2), expected)
+    generator = seeded()
+    state = world.begin(context, mask).fork(3)
+    begun = world.rollout(state, Condition(action=actions, known=known), generator=generator, reencode=reencode)
+    assert torch.equal(begun, expected)
+
+
+def test_a_state_knows_how_many_candidates_it_has():
+    world, (context, actions, _) = build(), inputs()
+    state = world.begin(context)
+    forked, sampled = world.step(state, Condition(action=actions), generator=seeded())  # 3 goals fork it
+    assert (state.candidates, forked.candidates) == (1, 3)
+    expected, _ = world.step(state.fork(3), Condition(action=actions), generator=seeded())
+    assert all(map(torch.equal, tensors_of(forked), tensors_of(expected)))
+    assert world.sample(forked).shape == sampled.shape  # without a condition, one frame of each
+    assert world.rollout(forked, length=2).shape == (2, 3, 2, 3, 8, 12)
+    for another in (lambda: forked.fork(2), lambda: world.rollout(forked, Condition(action=torch.zeros(2, 2, 1, 3)))):
+        with pytest.raises(ValueError, match="a state of 3 candidates cannot be forked"):
+            another()
+
+
+def test_latents_are_scored_without_decoding(monkeypatch):
+    """A planner steps many candidates and decodes none."""
+    world, (context, _, _) = build("native", kl_codec()), inputs()
+    actions = torch.randn(2, 3, 4, 3, generator=seeded(3))
+    expected = world.rollout(context, Condition(action=actions), generator=seeded(), last_only=True)
+    decode, state, generator = world.codec.autoencoder.decode, world.begin(context).fork(3), seeded()
+    monkeypatch.setattr(world.codec.autoencoder, "decode", lambda *_: pytest.fail("latents were decoded"))
+    for step in range(4):
+        state, sampled = world.step(state, Condition(action=actions[:, :, step]), generator=generator)
+    assert sampled.shape == (2, 3, 3, 4, 6)
+    monkeypatch.setattr(world.codec.autoencoder, "decode", decode)
+    assert torch.equal(world.decode(sampled), expected[:, :, 0])
+
+
+@pytest.mark.parametrize("dialect", ["native", "nwm"])
+def test_a_model_without_actions_ignores_them(dialect):
+    """Those given to a model that was trained without would go through weights that were never trained."""
+    world, (context, actions, seconds) = build(dialect), inputs()
+    plans = torch.randn(2, 3, 2, 3, generator=seeded(3))
+
+    def everything(known: bool) -> list[torch.Tensor]:
+        given = Condition(seconds, actions) if known else Condition(seconds)
+        steps = Condition(torch.full((2, 3, 2), 0.25), plans) if known else Condition(torch.full((2, 3, 2), 0.25))
+        sampler = SamplerConfig(steps=2, guidance=2.5)
+        return [
+            world.predict(context, given, generator=seeded()),
+            world.predict(context, given, sampler=sampler, generator=seeded()),
+            world.sample(world.begin(context), given, generator=seeded()),
+            world.rollout(context, steps, generator=seeded()),
+        ]
+
+    assert not any(map(torch.equal, everything(True), everything(False)))
+    world.description.has_actions = False
+    assert all(map(torch.equal, everything(True), everything(False)))
+
+
+def test_a_goal_without_a_time_is_one_frame_ahead():
+    world, (context, actions, _) = build(), inputs()
+    found = world.predict(context, Condition(action=actions), generator=seeded())
+    expected = world.predict(context, Condition(torch.full((2, 3), 0.25), actions), generator=seeded())
+    assert torch.equal(found, expected)
+
+
+def test_what_contradicts_is_an_error():
+    world, (context, _, seconds) = build(), inputs()
+    state, mask = world.begin(context), torch.ones(2, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="mask: expected none beside a state"):
+        world.predict(state, Condition(seconds), mask)
+    for beside in ({"mask": mask}, {"fps": 2.0}):
+        with pytest.raises(ValueError, match="expected none beside a state"):
+            world.rollout(state, length=1, **beside)
+    for condition in (None, Condition(), Condition(spacing=torch.ones(2))):
+        with pytest.raises(ValueError, match="length: expected a number of steps"):
+            world.rollout(context, condition)
 
 
 # --- compiled ---
@@ -411,8 +569,8 @@ def test_a_compiled_world_predicts_the_same(dialect, guidance, monkeypatch):
 
     def everything() -> list[torch.Tensor]:
         return [
-            world.predict(context, actions, seconds, sampler=sampler, generator=seeded()),
-            world.rollout(context, plans, mask, sampler=sampler, generator=seeded()),
+            world.predict(context, Condition(seconds, actions), sampler=sampler, generator=seeded()),
+            world.rollout(context, Condition(action=plans), mask, sampler=sampler, generator=seeded()),
         ]
 
     expected = everything()
@@ -450,12 +608,14 @@ def test_a_compiled_world_predicts_the_same(dialect, guidance, monkeypatch):
 @pytest.mark.parametrize("codec", [PixelCodec, autoencoder_codec])
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_saved_world_model_comes_back_bit_equal(dialect, codec, tmp_path: Path):
-    world, args = build(dialect, codec()), inputs()
+    world, (context, actions, seconds) = build(dialect, codec()), inputs()
+    condition = Condition(seconds, actions)
     world.save_pretrained(tmp_path)
     loaded = WorldModel.from_pretrained(tmp_path)
     assert loaded.description == world.description
     assert not loaded.training
-    assert torch.equal(loaded.predict(*args, generator=seeded()), world.predict(*args, generator=seeded()))
+    found, expected = (w.predict(context, condition, generator=seeded()) for w in (loaded, world))
+    assert torch.equal(found, expected)
     weights = [p for p in tmp_path.rglob("*") if p.is_file() and p.suffix != ".json"]
     assert weights
     assert all(p.suffix == ".safetensors" for p in weights)
@@ -494,14 +654,14 @@ def test_a_half_written_model_is_none_at_all(tmp_path: Path, monkeypatch: pytest
     assert WorldModel.from_pretrained(tmp_path).description.fps == 1.0
 
 
-def test_a_rollout_without_actions_is_told_none(tmp_path: Path):
+def test_a_rollout_without_actions_knows_none():
     world, (context, *_) = build(), inputs(goals=1)
-    nothing = torch.zeros(2, 1, 2, 3)
-    rolled = world.rollout(context, None, length=2, generator=seeded())
-    first = world.predict(context, None, torch.full((2, 1), 1 / world.description.fps), generator=seeded())
+    standing = Condition(action=torch.zeros(2, 1, 2, 3))
+    rolled = world.rollout(context, length=2, generator=seeded())
+    first = world.predict(context, Condition(torch.full((2, 1), 1 / world.description.fps)), generator=seeded())
     assert rolled.shape[:3] == (2, 1, 2)
     torch.testing.assert_close(rolled[:, :, 0], first)
-    assert not torch.allclose(rolled, world.rollout(context, nothing, generator=seeded()))
+    assert not torch.allclose(rolled, world.rollout(context, standing, generator=seeded()))
 
 
 def from_the_future(folder: Path) -> None:
@@ -571,10 +731,11 @@ def test_four_samples_are_learnt_by_heart_and_reproduced(dialect, prediction):
         """Mean over `draws` noises and times of each of the four samples."""
         clean = targets.repeat_interleave(draws, 1)
         noise = torch.randn(clean.shape, generator=generator)
-        time = objective.draw_time(clean.shape[:2], generator)
-        told = (actions.repeat_interleave(draws, 1), seconds.repeat_interleave(draws, 1))
-        out = cdit(objective.add_noise(clean, noise, time), time * 1000, *told, context)
-        return objective.loss(out, clean, noise, time).mean()
+        keys = torch.randint(2**31, (len(clean),), generator=generator)
+        time = objective.draw_time(KeyedDraws(keys, clean.device), clean.shape[1])
+        condition = named(actions.repeat_interleave(draws, 1), seconds.repeat_interleave(draws, 1))
+        out = cdit(objective.add_noise(clean, noise, time), time * 1000, condition, context)
+        return objective.error(out, clean, noise, time).mean()
 
     optimizer = torch.optim.AdamW(cdit.parameters(), 2e-3, weight_decay=0.0)
     steps = 400
@@ -590,7 +751,7 @@ def test_four_samples_are_learnt_by_heart_and_reproduced(dialect, prediction):
     with torch.no_grad():
         last = loss(16).item()
     world.eval()
-    out = world.predict(context, actions, seconds, sampler=SamplerConfig(steps=16), generator=seeded())
+    out = world.predict(context, Condition(seconds, actions), sampler=SamplerConfig(steps=16), generator=seeded())
     psnr = -10 * ((out - targets) / 2).square().mean(dim=(-3, -2, -1)).log10()
     print(f"loss {first:.4f} -> {last:.5f}, PSNR {psnr.flatten().tolist()}")
     assert last < 0.02 * first

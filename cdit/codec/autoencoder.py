@@ -12,6 +12,7 @@ from typing_extensions import Self
 from cdit.codec.codec import CODECS, Codec, shape_of_latents
 from cdit.codec.config import DEFAULT_WEIGHTS, CodecConfig
 from cdit.common.errors import UserError
+from cdit.common.weights import weight_shapes
 
 UNSEEN_IN_WEIGHTS = ("act_fn", "norm_num_groups")
 """Settings that change what an encoder computes, and not the names and shapes of its weights."""
@@ -63,11 +64,13 @@ class AutoencoderCodec(Codec):
         """The autoencoder of a hub name or local folder.
 
         Raises:
-            UserError: its weights are not available.
+            UserError: its weights are not available, or its config has numbers that they cannot be of.
         """
         try:
+            if Path(name).is_dir():
+                weight_shapes(Path(name))
             return cls(cls.autoencoder_class.from_pretrained(name, use_safetensors=True))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, UserError) as error:
             where = "that folder" if Path(name).is_dir() else "the Hugging Face hub (is the network reachable?)"
             raise UserError(
                 f"codec.name {name!r}: no {cls.autoencoder_class.__name__} weights from {where}. "

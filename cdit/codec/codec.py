@@ -11,17 +11,16 @@ from cdit.codec.config import CodecConfig
 from cdit.common.errors import UserError
 from cdit.common.registry import Registry
 
-CODECS: Registry[type["Codec"]] = Registry("codec.kind")
-
 
 class Codec(nn.Module, ABC):
     """Frames (…, 3, H, W) in [-1, 1] to and from latents (…, C, H / downscale, W / downscale), which are denoised.
 
-    A subclass sets the attributes below and implements the abstract methods; `CODECS.register` gives it a name.
+    A subclass sets the attributes below and implements the abstract methods. It is registered in `CODECS` or named by
+    its import path.
     """
 
     kind: str
-    """Its name in `CODECS`."""
+    """A name that `CODECS` knows it by; by default its import path."""
     channels: int
     """C."""
     downscale: int = 1
@@ -32,6 +31,11 @@ class Codec(nn.Module, ABC):
     moments: Callable[[Tensor], Tensor] | None = None
     """Frames to what `draw` makes latents of, (…, S, C, h, w) with S = 2 where there is a posterior (its mean and
     standard deviation) and S = 1 elsewhere, which `cdit.data.encode` keeps on disk. None: nothing is worth keeping."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "kind" not in vars(cls):
+            cls.kind = f"{cls.__module__}:{cls.__qualname__}"
 
     @abstractmethod
     def encode(self, frames: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -73,6 +77,9 @@ class Codec(nn.Module, ABC):
             UserError: the frames' size is no multiple of the downscaling.
         """
         return shape_of_latents(self.channels, self.downscale, image_size)
+
+
+CODECS: Registry[type[Codec]] = Registry("codec.kind", Codec)
 
 
 @CODECS.register("pixels")

@@ -14,14 +14,16 @@ class Registry(Generic[T]):
     """Implementations of one interface by name.
 
     A user's class is registered under a name, or named by its import path, `my_package.module:Class`. Paths are
-    imported where a person gives them (`load`), never because a file that was read names them (`get`).
+    imported where a person gives them (`load`), never because a file that was read names them (`get`); and they name
+    nothing but subclasses of the interface, so that a file cannot have anything else called.
 
     Args:
         field: the config field that chooses, for messages.
+        interface: what a class named by its path must derive from.
     """
 
-    def __init__(self, field: str):
-        self.field = field
+    def __init__(self, field: str, interface: type):
+        self.field, self.interface = field, interface
         self._entries: dict[str, T] = {}
 
     def register(self, name: str) -> Callable[[T], T]:
@@ -42,21 +44,25 @@ class Registry(Generic[T]):
         """The implementation of a name, or of a path whose module is already imported.
 
         Raises:
-            UserError: there is none.
+            UserError: there is none, or it is no subclass of the interface.
         """
         module, _, attribute = name.partition(":")
-        if name not in self._entries and attribute and hasattr(sys.modules.get(module), attribute):
-            self._entries[name] = getattr(sys.modules[module], attribute)
-        if name not in self._entries:
-            hint = f"; import {module} first" if attribute else ""
-            raise UserError(f"{self.field} is {name!r}, expected one of {', '.join(self.names)}{hint}")
-        return self._entries[name]
+        if name in self._entries:
+            return self._entries[name]
+        if not attribute:
+            raise UserError(f"{self.field} is {name!r}, expected one of {', '.join(self.names)}, or my_module:Class")
+        if module not in sys.modules:
+            raise UserError(f"{self.field} is {name!r}: import {module} first")
+        found = getattr(sys.modules[module], attribute, None)
+        if not (isinstance(found, type) and issubclass(found, self.interface)):
+            raise UserError(f"{self.field} is {name!r}, expected a subclass of {self.interface.__name__}")
+        return found
 
     def load(self, name: str) -> T:
         """As `get`, after importing the module of a path.
 
         Raises:
-            UserError: the module cannot be imported, or has no such attribute.
+            UserError: the module cannot be imported, or has no such class.
         """
         module, _, attribute = name.partition(":")
         if attribute:

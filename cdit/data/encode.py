@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from cdit.codec import Codec, CodecConfig, load_codec
+from cdit.codec import CODECS, Codec, CodecConfig, load_codec
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import DataError, UserError
 from cdit.common.pictures import to_float
@@ -181,10 +181,13 @@ def main() -> None:
         raise UserError(f"batch_size is {config.batch_size}, expected at least 1")
     if config.verify:
         verify(config)
-    elif config.codec.kind == "pixels":
-        raise UserError("codec.kind is pixels, which are not encoded: expected kl or tiny")
-    else:
-        encode(config, load_codec(config.codec))
+        return
+    if ":" in config.codec.kind:
+        CODECS.load(config.codec.kind)
+    codec = load_codec(config.codec)
+    if codec.moments is None:
+        raise UserError(f"codec.kind is {config.codec.kind}, which are not encoded: expected kl or tiny")
+    encode(config, codec)
 
 
 if __name__ == "__main__":

@@ -114,8 +114,8 @@ class DenoisingObjective(Objective):
         """The loss of a prediction, averaged over each frame: (…)."""
 
 
-OBJECTIVES: Registry[Callable[[Settings], Objective]] = Registry("objective")
-"""Objectives by name: classes or functions that build one from `Settings`."""
+OBJECTIVES: Registry[Callable[[Settings], Objective]] = Registry("objective", Objective)
+"""Objectives by name: classes, or functions that build one, of `Settings`."""
 
 
 @OBJECTIVES.register("flow")

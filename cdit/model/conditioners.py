@@ -14,7 +14,7 @@ from cdit.common.registry import Registry
 
 FREQUENCIES = 256  # width of the sinusoidal features of a scalar
 
-CONDITIONERS: Registry[type[nn.Module]] = Registry("model.extra_conditioners")
+CONDITIONERS: Registry[type[nn.Module]] = Registry("model.extra_conditioners", nn.Module)
 """Conditioners of a user's own. A class is built with the width D, and maps the normalised conditions, a mapping from
 names to tensors (…, any) with the leading dimensions of the targets, to (B, D), or to (1, D) for all of them."""
 

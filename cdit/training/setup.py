@@ -186,7 +186,7 @@ def build_optimizer(
     Muon takes the matrices of attentions and MLPs; AdaLN, steering, embeddings and the final layer stay with AdamW.
     """
     parameters = trainable(networks)
-    hidden = re.compile(r"(\w+\.)?(context_)?blocks\.\d+\.(\w*attn\.(q|kv|out)|mlp\.fc[12])\.weight")
+    hidden = re.compile(r"(objective\.\w+\.)?(context_)?blocks\.\d+\.(\w*attn\.(q|kv|out)|mlp\.fc[12])\.weight")
     muon = {name: p for name, p in parameters.items() if config.name == "muon" and hidden.fullmatch(name)}
     rest = [p for name, p in parameters.items() if name not in muon]
     others = [

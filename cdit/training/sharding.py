@@ -11,6 +11,7 @@ import warnings
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -34,46 +35,57 @@ def take_wish() -> bool:
     return wish and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
+def bare_networks(world: WorldModel) -> dict[str, nn.Module]:
+    """What a run trains and saves, not wrapped: the CDiT as `model`, and the objective's as `objective.<name>`."""
+    further = {
+        f"objective.{name}": extract_model_from_parallel(network, keep_torch_compile=False)
+        for name, network in world.objective.networks.items()
+    }
+    return {"model": world.cdit, **further}
+
+
 def prepare_networks(world: WorldModel, accelerator: Accelerator, sharded: bool, compile: bool = False) -> nn.Module:
     """Moves a world to the accelerator's device, shared or sharded among its processes, and returns what to train.
 
-    Further networks of the objective are prepared likewise; those without parameters to train are only moved.
+    Further networks of the objective that are trained, or are sharded CDiTs, are prepared likewise; others are moved.
     """
     world.codec.to(accelerator.device)
-    for name, network in world.objective.networks.items():
+    networks = world.objective.networks
+    for name, network in networks.items():
         trained = any(p.requires_grad for p in network.parameters())
-        if sharded and isinstance(network, CDiT):
-            world.objective.networks[name] = shard(network, accelerator, compile)
-        elif trained:
-            world.objective.networks[name] = accelerator.prepare(network)
+        if sharded and (trained or isinstance(network, CDiT)):
+            networks[name] = shard(network, accelerator, compile)
         else:
-            network.to(accelerator.device)
+            networks[name] = accelerator.prepare(network) if trained else network.to(accelerator.device)
     return shard(world.cdit, accelerator, compile) if sharded else accelerator.prepare(world.cdit)
 
 
-def shard(network: CDiT, accelerator: Accelerator, compile: bool = False) -> nn.Module:
+def shard(network: nn.Module, accelerator: Accelerator, compile: bool = False) -> nn.Module:
     """Cuts a network up, in place, among two or more processes, and returns what to train.
 
     Its parameters are others afterwards: an optimizer or an average is to be made of them now. They must have been the
     same on every process.
 
     Args:
-        network: on the CPU, or already on the accelerator's device.
+        network: a CDiT, whose blocks are gathered one by one, or any other module, gathered as a whole; on the CPU, or
+            already on the accelerator's device.
         accelerator: its processes and precision. It is not to `prepare` the network, which would add DDP.
         compile: whether to compile the blocks, each by itself, so that gathering stays outside.
     """
     # Its warning is of outputs that are changed in place, which a prediction is not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    for block in (*network.context_blocks, *network.blocks):
+    blocks = (*network.context_blocks, *network.blocks) if isinstance(network, CDiT) else ()
+    for block in blocks:
         if compile:
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=_precision(block, network, accelerator))
     # By default the outermost part stays gathered after a call, and would miss that its average was put in its place.
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
-    for block in network.blocks:
-        register_fsdp_forward_method(block, "project_kv")
-    register_fsdp_forward_method(network, "encode_context")
+    if isinstance(network, CDiT):
+        for block in network.blocks:
+            register_fsdp_forward_method(block, "project_kv")
+        register_fsdp_forward_method(network, "encode_context")
     return accelerator.prepare_model(network, device_placement=False, evaluation_mode=True)  # autocast alone
 
 

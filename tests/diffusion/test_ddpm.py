@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from cdit.batch import KeyedDraws
 from cdit.common.errors import UserError
 from cdit.diffusion import DDPM, DDPMConfig, SamplerConfig, check_sampler
 
@@ -76,7 +77,9 @@ def reference_loss(prediction, clean, noise, i: int, mse: bool = True) -> float:
 def test_the_hybrid_loss_is_the_mean_squared_error_plus_the_bound_in_bits(index):
     clean, noise = draw(2, 3, 4, 4, 4).clamp(-1.4, 1.4), draw(2, 3, 4, 4, 4, seed=1)  # latents leave [-1, 1]
     predicted, position = noise + 0.05 * draw(2, 3, 4, 4, 4, seed=2), 1.5 * draw(2, 3, 4, 4, 4, seed=3)  # v as well
-    loss = DDPM(DDPMConfig()).loss(torch.cat((predicted, position), dim=2), clean, noise, time_of([index]).expand(2, 3))
+    loss = DDPM(DDPMConfig()).error(
+        torch.cat((predicted, position), dim=2), clean, noise, time_of([index]).expand(2, 3)
+    )
     assert loss.shape == (2, 3)
     for b in range(2):
         for g in range(3):
@@ -88,9 +91,9 @@ def test_the_hybrid_loss_is_the_mean_squared_error_plus_the_bound_in_bits(index)
 def test_each_frame_is_measured_at_its_own_time():
     clean, noise, prediction = draw(1, 3, 2, 4, 4), draw(1, 3, 2, 4, 4, seed=1), draw(1, 3, 4, 4, 4, seed=2)
     ddpm, indices = DDPM(DDPMConfig()), [3, 0, 700]
-    together = ddpm.loss(prediction, clean, noise, time_of(indices)[None])
+    together = ddpm.error(prediction, clean, noise, time_of(indices)[None])
     for goal, index in enumerate(indices):
-        alone = ddpm.loss(prediction[:, [goal]], clean[:, [goal]], noise[:, [goal]], time_of([index])[None])
+        alone = ddpm.error(prediction[:, [goal]], clean[:, [goal]], noise[:, [goal]], time_of([index])[None])
         torch.testing.assert_close(together[:, [goal]], alone)
 
 
@@ -99,7 +102,7 @@ def test_the_bound_teaches_the_variance_and_never_the_mean(index):
     clean, noise = draw(1, 2, 3, 3), draw(1, 2, 3, 3, seed=1)
     predicted = (noise + 0.1 * draw(1, 2, 3, 3, seed=2)).requires_grad_()
     position = (0.3 * draw(1, 2, 3, 3, seed=3)).requires_grad_()
-    DDPM(DDPMConfig()).loss(torch.cat((predicted, position), dim=1), clean, noise, time_of([index])).sum().backward()
+    DDPM(DDPMConfig()).error(torch.cat((predicted, position), dim=1), clean, noise, time_of([index])).sum().backward()
     torch.testing.assert_close(predicted.grad, 2 * (predicted - noise).detach() / 18, rtol=1e-9, atol=1e-12)
     step = 1e-4
     for at in [(0, 0, 0, 0), (0, 1, 2, 1)]:  # central differences of the re-derived loss
@@ -116,12 +119,12 @@ def test_the_bound_teaches_the_variance_and_never_the_mean(index):
 def test_a_perfect_prediction_costs_nothing_at_the_lower_end_of_the_variance():
     clean, noise = draw(1, 2, 4, 4), draw(1, 2, 4, 4, seed=1)
     prediction = torch.cat((noise, torch.full_like(noise, -1.0)), dim=1)
-    assert DDPM(DDPMConfig()).loss(prediction, clean, noise, time_of([300])).item() == pytest.approx(0, abs=1e-9)
+    assert DDPM(DDPMConfig()).error(prediction, clean, noise, time_of([300])).item() == pytest.approx(0, abs=1e-9)
 
 
 def test_without_learned_variance_only_the_noise_counts():
     clean, noise, predicted = draw(2, 3, 4, 4), draw(2, 3, 4, 4, seed=1), draw(2, 3, 4, 4, seed=2)
-    loss = DDPM(DDPMConfig(learn_variance=False)).loss(predicted, clean, noise, time_of([0, 800]))
+    loss = DDPM(DDPMConfig(learn_variance=False)).error(predicted, clean, noise, time_of([0, 800]))
     torch.testing.assert_close(loss, (predicted - noise).square().mean((1, 2, 3)))
 
 
@@ -130,9 +133,9 @@ def test_without_learned_variance_only_the_noise_counts():
 
 def test_times_are_uniform_and_stand_for_whole_timesteps():
     ddpm = DDPM(DDPMConfig())
-    told = ddpm.timestep(ddpm.draw_time((200_000,), torch.Generator().manual_seed(0)))
-    counts = torch.bincount(told.long(), minlength=1000)
-    assert torch.equal(told, told.round())
+    timesteps = ddpm.timestep(ddpm.draw_time(KeyedDraws([0], torch.device("cpu")), 200_000)[0])
+    counts = torch.bincount(timesteps.long(), minlength=1000)
+    assert torch.equal(timesteps, timesteps.round())
     assert len(counts) == 1000
     assert ((counts - 200).abs() < 5 * math.sqrt(200)).all()
     assert ddpm.timestep(torch.tensor([0.0, 0.0005, 0.0015, 0.9995, 1.0])).tolist() == [0, 0, 1, 999, 999]
@@ -187,17 +190,17 @@ def test_one_normal_is_drawn_at_every_step_also_at_the_last():
     assert torch.equal(torch.rand(4, generator=sampler), torch.rand(4, generator=counted))
 
 
-def test_the_network_is_told_the_timesteps_of_the_long_chain():
-    told = []
+def test_the_network_is_conditioned_on_the_timesteps_of_the_long_chain():
+    timesteps = []
 
     def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        told.append(timestep.item())
+        timesteps.append(timestep.item())
         return torch.zeros(*x.shape[:-3], 2 * x.shape[-3], *x.shape[-2:])
 
     DDPM(DDPMConfig()).sample(predict, draw(1, 2, 2, 2), SamplerConfig("ddpm", 250), torch.Generator())
-    assert told[:3] == [999, 995, 991]
-    assert told[-3:] == [8, 4, 0]
-    assert len(told) == 250
+    assert timesteps[:3] == [999, 995, 991]
+    assert timesteps[-3:] == [8, 4, 0]
+    assert len(timesteps) == 250
 
 
 def gaussian(mean: float, std: float, learn_variance: bool):
@@ -225,17 +228,17 @@ def test_ancestral_samples_of_a_gaussian_have_its_mean_and_deviation(learn_varia
 def test_ddim_in_closed_form(steps):
     """x ← √ᾱ'·x̂0 + √(1 - ᾱ')·ε̂ from each timestep to the next, and to the clean frame at last."""
     noise = draw(2, 2, 4, 4, dtype=torch.float32)
-    told = []
+    timesteps = []
 
     def predict(x: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        told.append(int(timestep))
+        timesteps.append(int(timestep))
         return toy_network(x, timestep)
 
     out = DDPM(DDPMConfig()).sample(predict, noise, SamplerConfig("ddim", steps))
-    assert told[0] == 999
-    assert len(told) == steps
+    assert timesteps[0] == 999
+    assert len(timesteps) == steps
     x = noise.double()
-    for now, then in zip(told, [*told[1:], None], strict=True):
+    for now, then in zip(timesteps, [*timesteps[1:], None], strict=True):
         epsilon = toy_network(x, torch.tensor(now)).chunk(2, dim=-3)[0]
         bar, next_bar = ALPHA_BAR[now], 1.0 if then is None else ALPHA_BAR[then]
         clean = (x - math.sqrt(1 - bar) * epsilon) / math.sqrt(bar)

@@ -5,6 +5,7 @@ from itertools import product
 import pytest
 import torch
 
+from cdit.batch import KeyedDraws
 from cdit.diffusion import Flow, FlowConfig, SamplerConfig
 from cdit.diffusion.flow import make_scheduler
 
@@ -53,7 +54,7 @@ def test_conversions_are_finite_at_the_very_ends(source, target, time):
 def test_the_loss_is_zero_at_the_truth_at_all_times(prediction, loss):
     values, _, time = truth([0.0, 0.001, 0.3, 0.999, 1.0])
     flow = Flow(FlowConfig(prediction=prediction, loss=loss))
-    error = flow.loss(values[prediction], values["clean"], values["noise"], time)
+    error = flow.error(values[prediction], values["clean"], values["noise"], time)
     assert error.shape == (2, 5)
     torch.testing.assert_close(error, torch.zeros_like(error), atol=1e-9, rtol=0)
 
@@ -64,7 +65,7 @@ def test_the_loss_of_a_constant_error_in_closed_form(prediction, loss):
     times = [0.2, 0.5, 0.9]
     values, _, time = truth(times)
     flow = Flow(FlowConfig(prediction=prediction, loss=loss))
-    error = flow.loss(values[prediction] + 0.3, values["clean"], values["noise"], time)
+    error = flow.error(values[prediction] + 0.3, values["clean"], values["noise"], time)
     in_velocity = {"clean": lambda t: -1 / t, "velocity": lambda t: 1.0, "noise": lambda t: 1 / (1 - t)}
     factors = [in_velocity[prediction](t) / in_velocity[loss](t) for t in times]
     expected = torch.tensor([[(0.3 * f) ** 2 for f in factors]] * 2, dtype=error.dtype)
@@ -74,15 +75,19 @@ def test_the_loss_of_a_constant_error_in_closed_form(prediction, loss):
 def test_the_loss_of_bfloat16_predictions_is_float32():
     values, _, time = truth([0.5])
     clean, noise = values["clean"].float(), values["noise"].float()
-    assert Flow(FlowConfig()).loss(clean.bfloat16(), clean, noise, time.float()).dtype == torch.float32
+    assert Flow(FlowConfig()).error(clean.bfloat16(), clean, noise, time.float()).dtype == torch.float32
 
 
 # --- times ---
 
 
-def test_logit_normal_times_have_the_mean_and_deviation_asked_for():
+def draws(*keys: int) -> KeyedDraws:
+    return KeyedDraws(keys, torch.device("cpu"))
+
+
+def test_logit_normal_times_have_the_mean_and_deviation_they_are_given():
     flow = Flow(FlowConfig(time_mean=0.7, time_std=1.4))
-    time = flow.draw_time((40, 1000), torch.Generator().manual_seed(0))
+    time = flow.draw_time(draws(*range(40)), 1000)
     assert time.shape == (40, 1000)
     assert 0 < time.min() < time.max() < 1
     logit = time.double().logit()
@@ -91,18 +96,18 @@ def test_logit_normal_times_have_the_mean_and_deviation_asked_for():
 
 
 def test_uniform_times_fill_the_interval():
-    time = Flow(FlowConfig(time_distribution="uniform")).draw_time((40_000,), torch.Generator().manual_seed(0))
+    time = Flow(FlowConfig(time_distribution="uniform")).draw_time(draws(0), 40_000)
     expected = torch.linspace(0, 1, 40_000)
-    assert (time.sort().values - expected).abs().max() < 0.01  # Kolmogorov–Smirnov, far beyond chance
+    assert (time[0].sort().values - expected).abs().max() < 0.01  # Kolmogorov–Smirnov, far beyond chance
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
-def test_times_follow_the_generator_and_nothing_else(distribution):
+def test_times_follow_the_key_and_nothing_else(distribution):
     flow = Flow(FlowConfig(time_distribution=distribution))
-    first = flow.draw_time((5,), torch.Generator().manual_seed(3))
+    first = flow.draw_time(draws(3), 5)
     torch.rand(7)
-    assert torch.equal(flow.draw_time((5,), torch.Generator().manual_seed(3)), first)
-    assert not torch.equal(flow.draw_time((5,), torch.Generator().manual_seed(4)), first)
+    assert torch.equal(flow.draw_time(draws(8, 3), 5)[1:], first)
+    assert not torch.equal(flow.draw_time(draws(4), 5), first)
 
 
 # --- samplers ---

@@ -5,7 +5,7 @@ step_00001000/              one checkpoint, complete: until it is, its name is .
     state.json              `RunState`
     config.yaml             the run's config
     model.safetensors       the weights; sharded ones in model-00001-of-00008.safetensors …, a part each; those of
-                            further networks of the objective under their names
+                            further networks of the objective in objective.<name>.safetensors
     average.safetensors     their running average, likewise
     optimizer.safetensors   `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, likewise
     process_00000.json      random states of each process
@@ -51,6 +51,8 @@ MAY_DIFFER = re.compile(
     r"|(validation|probe|checkpoint|tracking|sampler)\..*|optimizer\.max_bad_steps)"
 )
 """Fields that a continued run may have other values of than the run had that it continues."""
+FREE = ("objective_options.", "model.extra_conditioners.")
+"""Fields whose names are a user's own."""
 POLL_S = 0.05
 
 
@@ -347,10 +349,12 @@ def check_config(config: TrainConfig, folder: Path) -> None:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"resume: {folder} cannot be continued from: its {CONFIG}: {reason}") from error
     before = {**flat(TrainConfig().plain()), **saved}  # what was not a field yet was as it is by default
+    now = flat(config.plain())
+    free = dict.fromkeys(name for name in before if name.startswith(FREE))  # which the config may lack now
     changed = [
-        f"{name} is {value}, was {before[name]}"
-        for name, value in flat(config.plain()).items()
-        if not MAY_DIFFER.fullmatch(name) and value != before[name]
+        f"{name} is {now.get(name)}, was {before.get(name)}"
+        for name in {**now, **free}
+        if not MAY_DIFFER.fullmatch(name) and now.get(name) != before.get(name)
     ]
     if changed and not config.allow_changes:
         raise UserError(

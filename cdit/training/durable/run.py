@@ -25,7 +25,7 @@ from cdit.training.durable.processes import Processes, on_main
 from cdit.training.durable.signals import StopSignals
 from cdit.training.ema import EMA
 from cdit.training.setup import prepare_folder, resume_schedule
-from cdit.training.sharding import whole, whole_world
+from cdit.training.sharding import bare_networks, whole, whole_world
 from cdit.training.tracking import Tracker
 from cdit.world_model import WorldModel
 
@@ -64,7 +64,7 @@ class DurableRun:
 
         Args:
             train_set: the windows to train on.
-            world: whose `networks` are saved.
+            world: whose networks are saved.
             optimizer: of all of them, prepared.
             schedule: its learning rate's.
             ema: the running average of the CDiT's weights.
@@ -74,10 +74,11 @@ class DurableRun:
         """
         config, accelerator = self.config, self.accelerator
         self.train_set, self.world, self.schedule, self.ema = train_set, world, schedule, ema
+        self._networks = bare_networks(world)
         prepare_folder(config, accelerator)
         limit = config.optimizer.max_bad_steps
         self._bad_steps = BadSteps(optimizer, accelerator, config.folder, limit, self._batch_again)
-        with Checkpoints(accelerator, config, world.networks, optimizer, ema) as self._checkpoints:
+        with Checkpoints(accelerator, config, self._networks, optimizer, ema) as self._checkpoints:
             self.state = RunState(data=train_set.fingerprint())
             if self._resume_from:
                 self.state = self._checkpoints.load(self._resume_from, self.state.data)
@@ -221,7 +222,7 @@ class DurableRun:
 
     def _save(self) -> None:
         self._bad_steps.look(self.state)
-        for name, network in self.world.networks.items():
+        for name, network in self._networks.items():
             if not all(p.isfinite().all() for p in network.parameters()):
                 raise UserError(
                     f"weights of {name} are not finite at step {self.step}: try a lower optimizer.learning_rate"
