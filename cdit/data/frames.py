@@ -16,12 +16,13 @@ from torchvision.transforms.v2 import functional as F
 from cdit.common.errors import DataError
 from cdit.common.files import read_bytes
 from cdit.data.config import Crop
-from cdit.data.image_header import MAX_PIXELS, PNG, read_header
 from cdit.data.layout import Camera
 from cdit.data.trajectory import Trajectory
 
+MAX_PIXELS = 2**26
+"""Most pixels of an image: twice an 8K frame."""
 MAX_BYTES = 4 * MAX_PIXELS
-"""Largest image file: pixels that are not compressed, and as much again for what else it holds."""
+"""Largest image file."""
 
 
 class Member(Protocol):
@@ -37,33 +38,27 @@ def decode(path: Path | Member) -> Tensor:
     Grey, palette and CMYK become RGB; transparency is dropped; of an animated PNG the first frame is taken.
 
     Raises:
-        DataError: the file is missing, cut short, no such image, of more than 8 bits a channel, or of more than
-            `MAX_PIXELS` pixels, which is seen before any is decoded.
+        DataError: the file is missing, damaged, another kind of image, a 16-bit grey one, or has more than `MAX_PIXELS`
+            pixels, which is checked before any is decoded.
     """
     data = read_bytes(path, MAX_BYTES) if isinstance(path, Path) else path.read()
     try:
-        width, height, _ = read_header(data)
-        image = _decode_png(data) if data.startswith(PNG) else _decode_jpeg(data)
-    except Exception as error:  # Pillow has many
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as image:  # reads the header only
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels, expected at most {MAX_PIXELS}")
+            if image.mode.startswith("I"):
+                raise ValueError("more than 8 bits a channel")
+            if image.format == "JPEG":  # twice as fast as Pillow, with the same pixels
+                encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+                return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
+            # torchvision 0.29 crashes on damaged PNGs
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+        return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
+    except Exception as error:  # Pillow and torchvision raise many
         reason = str(error).partition("\n")[0]
         if isinstance(error, RuntimeError):
             reason = reason.rsplit(", ", 1)[-1]  # behind torchvision's source file and line
         raise DataError(f"{path}: not a readable image ({reason})") from error
-    if image.shape not in ((3, height, width), (3, width, height)):
-        raise DataError(f"{path}: not a readable image (decoded as {tuple(image.shape)}, but {width}×{height} stated)")
-    return image
-
-
-def _decode_jpeg(data: bytes) -> Tensor:
-    encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
-
-
-def _decode_png(data: bytes) -> Tensor:
-    """By Pillow: torchvision (0.29) ends the process with a segmentation fault on damaged PNGs."""
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
 
 
 def crop_and_resize(image: Tensor, image_size: tuple[int, int], crop: Crop) -> Tensor:

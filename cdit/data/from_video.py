@@ -22,7 +22,7 @@ from tqdm import tqdm
 from cdit.common.cli import run
 from cdit.common.errors import DataError, UserError
 from cdit.common.files import check_name
-from cdit.data.image_header import MAX_PIXELS
+from cdit.data.frames import MAX_PIXELS
 from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
 
 FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,m4v,h264,hevc"

@@ -1,4 +1,4 @@
-"""Files of the published Navigation World Models: `*.pth.tar`, a dict of torch.save.
+"""Reads and writes checkpoints of the published Navigation World Models: `*.pth.tar`, a dict written by torch.save.
 
 It holds "model", "ema" (tensors by name, those of "model" perhaps prefixed by torch.compile), "opt", "args" (an
 argparse.Namespace), "epoch", "train_steps" and perhaps "scaler".
@@ -17,25 +17,23 @@ from torch import Tensor
 
 from cdit.common.errors import UserError
 from cdit.model import CDiT
-from cdit.nwm.archive import read_archive
 from cdit.nwm.tensors import cdit_arguments, differences, from_nwm, to_nwm
 
 LISTED = 4
 
 
 def load_checkpoint(path: Path | str, weights: Literal["ema", "model"] = "ema", num_heads: int | None = None) -> CDiT:
-    """Reads the network of a published checkpoint, in evaluation mode and float32. Nothing in the file is run.
+    """Loads the network of a published checkpoint, in evaluation mode and float32; no code in the file runs.
 
-    Size, patches, channels and longest context are read from the tensors' shapes; latents are taken to be square.
+    Size, patches, channels and longest context follow from the shapes of the tensors; latents are assumed square.
 
     Args:
         path: the *.pth.tar file.
-        weights: the averaged ones, which the published evaluation uses, or those that were trained.
+        weights: the averaged weights, which the published evaluation uses, or the trained ones.
         num_heads: heads of each attention; by default those of the published network of that width and depth.
 
     Raises:
-        UserError: the file is no such checkpoint, or a tensor is missing, left over or not of the shape that the others
-            ask for.
+        UserError: the file is not such a checkpoint, or a tensor is missing, unexpected or of the wrong shape.
     """
     tensors = _tensors(path, weights)
     try:
@@ -48,18 +46,18 @@ def load_checkpoint(path: Path | str, weights: Literal["ema", "model"] = "ema", 
     if problems:
         raise UserError(f"{path}: not the network of NWM: in {weights!r}, {'; '.join(problems)}")
     state = from_nwm(tensors, cdit.config.num_heads)
-    # Copies: what is read is the file itself, mapped into memory.
+    # Copies, because the tensors are mapped from the file.
     cdit.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, assign=True)
     return cdit.eval()
 
 
 def save_checkpoint(cdit: CDiT, path: Path | str) -> None:
-    """Writes what the published code and `load_checkpoint` read, whole or not at all; "model" and "ema" are the same.
+    """Writes, atomically, a checkpoint that the published code and `load_checkpoint` read; "model" and "ema" are equal.
 
-    The action that stands for an unknown one is left out: the published network has none.
+    The embedding of an unknown action is left out, as the published network has none.
 
     Raises:
-        UserError: the network is not the published one, naming the settings that differ; or what is at `path` now is no
+        UserError: the network differs from the published one (the message lists how), or `path` exists and is not a
             checkpoint.
     """
     if different := differences(cdit):
@@ -69,7 +67,7 @@ def save_checkpoint(cdit: CDiT, path: Path | str) -> None:
         try:
             _tensors(path, "ema")
         except UserError as error:
-            raise UserError(f"{path}: is there already and no checkpoint that could be replaced") from error
+            raise UserError(f"{path}: exists and is not a checkpoint") from error
     tensors = to_nwm({name: tensor.detach().cpu() for name, tensor in cdit.state_dict().items()})
     checkpoint = {"model": tensors, "ema": tensors, "args": argparse.Namespace(), "epoch": 0, "train_steps": 0}
     partial = path.with_name(f".{path.name}.partial")
@@ -85,14 +83,15 @@ def save_checkpoint(cdit: CDiT, path: Path | str) -> None:
 
 
 def _tensors(path: Path | str, weights: str) -> dict[str, Tensor]:
-    """The tensors by name, of the file's own types and lying in the file.
+    """The tensors by name, in the file's own types, mapped from the file.
 
     Raises:
-        UserError: it has none.
+        UserError: the file has none.
     """
-    expected = f"expected a checkpoint of Navigation World Models: a dict of torch.save with tensors in {weights!r}"
+    expected = f"expected a checkpoint of Navigation World Models: a dict with tensors in {weights!r}"
     try:
-        checkpoint = read_archive(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            checkpoint = torch.load(path, "cpu", weights_only=True, mmap=True)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; {expected}") from error
     except Exception as error:  # a damaged or hostile file can raise nearly anything
@@ -107,12 +106,12 @@ def _tensors(path: Path | str, weights: str) -> dict[str, Tensor]:
     if len(tensors) < len(found):
         raise UserError(f"{path}: {weights!r} has tensors twice, with and without the prefix _orig_mod.")
     if sum(tensor.nbytes for tensor in tensors.values()) > os.path.getsize(path):
-        raise UserError(f"{path}: tensors of {weights!r} lie in the same place of the file")
+        raise UserError(f"{path}: tensors of {weights!r} share their numbers")
     return tensors
 
 
 def _is_weight(value: Any) -> bool:
-    """Whether it is a plain tensor with numbers, each of which has a place of its own in the file."""
+    """Whether it is a plain, non-empty tensor with a stored number for each element."""
     return (
         isinstance(value, Tensor)
         and value.is_floating_point()
@@ -122,7 +121,7 @@ def _is_weight(value: Any) -> bool:
 
 
 def _mismatches(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> list[str]:
-    """What is missing, left over or of another shape; a line each, naming some."""
+    """Which tensors are missing, unexpected or of the wrong shape; a line each, naming some."""
     shapes = [
         f"{name} {tuple(tensors[name].shape)}, expected {tuple(tensor.shape)}"
         for name, tensor in expected.items()
@@ -130,8 +129,8 @@ def _mismatches(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
     ]
     kinds = {
         "missing": [name for name in expected if name not in tensors],
-        "left over": [name for name in tensors if name not in expected],
-        "of another shape": shapes,
+        "unexpected": [name for name in tensors if name not in expected],
+        "wrong shape": shapes,
     }
     return [f"{kind}: {_some(names)}" for kind, names in kinds.items() if names]
 
@@ -142,8 +141,7 @@ def _some(names: list[str]) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong with a file that cannot be read."""
-    asked_for = re.match(r"it asks for (\S+), and", str(error))
+    asked_for = re.search(r"GLOBAL (\S+)", str(error))
     if asked_for:
-        return f"it asks for {asked_for[1]!r}, and only tensors and plain values are admitted"
-    return "damaged, cut short or not of torch.save"
+        return f"it asks for {asked_for[1]}, expected tensors and plain values only"
+    return "damaged, or not in torch.save's zip format"

@@ -5,7 +5,6 @@ import builtins
 import os
 import pickle
 import re
-import resource
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -215,7 +214,7 @@ def test_only_a_checkpoint_is_replaced(tmp_path):
     assert not torch.equal(again.pos_embed, cdit.pos_embed)
     (tmp_path / "thesis.txt").write_text("words")
     for taken in ("thesis.txt", "new"):
-        with pytest.raises(UserError, match=rf"{taken}: is there already and no checkpoint"):
+        with pytest.raises(UserError, match=rf"{taken}: exists and is not a checkpoint"):
             save_checkpoint(cdit, tmp_path / taken)
     assert (tmp_path / "thesis.txt").read_text() == "words"
     with pytest.raises(UserError, match="cannot be written"):
@@ -298,7 +297,7 @@ def test_nothing_in_a_file_is_run(place, poison, tmp_path):
         load_checkpoint(path, num_heads=3)
     if place != "a bare pickle":
         name = poison.partition(".")[2]
-        assert re.search(rf"it asks for '(\w+\.)?{name}', and only", str(caught.value))
+        assert re.search(rf"it asks for (\w+\.)?{name},", str(caught.value))
     assert "weights_only" not in str(caught.value)
     assert not marker.exists()
 
@@ -313,7 +312,7 @@ def test_only_one_class_is_admitted_and_only_while_reading(tmp_path):
     read(tmp_path, published(TINY))
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
     path = write_checkpoint(tmp_path / "it.pth.tar", published(TINY).state_dict(), args=Path("a"))
-    with pytest.raises(UserError, match="it asks for 'pathlib"):
+    with pytest.raises(UserError, match="it asks for pathlib"):
         load_checkpoint(path, num_heads=3)
 
 
@@ -352,15 +351,15 @@ def not_a_checkpoint(kind: str, path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("a text file", "damaged, cut short or not of torch.save"),
-        ("an empty file", "damaged, cut short or not of torch.save"),
-        ("safetensors", "damaged, cut short or not of torch.save"),
-        ("a zip", "damaged, cut short or not of torch.save"),
-        ("an old format", "damaged, cut short or not of torch.save"),
-        ("cut short", "damaged, cut short or not of torch.save"),
-        ("cut in half", "damaged, cut short or not of torch.save"),
-        ("cut to its head", "damaged, cut short or not of torch.save"),
-        ("a module", "it asks for 'published.Published', and only tensors and plain values"),
+        ("a text file", "damaged, or not in torch.save's zip format"),
+        ("an empty file", "damaged, or not in torch.save's zip format"),
+        ("safetensors", "damaged, or not in torch.save's zip format"),
+        ("a zip", "damaged, or not in torch.save's zip format"),
+        ("an old format", "damaged, or not in torch.save's zip format"),
+        ("cut short", "damaged, or not in torch.save's zip format"),
+        ("cut in half", "damaged, or not in torch.save's zip format"),
+        ("cut to its head", "damaged, or not in torch.save's zip format"),
+        ("a module", "it asks for published.Published"),
         ("a tensor", "no 'ema' in it"),
         ("a state dict", "no 'ema' in it"),
         ("ema of numbers", "no 'ema' in it"),
@@ -375,76 +374,21 @@ def test_other_files_are_refused(kind, reason, tmp_path):
     not_a_checkpoint(kind, path)
     with pytest.raises(UserError) as caught:
         load_checkpoint(path, num_heads=3)
-    expected = f"{path}: {reason}; expected a checkpoint of Navigation World Models: a dict of torch.save"
-    assert str(caught.value).startswith(expected.replace("values;", "values are admitted;"))
+    assert str(caught.value).startswith(f"{path}: {reason}")
+    assert "expected a checkpoint of Navigation World Models" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def rezipped(path: Path, change: Any) -> None:
-    """Writes the archive anew, with what `change(name, content)` yields for each member: name, content, compression."""
-    with zipfile.ZipFile(path) as archive:
-        members = [(info.filename, archive.read(info)) for info in archive.infolist()]
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content, *compression in (new for member in members for new in change(*member)):
-            archive.writestr(name, content, *compression)
-
-
-def pickled(code: bytes) -> Any:
-    """Puts another pickle in the place of data.pkl."""
-    return lambda name, content: [(name, b"\x80\x02" + code + b"." if name.endswith("/data.pkl") else content)]
-
-
-BYTES = b"\x8e" + (10**6).to_bytes(8, "little") + bytes(10**6)
-TUPLES = b"K\x00K\x00\x86q\x00" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
-STORAGE = b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuK%ctQ"
-TENSOR = b"ctorch._utils\n_rebuild_tensor_v2\n(%sK\x00%s%s\x89}tR"
-BOMBS = {
-    "compressed": lambda name, content: [(name, content, zipfile.ZIP_DEFLATED)],
-    "a gigabyte of zeros, compressed": lambda name, content: (
-        [(name, bytes(10**9), zipfile.ZIP_DEFLATED)] if name.endswith("/0") else [(name, content)]
-    ),
-    "no pickle": lambda name, content: [] if name.endswith("/data.pkl") else [(name, content)],
-    "no numbers": lambda name, content: [] if name.endswith("/data/0") else [(name, content)],
-    "fewer numbers": lambda name, content: [(name, content[:-4] if "/data/" in name else content)],
-    "big endian": lambda name, content: [(name, b"big" if name.endswith("order") else content)],
-    "a bytearray of 64 GB": pickled(b"cbuiltins\nbytearray\n\x8a\x05" + (2**36).to_bytes(5, "little") + b"\x85R"),
-    "a tensor of 64 GB": pickled(b"ctorch\nTensor\n\x8a\x05" + (2**34).to_bytes(5, "little") + b"\x85R"),
-    "a counter": pickled(b"ccollections\nCounter\n)R"),
-    "a key of tuples": pickled(b"}" + TUPLES + b"Ns"),
-    "copies": pickled(BYTES + b"q\x000" + b"cargparse\nNamespace\nh\x00\x85R0" * 100_000),
-    "half a million lists of lists": pickled(b"]" * 5_000_000),
-    "a storage of another size": pickled(STORAGE % 77),
-    "a tensor beyond its numbers": pickled(TENSOR % (STORAGE % 3, b"K\x04\x85", b"K\x01\x85")),
-    "a tensor of negative stride": pickled(TENSOR % (STORAGE % 3, b"K\x02\x85", b"J\xff\xff\xff\xff\x85")),
-    "a tensor of huge size": pickled(TENSOR % (STORAGE % 3, b"\x8a\x08" + b"\xff" * 7 + b"\x7f\x85", b"K\x00\x85")),
-    "a storage called": pickled(b"ctorch\nFloatStorage\n\x8a\x05" + (2**36).to_bytes(5, "little") + b"\x85R"),
-}
-
-
-@pytest.mark.parametrize("bomb", BOMBS)
-def test_bombs_take_no_memory(bomb, tmp_path):
-    path = tmp_path / "it.pth.tar"
-    torch.save({"ema": {"a": torch.ones(3)}}, path)
-    rezipped(path, BOMBS[bomb])
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match=r"it\.pth\.tar: (it asks for|damaged, cut short)"):
-        load_checkpoint(path, num_heads=3)
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # kB
-
-
-def test_members_that_overlap_or_lead_out_of_the_file_take_no_memory(tmp_path):
+def test_a_tensor_beyond_its_numbers_is_refused(tmp_path):
     path = write_checkpoint(tmp_path / "it.pth.tar", published(TINY).state_dict())
-    content = path.read_bytes()
-    directory = content.index(b"PK\x01\x02")
-    for at, value in {20: b"\xff\xff\xff\x7f" * 2, 42: bytes(4), 10: b"\x08\x00"}.items():  # sizes, offset, compression
-        changed = bytearray(content)
-        entry = directory
-        while (entry := changed.find(b"PK\x01\x02", entry)) >= 0:
-            changed[entry + at : entry + at + len(value)] = value
-            entry += 46
-        path.write_bytes(changed)
-        with pytest.raises(UserError, match="damaged, cut short"):
-            load_checkpoint(path, num_heads=3)
+    with zipfile.ZipFile(path) as archive:
+        members = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            # pos_embed states (10005, 4, 48) in place of (5, 4, 48)
+            archive.writestr(name, content.replace(b"K\x05K\x04K0\x87", b"M\x15\x27K\x04K0\x87"))
+    with pytest.raises(UserError, match=r"it\.pth\.tar: damaged"):
+        load_checkpoint(path, num_heads=3)
 
 
 def without(*names: str):
@@ -469,30 +413,30 @@ WIDTH = TINY["width"]
         (without(*(f"blocks.1.mlp.fc{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias"))),
          r"missing: blocks\.1\.mlp\.fc1\.weight, .*blocks\.1\.mlp\.fc2\.bias$"),
         (lambda tensors: {n: x for n, x in tensors.items() if not n.startswith("blocks.0.")},
-         r"missing: blocks\.0\..* and 12 more; left over: blocks\.1\..* and 12 more$"),
+         r"missing: blocks\.0\..* and 12 more; unexpected: blocks\.1\..* and 12 more$"),
         (lambda tensors: {n: x for n, x in tensors.items() if not n.startswith("blocks.")}, "0 blocks"),
         (lambda tensors: tensors | {f"blocks.{i}.x": torch.ones(1) for i in range(2000)}, r"2000 blocks .* 1 to 1000"),
         (lambda tensors: tensors | {f"x.{i}": tensors["pos_embed"] for i in range(999)},
-         "lie in the same place of the file"),
-        (instead(blocks__7__mlp__fc1__bias=torch.ones(4)), r"left over: blocks\.7\.mlp\.fc1\.bias"),
-        (instead(blocks__0__attn__q_norm__weight=torch.ones(16)), r"left over: blocks\.0\.attn\.q_norm\.weight$"),
-        (instead(module__pos_embed=torch.ones(1)), r"left over: module\.pos_embed$"),
+         "share their numbers"),
+        (instead(blocks__7__mlp__fc1__bias=torch.ones(4)), r"unexpected: blocks\.7\.mlp\.fc1\.bias"),
+        (instead(blocks__0__attn__q_norm__weight=torch.ones(16)), r"unexpected: blocks\.0\.attn\.q_norm\.weight$"),
+        (instead(module__pos_embed=torch.ones(1)), r"unexpected: module\.pos_embed$"),
         (instead(_orig_mod__pos_embed=torch.ones(5, 4, WIDTH)), "tensors twice"),
         (instead(final_layer__linear__bias=torch.ones(12)),
-         r"another shape: final_layer\.linear\.bias \(12,\), expected \(24,\)$"),
+         r"wrong shape: final_layer\.linear\.bias \(12,\), expected \(24,\)$"),
         (instead(blocks__0__attn__proj__weight=torch.ones(WIDTH, WIDTH, 1)), r"\(48, 48, 1\), expected \(48, 48\)$"),
         (instead(blocks__1__adaLN_modulation__1__weight=torch.ones(9 * WIDTH, WIDTH)), r"expected \(528, 48\)$"),
         (instead(x_embedder__proj__weight=torch.ones(WIDTH, 3, 2, 3)), r"\(48, 3, 2, 3\), expected \(48, 3, 2, 2\)$"),
         (instead(x_embedder__proj__weight=torch.ones(WIDTH, 12)), r"weight has shape \(48, 12\), expected 4 dim"),
         (instead(pos_embed=torch.ones(5, 6, WIDTH)), r"pos_embed of shape \(5, 6, 48\), expected .* square number"),
         (instead(pos_embed=torch.ones(1, 4, WIDTH)), r"pos_embed of shape \(1, 4, 48\), expected .* two frames"),
-        (instead(pos_embed=torch.ones(5, 4, 45)), r"another shape: x_embedder\.proj\.weight .* and \d+ more$"),
+        (instead(pos_embed=torch.ones(5, 4, 45)), r"wrong shape: x_embedder\.proj\.weight .* and \d+ more$"),
         (instead(pos_embed=torch.ones(5, 4, 47)), r"hidden_size 47 must be a multiple of num_heads 3"),
         (instead(pos_embed=torch.ones(5, 0, WIDTH)), "pos_embed of 'ema': expected tensors of floating"),
         (instead(pos_embed=torch.ones(5, 4, WIDTH, dtype=torch.int32)), "pos_embed of 'ema': expected tensors of fl"),
         (instead(pos_embed=torch.ones(1).expand(5, 4, WIDTH)), "pos_embed of 'ema': expected tensors of floating"),
-        (instead(pos_embed=torch.ones(5, 4, WIDTH, device="meta")), "asks for 'torch._utils._rebuild_meta_"),
-        (instead(pos_embed=torch.ones(5, 4, WIDTH).to_sparse()), "asks for 'torch._utils._rebuild_sparse_"),
+        (instead(pos_embed=torch.ones(5, 4, WIDTH, device="meta")), "pos_embed of 'ema': expected tensors of floating"),
+        (instead(pos_embed=torch.ones(5, 4, WIDTH).to_sparse()), "pos_embed of 'ema': expected tensors of floating"),
         (instead(pos_embed=[[1.0]], step=3), "pos_embed, step of 'ema': expected tensors of floating"),
     ],
 )  # fmt: skip
