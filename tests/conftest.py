@@ -18,5 +18,5 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--fuzz_examples",
         type=int,
         default=150,
-        help="inputs for each reader in tests/fuzz, which prints their numbers; the long run has 100000",
+        help="inputs for each reader in tests/fuzz, the long run has 100000",
     )

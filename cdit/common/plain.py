@@ -1,7 +1,8 @@
-"""Plain values from YAML: nothing in it is run, repeated, hidden or nested beyond what a person writes.
+"""YAML of plain values, for configs that may come from elsewhere.
 
-jsonargparse reads configs and command lines by what `safe_loader` gives (see `cdit.common.cli`). Its own loader admits
-two keys of the same name, nesting that ends the process, and aliases that unfold to more than any memory.
+jsonargparse reads configs and command lines with what `safe_loader` returns (see `cdit.common.cli`). PyYAML's safe
+loader alone accepts a key twice, nesting that overflows the stack, and aliases that expand without bound; jsonargparse
+alone imports and calls what `class_path` names.
 """
 
 from collections.abc import Callable
@@ -13,30 +14,22 @@ import yaml
 MAX_CHARACTERS = 2**20
 MAX_DEPTH = 50
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-RUN = {"class_path", "init_args"}
-"""Keys by which jsonargparse imports and calls what they name."""
 
 
 def safe_loader(load: Callable[[str], Any]) -> Callable[[str], Any]:
-    """A loader of YAML that gives a text to another one when it has been found harmless.
-
-    The new one raises yaml.YAMLError for a text that is not YAML, not plain values, or too large.
-    """
+    """Wraps a YAML loader so that it raises yaml.YAMLError for anything but plain values of bounded size."""
 
     def load_yaml(text: str) -> Any:
-        if len(text) > MAX_CHARACTERS:
-            raise yaml.YAMLError(f"longer than {MAX_CHARACTERS} characters")
         try:
-            if is_nested(text):
-                raise yaml.YAMLError(f"nested more than {MAX_DEPTH} deep")
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=LOADER)):
-                raise yaml.YAMLError("aliases (*name) are not admitted")
+            if len(text) > MAX_CHARACTERS:
+                raise yaml.YAMLError(f"longer than {MAX_CHARACTERS} characters")
+            _check_nesting(text)
             _check_nodes(yaml.compose(text, Loader=LOADER))
             values = load(text)
             check_plain(values)
         except yaml.YAMLError:
             raise
-        except Exception as error:  # of numbers with thousands of digits, of dates that are none
+        except Exception as error:  # numbers of thousands of digits, invalid dates
             raise yaml.YAMLError(str(error)) from error
         return values
 
@@ -44,54 +37,66 @@ def safe_loader(load: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def check_plain(values: Any, depth: int = 0) -> None:
-    """Refuses values, of YAML or JSON, that jsonargparse would run, or that numbers elsewhere cannot hold.
+    """Checks values from YAML or JSON: string keys, no `class_path`, at most `MAX_DEPTH` levels and 64 bits.
 
     Raises:
-        ValueError: they are such values.
+        ValueError: a value is not plain.
     """
     if depth > MAX_DEPTH:
         raise ValueError(f"nested more than {MAX_DEPTH} deep")
     if isinstance(values, dict):
-        if any(not isinstance(key, str) for key in values):
-            raise ValueError(f"{next(key for key in values if not isinstance(key, str))!r} is no name of a field")
-        if named := RUN & values.keys():
-            raise ValueError(f"{min(named)} is not admitted: configs hold plain values")
+        for key in values:
+            if not isinstance(key, str):
+                raise ValueError(f"{key!r} is not a field name")
+            if key in ("class_path", "init_args"):  # which jsonargparse imports and calls
+                raise ValueError(f"{key} is not allowed: configs hold plain values")
         values = list(values.values())
     if isinstance(values, list):
         for value in values:
             check_plain(value, depth + 1)
-    elif isinstance(values, str) and "\0" in values:  # which no path and no name can hold
-        raise ValueError(f"{values[:50]!r} has a zero byte")
-    elif isinstance(values, str) and is_nested(values):  # jsonargparse looks for YAML in strings, too
-        raise ValueError(f"a string of YAML nested more than {MAX_DEPTH} deep")
+    elif isinstance(values, str):
+        if "\0" in values:
+            raise ValueError(f"{values[:50]!r} has a zero byte")
+        with suppress(yaml.YAMLError):
+            _check_nesting(values)  # jsonargparse parses strings as YAML, too
     elif isinstance(values, int) and not -(2**63) <= values < 2**63:
-        raise ValueError("a whole number of more than 64 bits")
+        raise ValueError("an integer of more than 64 bits")
 
 
-def is_nested(text: str) -> bool:
-    """Whether YAML is nested more than `MAX_DEPTH` deep, by its events: building it may end the process."""
+def _check_nesting(text: str) -> None:
     depth = 0
-    with suppress(yaml.YAMLError):  # what stands before is all that will be built
+    try:
         for event in yaml.parse(text, Loader=LOADER):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
-                return True
-    return False
+                break
+    except yaml.YAMLError as error:
+        if "nesting depth" not in str(error):  # libyaml's own limit, which its look-ahead may meet first
+            raise
+        depth = MAX_DEPTH + 1
+    if depth > MAX_DEPTH:
+        raise ValueError(f"YAML nested more than {MAX_DEPTH} deep")
 
 
 def _check_nodes(node: yaml.Node | None) -> None:
-    """Refuses a key that is there twice, and so one of its values that nobody will see.
+    """Raises for aliases, which are nodes met again, and for keys that are there twice."""
+    seen: set[int] = set()
 
-    Raises:
-        yaml.YAMLError: there is one.
-    """
-    if isinstance(node, yaml.SequenceNode):
-        for item in node.value:
-            _check_nodes(item)
-    elif isinstance(node, yaml.MappingNode):
-        names = set()
-        for key, value in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in names:
-                raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value!r} is there twice")
-            names.add(key.value if isinstance(key, yaml.ScalarNode) else None)
-            _check_nodes(value)
+    def visit(node: yaml.Node) -> None:
+        if id(node) in seen:
+            raise yaml.YAMLError("aliases (*name) are not allowed")
+        seen.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            for item in node.value:
+                visit(item)
+        elif isinstance(node, yaml.MappingNode):
+            names = set()
+            for key, value in node.value:
+                visit(key)
+                visit(value)
+                if isinstance(key, yaml.ScalarNode) and key.value in names:
+                    raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value!r} is there twice")
+                names.add(key.value if isinstance(key, yaml.ScalarNode) else None)
+
+    if node is not None:
+        visit(node)

@@ -24,7 +24,7 @@ from torch import Tensor
 from cdit.common.cli import parser_instance
 from cdit.common.errors import DataError
 from cdit.common.files import parse_json, read_json, write_whole
-from cdit.data.frames import Crop
+from cdit.data.config import Crop
 from cdit.data.layout import LATENTS
 from cdit.data.trajectory import Trajectory
 

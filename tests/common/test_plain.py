@@ -72,7 +72,7 @@ def test_the_description_of_a_dataset_runs_nothing(marker, tmp_path):
     (tmp_path / "dataset.json").write_text(
         f'{{"name": "it", "source": {{"a": {{"class_path": "subprocess.Popen", "init_args": {args}}}}}}}'
     )
-    with pytest.raises(DataError, match=r"dataset\.json: .*class_path is not admitted"):
+    with pytest.raises(DataError, match=r"dataset\.json: .*class_path is not allowed"):
         DatasetInfo.load(tmp_path)
     assert not marker.exists()
 
@@ -88,8 +88,8 @@ def test_the_description_of_a_dataset_runs_nothing(marker, tmp_path):
         ("a: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [{f'*a{i}, ' * 9}]\n" for i in range(30)), "aliases"),
         ("name: a\nname: b", "line 2: 'name' is there twice"),
         ("part: {size: 1, 'size': 2}", "'size' is there twice"),
-        ("1: 2", "1 is no name of a field"),
-        ("source: {true: 2}", "True is no name of a field"),
+        ("1: 2", "1 is not a field name"),
+        ("source: {true: 2}", "True is not a field name"),
         ("source: {a: 99999999999999999999}", "more than 64 bits"),
         ("part: {size: 0x" + "9" * 9999 + "}", "more than 64 bits"),
         ("part: {size: " + "9" * 9999 + "}", "4300 digits"),

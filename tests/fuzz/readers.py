@@ -1,4 +1,4 @@
-"""Every reader of files that somebody else may have made, with files it reads and a strategy for files like them."""
+"""Every reader of files from elsewhere, with valid files and a strategy for files like them."""
 
 import contextlib
 import io
@@ -15,7 +15,7 @@ import torch
 import yaml
 from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
-from mutations import archives, jpegs, json_file, mutated, pickles, pngs, safetensors, yaml_file
+from mutations import json_file, mutated, yaml_file
 from PIL import Image
 
 from cdit.codec import PixelCodec
@@ -44,20 +44,17 @@ from cdit.world_model import WorldDescription, WorldModel
 
 @dataclass
 class Reader:
-    """A reader and what it is fed with."""
+    """A reader and its inputs."""
 
     path: Path
-    """Where the file stands that it reads."""
     seeds: list[bytes]
-    """Files that it reads without complaint."""
+    """Valid files."""
     read: Callable[[], Any]
-    """Reads the file."""
     built: SearchStrategy[bytes] | None = None
-    """Files of parts."""
+    """Further files, nearly valid."""
 
     @property
     def inputs(self) -> SearchStrategy[bytes]:
-        """Seeds after accidents, and files of parts."""
         return mutated(self.seeds) if self.built is None else st.one_of(mutated(self.seeds), self.built)
 
 
@@ -98,28 +95,20 @@ def make(name: str, folder: Path) -> Reader:
     return READERS[name](folder)
 
 
-def _images(folder: Path, build: Callable[[list[bytes]], SearchStrategy[bytes]], *kinds: dict[str, Any]) -> Reader:
+def _image(folder: Path) -> Reader:
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (10, 14, 3), np.uint8))
     exif = Image.Exif()
     exif[0x0112] = 6
+    kinds = [{}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}, {"subsampling": 0, "restart_marker_blocks": 1}]
+    kinds += [{"mode": mode, "format": "png"} for mode in ("RGB", "RGBA", "L", "LA", "P", "1")]
     seeds = []
     for options in kinds:
         buffer = io.BytesIO()
-        options = dict(options)
-        picture.convert(options.pop("mode", "RGB")).save(buffer, exif=exif, **options)
+        options = {"format": "jpeg", "mode": "RGB", **options}
+        picture.convert(options.pop("mode")).save(buffer, exif=exif, **options)
         seeds.append(buffer.getvalue())
     path = folder / "0.jpg"
-    return Reader(path, seeds, lambda: crop_and_resize(decode(path), (8, 8), "4:3"), build(seeds))
-
-
-def _jpeg(folder: Path) -> Reader:
-    kinds = [{}, {"progressive": True}, {"mode": "L"}, {"mode": "CMYK"}, {"subsampling": 0, "restart_marker_blocks": 1}]
-    return _images(folder, jpegs, *({"format": "jpeg", **kind} for kind in kinds))
-
-
-def _png(folder: Path) -> Reader:
-    kinds = [{"mode": mode, "format": "png"} for mode in ("RGB", "RGBA", "L", "LA", "P", "1")]
-    return _images(folder, lambda seeds: pngs(), *kinds)
+    return Reader(path, seeds, lambda: crop_and_resize(decode(path), (8, 8), "4:3"))
 
 
 def _dataset(folder: Path) -> Path:
@@ -140,7 +129,7 @@ def _pickle(folder: Path) -> Reader:
     values = {"position": np.zeros((4, 2)), "s": {1, "x"}, "t": (b"x", [np.float32(1)]), "n": 2**70}
     seeds = [pickle.dumps(values, protocol) for protocol in range(6)]
     path = folder / "it.pkl"
-    return Reader(path, seeds, lambda: safe_pickle.load(path), pickles)
+    return Reader(path, seeds, lambda: safe_pickle.load(path))
 
 
 def _poses(folder: Path) -> Reader:
@@ -154,7 +143,7 @@ def _poses(folder: Path) -> Reader:
         lambda row: st.sampled_from(["f8", "f2", "i8", "U3", "c8", "b1", "g"]).map(lambda kind: _array(row, kind))
     )
     built = st.dictionaries(st.sampled_from(["position", "yaw", "x"]), arrays).map(pickle.dumps)
-    return Reader(dataset / "a" / "traj_data.pkl", seeds, lambda: _read_all(dataset), built | pickles)
+    return Reader(dataset / "a" / "traj_data.pkl", seeds, lambda: _read_all(dataset), built)
 
 
 def _array(row: list[float], kind: str) -> np.ndarray:
@@ -175,7 +164,7 @@ def _index(folder: Path) -> Reader:
     )
     entries = st.lists(st.one_of(near, near, st.lists(anything, max_size=5).map(tuple), anything), max_size=4)
     path = folder / "index.pkl"
-    return Reader(path, seeds, lambda: read_index(path, windows, 2), entries.map(pickle.dumps) | pickles)
+    return Reader(path, seeds, lambda: read_index(path, windows, 2), entries.map(pickle.dumps))
 
 
 def _names(folder: Path) -> Reader:
@@ -249,9 +238,8 @@ def _world(folder: Path) -> Path:
 def _world_file(folder: Path, name: str) -> Reader:
     path = _world(folder) / name
     seed = path.read_bytes()
-    if path.suffix == ".safetensors":
-        built = safetensors(seed, ["blocks.0.ada_ln.weight"])
-    else:
+    built = None
+    if path.suffix == ".json":
         value = json.loads(seed)
         built = json_file(value, [*value, "class_path", "quantization_config"])
     return Reader(path, [seed], lambda: WorldModel.from_pretrained(folder), built)
@@ -268,7 +256,7 @@ def _latents(folder: Path, name: str) -> Reader:
         return opened.problem(trajectory), opened.problem(trajectory, checksum=True)
 
     seed = path.read_bytes()
-    built = safetensors(seed, ["latents"]) if name.endswith("safetensors") else json_file(json.loads(seed), ["name"])
+    built = json_file(json.loads(seed), ["name"]) if name.endswith("json") else None
     return Reader(path, [seed], read, built)
 
 
@@ -295,7 +283,7 @@ def _shards(folder: Path, name: str) -> Reader:
         names = [*value, *record, *record["shards"][0], "train-00000.tar", "../x.tar", "a/b.safetensors"]
         built = json_file(value, names)
     else:
-        built = safetensors(seed, ["offset", "size", "yaw"]) if path.suffix == ".safetensors" else None
+        built = None
     return Reader(path, [seed], read, built)
 
 
@@ -308,7 +296,7 @@ def _nwm(folder: Path) -> Reader:
     def read() -> Any:
         return load_checkpoint(path, num_heads=1)
 
-    return Reader(path, [seed], read, archives(seed))
+    return Reader(path, [seed], read)
 
 
 def _checkpoint(folder: Path, name: str) -> Reader:
@@ -338,14 +326,13 @@ def _checkpoint(folder: Path, name: str) -> Reader:
     elif path.suffix == ".yaml":
         built = yaml_file(yaml.safe_load(seed), ["data", "steps", "model", "depth"])
     else:
-        built = safetensors(seed, ["weight", "bias"])
+        built = None
     return Reader(path, [seed], read, built)
 
 
 READERS: dict[str, Callable[[Path], Reader]] = {
     "pickle": _pickle,
-    "jpeg": _jpeg,
-    "png": _png,
+    "image": _image,
     "poses": _poses,
     "index of cases": _index,
     "names of trajectories": _names,

@@ -3,9 +3,9 @@
 pytest tests/fuzz --fuzz_examples 100000
 """
 
+import contextlib
 import time
 import warnings
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ LONGEST = 20.0
 
 @pytest.mark.parametrize("name", READERS)
 def test_a_reader_raises_documented_errors_only(
-    name: str, tmp_path: Path, counts: Counter, pytestconfig: pytest.Config, capfd: pytest.CaptureFixture
+    name: str, tmp_path: Path, pytestconfig: pytest.Config, capfd: pytest.CaptureFixture
 ) -> None:
     reader = make(name, tmp_path)
     for seed in reader.seeds:  # else nothing but errors would be tried
@@ -39,16 +39,10 @@ def test_a_reader_raises_documented_errors_only(
     def feed(data: bytes) -> None:
         reader.path.write_bytes(data)
         begun = time.process_time()
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with contextlib.suppress(UserError):
                 reader.read()
-            ended = "read"
-        except UserError:
-            ended = "refused"
-        took = time.process_time() - begun
-        assert took < LONGEST
-        counts[name, ended] += 1
-        counts[name, "slowest"] = max(counts[name, "slowest"], took)
+        assert time.process_time() - begun < LONGEST
 
     feed()
