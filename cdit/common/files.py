@@ -1,6 +1,4 @@
-"""Files: those that somebody else may have made, of bounded size, no pipes or devices, none outside of a folder; and
-our own, which are there in whole or not at all.
-"""
+"""Reading files of bounded size that may come from elsewhere, and writing files atomically."""
 
 import hashlib
 import io
@@ -17,73 +15,96 @@ import numpy as np
 from cdit.common.errors import DataError
 
 MAX_TEXT = 2**24
-"""Bytes of a JSON or text file."""
+"""Largest JSON or text file, in bytes."""
 MAX_ARRAYS = 2**28
-"""Bytes of an .npz file, and of the arrays in it."""
+"""Largest .npz file, and all arrays in it together, in bytes."""
 MAX_NAME = 1000
-"""Characters of a trajectory's name."""
+"""Longest trajectory name, in characters."""
 
 
 def read_bytes(path: Path | str, limit: int) -> bytes:
     """The contents of a regular file of at most `limit` bytes.
 
     Raises:
-        DataError: it is missing, larger, or a folder, pipe or device, from which one could read for ever.
+        DataError: the file is missing, unreadable or larger, or is a folder, pipe or device.
     """
     try:
         with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:  # opening a pipe would wait for a writer
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise DataError(f"{path}: not a regular file")
             content = file.read(limit + 1)
-    except (OSError, ValueError) as error:  # ValueError: no path at all
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         raise DataError(f"{path}: not readable ({getattr(error, 'strerror', None) or error})") from error
     if len(content) > limit:
-        raise DataError(f"{path}: larger than {limit} bytes, the most that is read of such a file")
+        raise DataError(f"{path}: larger than {limit} bytes, the limit for such files")
     return content
 
 
 def read_text(path: Path | str, limit: int = MAX_TEXT) -> str:
-    """The contents of a UTF-8 text file, see `read_bytes`.
+    """The contents of a UTF-8 text file of at most `limit` bytes.
 
     Raises:
-        DataError: it cannot be read, or is no such text.
+        DataError: the file cannot be read (see `read_bytes`) or is not UTF-8.
     """
     try:
         return read_bytes(path, limit).decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a text in UTF-8 ({error})") from error
+        raise DataError(f"{path}: not UTF-8 text ({error})") from error
 
 
-def read_json(path: Path | str, limit: int = MAX_TEXT) -> Any:
-    """The value of a JSON file.
+def read_json(path: Path | str, limit: int = MAX_TEXT, version: int | None = None) -> Any:
+    """The value of a strict JSON file; `version` as of `parse_json`.
 
     Raises:
-        DataError: it cannot be read, is not JSON, or nested too deeply to be followed.
+        DataError: the file cannot be read, is not strict JSON, or has a newer format.
     """
-    return parse_json(read_text(path, limit), path)
+    return parse_json(read_text(path, limit), path, version)
 
 
-def parse_json(text: str, origin: Path | str) -> Any:
-    """The value of JSON text.
+def parse_json(text: str, origin: Path | str, version: int | None = None) -> Any:
+    """The value of strict JSON, in which NaN and Infinity are errors.
+
+    Args:
+        text: the JSON.
+        origin: its file, for messages.
+        version: the newest format that can be read, compared with the field "version", if any, before anything else is
+            looked at.
 
     Raises:
-        DataError: it is not JSON, or nested too deeply to be followed; the message names the origin.
+        DataError: the text is not strict JSON, is nested too deeply, or has a newer format.
     """
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: also of numbers with thousands of digits
+        values = json.loads(text, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers with thousands of digits
         raise DataError(f"{origin}: not JSON ({error})") from error
+    found = values.get("version", version) if isinstance(values, dict) else version
+    if version is not None and not (isinstance(found, int) and found <= version):
+        raise DataError(f"{origin}: format version {ascii(found)[:20]}, but this code reads up to {version}")
+    return values
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
+    """Writes strict JSON atomically (see `write_whole`).
+
+    Raises:
+        ValueError: a number is NaN or infinite.
+    """
+    write_whole(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
 
 
 def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
-    """The arrays of an .npz file, by name; none of objects.
+    """The arrays of an .npz file by name; object arrays are refused.
 
     Raises:
-        DataError: it cannot be read, or they would be larger than `MAX_ARRAYS` bytes.
+        DataError: the file cannot be read, or its arrays take more than `MAX_ARRAYS` bytes.
     """
     content = io.BytesIO(read_bytes(path, MAX_ARRAYS))
     try:
-        with zipfile.ZipFile(content) as archive:  # which never gives more of a member than it states
+        with zipfile.ZipFile(content) as archive:  # never reads more of a member than its stated size
             if sum(member.file_size for member in archive.infolist()) > MAX_ARRAYS:
                 raise ValueError(f"arrays of more than {MAX_ARRAYS} bytes")
         with np.load(content, allow_pickle=False) as arrays:
@@ -91,47 +112,47 @@ def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
         if not all(isinstance(array, np.ndarray) for array in found.values()):
             raise ValueError("other files among them")
         return found
-    except Exception as error:  # numpy and zipfile have many, for a shape beyond memory, too
+    except Exception as error:  # numpy and zipfile raise many
         raise DataError(f"{path}: not readable arrays ({error})") from error
 
 
 def check_name(name: str, listing: Path | str) -> None:
-    """Refuses a trajectory's name that is no plain relative path: it becomes the path of files that are written, too.
+    """Checks that a trajectory name is a plain relative path, since files are also written under it.
 
     Args:
-        name: one or several components, separated by "/".
-        listing: where it stands, for the message.
+        name: one or more components, separated by "/".
+        listing: the file that has the name, for messages.
 
     Raises:
-        DataError: it is absolute, has components such as "..", or characters that are not printed.
+        DataError: the name is absolute, too long, or has components such as ".." or non-printing characters.
     """
     parts = name.split("/")
     plain = name.isprintable() and "\\" not in name and not {"", ".", ".."} & set(parts)
     if not plain or len(name) > MAX_NAME or any(len(os.fsencode(part)) > 200 for part in parts):
         shown = ascii(name[:100])
         raise DataError(
-            f"{listing}: {shown} is no name of a trajectory: expected a path within the dataset's folder, without "
-            f"'..', '\\' and control characters, of at most 200 bytes a component and {MAX_NAME} characters"
+            f"{listing}: {shown} is not a trajectory name: expected a path within the dataset's folder, without '..', "
+            f"'\\' and control characters, of at most 200 bytes per component and {MAX_NAME} characters"
         )
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """Refuses a path that links lead out of a folder; the folder itself may be a link.
+    """Checks that links do not lead from a path to outside a folder; the folder itself may be a link.
 
     Raises:
-        DataError: it lies elsewhere; the message names both.
+        DataError: the path resolves to a place outside the folder.
     """
     real = os.path.realpath(path)
     if Path(os.path.realpath(folder)) not in (Path(real), *Path(real).parents):
         raise DataError(
-            f"{path}: a link to {ascii(real)[1:-1]}, outside of {folder}; where that is meant, --data.follow_links true"
+            f"{path}: a link to {ascii(real)[1:-1]}, outside of {folder}; to allow it, --data.follow_links true"
         )
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Writes a file, whole or not at all: a hidden one, then renamed. The disk has it when this returns."""
+    """Writes a file atomically, by way of a hidden one that is renamed, and flushes it to disk."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.unlink(missing_ok=True)  # it may be a link to somewhere
+    partial.unlink(missing_ok=True)  # might be a link
     partial.write_bytes(content.encode() if isinstance(content, str) else content)
     flush([partial])
     partial.replace(path)
@@ -139,7 +160,7 @@ def write_whole(path: Path, content: bytes | str) -> None:
 
 
 def flush(paths: Iterable[Path]) -> None:
-    """Waits until the disk has these files, or the names in these folders."""
+    """Flushes files, or the entries of folders, to disk."""
     for path in paths:
         handle = os.open(path, os.O_RDONLY)
         try:
@@ -149,7 +170,7 @@ def flush(paths: Iterable[Path]) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The checksum of a file in hexadecimal."""
+    """The SHA-256 of a file in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**22):

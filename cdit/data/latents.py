@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cdit.common.cli import parser_instance
 from cdit.common.errors import DataError
-from cdit.common.files import parse_json, read_json, write_whole
+from cdit.common.files import parse_json, read_json, write_json, write_whole
 from cdit.data.config import Crop
 from cdit.data.layout import LATENTS
 from cdit.data.trajectory import Trajectory
@@ -89,13 +89,11 @@ class LatentCache:
         path = dataset / LATENTS / DESCRIPTION
         if not path.is_file():
             return None
+        values = read_json(path, version=FORMAT_VERSION)
         try:
-            info = parser_instance(LatentInfo, read_json(path))
+            return cls(path.parent, parser_instance(LatentInfo, values))
         except Exception as error:
             raise DataError(f"{path}: not a description of latents ({error})") from error
-        if info.version > FORMAT_VERSION:
-            raise DataError(f"{path}: format version {info.version}, but this code reads up to {FORMAT_VERSION}")
-        return cls(path.parent, info)
 
     @classmethod
     def create(cls, dataset: Path, encoding: Encoding, precision: Precision) -> "LatentCache":
@@ -111,7 +109,7 @@ class LatentCache:
             return cache
         cache = cls(dataset / LATENTS, LatentInfo(encoding, precision))
         cache.folder.mkdir(parents=True, exist_ok=True)
-        write_whole(cache.folder / DESCRIPTION, json.dumps(asdict(cache.info), indent=2) + "\n")
+        write_json(cache.folder / DESCRIPTION, asdict(cache.info))
         return cache
 
     def expect(self, encoding: Encoding) -> None:

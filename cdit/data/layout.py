@@ -8,7 +8,6 @@
 At yaw 0 the camera looks along +x; yaw grows counter-clockwise; positions are world coordinates.
 """
 
-import json
 import os
 import pickle
 import shutil
@@ -22,7 +21,7 @@ from torchvision.io import encode_jpeg
 
 from cdit.common.cli import parser_instance
 from cdit.common.errors import DataError, UserError
-from cdit.common.files import read_json, write_whole
+from cdit.common.files import parse_json, read_text, write_json
 
 FORMAT_VERSION = 1
 POSES = "traj_data.pkl"
@@ -94,27 +93,33 @@ class DatasetInfo:
                 raise UserError(f"{name} is out of range")
 
     def save(self, folder: Path, name: str = DESCRIPTION) -> None:
-        """Writes `<folder>/dataset.json` (or the file `name` there), whole or not at all."""
+        """Writes `<folder>/dataset.json` (or the file `name` there) atomically."""
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / name, json.dumps(asdict(self), indent=2) + "\n")
+        write_json(folder / name, asdict(self))
 
     @classmethod
     def load(cls, folder: Path, name: str = DESCRIPTION) -> "DatasetInfo | None":
-        """Reads `<folder>/dataset.json` (or the file `name` there); None where there is none.
+        """Reads `<folder>/dataset.json` (or the file `name` there); None if there is none.
 
         Raises:
-            DataError: the file is not JSON, has unknown or ill-typed fields, values out of range, or a newer version.
+            DataError: as of `parse`.
         """
         path = Path(folder) / name
-        if not path.is_file():
-            return None
+        return cls.parse(read_text(path), path) if path.is_file() else None
+
+    @classmethod
+    def parse(cls, text: str, origin: Path | str) -> "DatasetInfo":
+        """Reads the JSON of a `dataset.json`.
+
+        Raises:
+            DataError: it is not JSON, has unknown or ill-typed fields, values out of range, or a newer version.
+        """
+        values = parse_json(text, origin, FORMAT_VERSION)
         try:
-            info = parser_instance(cls, read_json(path))
+            info = parser_instance(cls, values)
             info.validate()
         except Exception as error:
-            raise DataError(f"{path}: not a dataset description ({error})") from error
-        if info.version > FORMAT_VERSION:
-            raise DataError(f"{path}: format version {info.version}, but this code reads up to {FORMAT_VERSION}")
+            raise DataError(f"{origin}: not a dataset description ({error})") from error
         return info
 
 

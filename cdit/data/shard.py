@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from cdit.common.cli import run
 from cdit.common.errors import DataError, UserError, writing
-from cdit.common.files import sha256, write_whole
+from cdit.common.files import sha256, write_json, write_whole
 from cdit.data.check import size_or_problem
 from cdit.data.latents import TENSOR, LatentCache, opened
 from cdit.data.layout import DatasetInfo
@@ -91,7 +91,7 @@ def convert(
         for split in splits:
             finished[split] = _Split(out, split, trajectories[split], content, cache, shard_mb).write()
         index = {"version": FORMAT_VERSION, "splits": {name: asdict(record) for name, record in finished.items()}}
-        write_whole(out / DESCRIPTION, json.dumps(index, indent=1))
+        write_json(out / DESCRIPTION, index, indent=1)
     shutil.rmtree(out / WORK, ignore_errors=True)
 
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from cdit.common.cli import parser_instance
 from cdit.common.errors import DataError
-from cdit.common.files import MAX_TEXT, check_name, parse_json, read_bytes
+from cdit.common.files import MAX_TEXT, check_name, parse_json, read_text
 from cdit.data.latents import LatentInfo
 from cdit.data.layout import DESCRIPTION as DATASET
 from cdit.data.layout import DatasetInfo
@@ -97,12 +97,8 @@ class Shards:
         self.location, self.is_remote = str(location), "://" in str(location)
         self.cache = cache or ShardCache()
         origin = f"{self.location.rstrip('/')}/{DESCRIPTION}"
-        content = self._read_small(DESCRIPTION, MAX_DESCRIPTION)
+        values = parse_json(self._read_text(DESCRIPTION, MAX_DESCRIPTION), origin, FORMAT_VERSION)
         try:
-            values = parse_json(content.decode(), origin)
-            version = values["version"]
-            if version > FORMAT_VERSION:
-                raise DataError(f"{origin}: format version {version}, but this code reads up to {FORMAT_VERSION}")
             self.splits = {name: _split(split, origin) for name, split in values["splits"].items()}
         except DataError:
             raise
@@ -111,19 +107,12 @@ class Shards:
 
     @property
     def info(self) -> DatasetInfo:
-        """What the dataset is.
+        """The contents of dataset.json.
 
         Raises:
-            DataError: its dataset.json is missing or broken.
+            DataError: it is missing or broken.
         """
-        origin = f"{self.location.rstrip('/')}/{DATASET}"
-        content = self._read_small(DATASET, MAX_TEXT)
-        try:
-            info = parser_instance(DatasetInfo, parse_json(content.decode(), origin))
-            info.validate()
-            return info
-        except Exception as error:
-            raise DataError(f"{origin}: not a dataset description ({error})") from error
+        return DatasetInfo.parse(self._read_text(DATASET, MAX_TEXT), f"{self.location.rstrip('/')}/{DATASET}")
 
     def file(self, record: FileRecord) -> Path:
         """Where a file stands on this machine, fetched if it has to be."""
@@ -185,10 +174,14 @@ class Shards:
             raise DataError(f"{path}: poses that are not finite, or larger than {MAX_POSE:g}")
         return {name: tensor.numpy() for name, tensor in table.items()}
 
-    def _read_small(self, name: str, limit: int) -> bytes:
-        if self.is_remote:
-            return read_remote(f"{self.location.rstrip('/')}/{name}", limit)
-        return read_bytes(Path(self.location) / name, limit)
+    def _read_text(self, name: str, limit: int) -> str:
+        if not self.is_remote:
+            return read_text(Path(self.location) / name, limit)
+        url = f"{self.location.rstrip('/')}/{name}"
+        try:
+            return read_remote(url, limit).decode()
+        except UnicodeDecodeError as error:
+            raise DataError(f"{url}: not UTF-8 text ({error})") from error
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,7 @@ def renamed(name: str):
 @pytest.mark.parametrize("name", ["../walk_0", "/etc/passwd", "a/../../b", "", ".", "a\\b", "a\nb"])
 def test_trajectories_stay_in_their_folder(shards, name):
     edit(shards, renamed(name))
-    with pytest.raises(DataError, match=r"is no name of a trajectory"):
+    with pytest.raises(DataError, match=r"is not a trajectory name"):
         windows(shards)
 
 
@@ -286,7 +286,7 @@ def test_broken_indices_are_plain_errors(shards, change):
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"version": 1}', '{"version": "1", "splits": {}}', "[" * 10000])
 def test_nonsense_is_no_index(shards, text):
     (shards / "shards.json").write_text(text)
-    with pytest.raises(DataError, match=r"shards\.json: not "):
+    with pytest.raises(DataError, match=r"shards\.json: (not|format)"):
         windows(shards)
 
 

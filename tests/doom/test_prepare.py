@@ -133,7 +133,7 @@ def test_other_options_over_a_recording_are_refused(recording):
 @pytest.mark.parametrize("name", ["recording.json", "dataset.json"])
 @pytest.mark.parametrize(
     ("content", "message"),
-    [('{"name": "smo', "not a dataset description"), ('{"name": "mine"}', "not a recording"), ("[]", "not a")],
+    [('{"name": "smo', "not JSON"), ('{"name": "mine"}', "not a recording"), ("[]", "not a")],
     ids=["cut short", "without source", "another thing"],
 )
 def test_a_description_that_is_not_ours_is_refused(tmp_path, monkeypatch, name, content, message):

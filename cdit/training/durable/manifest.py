@@ -1,12 +1,11 @@
 """What a finished folder holds: every file's size and SHA-256, so that damage is found before it is used."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cdit.common.errors import DataError
-from cdit.common.files import read_json, sha256, write_whole
+from cdit.common.files import read_json, sha256, write_json
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -26,7 +25,7 @@ def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
         folder: what holds the files.
         files: the `entry` of each, by name.
     """
-    write_whole(folder / MANIFEST, json.dumps({"version": VERSION, "files": dict(files)}, indent=2) + "\n")
+    write_json(folder / MANIFEST, {"version": VERSION, "files": dict(files)})
 
 
 def problem(folder: Path) -> str | None:
@@ -34,11 +33,11 @@ def problem(folder: Path) -> str | None:
     try:
         if not (folder / MANIFEST).exists():
             return f"{MANIFEST} is missing"
-        manifest = read_json(folder / MANIFEST)
-        if manifest["version"] > VERSION:
-            return f"{MANIFEST} has version {manifest['version']}, but this code reads up to {VERSION}"
+        manifest = read_json(folder / MANIFEST, version=VERSION)
         files = {name: (expected["bytes"], expected["sha256"]) for name, expected in manifest["files"].items()}
-    except (DataError, TypeError, LookupError, AttributeError) as error:
+    except DataError as error:
+        return str(error)
+    except (TypeError, LookupError, AttributeError) as error:
         return f"{MANIFEST} is not readable ({error})"
     if not files:
         return f"{MANIFEST} lists no files"
