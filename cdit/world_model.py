@@ -1,6 +1,5 @@
 """WorldModel: a codec, a CDiT and a sampler that together predict future frames, in metres, radians and seconds."""
 
-import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from cdit.codec.codec import Codec, load_codec
 from cdit.codec.config import CodecConfig
 from cdit.common.cli import parser_instance
 from cdit.common.errors import UserError, writing
-from cdit.common.files import read_json
+from cdit.common.files import read_json, write_json
 from cdit.common.pictures import to_float
 from cdit.common.randomness import seed_of
 from cdit.common.weights import weight_shapes
@@ -466,7 +465,7 @@ class WorldModel(nn.Module):
         self.cdit.save_pretrained(partial / "cdit")
         self.codec.save(partial / "codec")
         description = {"codec": self.codec.kind, **asdict(self.description)}
-        (partial / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n")
+        write_json(partial / DESCRIPTION, description)
         (folder / DESCRIPTION).unlink(missing_ok=True)  # without it the folder is no world model, until all is there
         for name in ("cdit", "codec"):
             shutil.rmtree(folder / name, ignore_errors=True)
@@ -486,12 +485,10 @@ class WorldModel(nn.Module):
         found = next((f for f in candidates if (f / DESCRIPTION).is_file()), None)
         if found is None:
             raise UserError(f"{folder}: no world model here (expected {DESCRIPTION}, in it or in its best/ or last/)")
+        values = read_json(found / DESCRIPTION, version=VERSION)
         try:
-            values = read_json(found / DESCRIPTION)
             kind = values.pop("codec")
             description = parser_instance(WorldDescription, values)
-            if description.version > VERSION:
-                raise UserError(f"format version {description.version}, but this code reads up to {VERSION}")
             description.validate()
             shapes = weight_shapes(found / "cdit")
             with torch.device("meta"):

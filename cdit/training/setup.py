@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cdit.codec.codec import Codec, load_codec
 from cdit.common.errors import UserError, writing
+from cdit.common.files import locked
 from cdit.data.config import DataConfig
 from cdit.data.latents import Encoding
 from cdit.data.windows import WindowDataset
@@ -88,17 +89,22 @@ def micro_batches(config: TrainConfig, processes: int) -> int:
 
 
 def prepare_data(config: DataConfig, accelerator: Accelerator) -> None:
-    """Runs the config's `prepare` command, once per machine, where the dataset is not there yet.
+    """Runs the config's `prepare` command if the dataset does not exist yet.
+
+    One process per machine tries; a lock beside the folder makes the machines of a shared file system, and runs that
+    start at the same time, take turns, so that only the first one runs the command.
 
     Raises:
         UserError: the command failed.
     """
-    missing = config.prepare and not Path(config.folder, "dataset.json").is_file()
-    if missing and accelerator.is_local_main_process:
-        print(f"{config.folder} is not there yet: python {config.prepare}", file=sys.stderr)
-        done = subprocess.run([sys.executable, *shlex.split(config.prepare)])
-        if done.returncode:
-            raise UserError(f"data.prepare: `python {config.prepare}` failed with exit code {done.returncode}")
+    description = Path(config.folder or "", "dataset.json")
+    if config.prepare and accelerator.is_local_main_process and not description.is_file():
+        with locked(description.parent.with_name(f".{description.parent.name}.lock")):
+            if not description.is_file():
+                print(f"{config.folder} does not exist yet: python {config.prepare}", file=sys.stderr)
+                done = subprocess.run([sys.executable, *shlex.split(config.prepare)])
+                if done.returncode:
+                    raise UserError(f"data.prepare: `python {config.prepare}` failed with exit code {done.returncode}")
     accelerator.wait_for_everyone()
 
 

@@ -307,7 +307,7 @@ def _checkpoint(folder: Path, name: str) -> Reader:
     accelerator = types.SimpleNamespace(
         process_index=0, num_processes=1, scaler=None, is_main_process=True, wait_for_everyone=lambda: None
     )
-    with Checkpoints(accelerator, run, network, torch.optim.AdamW(network.parameters()), ema) as checkpoints:
+    with Checkpoints(accelerator, run, {"model": network}, torch.optim.AdamW(network.parameters()), ema) as checkpoints:
         checkpoints.save(RunState(step=7, schedule={"last_epoch": 7}, losses=[1.0]))
     checkpoint = folder / "run" / "checkpoints" / "step_00000007"
     path = checkpoint / name

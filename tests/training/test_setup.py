@@ -1,4 +1,5 @@
 import math
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -112,6 +113,32 @@ def test_sizes_that_do_not_fit(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=named):
         build_world(config(*overrides), train_set)
+
+
+def test_machines_on_one_file_system_prepare_a_dataset_once(tmp_path: Path):
+    """Two processes that are each the first of their machine; recipes delete what is half done."""
+    script, runs = tmp_path / "make.py", tmp_path / "runs"
+    script.write_text(
+        "import shutil, sys, time, pathlib\n"
+        f"open({str(runs)!r}, 'a').write('ran\\n')\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "shutil.rmtree(folder, ignore_errors=True)\n"
+        "folder.mkdir(parents=True)\n"
+        "time.sleep(1)\n"
+        "(folder / 'dataset.json').write_text('{\"name\": \"it\"}')\n"
+    )
+    folder = tmp_path / "data" / "mine"
+    program = (
+        "import types\n"
+        "from cdit.data.config import DataConfig\n"
+        "from cdit.training.setup import prepare_data\n"
+        "machine = types.SimpleNamespace(is_local_main_process=True, wait_for_everyone=lambda: None)\n"
+        f"prepare_data(DataConfig(folder={str(folder)!r}, prepare={f'{script} {folder}'!r}), machine)\n"
+    )
+    machines = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(2)]
+    assert [machine.wait() for machine in machines] == [0, 0]
+    assert runs.read_text() == "ran\n"
+    assert (folder / "dataset.json").is_file()
 
 
 def test_a_missing_dataset_is_prepared_once(tmp_path: Path, accelerator: Accelerator):

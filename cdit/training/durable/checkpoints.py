@@ -68,13 +68,13 @@ class RunState:
     """State of the gradient scaler; empty without one."""
     data: str = ""
     """Fingerprint of the training set (see `WindowDataset`)."""
-    best_loss: float = float("inf")
+    best_loss: float | None = None
     """Smallest validation loss so far."""
     tracker_id: str | None = None
     """Identity of the run at the tracker."""
     rows: int = 0
     """Rows of metrics.jsonl that were written."""
-    losses: list[float] = field(default_factory=list)
+    losses: list[float | None] = field(default_factory=list)
     """Of the steps since the last row of training metrics, which the next one is to tell of, too."""
     bad_steps: int = 0
     """Steps that were skipped because their gradient was not finite."""
@@ -149,7 +149,7 @@ class Checkpoints:
             torch.cuda.synchronize()
         texts = {f"process_{index:05d}.json": json.dumps(random_state())}
         if self.accelerator.is_main_process:
-            texts[STATE] = json.dumps(asdict(state), indent=2) + "\n"
+            texts[STATE] = json.dumps(asdict(state), indent=2, allow_nan=False) + "\n"
             texts[CONFIG] = yaml.safe_dump(self.config.plain(), sort_keys=False)
         tensors = {file: copies for file, copies in tensors.items() if copies}
         self._writing = self._writer.submit(self._write, partial, tensors, texts)
@@ -209,7 +209,7 @@ class Checkpoints:
             state.data = data
         self.ema.resume(state.step)
         if self.config.folder.resolve() not in folder.resolve().parents:
-            state.tracker_id, state.best_loss, state.rows = None, float("inf"), 0
+            state.tracker_id, state.best_loss, state.rows = None, None, 0
         elif self.config.folder.resolve() == folder.resolve().parents[1]:
             self.saved_step = state.step
         return state

@@ -1,5 +1,6 @@
 """A training run that survives: its batches, checkpoints, signals, bad steps and log, behind a few calls."""
 
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -88,7 +89,7 @@ class DurableRun:
             main = accelerator.is_main_process
             self._bar = tqdm(total=config.steps, initial=self.step, desc=config.name, disable=not main)
             # Shares of the losses since the last row; those that a checkpoint holds are counted by the main process.
-            known = self.state.losses if main else [0.0] * len(self.state.losses)
+            known = [math.nan if loss is None else loss if main else 0.0 for loss in self.state.losses]
             self._losses = list(torch.tensor(known, device=accelerator.device))
             self._timed_from, self._since = self.step, time.perf_counter()
             self.signals.defer()
@@ -168,7 +169,8 @@ class DurableRun:
 
     def keep_if_best(self, loss: float) -> None:
         """Saves the world model to <run>/best/ if no validation loss was smaller; every process must call it."""
-        if loss < self.state.best_loss:
+        best = self.state.best_loss
+        if math.isfinite(loss) and (best is None or loss < best):
             self.state.best_loss = loss
             self.save_world("best")
 
@@ -228,7 +230,7 @@ class DurableRun:
                     f"weights of {name} are not finite at step {self.step}: try a lower optimizer.learning_rate"
                 )
         self.state.schedule = self.schedule.state_dict()
-        self.state.losses = self._joint_losses().tolist()
+        self.state.losses = [loss if math.isfinite(loss) else None for loss in self._joint_losses().tolist()]
         self._checkpoints.save(self.state)
 
     @contextmanager

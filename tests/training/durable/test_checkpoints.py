@@ -39,7 +39,7 @@ class Training:
         self.ema = EMA(network, EMAConfig(decay=0.5))
         self.state = RunState()
         config = TrainConfig(name=run.name, output=str(run.parent), checkpoint=CheckpointConfig(**options))
-        self.checkpoints = Checkpoints(accelerator, config, network, self.optimizer, self.ema)
+        self.checkpoints = Checkpoints(accelerator, config, {"model": network}, self.optimizer, self.ema)
 
     def step(self) -> None:
         self.network(torch.full((1, 2), 1.0 + self.state.step)).square().sum().backward()
@@ -220,6 +220,14 @@ def test_a_training_goes_on_from_what_was_saved(make: Make, run: Path):
     assert all(torch.equal(a, b) for a, b in zip(training.weights(), other.weights(), strict=True))
 
 
+def test_the_state_is_strict_json_before_the_first_validation(make: Make, run: Path):
+    training = make()
+    training.step()
+    training.save()
+    text = (checkpoints(run)[-1] / "state.json").read_text()
+    assert json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))["best_loss"] is None
+
+
 def test_random_generators_go_on(make: Make, run: Path):
     import random
 
@@ -327,7 +335,7 @@ def test_another_run_gets_its_own_tracker_rows_and_best(make: Make, run: Path):
     same = make("else/../run").checkpoints.load(folder)
     assert (same.best_loss, same.tracker_id, same.rows) == (0.25, "abc", 3)
     other = make("branch").checkpoints.load(folder)
-    assert (other.step, other.best_loss, other.tracker_id, other.rows) == (1, float("inf"), None, 0)
+    assert (other.step, other.best_loss, other.tracker_id, other.rows) == (1, None, None, 0)
 
 
 # Which one.
