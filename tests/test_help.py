@@ -12,6 +12,7 @@ HEAVY = ("torch", "diffusers", "matplotlib", "wandb", "av")
 COMMANDS = [
     ["train.py"],
     ["sample.py"],
+    ["-m", "cdit.benchmark"],
     ["-m", "cdit.model"],
     ["-m", "cdit.model", "describe"],
     ["-m", "cdit.model", "scale"],

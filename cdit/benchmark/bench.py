@@ -1,19 +1,34 @@
-"""What all modes share: the config, the device, the stopwatch, and what came of it."""
+"""What all modes share: the config, the device, comparisons, and what came of them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from cdit.benchmark.config import BenchmarkConfig
-from cdit.benchmark.contenders import CONTENDERS, Contender
-from cdit.benchmark.stopwatch import Call, Spread, Stopwatch
-from cdit.benchmark.tables import Cell, Table
-from cdit.diffusion import TIMESTEPS, SamplerConfig
+from cdit.batch import EncodedBatch
+from cdit.benchmark.config import BenchmarkConfig, ModeName
+from cdit.benchmark.contenders import CONTENDERS, Contender, random_batch
+from cdit.benchmark.measure import Call, Row, Spread, Stopwatch, Table, machine, median
+from cdit.common.output import finished_folder
+from cdit.diffusion.config import TIMESTEPS, SamplerConfig
+from cdit.loading import find_device
+
+MODULES: dict[str, str] = {
+    "training": "train profile",
+    "sampling": "sample rollout plan",
+    "scale": "scale",
+    "loading": "data latents",
+    "choices": "attention context checkpoints probes",
+}
+"""Modules of this package, and the modes in each: generators of tables from a `Bench`."""
+MODES: dict[ModeName, str] = {mode: module for module, modes in MODULES.items() for mode in modes.split()}
 
 
 @dataclass
@@ -21,9 +36,31 @@ class Bench:
     """A benchmark under way."""
 
     config: BenchmarkConfig
-    device: torch.device
     figures: dict[str, Figure] = field(default_factory=dict)
     """Plots by name."""
+
+    def run(self) -> None:
+        """Runs the modes, prints their tables, and writes results.json, tables.md and a PNG of every plot to `out`."""
+        config, tables = self.config, []
+        size = "×".join(map(str, (config.channels, *config.image_size)))
+        about = f"{machine(self.device)}; CDiT-{config.model.preset}/{config.model.patch_size} on {size}"
+        print(f"{about}\n")
+        for name in config.modes:
+            for table in getattr(import_module(f"cdit.benchmark.{MODES[name]}"), name)(self):
+                print(table, flush=True)
+                tables.append(table)
+        if config.out is not None:
+            with finished_folder(Path(config.out)) as folder:
+                values = {"machine": about, "config": asdict(config), "tables": [asdict(table) for table in tables]}
+                (folder / "results.json").write_text(json.dumps(values, indent=1) + "\n")
+                (folder / "tables.md").write_text("\n".join([f"{about}\n", *map(str, tables)]))
+                for name, figure in self.figures.items():
+                    figure.savefig(folder / f"{name}.png")
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the calls run."""
+        return find_device(self.config.device)
 
     @property
     def watch(self) -> Stopwatch:
@@ -38,12 +75,15 @@ class Bench:
         """All that take part."""
         return [self.contender(name, **changes) for name in self.config.contenders]
 
-    def compare(self, case: str, alternatives: Mapping[str, Call]) -> dict[str, Cell]:
+    def batch(self, contexts: int | None = None, goals: int | None = None, past: int | None = None) -> EncodedBatch:
+        """A random batch on the device, by default of the config's sizes."""
+        return random_batch(self.config, self.device, contexts, goals, past)
+
+    def compare(self, case: str, alternatives: Mapping[str, Call]) -> Row:
         """A row: the case, milliseconds of each alternative, and the ratios of the others to the first."""
         seconds = self.watch.times(alternatives)
         first, *others = seconds
-        row: dict[str, Cell] = {"": case}
-        row |= {f"{name} [ms]": float(1000 * np.median(values)) for name, values in seconds.items()}
+        row: Row = {"": case, **{f"{name} [ms]": 1000 * median(values) for name, values in seconds.items()}}
         return row | {f"{name} / {first}": Spread.of(seconds[name] / seconds[first]) for name in others}
 
     @property
@@ -86,21 +126,14 @@ class Bench:
         return {(c.name, n): whole(c.name, n) for c, n in wanted}
 
     def rates(
-        self, contenders: Sequence[Contender], frames: int, call: Callable[[Contender, SamplerConfig], object]
-    ) -> list[dict[str, Cell]]:
-        """A row for each contender, at its default number of steps, of a call that predicts so many frames."""
+        self, title: str, contenders: Sequence[Contender], frames: int, call: Callable[[Contender, SamplerConfig], Any]
+    ) -> Table:
+        """Frames per second of a call that predicts so many frames, at each contender's default number of steps."""
         times = self.sampling_times(contenders, call)
-        seconds = {c.name: times[c.name, c.sampler.steps] for c in contenders}
-        first = seconds[contenders[0].name]
-        return [
-            {
-                "": c.name,
-                "steps": c.sampler.steps,
-                "frames/s": float(frames / np.median(seconds[c.name])),
-                "time / that of the first": Spread.of(seconds[c.name] / first),
-            }
-            for c in contenders
-        ]
-
-
-Mode = Callable[[Bench], Iterator[Table]]
+        first = times[contenders[0].name, contenders[0].sampler.steps]
+        rows: list[Row] = []
+        for c in contenders:
+            seconds = times[c.name, c.sampler.steps]
+            row = {"": c.name, "steps": c.sampler.steps, "frames/s": frames / median(seconds)}
+            rows.append(row | {"time / that of the first": Spread.of(seconds / first)})
+        return Table(title, rows, self.about_steps)

@@ -1,4 +1,4 @@
-"""What is timed."""
+"""The options of the benchmark. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
@@ -6,25 +6,39 @@ from typing import Literal
 from cdit.common.errors import UserError
 from cdit.model import ModelConfig
 
+ModeName = Literal[
+    "train",
+    "sample",
+    "rollout",
+    "plan",
+    "data",
+    "scale",
+    "profile",
+    "attention",
+    "context",
+    "checkpoints",
+    "probes",
+    "latents",
+]
 ContenderName = Literal["ours", "ours-nwm", "NWM-as-published", "DiT-concat"]
 Precision = Literal["no", "bf16"]
 
 
 @dataclass
 class PlanConfig:
-    """The mode plan: many action sequences tried from one context."""
+    """Planning: many action sequences tried from one context."""
 
     candidates: int = 120
     """Action sequences."""
     horizon: int = 8
-    """Frames that each of them predicts, one after the other."""
+    """Frames predicted for each, one after the other."""
     measured: int | None = None
-    """Candidates that are really run: costs grow in proportion to them. By default all on a GPU, 4 on a CPU."""
+    """Candidates that are run; the cost of the others is in proportion. By default all on a GPU, 4 on a CPU."""
 
 
 @dataclass
 class ScaleConfig:
-    """The mode scale: what one more costs."""
+    """Sizes at which a denoising step is timed."""
 
     past_frames: list[int] = field(default_factory=lambda: [1, 2, 4, 6, 8, 12, 16])
     """Numbers of past frames."""
@@ -46,38 +60,40 @@ class CodecSize:
 
 @dataclass
 class DataSize:
-    """Frames that the loader reads, made for the purpose."""
+    """A random dataset for the loader."""
 
     recorded_size: tuple[int, int] = (480, 640)
     """Height and width of the frames on disk, JPEGs."""
     frames: int = 64
-    """How many."""
+    """Number of frames."""
     batches: int = 32
-    """Batches read each time."""
+    """Batches read per measurement."""
     workers: list[int] = field(default_factory=lambda: [0, 2])
-    """Numbers of loader processes that are tried."""
+    """Numbers of loader processes to compare."""
 
 
 @dataclass
 class BenchmarkConfig:
-    """What is timed: by default CDiT-S/2 on the latents of 224-pixel frames."""
+    """What to measure; by default CDiT-S/2 on the latents of 224-pixel frames."""
 
+    modes: list[ModeName] = field(default_factory=lambda: ["train", "sample"])
+    """What to measure, one after the other."""
     out: str | None = None
     """Folder for results.json, tables.md and plots."""
-    device: str | None = None
-    """cpu, cuda, cuda:1, …; by default a GPU where there is one."""
+    device: str = "auto"
+    """Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, …"""
     rounds: int = 5
-    """Rounds in which all alternatives are timed, in turn."""
+    """Rounds, in each of which all alternatives are timed in turn."""
     min_seconds: float = 0.02
     """Shorter calls are repeated within a round to take at least this long."""
     contenders: list[ContenderName] = field(
         default_factory=lambda: ["ours", "ours-nwm", "NWM-as-published", "DiT-concat"]
     )
-    """Who takes part. All that do are in memory at the same time; ratios are to the first."""
+    """Who takes part; all are in memory at the same time, and ratios are to the first."""
     mixed_precision: Precision = "bf16"
-    """What products are computed in; weights are float32."""
+    """Autocast precision; weights are float32."""
     compile: bool = False
-    """Whether to compile our networks, which takes a while. The peers are run as published."""
+    """Also compile our networks, which takes a while. The peers run as published."""
     image_size: tuple[int, int] = (28, 28)
     """Height and width of what is denoised."""
     channels: int = 4
@@ -89,22 +105,22 @@ class BenchmarkConfig:
     goals: int = 4
     """Goals of each context."""
     steps: list[int] = field(default_factory=lambda: [1, 4, 8, 25, 50, 250])
-    """Numbers of denoising steps that sampling is timed at."""
+    """Numbers of denoising steps at which sampling is timed."""
     measured_steps: int | None = None
-    """Denoising steps that are really run of a longer sampling; the others, each of the same work, are added in
-    proportion. By default all on a GPU, 8 on a CPU."""
+    """Denoising steps to run of a longer sampling; the others, which cost the same, are added in proportion. By default
+    all on a GPU, 8 on a CPU."""
     rollout_length: int = 2
     """Frames of a rollout."""
     probe_every: int = 1000
-    """Training steps between the probes of attention whose share of training time is measured (probe.every)."""
+    """Training steps between two probes of attention, whose share of the training time is measured (probe.every)."""
     checkpoint_every: int = 20
-    """Training steps between the checkpoints whose cost is measured (checkpoint.every)."""
+    """Training steps between two checkpoints, whose cost is measured (checkpoint.every)."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network; the peers have its width, depth, heads and patches."""
     codec: CodecSize = field(default_factory=CodecSize)
-    """The autoencoder, where one takes part."""
+    """The autoencoder of the modes rollout, plan, data and latents."""
     data: DataSize = field(default_factory=DataSize)
-    """The dataset, where one takes part."""
+    """The dataset of the modes data and latents."""
     plan: PlanConfig = field(default_factory=PlanConfig)
     """The mode plan."""
     scale: ScaleConfig = field(default_factory=ScaleConfig)
@@ -116,7 +132,7 @@ class BenchmarkConfig:
         Raises:
             UserError: one is out of its range; the message names the field.
         """
-        counts = {
+        limits: dict[str, int | list[int] | None] = {
             "rounds": self.rounds,
             "context_frames": self.context_frames,
             "batch_size": self.batch_size,
@@ -126,13 +142,6 @@ class BenchmarkConfig:
             "plan.candidates": self.plan.candidates,
             "plan.horizon": self.plan.horizon,
             "data.batches": self.data.batches,
-        }
-        for name, value in counts.items():
-            if value < 1:
-                raise UserError(f"{name} is {value}, expected at least 1")
-        if self.measured_steps is not None and self.measured_steps < 2:
-            raise UserError(f"measured_steps is {self.measured_steps}, expected at least 2")
-        lists = {
             "contenders": [len(name) for name in self.contenders],
             "steps": self.steps,
             "scale.past_frames": self.scale.past_frames,
@@ -140,8 +149,10 @@ class BenchmarkConfig:
             "scale.batches": self.scale.batches,
             "scale.candidates": self.scale.candidates,
         }
-        for name, values in lists.items():
-            if not values or min(values) < 1:
-                raise UserError(f"{name} is {values}, expected numbers of at least 1")
+        for name, value in limits.items():
+            if min(value if isinstance(value, list) else [value], default=0) < 1:
+                raise UserError(f"{name} is {value}, expected at least 1")
+        if self.measured_steps is not None and self.measured_steps < 2:
+            raise UserError(f"measured_steps is {self.measured_steps}, expected at least 2")
         if len(set(self.scale.past_frames)) < 3:
             raise UserError(f"scale.past_frames is {self.scale.past_frames}, expected three or more for a parabola")

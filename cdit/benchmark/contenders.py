@@ -1,90 +1,108 @@
-"""Who is timed: our networks as this package trains and samples them, and the peers as plainly as published."""
+"""Who is timed: our networks as this package trains and samples them, and the peers as plainly as published.
+
+Every contender trains and samples in latents, which are random. Batches are `EncodedBatch`es of B contexts of T frames
+with G goals each.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import ClassVar
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from cdit.batch import Condition, EncodedBatch, KeyedDraws
 from cdit.benchmark.config import BenchmarkConfig, ContenderName, Precision
 from cdit.benchmark.peers import ConcatDiT, PublishedCDiT
-from cdit.codec import Codec, PixelCodec
+from cdit.codec import Codec, KLCodec, PixelCodec
 from cdit.diffusion import DDPM, DDPMConfig, Flow, FlowConfig, SamplerConfig
-from cdit.model import CDiT
+from cdit.model import CDiT, ContextCache
 from cdit.training.config import EMAConfig, OptimizerConfig
 from cdit.training.ema import EMA
 from cdit.training.setup import build_optimizer
 from cdit.world_model import WorldDescription, WorldModel
 
 PIXELS = PixelCodec()
-"""Takes what is denoised for frames as they are."""
+"""Takes latents for frames."""
 PUBLISHED = SamplerConfig("ddpm", 250)
 NWM = {"position": "learned", "context_modulation": True, "extra_kv": True, "init": "published"}
 """What makes the published network of ours."""
 
 
+def random_batch(
+    config: BenchmarkConfig,
+    device: torch.device,
+    contexts: int | None = None,
+    goals: int | None = None,
+    past: int | None = None,
+) -> EncodedBatch:
+    """Of the config's numbers of contexts, goals and past frames, where none are given."""
+    contexts, goals, past = contexts or config.batch_size, goals or config.goals, past or config.context_frames
+    frame = (config.channels, *config.image_size)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(contexts, *shape, device=device)
+
+    context, clean, action, time_shift = randn(past, *frame), randn(goals, *frame), randn(goals, 3), randn(goals)
+    known = torch.ones(contexts, goals, dtype=torch.bool, device=device)
+    return EncodedBatch(context, None, clean, {"time_shift": time_shift, "action": action, "action_known": known})
+
+
+def random_codec(config: BenchmarkConfig) -> KLCodec:
+    """An autoencoder of Stable Diffusion's architecture on the CPU; its cost does not depend on its weights."""
+    blocks = config.codec.blocks
+    autoencoder = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * len(blocks),
+        up_block_types=("UpDecoderBlock2D",) * len(blocks),
+        block_out_channels=blocks,
+        layers_per_block=2,
+        latent_channels=config.channels,
+    )
+    return KLCodec(autoencoder)
+
+
 @dataclass
-class Batch:
-    """What is trained on, or asked for: B contexts of T frames with G goals each."""
-
-    context: Tensor
-    """(B, T, C, H, W)."""
-    clean: Tensor
-    """(B, G, C, H, W), the frames at the goals."""
-    action: Tensor
-    """(B, G, 3)."""
-    time_shift: Tensor
-    """(B, G)."""
-
-    @classmethod
-    def random(cls, config: BenchmarkConfig, device: torch.device, batch: int, goals: int, past: int = 0) -> "Batch":
-        """Of the config's frames, with its number of past frames if none is given."""
-
-        def randn(*shape: int) -> Tensor:
-            return torch.randn(batch, *shape, device=device)
-
-        frame = (config.channels, *config.image_size)
-        return cls(randn(past or config.context_frames, *frame), randn(goals, *frame), randn(goals, 3), randn(goals))
-
-
 class Contender(ABC):
-    """A network, what it is trained for, and how it is trained and sampled.
+    """A network, its objective, and how it is trained and sampled."""
 
-    Args:
-        config: size of the network and of what it denoises.
-        device: where it lives.
-    """
+    config: BenchmarkConfig
+    device: torch.device
 
-    name: ContenderName
-    sampler: SamplerConfig
+    name: ClassVar[ContenderName]
+    sampler: ClassVar[SamplerConfig]
     """How frames are sampled by default."""
 
-    def __init__(self, config: BenchmarkConfig, device: torch.device):
-        self.config, self.device = config, device
+    def __post_init__(self) -> None:
         torch.manual_seed(0)
         self.network, self.objective = self.build()
         for p in self.network.parameters():  # closed gates would multiply zeros
             nn.init.normal_(p, std=0.02)
-        self.network.to(device)
+        self.network.to(self.device)
 
     @abstractmethod
     def build(self) -> tuple[nn.Module, Flow | DDPM]:
         """Network and objective."""
 
     @abstractmethod
-    def predict(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """The network's output (B, G, C', H, W) for noisy frames (B, G, C, H, W) at timesteps (B, G)."""
+    def predict(
+        self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Tensor], past: Tensor | ContextCache, mask=None
+    ) -> Tensor:
+        """The network's output (B, G, C', H, W), from past frames or from what `encoded` made of them."""
+
+    @abstractmethod
+    def encoded(self, past: Tensor) -> Tensor | ContextCache:
+        """What can be made of past frames (B, T, C, H, W) once for all denoising steps."""
 
     @abstractmethod
     def build_optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
         """The optimizer, and what takes its step into the average of the weights."""
 
     @abstractmethod
-    def sample(self, batch: Batch, sampler: SamplerConfig) -> Tensor:
+    def sample(self, batch: EncodedBatch, sampler: SamplerConfig) -> Tensor:
         """Frames at the goals, (B, G, C, H, W)."""
 
     @abstractmethod
@@ -102,33 +120,48 @@ class Contender(ABC):
         return torch.autocast(self.device.type, torch.bfloat16) if wanted else nullcontext()
 
     def training_step(
-        self, batch: Batch, precision: Precision | None = None, predict: Callable[..., Tensor] | None = None
+        self, batch: EncodedBatch, precision: Precision | None = None, network: Callable[..., Tensor] | None = None
     ) -> Callable[[], None]:
         """A step: loss, gradients, their norm clipped, the optimizer, the average of the weights.
 
         Args:
             batch: what is trained on.
             precision: of products; by default the config's.
-            predict: in place of `self.predict`.
+            network: in place of `self.predict`.
         """
         optimizer, average = self.optimizer
-        predict = predict or self.predict
-        generator = torch.Generator(self.device).manual_seed(0)
+        network = self.predict if network is None else network
         self.network.train()
 
-        def step() -> None:
-            noise = torch.randn_like(batch.clean)
-            time = self.objective.draw_time(batch.clean.shape[:2], generator)
+        def predict(*inputs: Tensor | Mapping[str, Tensor] | None) -> Tensor:
             with self.autocast(precision):
-                noisy = self.objective.add_noise(batch.clean, noise, time)
-                prediction = predict(noisy, self.objective.timestep(time), batch)
-            self.objective.loss(prediction, batch.clean, noise, time).mean().backward()
+                return network(*inputs)
+
+        def step() -> None:
+            draws = KeyedDraws(range(len(batch.clean)), self.device)
+            self.objective.loss(predict, batch, draws).mean().backward()
             nn.utils.clip_grad_norm_(self.network.parameters(), 10.0)
             optimizer.step()
             optimizer.zero_grad()
             average()
 
         return step
+
+    def inference(self, call: Callable[[], object]) -> Callable[[], object]:
+        """The call in evaluation mode, at the contender's precision."""
+        self.network.eval()
+
+        def wrapped() -> object:
+            with torch.no_grad(), self.autocast():
+                return call()
+
+        return wrapped
+
+    def denoising(self, batch: EncodedBatch) -> Callable[[], object]:
+        """One denoising step of the batch's goals; what can be made of the past before is not part of it."""
+        timestep = torch.full(batch.clean.shape[:2], 500.0, device=self.device)
+        past = self.inference(lambda: self.encoded(batch.context))()
+        return self.inference(lambda: self.predict(batch.clean, timestep, batch.condition, past))
 
 
 class Ours(Contender):
@@ -141,26 +174,21 @@ class Ours(Contender):
     def build(self) -> tuple[nn.Module, Flow | DDPM]:
         """A CDiT of the config, and `make_objective`."""
         config, objective = self.config, self.make_objective()
-        cdit = CDiT(
-            tuple(config.image_size),
-            config.channels,
-            config.context_frames,
-            learn_variance=objective.learn_variance,
-            **replace(config.model, **self.dialect).arguments(),
-        )
-        return cdit, objective
+        model = replace(config.model, **self.dialect).arguments()
+        size, variance = tuple(config.image_size), objective.outputs == 2
+        return CDiT(size, config.channels, config.context_frames, learn_variance=variance, **model), objective
 
     def make_objective(self) -> Flow | DDPM:
         """A flow."""
         return Flow(FlowConfig())
 
-    def predict(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+    def predict(self, *inputs: Tensor | Mapping[str, Tensor] | ContextCache | None) -> Tensor:
         """All goals of a context at once, with the context encoded once."""
-        return self.network(noisy, timestep, batch.action, batch.time_shift, batch.context)
+        return self.network(*inputs)
 
-    def predict_compiled(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
-        """`predict` of the compiled network."""
-        return self.compiled(noisy, timestep, batch.action, batch.time_shift, batch.context)
+    def encoded(self, past: Tensor) -> ContextCache:
+        """Keys and values of all blocks."""
+        return self.network.encode_context(past)
 
     @cached_property
     def compiled(self) -> nn.Module:
@@ -169,7 +197,7 @@ class Ours(Contender):
 
     def build_optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
         """As `train.py` has them."""
-        optimizer, _ = build_optimizer(self.network, OptimizerConfig(warmup_steps=0), steps=1)
+        optimizer, _ = build_optimizer({"model": self.network}, OptimizerConfig(warmup_steps=0), steps=1)
         return optimizer, EMA(self.network, EMAConfig()).step
 
     def world(self, codec: Codec) -> WorldModel:
@@ -177,25 +205,26 @@ class Ours(Contender):
         if codec not in self._worlds:
             size = tuple(side * codec.downscale for side in self.config.image_size)
             name = "flow" if isinstance(self.objective, Flow) else "ddpm"
-            world = WorldModel(self.network, codec, WorldDescription(size, fps=4.0, objective=name))
+            description = WorldDescription(size, fps=4.0, objective=name, sampler=self.sampler)
+            self._worlds[codec] = WorldModel(self.network, codec, description)
             if self.config.compile:
-                world.compile()
-            self._worlds[codec] = world
+                self._worlds[codec].compile()
         return self._worlds[codec].eval()
 
     @cached_property
     def _worlds(self) -> dict[Codec, WorldModel]:
         return {}
 
-    def sample(self, batch: Batch, sampler: SamplerConfig) -> Tensor:
+    def sample(self, batch: EncodedBatch, sampler: SamplerConfig) -> Tensor:
         """By `WorldModel.predict`."""
+        condition = Condition(batch.condition["time_shift"], batch.condition["action"])
         with self.autocast():
-            return self.world(PIXELS).predict(batch.context, batch.action, batch.time_shift, sampler=sampler)
+            return self.world(PIXELS).predict(batch.context, condition, sampler=sampler)
 
     def rollout(self, codec: Codec, frames: Tensor, actions: Tensor, sampler: SamplerConfig) -> Tensor:
         """By `WorldModel.rollout`."""
         with self.autocast():
-            return self.world(codec).rollout(frames, actions, sampler=sampler)
+            return self.world(codec).rollout(frames, Condition(action=actions), sampler=sampler)
 
 
 class OursNWM(Ours):
@@ -215,27 +244,26 @@ class Published(Contender):
 
     name = "NWM-as-published"
     sampler = PUBLISHED
-    kind: type[PublishedCDiT | ConcatDiT] = PublishedCDiT
+    kind: ClassVar[type[PublishedCDiT | ConcatDiT]] = PublishedCDiT
 
     def build(self) -> tuple[nn.Module, DDPM]:
         """The network with learned variance, and a DDPM."""
         config, size = self.config, self.config.model.arguments()
-        network = self.kind(
-            tuple(config.image_size),
-            config.channels,
-            config.context_frames,
-            size["patch_size"],
-            size["hidden_size"],
-            size["depth"],
-            size["num_heads"],
-        )
+        widths = (size[name] for name in ("patch_size", "hidden_size", "depth", "num_heads"))
+        network = self.kind(tuple(config.image_size), config.channels, config.context_frames, *widths)
         return network, DDPM(DDPMConfig())
 
-    def predict(self, noisy: Tensor, timestep: Tensor, batch: Batch) -> Tensor:
+    def predict(
+        self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Tensor], past: Tensor, mask: None = None
+    ) -> Tensor:
         """Every goal with a copy of its context."""
-        goals = noisy.shape[1]
-        flat = (x.flatten(0, 1) for x in (noisy, timestep, batch.action, batch.time_shift))
-        return self.network(*flat, batch.context.repeat_interleave(goals, 0)).unflatten(0, noisy.shape[:2])
+        inputs = (noisy, timestep, condition["action"], condition["time_shift"])
+        flat = (x.flatten(0, 1) for x in inputs)
+        return self.network(*flat, past.repeat_interleave(noisy.shape[1], 0)).unflatten(0, noisy.shape[:2])
+
+    def encoded(self, past: Tensor) -> Tensor:
+        """Nothing: the frames."""
+        return past
 
     def build_optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
         """AdamW and an average, parameter by parameter."""
@@ -250,15 +278,15 @@ class Published(Contender):
         return torch.optim.AdamW(parameters, 8e-5, weight_decay=0.0), average
 
     @torch.no_grad()
-    def sample(self, batch: Batch, sampler: SamplerConfig) -> Tensor:
+    def sample(self, batch: EncodedBatch, sampler: SamplerConfig) -> Tensor:
         """With the scheduler's loop around `predict`."""
         self.network.eval()
+
+        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+            return self.predict(noisy, timestep.expand(noisy.shape[:2]), batch.condition, batch.context)
+
         with self.autocast():
-            return self.objective.sample(
-                lambda noisy, timestep: self.predict(noisy, timestep.expand(noisy.shape[:2]), batch),
-                torch.randn_like(batch.clean),
-                sampler,
-            )
+            return self.objective.sample(predict, torch.randn_like(batch.clean), sampler)
 
     @torch.no_grad()
     def rollout(self, codec: Codec, frames: Tensor, actions: Tensor, sampler: SamplerConfig) -> Tensor:
@@ -267,10 +295,10 @@ class Published(Contender):
         past = frames.repeat_interleave(shape[1], 0)  # (B·G, T, …): every candidate has frames of its own
         predicted = []
         for action in actions.flatten(0, 1).unbind(1):
+            condition = {"action": action[:, None], "time_shift": action.new_full((len(action), 1), 0.25)}
             with self.autocast():
                 context = codec.encode(past)
-                clean = torch.empty_like(context[:, :1])
-                batch = Batch(context, clean, action[:, None], action.new_full((len(action), 1), 0.25))
+                batch = EncodedBatch(context, None, torch.empty_like(context[:, :1]), condition)
                 frame = codec.decode(self.sample(batch, sampler)).to(past.dtype)
             past = torch.cat((past[:, 1:], frame), dim=1)
             predicted.append(frame[:, 0])

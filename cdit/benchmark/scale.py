@@ -4,13 +4,12 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
+from numpy.polynomial.polynomial import polyfit, polyval
 
 from cdit.benchmark.bench import Bench
-from cdit.benchmark.contenders import Batch, Contender, Ours
-from cdit.benchmark.stopwatch import Call, Spread
-from cdit.benchmark.tables import Cell, Table
+from cdit.benchmark.contenders import Ours, random_batch
+from cdit.benchmark.measure import Call, Row, Spread, Table, median
 from cdit.model.describe import counted_flops
 
 Series = dict[str, Callable[[int], Call]]
@@ -19,75 +18,42 @@ Series = dict[str, Callable[[int], Call]]
 
 def scale(bench: Bench) -> Iterator[Table]:
     """Denoising steps against past frames, with the fitted polynomial, then against the other sizes."""
-    config = bench.config
-    contenders = bench.contenders(context_frames=max(config.scale.past_frames))
-    seconds, flops = sweep(bench, past_series(bench, contenders), config.scale.past_frames)
-    yield points("A denoising step of one frame against past frames", "past frames", seconds, config.scale.past_frames)
-    yield fits(seconds, flops, config.scale.past_frames)
-    bench.figures["past_frames"] = plot(seconds, config.scale.past_frames, "past frames", fitted=True)
+    config, sizes = bench.config, bench.config.scale
+    contenders = bench.contenders(context_frames=max(sizes.past_frames))
 
-    series = {c.name: lambda n, c=c: denoising(c, Batch.random(config, bench.device, 1, n)) for c in contenders}
-    seconds, _ = sweep(bench, series, config.scale.candidates)
-    yield points("A denoising step against candidates of one context", "candidates", seconds, config.scale.candidates)
-    bench.figures["candidates"] = plot(seconds, config.scale.candidates, "candidates of one context")
+    past: Series = {}
+    for c in contenders:
+        past[c.name] = lambda n, c=c: c.denoising(bench.batch(1, 1, n))
+        if isinstance(c, Ours) and not c.network.config.context_modulation:
+            past[f"{c.name}, encoding once"] = lambda n, c=c: c.inference(
+                partial(c.encoded, bench.batch(1, 1, n).context)
+            )
+    seconds, flops = sweep(bench, past, sizes.past_frames)
+    yield points("A denoising step of one frame against past frames", "past frames", seconds, sizes.past_frames)
+    yield fits(seconds, flops, sizes.past_frames)
+    bench.figures["past_frames"] = plot(seconds, sizes.past_frames, "past frames", fitted=True)
 
-    series = {c.name: lambda n, c=c: denoising(c, Batch.random(config, bench.device, n, 1)) for c in contenders}
-    seconds, _ = sweep(bench, series, config.scale.batches)
-    yield points("A denoising step against contexts", "contexts", seconds, config.scale.batches)
-    bench.figures["contexts"] = plot(seconds, config.scale.batches, "contexts")
+    def against(unit: str, title: str, label: str, tested: list[int], series: Series) -> Table:
+        seconds, _ = sweep(bench, series, tested)
+        bench.figures[unit] = plot(seconds, tested, label)
+        return points(title, unit, seconds, tested)
 
     def sized(name: str, side: int) -> Call:
         contender = bench.contender(name, image_size=(side, side))
-        return denoising(contender, Batch.random(contender.config, bench.device, 1, 1))
+        return contender.denoising(random_batch(contender.config, bench.device, 1, 1))
 
-    seconds, _ = sweep(bench, {name: partial(sized, name) for name in config.contenders}, config.scale.sides)
-    yield points("A denoising step of one frame against its size", "side", seconds, config.scale.sides)
-    bench.figures["side"] = plot(seconds, config.scale.sides, "height and width of what is denoised")
-
-
-def past_series(bench: Bench, contenders: list[Contender]) -> Series:
-    """Denoising steps of every contender, and what encoding the context costs those that do it once."""
-    found: Series = {}
-    for c in contenders:
-
-        def step(past: int, c: Contender = c) -> Call:
-            return denoising(c, Batch.random(bench.config, bench.device, 1, 1, past))
-
-        def encode(past: int, c: Contender = c) -> Call:
-            frames = Batch.random(bench.config, bench.device, 1, 1, past).context
-            return under(c, lambda: c.network.encode_context(frames))
-
-        found[c.name] = step
-        if isinstance(c, Ours) and not c.network.config.context_modulation:
-            found[f"{c.name}, encoding once"] = encode
-    return found
-
-
-def denoising(contender: Contender, batch: Batch) -> Call:
-    """One step of sampling: the past is encoded before where the contender can."""
-    timestep = torch.full(batch.clean.shape[:2], 500.0, device=contender.device)
-    if isinstance(contender, Ours):
-        cache = under(contender, lambda: contender.network.encode_context(batch.context))()
-        return under(
-            contender,
-            lambda: contender.network(batch.clean, timestep, batch.action, batch.time_shift, cache),
-        )
-    return under(contender, lambda: contender.predict(batch.clean, timestep, batch))
-
-
-def under(contender: Contender, call: Call) -> Call:
-    """The call in evaluation, at the contender's precision."""
-    contender.network.eval()
-
-    def wrapped() -> object:
-        with torch.no_grad(), contender.autocast():
-            return call()
-
-    return wrapped
+    series = {c.name: lambda n, c=c: c.denoising(bench.batch(1, n)) for c in contenders}
+    title, label = "A denoising step against candidates of one context", "candidates of one context"
+    yield against("candidates", title, label, sizes.candidates, series)
+    series = {c.name: lambda n, c=c: c.denoising(bench.batch(n, 1)) for c in contenders}
+    yield against("contexts", "A denoising step against contexts", "contexts", sizes.batches, series)
+    series = {name: partial(sized, name) for name in config.contenders}
+    title, label = "A denoising step of one frame against its size", "height and width of what is denoised"
+    yield against("side", title, label, sizes.sides, series)
 
 
 def sweep(bench: Bench, series: Series, sizes: list[int]) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-    """Seconds (sizes, rounds) and FLOPs (sizes,) of every series; all calls are run in turn."""
+    """Seconds (sizes, rounds) and FLOPs (sizes,) of every series; all calls run in turn."""
     calls = {(name, size): call(size) for name, call in series.items() for size in sizes}
     flops = {name: np.array([counted_flops(calls[name, size]) for size in sizes]) for name in series}
     times = bench.watch.times(calls)
@@ -96,23 +62,20 @@ def sweep(bench: Bench, series: Series, sizes: list[int]) -> tuple[dict[str, np.
 
 def points(title: str, unit: str, seconds: dict[str, np.ndarray], sizes: list[int]) -> Table:
     """Medians."""
-    rows: list[dict[str, Cell]] = []
-    for i, size in enumerate(sizes):
-        row: dict[str, Cell] = {unit: str(size)}
-        rows.append(row | {f"{name} [ms]": float(1000 * np.median(s[i])) for name, s in seconds.items()})
+    rows: list[Row] = [
+        {unit: str(size), **{f"{name} [ms]": 1000 * median(s[i]) for name, s in seconds.items()}}
+        for i, size in enumerate(sizes)
+    ]
     return Table(title, rows)
 
 
 def fits(seconds: dict[str, np.ndarray], flops: dict[str, np.ndarray], past: list[int]) -> Table:
     """a + b·T + c·T² through the times, round by round, and through the FLOPs, which are such a polynomial exactly."""
-    rows: list[dict[str, Cell]] = []
+    rows: list[Row] = []
     for name, values in seconds.items():
-        time = np.polynomial.polynomial.polyfit(past, 1000 * values, 2)  # (3, rounds)
-        work = np.polynomial.polynomial.polyfit(past, flops[name] / 1e9, 2)
-        row: dict[str, Cell] = {"": name}
-        row |= {f"{letter} [ms]": Spread.of(rounds) for letter, rounds in zip("abc", time, strict=True)}
-        row |= {f"{letter} [GFLOP]": float(round(value, 6) + 0.0) for letter, value in zip("abc", work, strict=True)}
-        rows.append(row)
+        time, work = polyfit(past, 1000 * values, 2), polyfit(past, flops[name] / 1e9, 2)  # (3, rounds) and (3,)
+        row: Row = {"": name, **{f"{x} [ms]": Spread.of(rounds) for x, rounds in zip("abc", time, strict=True)}}
+        rows.append(row | {f"{x} [GFLOP]": float(round(v, 6) + 0.0) for x, v in zip("abc", work, strict=True)})
     return Table("a + b·T + c·T² for T past frames, one denoising step of one frame", rows)
 
 
@@ -125,8 +88,7 @@ def plot(seconds: dict[str, np.ndarray], sizes: list[int], unit: str, fitted: bo
         (dots,) = axes.plot(sizes, medians, "o" if fitted else "o-", label=name, markersize=4)
         if fitted:
             grid = np.linspace(min(sizes), max(sizes), 100)
-            curve = np.polynomial.polynomial.polyfit(sizes, medians, 2)
-            axes.plot(grid, np.polynomial.polynomial.polyval(grid, curve), color=dots.get_color(), linewidth=1)
+            axes.plot(grid, polyval(grid, polyfit(sizes, medians, 2)), color=dots.get_color(), linewidth=1)
     axes.set(xlabel=unit, ylabel="ms", ylim=(0, None))
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

@@ -12,6 +12,7 @@ from textwrap import fill
 from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
 
 import yaml
+from docstring_parser import parse_from_object
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_loader, set_loader, set_parsing_settings
 from tqdm import tqdm
 
@@ -64,6 +65,7 @@ def parse_config(
     argv: Sequence[str] | None = None,
     default_file: Path | str | None = None,
     positional: bool = False,
+    listed: str | None = None,
     sections: Sequence[str] | None = None,
 ) -> T:
     """Reads a dataclass from `--config FILE` (YAML) and overrides such as `--model.depth 6`.
@@ -76,11 +78,12 @@ def parse_config(
         argv: the arguments, by default those of the process.
         default_file: the YAML file that is read if there is no `--config`.
         positional: whether fields without a default are positional arguments, in their order.
+        listed: a list field that takes any number of positional arguments.
         sections: the only fields that are read from a config file, which may belong to another program and have more.
 
     Unknown or ill-typed fields end the process with a message that names them and exit code 2.
     """
-    parser = _parser(config_class, description, positional)
+    parser = _parser(config_class, description, positional, listed=listed)
     parser.sections = sections
     arguments = _complete(sys.argv[1:] if argv is None else argv, parser, config_class, default_file)
     return _instance(config_class, _parse(parser, arguments))
@@ -107,10 +110,14 @@ def parse_command(
     return name, _instance(commands[name].config_class, values[name])
 
 
-def _parser(config_class: type, description: str, positional: bool, program: str | None = None) -> _Parser:
+def _parser(
+    config_class: type, description: str, positional: bool, program: str | None = None, listed: str | None = None
+) -> _Parser:
     program = program or _program()
-    required = [f.name for f in fields(config_class) if f.default is f.default_factory is MISSING]
+    required = [f.name for f in fields(config_class) if f.default is f.default_factory is MISSING and f.name != listed]
     shown = " ".join(name.upper() if positional else f"--{name} {name.upper()}" for name in required)
+    if listed:
+        shown = f"{_item(listed)} [{_item(listed)} …] {shown}"
     parser = _Parser(
         prog=program,
         usage=f"{program} {shown} [options]".replace("  ", " "),
@@ -118,8 +125,18 @@ def _parser(config_class: type, description: str, positional: bool, program: str
         formatter_class=_Formatter,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
-    parser.add_class_arguments(config_class, as_positional=positional, fail_untyped=True)
+    parser.add_class_arguments(config_class, as_positional=positional, fail_untyped=True, skip={listed} - {None})
+    if listed:
+        default = next(f.default_factory for f in fields(config_class) if f.name == listed)
+        about = next(p.description for p in parse_from_object(config_class).params if p.arg_name == listed)
+        kind = get_args(get_type_hints(config_class)[listed])[0]
+        count = {"nargs": "+"} if default is MISSING else {"nargs": "*", "default": default()}
+        parser.add_argument(listed, type=kind, help=about, metavar=_item(listed), **count)
     return parser
+
+
+def _item(listed: str) -> str:
+    return listed.upper().removesuffix("S")
 
 
 def _program() -> str:

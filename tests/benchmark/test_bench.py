@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from cdit.benchmark.bench import Bench
 from cdit.benchmark.config import BenchmarkConfig
-from cdit.benchmark.stopwatch import Stopwatch
+from cdit.benchmark.measure import Stopwatch
 from cdit.diffusion import SamplerConfig
 
 
@@ -21,7 +20,7 @@ def test_denoising_steps_that_are_not_run_are_added_in_proportion(measured, run,
         return 3 + 2 * sampler.steps, 5 * sampler.steps
 
     monkeypatch.setattr(Stopwatch, "times", lambda self, calls: {key: np.array(call()) for key, call in calls.items()})
-    bench = Bench(BenchmarkConfig(measured_steps=measured), torch.device("cpu"))
+    bench = Bench(BenchmarkConfig(measured_steps=measured, device="cpu"))
     seconds = bench.sampling_times([SimpleNamespace(name="peer", sampler=SamplerConfig(steps=250))], costs, [4])
     assert ran == run
     assert seconds.keys() == {("peer", 4), ("peer", 250)}

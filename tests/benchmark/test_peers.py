@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+from cdit.batch import EncodedBatch
 from cdit.benchmark.config import BenchmarkConfig
-from cdit.benchmark.contenders import Batch, Concatenated, Contender, Ours, Published
+from cdit.benchmark.contenders import Concatenated, Contender, Ours, Published, random_batch
 from cdit.benchmark.peers import ConcatDiT, PublishedCDiT
-from cdit.benchmark.scale import denoising
 from cdit.codec import PixelCodec
 from cdit.diffusion import SamplerConfig
 from cdit.model import ModelConfig
@@ -62,20 +62,25 @@ def test_concatenation_attends_over_all_tokens():
         assert (dit(sample, *conditions, other) - out).abs().amin() > 0
 
 
-def small(kind: type[Contender], goals: int, past: int) -> tuple[Contender, Batch]:
+def small(kind: type[Contender], goals: int, past: int) -> tuple[Contender, EncodedBatch]:
     """A contender, and what it can be asked for."""
     model = ModelConfig(patch_size=2, hidden_size=32, depth=3, num_heads=2)
     config = BenchmarkConfig(image_size=(8, 8), context_frames=past, model=model, mixed_precision="no")
     device = torch.device("cpu")
-    return kind(config, device), Batch.random(config, device, 1, goals)
+    return kind(config, device), random_batch(config, device, 1, goals)
+
+
+def denoising_flops(kind: type[Contender], goals: int, past: int) -> int:
+    contender, batch = small(kind, goals, past)
+    return counted_flops(contender.denoising(batch))
 
 
 @pytest.mark.parametrize("past", [1, 4])
 def test_flops_of_a_denoising_step_by_hand(past):
     """2 FLOPs per multiply-add; N = 16 patches, d = 32, 3 blocks; the rest does not depend on the past."""
     n, d, blocks = 16, 32, 3
-    counted = {kind: counted_flops(denoising(*small(kind, 1, past))) for kind in (Ours, Published, Concatenated)}
-    alone = {kind: counted_flops(denoising(*small(kind, 1, 8))) - counted[kind] for kind in counted}
+    counted = {kind: denoising_flops(kind, 1, past) for kind in (Ours, Published, Concatenated)}
+    alone = {kind: denoising_flops(kind, 1, 8) - counted[kind] for kind in counted}
     more = 8 - past
     products = 2 * 2 * n * n * d  # q·k and weights·v, for each past frame
     assert alone[Ours] == blocks * more * products
@@ -88,8 +93,8 @@ def test_flops_of_a_denoising_step_by_hand(past):
 
 def test_goals_do_not_multiply_the_context_of_ours():
     grown = {
-        kind: counted_flops(lambda c=c, b=b: c.predict(b.clean, torch.zeros(1, 4), b))
-        - counted_flops(denoising(*small(kind, 4, 4)))
+        kind: counted_flops(lambda c=c, b=b: c.predict(b.clean, torch.zeros(1, 4), b.condition, b.context))
+        - denoising_flops(kind, 4, 4)
         for kind in (Ours, Published)
         for c, b in [small(kind, 4, 4)]
     }

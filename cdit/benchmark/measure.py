@@ -1,4 +1,4 @@
-"""Times, ratios and memory of calls that are run in turn."""
+"""Times, ratios and memory of calls that run in turn, and tables of them."""
 
 import ctypes
 import gc
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from cdit.common.tables import markdown_table
 
 Call = Callable[[], object]
 
@@ -24,12 +26,31 @@ class Spread:
 
     @classmethod
     def of(cls, values: np.ndarray) -> "Spread":
-        """Of the rounds' values."""
+        """Of the values (rounds,)."""
         return cls(*(float(q) for q in np.quantile(values, (0.25, 0.5, 0.75))))
 
     def __str__(self) -> str:
         low, median, high = (f"{value:.3g}" for value in (self.low, self.median, self.high))
         return f"{median} ({low}–{high})"
+
+
+Cell = str | float | int | Spread | None
+Row = dict[str, Cell]
+
+
+@dataclass
+class Table:
+    """Rows of named cells; all have the columns of the first one."""
+
+    title: str
+    rows: list[Row]
+    note: str = ""
+    """What a reader has to know to read it rightly."""
+
+    def __str__(self) -> str:
+        columns = list(self.rows[0])
+        table = markdown_table(columns, [[row[column] for column in columns] for row in self.rows])
+        return f"### {self.title}\n\n{table}" + (f"\n{self.note}\n" if self.note else "")
 
 
 @dataclass
@@ -70,17 +91,22 @@ class Stopwatch:
             torch.accelerator.synchronize(self.device)
 
 
+def median(values: np.ndarray) -> float:
+    """As a table's cell."""
+    return float(np.median(values))
+
+
 def product(device: torch.device, dtype: torch.dtype) -> tuple[Call, int]:
-    """A product of two large square matrices, which comes near what the device can do at most, and its FLOPs."""
+    """A product of two large square matrices, which comes near the device's peak rate, and its FLOPs."""
     side = 2048 if device.type == "cpu" else 8192
     a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
     return lambda: torch.mm(a, b, out=out), 2 * side**3
 
 
 def peak_bytes(device: torch.device, call: Call) -> int | None:
-    """The most memory in use during a call over that before it; None where neither CUDA nor Linux can tell.
+    """The most memory in use during a call beyond that before it; None if neither CUDA nor Linux can tell.
 
-    Of a GPU: what torch has allocated. Of a CPU: pages of the process, free ones given back before.
+    On a GPU, what torch allocates. On a CPU, pages of the process, after it has given back free ones.
     """
     gc.collect()
     if device.type == "cuda":
@@ -91,7 +117,7 @@ def peak_bytes(device: torch.device, call: Call) -> int | None:
         return torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     except (OSError, AttributeError, TypeError):  # no glibc, or no /proc
         return None
     before = _status("VmRSS")
