@@ -5,7 +5,7 @@ import torch
 
 from cdit.codec import PixelCodec
 from cdit.diffusion import SamplerConfig
-from cdit.heads.recording import record_attention
+from cdit.heads.record import record_attention
 from cdit.model import CDiT
 from cdit.model.attention import (
     KeysValues,

@@ -16,7 +16,7 @@ from cdit.benchmark.contenders import PIXELS
 from cdit.benchmark.measure import Row, Spread, Table, median
 from cdit.common.errors import UserError
 from cdit.heads.config import AttentionConfig
-from cdit.heads.probe import inspect_attention
+from cdit.heads.inspection import inspect_attention
 from cdit.model import CDiT
 from cdit.model.attention import KeysValues, attention_weights, scaled_dot_product_attention
 from cdit.training.config import CheckpointConfig, EMAConfig, TrainConfig

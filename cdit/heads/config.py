@@ -1,43 +1,50 @@
-"""What is looked at in a model's attention, as configs and command lines say it. Imports no torch."""
+"""Options of attention reports. Free of torch, so that `--help` and configs of training load fast."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from cdit.codec.config import DEFAULT_WEIGHTS
 from cdit.common.errors import UserError
+from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, TrackingOptions, check_options
+from cdit.diffusion.config import SamplerOptions
 
 if TYPE_CHECKING:
     from cdit.model import CDiT
 
 Kind = Literal["cross", "self"]
+"""Cross-attention to the past frames, or self-attention within the target."""
+
+Mode = Literal["zero", "mean"]
+"""What replaces the output of a head: zeros, or the head's mean output."""
 
 
 @dataclass
 class AttentionConfig:
-    """Which attention is looked at."""
+    """Which attention is inspected."""
 
     kinds: list[Kind] = field(default_factory=lambda: ["cross"])
-    """cross, to the past frames, and self, within the target. The page has the first."""
+    """cross (to the past frames), self (within the target), or both. The page shows cross-attention."""
     layers: list[int] | None = None
-    """Blocks, from 0; by default all. Figures are drawn of the first, the middle and the last of them."""
+    """Blocks, counted from 0; all by default. Figures show the first, the middle and the last of them."""
     times: list[float] = field(default_factory=lambda: [0.25, 0.75])
     """Diffusion times between 0 (clean) and 1 (noise)."""
     samples: int = 8
-    """Samples that are measured, each with all its goals; 0 for none."""
+    """Number of samples to measure, each with all its goals; 0 turns the report off."""
     drawn: int = 1
-    """How many of them are drawn: on the page with their first and last goal, in figures with the first."""
+    """Number of samples to draw: their first and last goal on the page, their first goal in figures."""
     patch: tuple[int, int] | None = None
-    """Row and column of the target patch from which figures look, from 0 at the top left; by default the centre."""
+    """Row and column of the target patch whose attention figures show, from 0 at the top left; the centre by
+    default."""
 
     def resolve(self, cdit: "CDiT", field: str = "attention") -> tuple[list[int], tuple[int, int]]:
-        """The layers and the patch that this means for a network.
+        """The layers and the patch to inspect in a network.
 
         Args:
             cdit: the network.
-            field: what messages call this config; empty where its fields stand alone.
+            field: prefix of field names in error messages; empty if the fields are top-level options.
 
         Raises:
-            UserError: the network has no such layer or patch, or a value is out of its range; the message names the
-                field.
+            UserError: the network has no such layer or patch, or a value is out of range; the message names the field.
         """
         depth, (rows, columns) = len(cdit.blocks), cdit.grid
         layers = list(range(depth)) if self.layers is None else sorted(set(self.layers))
@@ -53,3 +60,75 @@ class AttentionConfig:
             if not holds:
                 raise UserError(f"{field}{'.' if field else ''}{name} is {getattr(self, name)}, expected {expected}")
         return layers, (row, column)
+
+
+@dataclass
+class ImportanceConfig:
+    """How the importance of heads is measured."""
+
+    layers: list[int] | None = None
+    """Blocks, counted from 0; all by default."""
+    kinds: list[Kind] = field(default_factory=lambda: ["cross", "self"])
+    """Which attentions."""
+    mode: Mode = "zero"
+    """What replaces a head's output: zeros, or its mean over the samples."""
+    times: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    """Diffusion times over which the loss is averaged."""
+    batch_size: int = 8
+    """Samples per forward pass."""
+
+
+@dataclass(kw_only=True)
+class HeadsConfig(TrackingOptions, AttentionConfig, OutputOptions, DataOptions, CheckpointOptions):
+    """Options of `python -m cdit.heads`."""
+
+    checkpoint: str
+    """Folder of a training run or of a world model, or a published NWM checkpoint (*.pth.tar)."""
+    data: str | None = None
+    """Dataset folder. Datasets recorded in Doom also provide the true places that heads are scored against."""
+    frames: str | None = None
+    """Instead of data: a folder of images, sorted by name, that serve as past frames and targets."""
+    actions: str | None = None
+    """With frames, the motion from each image to the next, as in sample.py: words such as forward*8,turn_left*4 or a
+    file. Unknown by default."""
+    kinds: list[Kind] = field(default_factory=lambda: ["cross", "self"])
+    """cross (to the past frames), self (within the target), or both. The page shows cross-attention."""
+    samples: int = 32
+    """Number of samples to measure, each with all its goals."""
+    drawn: int = 4
+    """Number of samples to draw: their first and last goal on the page, their first goal in figures."""
+    offsets: list[int] | None = None
+    """Goals, in frames ahead; 1, 4 and 8 by default, with frames 1."""
+    importance: Literal["no", "loss", "lpips"] = "no"
+    """Also ablate each head by itself and more and more heads at once, and measure the denoising loss (loss) and how
+    sampled frames change (lpips; samples all targets once per head)."""
+    ablation: Mode = "zero"
+    """What replaces the output of ablated heads: zeros, or the head's mean output."""
+    untrained: bool = True
+    """Whether to score the same network with initial weights against true places, for comparison."""
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
+    """Sampling of the predicted frames on the page."""
+    codec: str = DEFAULT_WEIGHTS["kl"]
+    """For a published checkpoint: hub name or local folder of its AutoencoderKL."""
+    weights: Literal["ema", "model"] = "ema"
+    """For a published checkpoint: the averaged weights, or the trained ones."""
+    num_heads: int | None = None
+    """For a published checkpoint: heads per attention; by default those of the published network of that size."""
+    seed: int = 0
+    """Of the noise, of the halves and of the bootstrap."""
+
+    def check(self) -> None:
+        """Finds mistakes before anything is loaded.
+
+        Raises:
+            UserError: naming the field.
+        """
+        check_options(self)
+        if (self.data is None) == (self.frames is None):
+            raise UserError("give either data, a dataset folder, or frames, a folder of images")
+        if self.actions is not None and self.frames is None:
+            raise UserError("actions can only be given with frames; a dataset has its own")
+        if self.samples < 1:
+            raise UserError(f"samples is {self.samples}, expected at least 1")
+        if self.offsets is not None and (not self.offsets or 0 in self.offsets):
+            raise UserError(f"offsets is {self.offsets}, expected non-zero numbers of frames")

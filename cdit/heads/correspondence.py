@@ -1,81 +1,94 @@
-"""Does attention look where the same surface was? Weights judged by true places, as pure functions.
+"""Does attention find where the same surface was? Weights scored against the true places of what a patch shows.
 
-For target patch i and past frame t, A(i, t) are the patch of the frame that holds the true place of what i shows, and
-its 8 neighbours, as far as the frame reaches; where the frame does not show it, or it is not known, A(i, t) is empty.
-N patches a frame, w(i, t, j) the weight of i on patch j of frame t.
+For target patch i and past frame t, A(i, t) is the patch of the frame with the true place of what i shows, plus its 8
+neighbours within the frame; it is empty if that is not visible in the frame, or unknown. N patches per frame, w(i, t,
+j) the weight of i on patch j of frame t.
 
-    lift      Σ w(i, t, j ∈ A(i, t))  /  Σ |A(i, t)| / N · w(i, t, all j),   sums over all i and all t that show i
-    share     mean over the patches i that any frame shows of Σ w(i, t, j ∈ A(i, t))
-    accuracy  share of the patches i that any frame shows whose largest weight, of all frames, lies in an A(i, t)
+    lift      Σ w(i, t, j ∈ A(i, t))  /  Σ |A(i, t)| / N · w(i, t, all j),  sums over all i, t where i is visible
+    share     mean of Σ w(i, t, j ∈ A(i, t)) over the patches i that are visible in any frame
+    accuracy  share of the patches i, visible in any frame, whose largest weight over all frames lies in some A(i, t)
 
-The lift compares with an even spread *within each frame of what the head gives this frame*: a head that looks at the
-newest frame alone is judged by where it looks there, not by its choice of the frame, and what it gives to frames that
-do not show the point is left out. It is 1 for even weights, whichever frames they prefer, and N / |A| at best.
+The lift compares with an even spread *within each frame of the head's mass on that frame*: a head that attends only to
+the newest frame is judged by where it attends there, not by its choice of frame, and mass on frames without the content
+is ignored. It is 1 for even weights, whichever frames they prefer, and N / |A| at best.
 
-Share and accuracy are of all past tokens, the share of the extra key, too: looking into a frame that does not show the
-point, while another does, counts as a miss there. Weights that are equally large share the hit evenly, so that even
-weights have the accuracy of chance.
+Share and accuracy are over all past tokens, the extra key included: attention to a frame without the content is a miss
+if another frame has it. Equal weights share a hit evenly, so that even weights have the accuracy of chance.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from cdit.data.windows import WindowDataset
+from cdit.doom.correspondence import WindowCorrespondence
 from cdit.heads.measures import Layout
 
+SCORES = ("correspondence lift", "correspondence share", "correspondence accuracy")
 NEIGHBOURS = 1
 """How many patches beside the true one still count, in each direction."""
 
 
-@dataclass(frozen=True)
-class CorrespondenceScore:
-    """Sums over target patches, (…) each; those of several frames are added before their ratios are taken."""
+def true_places(
+    dataset: WindowDataset, grid: tuple[int, int], windows: Sequence[int], offsets: Sequence[int]
+) -> Tensor:
+    """Where the content of each target patch was in each past frame: (S, G, N, T, 2) float32.
+
+    Row and column in patches, the patch (r, c) being [r, r + 1) × [c, c + 1); NaN if it is not visible in the frame.
+
+    Args:
+        dataset: recorded in Doom, with its camera and maps.
+        grid: rows and columns of patches.
+        windows: S indices.
+        offsets: of the G goals, in frames.
+
+    Raises:
+        UserError: the dataset does not provide them; the message says why.
+    """
+    known = WindowCorrespondence(dataset, grid)
+    found = [[known(window, offset) for offset in offsets] for window in windows]
+    places = [[np.where(one.visible[..., None], one.place, np.nan) for one in row] for row in found]
+    return torch.from_numpy(np.array(places, np.float32))
+
+
+def true_tokens(places: Tensor, layout: Layout) -> Tensor:
+    """Which past tokens show the content of each target patch, neighbours included: (…, N, M) bool.
+
+    Args:
+        places: (…, N, T, 2), see `true_places`.
+        layout: of the T past frames.
+    """
+    distance = (places.floor()[..., None, :] - layout.positions(places.device)).abs()  # (…, N, T, patches, 2)
+    return (distance <= NEIGHBOURS).all(-1).flatten(-2)  # NaN is never near
+
+
+class CorrespondenceScore(NamedTuple):
+    """Sums over target patches, (…) each; to average over goals, add them before taking ratios."""
 
     mass: Tensor
     """Weight on true places."""
     even: Tensor
-    """What the same weight on each frame would put there, spread evenly over the frame."""
+    """What the same weight per frame would put there if spread evenly over the frame."""
     hits: Tensor
     """Target patches whose largest weight is on a true place."""
     patches: Tensor
-    """Target patches that any past frame shows."""
+    """Target patches that are visible in any past frame."""
 
-    def __add__(self, other: "CorrespondenceScore") -> "CorrespondenceScore":
-        return CorrespondenceScore(
-            self.mass + other.mass, self.even + other.even, self.hits + other.hits, self.patches + other.patches
-        )
+    def ratios(self) -> dict[str, Tensor]:
+        """`SCORES`; NaN if nothing is visible."""
+        found = (self.mass / self.even, self.mass / self.patches, self.hits / self.patches)
+        return dict(zip(SCORES, found, strict=True))
 
-    @property
-    def lift(self) -> Tensor:
-        """0: never there; 1: as even weights; at best N / 9, and at borders more. NaN if all is hidden."""
-        return self.mass / self.even
-
-    @property
-    def share(self) -> Tensor:
-        """Mean weight on true places, in [0, 1]; NaN if all is hidden."""
-        return self.mass / self.patches
-
-    @property
-    def accuracy(self) -> Tensor:
-        """How often the largest weight is on a true place, in [0, 1]; NaN if all is hidden."""
-        return self.hits / self.patches
-
-
-def true_tokens(place: Tensor, visible: Tensor, layout: Layout) -> Tensor:
-    """Which past tokens show what each target patch shows, neighbours included: (…, N, M) bool.
-
-    Args:
-        place: (…, N, T, 2) row and column in patches, the patch (r, c) being [r, r+1) × [c, c+1).
-        visible: (…, N, T) bool; elsewhere the place does not matter and may be NaN.
-        layout: of the T past frames.
-    """
-    distance = (place.floor()[..., None, :] - layout.positions(place.device)).abs()  # (…, N, T, patches, 2)
-    return ((distance <= NEIGHBOURS).all(-1) & visible[..., None]).flatten(-2)
+    def sum(self, dim: int) -> "CorrespondenceScore":
+        """Summed over a dimension, on the CPU."""
+        return CorrespondenceScore(*(x.sum(dim).cpu() for x in self))
 
 
 def correspondence_score(weights: Tensor, truth: Tensor, layout: Layout) -> CorrespondenceScore:
-    """Judges weights (…, N, M[+1]) by `true_tokens` (…, N, M), their leading dimensions broadcast."""
+    """Scores weights (…, N, M[+1]) against `true_tokens` (…, N, M), their leading dimensions broadcast."""
     past = weights[..., : layout.frames * layout.patches]
     on_truth = (past * truth).sum(-1)
     frames, true_frames = (x.unflatten(-1, (layout.frames, layout.patches)) for x in (past, truth.to(past.dtype)))
@@ -86,12 +99,10 @@ def correspondence_score(weights: Tensor, truth: Tensor, layout: Layout) -> Corr
     return CorrespondenceScore(on_truth.sum(-1), even.sum(-1), hits.sum(-1), patches)
 
 
-def even_weights(layout: Layout) -> Tensor:
-    """Baseline: all past tokens alike, (N, M)."""
+def baselines(layout: Layout) -> dict[str, Tensor]:
+    """Weights (N, M) that need no network: the same place in every past frame, and an even spread over all tokens."""
     tokens = layout.frames * layout.patches
-    return torch.full((layout.patches, tokens), 1 / tokens)
-
-
-def same_place_weights(layout: Layout) -> Tensor:
-    """Baseline: the same place in each past frame, all frames alike, (N, M)."""
-    return torch.eye(layout.patches).repeat(1, layout.frames) / layout.frames
+    return {
+        "same place": torch.eye(layout.patches).repeat(1, layout.frames) / layout.frames,
+        "uniform": torch.full((layout.patches, tokens), 1 / tokens),
+    }

@@ -18,7 +18,7 @@ from cdit.data.actions import DEFAULT_STEP, compose, read_actions
 from cdit.data.frames import crop_and_resize, decode
 from cdit.data.layout import DatasetInfo
 from cdit.evaluate.metrics import psnr
-from cdit.heads.probe import inspect_attention
+from cdit.heads.inspection import inspect_attention
 from cdit.heads.report import AttentionReport
 from cdit.loading import load_world, spread, windows_for
 from cdit.sample.config import SampleConfig

@@ -20,9 +20,8 @@ from cdit.evaluate.protocols import Direct, Protocol, Rollout
 from cdit.evaluate.results import ProtocolResult, summarize
 from cdit.evaluate.study import Judge, Study, joined
 from cdit.evaluate.tables import markdown
-from cdit.heads.probe import inspect_attention
-from cdit.heads.recording import unwrap
-from cdit.heads.truth import true_places
+from cdit.heads.correspondence import true_places
+from cdit.heads.inspection import inspect_attention
 from cdit.loading import spread
 from cdit.model import CDiT
 from cdit.training.config import TrainConfig
@@ -117,7 +116,7 @@ class Probes:
         batch = Batch.collate([self.dataset.window(window, offsets) for window in windows])
         names = [self.dataset.trajectories[self.dataset.locate(window)[0]].name for window in windows]
         try:
-            places = true_places(self.dataset, unwrap(world.cdit).grid, windows, offsets)
+            places = true_places(self.dataset, world.cdit.grid, windows, offsets)
         except UserError:  # most datasets do not know them
             places = None
         report = inspect_attention(

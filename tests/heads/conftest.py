@@ -1,10 +1,13 @@
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from cdit.batch import Batch, Condition
 from cdit.codec import Codec, PixelCodec
+from cdit.common.randomness import generator
 from cdit.model import CDiT
 from cdit.world_model import WorldDescription, WorldModel
 
@@ -28,10 +31,10 @@ def make_cdit() -> Callable[..., CDiT]:
 
 
 @pytest.fixture
-def make_inputs() -> Callable[..., dict[str, Tensor]]:
+def make_inputs() -> Callable[..., dict[str, Any]]:
     """Arguments of `CDiT.forward` for goals of contexts whose first has a missing frame."""
 
-    def make(cdit: CDiT, contexts: int = 2, goals: int = 3, frames: int = 3) -> dict[str, Tensor]:
+    def make(cdit: CDiT, contexts: int = 2, goals: int = 3, frames: int = 3) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(1)
 
         def normal(*shape: int) -> Tensor:
@@ -43,8 +46,7 @@ def make_inputs() -> Callable[..., dict[str, Tensor]]:
         return {
             "sample": normal(contexts, goals, channels, height, width),
             "timestep": normal(contexts, goals).sigmoid() * 1000,
-            "action": normal(contexts, goals, 3),
-            "time_shift": normal(contexts, goals),
+            "condition": {"action": normal(contexts, goals, 3), "time_shift": normal(contexts, goals)},
             "context": normal(contexts, frames, channels, height, width),
             "context_mask": mask,
         }
@@ -64,12 +66,10 @@ def make_world(make_cdit) -> Callable[..., WorldModel]:
 
 
 @pytest.fixture
-def make_batch() -> Callable[..., dict[str, Tensor]]:
-    """Stacked items as of a WindowDataset; the first sample lacks its oldest frame."""
+def make_batch() -> Callable[..., Batch]:
+    """Windows of random frames; the first sample lacks its oldest frame."""
 
-    def make(
-        image_size: tuple[int, int] = (16, 24), samples: int = 2, goals: int = 2, frames: int = 3
-    ) -> dict[str, Tensor]:
+    def make(image_size: tuple[int, int] = (16, 24), samples: int = 2, goals: int = 2, frames: int = 3) -> Batch:
         generator = torch.Generator().manual_seed(2)
 
         def pictures(count: int) -> Tensor:
@@ -78,15 +78,33 @@ def make_batch() -> Callable[..., dict[str, Tensor]]:
 
         mask = torch.ones(samples, frames, dtype=torch.bool)
         mask[0, 0] = frames == 1
-        return {
-            "context": pictures(frames),
-            "context_mask": mask,
-            "target": pictures(goals),
-            "action": torch.randn(samples, goals, 3, generator=generator),
-            "action_mask": torch.ones(samples, goals, dtype=torch.bool),
-            "time_shift": torch.rand(samples, goals, generator=generator) + 0.25,
-            "spacing": torch.ones(samples),
-            "seed": torch.arange(samples),
-        }
+        return Batch(
+            context=pictures(frames),
+            mask=mask,
+            target=pictures(goals),
+            condition=Condition(
+                action=torch.randn(samples, goals, 3, generator=generator),
+                known=torch.ones(samples, goals, dtype=torch.bool),
+                time_shift=torch.rand(samples, goals, generator=generator) + 0.25,
+                spacing=torch.ones(samples),
+            ),
+        )
 
     return make
+
+
+@pytest.fixture
+def denoise() -> Callable[..., Tensor]:
+    """An independent forward pass over a whole batch, noised to one diffusion time: the loss, (S, G)."""
+
+    @torch.no_grad()
+    def run(world: WorldModel, batch: Batch, time: float, seed: int) -> Tensor:
+        context, target = (frames.float() / 127.5 - 1 for frames in (batch.context, batch.target))
+        noise = torch.stack([torch.randn(target.shape[1:], generator=generator(seed, i)) for i in range(len(target))])
+        times = torch.full(target.shape[:2], time)
+        noisy = world.objective.add_noise(target, noise, times)
+        condition = {name: getattr(batch.condition, name) for name in ("action", "time_shift")}
+        prediction = world.cdit(noisy, world.objective.timestep(times), condition, context, batch.mask)
+        return world.objective.error(prediction, target, noise, times)
+
+    return run

@@ -1,20 +1,30 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from cdit.heads.correspondence import (
-    CorrespondenceScore,
+    baselines,
     correspondence_score,
-    even_weights,
-    same_place_weights,
     true_tokens,
 )
 from cdit.heads.measures import Layout
 
 LAYOUT = Layout(frames=3, rows=6, columns=8)
 N, M = 48, 144
+SAME_PLACE, EVEN = baselines(LAYOUT).values()
+
+
+def tokens(place: Tensor, visible: Tensor) -> Tensor:
+    return true_tokens(torch.where(visible[..., None], place, math.nan), LAYOUT)
+
+
+def judge(weights: Tensor, truth: Tensor) -> SimpleNamespace:
+    score = correspondence_score(weights, truth, LAYOUT)
+    lift, share, accuracy = score.ratios().values()
+    return SimpleNamespace(lift=lift, share=share, accuracy=accuracy, patches=score.patches)
 
 
 def moved(rows: float, columns: float, layout: Layout = LAYOUT) -> tuple[Tensor, Tensor]:
@@ -44,7 +54,7 @@ def test_true_tokens_are_the_patch_and_its_neighbours():
     place[5, 1], visible[5, 1] = torch.tensor([2.99, 4.01]), True
     place[6, 0], visible[6, 0] = torch.tensor([0.0, 7.9]), True
     place[7, 2] = torch.tensor([3.0, 3.0])  # hidden
-    truth = true_tokens(place, visible, LAYOUT).unflatten(-1, LAYOUT)
+    truth = tokens(place, visible).unflatten(-1, LAYOUT)
     assert truth[5].nonzero().tolist() == [[1, row, column] for row in (1, 2, 3) for column in (3, 4, 5)]
     assert truth[6].nonzero().tolist() == [[0, row, column] for row in (0, 1) for column in (6, 7)]
     assert truth.sum() == 13
@@ -53,8 +63,8 @@ def test_true_tokens_are_the_patch_and_its_neighbours():
 def test_even_weights_have_lift_1_and_the_accuracy_of_chance():
     place, visible = moved(1.2, -2.6)
     visible[:, 0] = False
-    truth = true_tokens(place, visible, LAYOUT)
-    score = correspondence_score(even_weights(LAYOUT), truth, LAYOUT)
+    truth = tokens(place, visible)
+    score = judge(EVEN, truth)
     assert score.lift.item() == pytest.approx(1, abs=1e-6)
     expected = truth.sum(-1)[visible.any(-1)].float().mean() / M
     assert score.accuracy.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -69,14 +79,14 @@ def test_preferring_a_frame_without_choosing_places_in_it_is_no_merit(favourite)
     visible[:, [t for t in range(3) if t != favourite]] = False
     weights = torch.zeros(N, 3, N)
     weights[:, favourite] = 1 / N
-    score = correspondence_score(weights.flatten(1), true_tokens(place, visible, LAYOUT), LAYOUT)
+    score = judge(weights.flatten(1), tokens(place, visible))
     assert score.lift.item() == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("frame", range(3))
 def test_looking_at_the_truth_in_one_frame_alone_is_perfect(frame):
     place, visible = moved(1, -2)
-    score = correspondence_score(looking_at(place, frame), true_tokens(place, visible, LAYOUT), LAYOUT)
+    score = judge(looking_at(place, frame), tokens(place, visible))
     assert score.accuracy == score.share == 1
     sizes = [neighbourhood(row + 1, column - 2) for row in range(5) for column in range(2, 8)]
     assert score.lift.item() == pytest.approx(30 * N / sum(sizes), rel=1e-5)
@@ -86,19 +96,19 @@ def test_in_the_middle_of_a_frame_the_best_lift_is_its_patches_over_9():
     place, visible = moved(0, 0)
     row, column = LAYOUT.positions().unbind(-1)
     visible &= ((row > 0) & (row < 5) & (column > 0) & (column < 7))[:, None]
-    score = correspondence_score(looking_at(place, 2), true_tokens(place, visible, LAYOUT), LAYOUT)
+    score = judge(looking_at(place, 2), tokens(place, visible))
     assert score.lift.item() == pytest.approx(N / 9, rel=1e-6)
 
 
 @pytest.mark.parametrize(("motion", "hits"), [((0, 0), 1), ((1, 1), 1), ((0.9, -0.6), 1), ((0, 2), 0), ((-2, 1), 0)])
 def test_the_same_place_is_right_up_to_one_patch_of_motion(motion, hits):
     place, visible = moved(*motion)
-    truth = true_tokens(place, visible, LAYOUT)
-    score = correspondence_score(same_place_weights(LAYOUT), truth, LAYOUT)
+    truth = tokens(place, visible)
+    score = judge(SAME_PLACE, truth)
     assert score.accuracy == hits
     assert score.share.item() == pytest.approx(hits)
     assert (score.lift > 4) if hits else (score.lift == 0)
-    found = correspondence_score(looking_at(place, 1), truth, LAYOUT)
+    found = judge(looking_at(place, 1), truth)
     assert found.accuracy == 1
 
 
@@ -106,9 +116,9 @@ def test_mixtures_lie_between():
     place, visible = moved(0, 0)
     row, column = LAYOUT.positions().unbind(-1)
     visible &= ((row > 0) & (row < 5) & (column > 0) & (column < 7))[:, None]
-    truth = true_tokens(place, visible, LAYOUT)
-    mixed = 0.3 * same_place_weights(LAYOUT) + 0.7 * even_weights(LAYOUT)
-    score = correspondence_score(mixed, truth, LAYOUT)
+    truth = tokens(place, visible)
+    mixed = 0.3 * SAME_PLACE + 0.7 * EVEN
+    score = judge(mixed, truth)
     assert score.lift.item() == pytest.approx(0.3 * N / 9 + 0.7, rel=1e-5)
     assert score.share.item() == pytest.approx(0.3 + 0.7 * 9 / N, rel=1e-5)
     assert score.accuracy == 1
@@ -118,8 +128,8 @@ def test_looking_into_a_frame_that_hides_the_point_is_a_miss_but_no_loss_of_lift
     place, visible = moved(0, 0)
     visible[:, 0] = False
     weights = 0.6 * looking_at(place, 0) + 0.4 * looking_at(place, 2)
-    score = correspondence_score(weights, true_tokens(place, visible, LAYOUT), LAYOUT)
-    best = correspondence_score(looking_at(place, 2), true_tokens(place, visible, LAYOUT), LAYOUT)
+    score = judge(weights, tokens(place, visible))
+    best = judge(looking_at(place, 2), tokens(place, visible))
     assert score.accuracy == 0
     assert score.share.item() == pytest.approx(0.4)
     assert score.lift.item() == pytest.approx(best.lift.item(), rel=1e-5)
@@ -127,10 +137,10 @@ def test_looking_into_a_frame_that_hides_the_point_is_a_miss_but_no_loss_of_lift
 
 def test_the_extra_key_takes_from_the_share_alone():
     place, visible = moved(0, 1)
-    truth = true_tokens(place, visible, LAYOUT)
-    weights = 0.5 * looking_at(place, 1) + 0.5 * even_weights(LAYOUT)
-    plain = correspondence_score(weights, truth, LAYOUT)
-    score = correspondence_score(torch.cat((0.25 * weights, torch.full((N, 1), 0.75)), dim=-1), truth, LAYOUT)
+    truth = tokens(place, visible)
+    weights = 0.5 * looking_at(place, 1) + 0.5 * EVEN
+    plain = judge(weights, truth)
+    score = judge(torch.cat((0.25 * weights, torch.full((N, 1), 0.75)), dim=-1), truth)
     assert score.lift.item() == pytest.approx(plain.lift.item(), rel=1e-5)
     assert score.accuracy == plain.accuracy == 1
     assert score.share.item() == pytest.approx(0.25 * plain.share.item(), rel=1e-5)
@@ -141,10 +151,10 @@ def test_patches_that_no_frame_shows_do_not_count():
     seen = visible.any(-1)
     assert seen.sum() == 30
     weights = looking_at(place, 0)
-    weights[~seen] = even_weights(LAYOUT)[~seen]
-    score = correspondence_score(weights, true_tokens(place, visible, LAYOUT), LAYOUT)
+    weights[~seen] = EVEN[~seen]
+    score = judge(weights, tokens(place, visible))
     assert score.accuracy == score.share == 1
-    nothing = correspondence_score(weights, true_tokens(place, torch.zeros_like(visible), LAYOUT), LAYOUT)
+    nothing = judge(weights, tokens(place, torch.zeros_like(visible)))
     assert nothing.lift.isnan()
     assert nothing.accuracy.isnan()
 
@@ -153,15 +163,15 @@ def test_heads_and_goals_are_judged_apart_and_frames_add_up():
     generator = torch.Generator().manual_seed(0)
     weights = torch.rand(2, 5, N, M, generator=generator).softmax(-1)  # goals, heads
     cases = [moved(0, 1), moved(-1, 0)]
-    truth = torch.stack([true_tokens(*case, LAYOUT) for case in cases])
-    score = correspondence_score(weights, truth[:, None], LAYOUT)
+    truth = torch.stack([tokens(*case) for case in cases])
+    score = judge(weights, truth[:, None])
     assert score.lift.shape == score.accuracy.shape == (2, 5)
     for goal in range(2):
         for head in range(5):
-            alone = correspondence_score(weights[goal, head], truth[goal], LAYOUT)
+            alone = judge(weights[goal, head], truth[goal])
             torch.testing.assert_close(alone.lift, score.lift[goal, head])
             torch.testing.assert_close(alone.accuracy, score.accuracy[goal, head])
+    total = correspondence_score(weights, truth[:, None], LAYOUT).sum(0)
     parts = [correspondence_score(weights[goal], truth[goal], LAYOUT) for goal in range(2)]
-    total: CorrespondenceScore = parts[0] + parts[1]
-    torch.testing.assert_close(total.share, score.mass.sum(0) / score.patches.sum(0))
-    torch.testing.assert_close(total.lift, (parts[0].mass + parts[1].mass) / (parts[0].even + parts[1].even))
+    torch.testing.assert_close(total.ratios()["correspondence lift"],
+                               (parts[0].mass + parts[1].mass) / (parts[0].even + parts[1].even))  # fmt: skip

@@ -1,21 +1,129 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
+from cdit.common.errors import UserError
 from cdit.common.randomness import generator
 from cdit.diffusion import DDPMConfig, SamplerConfig
 from cdit.evaluate.metrics import psnr
-from cdit.heads.ablate import ablate_heads
-from cdit.heads.importance import Head, ImportanceConfig, distances_without, importance, losses_without
-from cdit.heads.intervals import best_head
-from cdit.heads.outputs import contribution_squares, head_outputs
-from cdit.heads.pruning import pruning_curve
+from cdit.heads.choose import best_column
+from cdit.heads.config import ImportanceConfig
+from cdit.heads.importance import (
+    Head,
+    Importance,
+    ablate_heads,
+    contribution_squares,
+    distances_without,
+    head_outputs,
+    importance,
+    losses_without,
+    pruning_curve,
+)
 from cdit.world_model import WorldDescription, WorldModel
 
+DIALECTS = {
+    "native": {},
+    "sink": {"extra_kv": True, "qk_norm": True, "context_depth": 1},
+    "nwm": {"extra_kv": True, "context_modulation": True, "position": "learned"},
+}
 NWM = {"extra_kv": True, "context_modulation": True, "position": "learned", "learn_variance": True}
 CONFIG = ImportanceConfig(times=[0.3, 0.7], batch_size=2)
 TRAJECTORIES = ["a", "a", "b", "c"]
+
+
+@pytest.fixture(params=DIALECTS)
+def dialect(request):
+    return DIALECTS[request.param]
+
+
+def hooks(cdit) -> list[int]:
+    return [len(module._forward_pre_hooks) for module in cdit.modules() if module._forward_pre_hooks]
+
+
+def heads_of(layer: int, kind: str, numbers: list[int]) -> list[Head]:
+    return [Head(layer, kind, number) for number in numbers]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["cross", "self"])
+@pytest.mark.parametrize("heads", [[0], [3, 1], [0, 1, 2, 3], []])
+def test_zeroing_heads_is_removing_their_columns_exactly(make_cdit, make_inputs, dialect, kind, heads):
+    cdit = make_cdit(**dialect)
+    inputs = make_inputs(cdit)
+    whole = cdit(**inputs)
+    with ablate_heads(cdit, heads_of(1, kind, heads)):
+        ablated = cdit(**inputs)
+    assert torch.equal(cdit(**inputs), whole)
+    # Zeros in the place of a head's columns: every product and every sum is the same, so not a bit may differ.
+    weight = getattr(cdit.blocks[1], f"{kind}_attn").out.weight
+    for head in heads:
+        weight[:, 8 * head : 8 * head + 8] = 0
+    assert torch.equal(ablated, cdit(**inputs))
+    assert torch.equal(ablated, whole) == (not heads)
+
+
+@torch.no_grad()
+def test_the_mean_takes_the_place_of_what_heads_put_out(make_cdit, make_inputs, dialect):
+    cdit = make_cdit(**dialect)
+    inputs = make_inputs(cdit)
+    mean = torch.randn(4, 8, generator=torch.Generator().manual_seed(3))
+    with ablate_heads(cdit, heads_of(2, "cross", [0, 3]), "mean", {(2, "cross"): mean}):
+        ablated = cdit(**inputs)
+    # A constant before W_O is a bias after it.
+    attention = cdit.blocks[2].cross_attn
+    for head in (0, 3):
+        columns = slice(8 * head, 8 * head + 8)
+        attention.out.bias += attention.out.weight[:, columns] @ mean[head]
+        attention.out.weight[:, columns] = 0
+    torch.testing.assert_close(ablated, cdit(**inputs), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_nested_contexts_take_out_the_heads_of_both(make_cdit, make_inputs):
+    cdit = make_cdit()
+    inputs = make_inputs(cdit)
+    with ablate_heads(cdit, [Head(0, "self", 1), Head(0, "self", 2), Head(2, "cross", 0)]):
+        together = cdit(**inputs)
+    with (
+        ablate_heads(cdit, [Head(0, "self", 1)]),
+        ablate_heads(cdit, [Head(0, "self", 2), Head(2, "cross", 0)]),
+    ):
+        nested = cdit(**inputs)
+    assert torch.equal(nested, together)
+
+
+@torch.no_grad()
+def test_nothing_is_left_behind_even_by_an_error(make_cdit):
+    cdit = make_cdit()
+    with pytest.raises(RuntimeError, match="mine"), ablate_heads(cdit, [Head(0, "cross", 0)]):
+        raise RuntimeError("mine")
+    with pytest.raises(UserError), ablate_heads(cdit, [Head(0, "cross", 0), Head(0, "self", 9)]):
+        pass
+    assert not hooks(cdit)
+
+
+def test_gradients_flow_through_what_is_left(make_cdit, make_inputs):
+    cdit = make_cdit()
+    weight = cdit.blocks[0].cross_attn.out.weight
+    with ablate_heads(cdit, [Head(0, "cross", 1)]):
+        (gradient,) = torch.autograd.grad(cdit(**make_inputs(cdit)).square().sum(), weight)
+    assert gradient[:, 8:16].eq(0).all()
+    assert gradient[:, :8].ne(0).any()
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (Head(0, "cross", 4), r"attention heads \[4\]: layer 0 has heads 0 to 3"),
+        (Head(0, "self", -1), r"attention heads \[-1\]"),
+        (Head(3, "cross", 0), "layer 3: the model has layers 0 to 2"),
+    ],
+)
+def test_what_does_not_exist_is_named(make_cdit, head, message):
+    with pytest.raises(UserError, match=message), ablate_heads(make_cdit(), [head]):
+        pass
 
 
 @pytest.fixture(params=["native", "nwm"])
@@ -27,39 +135,25 @@ def world(request, make_world, make_cdit) -> WorldModel:
 
 
 @torch.no_grad()
-def test_the_rise_is_that_of_the_objective_without_the_heads_columns(world, make_batch):
+def test_the_rise_is_that_of_the_objective_without_the_heads_columns(world, make_batch, denoise):
     batch = make_batch(samples=3)
     found = importance(world, batch, CONFIG, seed=7)
     assert len(found.heads) == 3 * 2 * 4
     assert found.loss.shape == (3,)
     assert found.loss_rise.shape == found.contribution.shape == (3, 24)
-    assert found.distance is None
+    assert found.distance_rise is None
 
-    def losses(sample: int) -> float:
-        frames = {name: batch[name][sample : sample + 1].float() / 127.5 - 1 for name in ("context", "target")}
-        noise = torch.randn((1, *frames["target"].shape[1:]), generator=generator(7, sample))
-        total = 0.0
-        for time in (0.3, 0.7):
-            times = torch.full((1, 2), time)
-            prediction = world.cdit(
-                world.objective.add_noise(frames["target"], noise, times),
-                world.objective.timestep(times),
-                batch["action"][sample : sample + 1],
-                batch["time_shift"][sample : sample + 1],
-                frames["context"],
-                batch["context_mask"][sample : sample + 1],
-            )
-            total += float(world.objective.loss(prediction, frames["target"], noise, times).mean()) / 2
-        return total
+    def losses() -> np.ndarray:
+        return torch.stack([denoise(world, batch, time, 7).mean(1) for time in (0.3, 0.7)]).mean(0).numpy()
 
-    whole = [losses(i) for i in range(3)]
+    whole = losses()
     np.testing.assert_allclose(found.loss, whole, rtol=1e-4)
     for head in (Head(1, "cross", 2), Head(2, "self", 0)):
         weight = getattr(world.cdit.blocks[head.layer], f"{head.kind}_attn").out.weight
         columns = slice(8 * head.number, 8 * head.number + 8)
         kept = weight[:, columns].clone()
         weight[:, columns] = 0
-        expected = [losses(i) - whole[i] for i in range(3)]
+        expected = losses() - whole
         weight[:, columns] = kept
         rise = found.loss_rise[:, found.heads.index(head)]
         np.testing.assert_allclose(rise, expected, atol=2e-6 * max(whole), rtol=1e-3)
@@ -85,7 +179,7 @@ def test_contributions_are_norms_after_w_o(world, make_batch):
     def branch(out):
         return attention.out(out.transpose(1, 2).flatten(2))
 
-    squares = contribution_squares(attention, out)
+    squares = contribution_squares(attention.out.weight, out)
     for head in range(4):
         without = out.index_fill(1, torch.tensor([head]), 0.0)
         torch.testing.assert_close(squares[:, head], (branch(out) - branch(without)).square().sum((1, 2)))
@@ -145,20 +239,44 @@ def test_a_head_that_adds_the_same_always_is_needed_by_zero_but_not_by_its_mean(
 
 def test_sampled_frames_are_compared_with_the_truth(world, make_batch):
     batch = make_batch(samples=3)
-    variants = [(), (Head(1, "cross", 0), Head(1, "cross", 1))]
-    sampler = SamplerConfig(world.description.sampler.scheduler, 2)
-    found = distances_without(world, batch, variants, psnr, CONFIG, 3, sampler=sampler)
-    context, truth = (batch[name][:2].float() / 127.5 - 1 for name in ("context", "target"))
-    told = [batch[name][:2] for name in ("action", "time_shift", "context_mask")]
-    for i, heads in enumerate(({}, {(1, "cross"): [0, 1]})):
+    variants = [(), heads_of(1, "cross", [0, 1])]
+    world.description.sampler = SamplerConfig(world.description.sampler.scheduler, 2)
+    found = distances_without(world, batch, variants, psnr, CONFIG, 3)
+    first = batch[:2]
+    context, truth = (frames.float() / 127.5 - 1 for frames in (first.context, first.target))
+    for i, heads in enumerate(variants):
         with ablate_heads(world.cdit, heads):
-            frames = world.predict(context, *told, sampler=sampler, generator=generator(3, 0))
+            frames = world.predict(context, first.condition, first.mask, generator=generator(3, 0))
         expected = psnr(frames.flatten(0, 1), truth.flatten(0, 1)).unflatten(0, (2, 2)).mean(1)
         np.testing.assert_allclose(found[:2, i], expected.numpy(), rtol=1e-4)
     assert np.abs(found[:, 0] - found[:, 1]).min() > 0
-    whole = importance(world, batch, ImportanceConfig([1], ["cross"], times=[0.5], batch_size=2), 3, psnr, sampler)
-    np.testing.assert_allclose(whole.distance, found[:, 0], rtol=1e-5)
-    assert whole.distance_rise.shape == (3, 4)
+    whole = importance(world, batch, ImportanceConfig([1], ["cross"], times=[0.5], batch_size=2), 3, psnr)
+    alone = distances_without(world, batch, [(), [Head(1, "cross", 0)]], psnr, CONFIG, 3)
+    np.testing.assert_allclose(whole.distance_rise[:, 0], alone[:, 1] - alone[:, 0], rtol=1e-4)
+
+
+def test_a_model_without_actions_sees_none(make_world, make_batch):
+    """Whatever the batch contains; with actions, every result depends on them."""
+    world = make_world()
+    world.description.sampler = SamplerConfig(steps=1)
+    batches = [make_batch(), make_batch()]
+    batches[1].condition.action += 3
+    config = ImportanceConfig([1], ["cross"], times=[0.5])
+
+    def found() -> list[Importance]:
+        return [importance(world, batch, config, 0, psnr) for batch in batches]
+
+    one, other = found()
+    assert (one.loss != other.loss).all()
+    assert not np.array_equal(one.contribution, other.contribution)
+    world.description.has_actions = False
+    one, other = found()
+    for name in ("loss", "loss_rise", "contribution", "distance_rise"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
+    curves = [
+        pruning_curve(world, batch, one, np.array([True, False]), ["a", "b"], config, 0, points=3) for batch in batches
+    ]
+    assert curves[0] == curves[1]
 
 
 def test_heads_behind_a_closed_gate_are_never_needed(make_world, make_batch):
@@ -172,7 +290,7 @@ def test_heads_behind_a_closed_gate_are_never_needed(make_world, make_batch):
     assert (found.loss_rise[:, closed] == 0).all()
     choosing = np.array([True, True, False, False])
     assert set(found.order(choosing)) == set(found.heads)
-    needed = best_head(np.abs(found.loss_rise), choosing, TRAJECTORIES)
+    needed = best_column(np.abs(found.loss_rise), choosing, TRAJECTORIES)
     assert needed.column not in closed
 
 
@@ -186,7 +304,7 @@ def test_the_curve_takes_the_least_needed_first_and_looks_at_other_samples(make_
     means = measured.loss_rise[choosing].mean(axis=0)
     rises = [means[measured.heads.index(head)] for head in order]
     assert rises == sorted(rises)
-    others = {name: value[[1, 2]] for name, value in batch.items()}
+    others = batch[[1, 2]]
     expected = losses_without(world, others, [order[:count] for count in curve.counts], CONFIG, 0).mean(axis=0)
     np.testing.assert_allclose([point.mean for point in curve.ordered], expected, rtol=1e-6)
     assert curve.ordered[0].mean == pytest.approx(curve.random[0].mean)  # none out, all out: no order matters
@@ -199,7 +317,7 @@ def test_without_all_heads_the_past_is_not_seen(make_world, make_batch):
     """With every cross-attention head out, other past frames leave the loss as it is."""
     world, batch = make_world(), make_batch()
     gone = [Head(layer, "cross", i) for layer in range(3) for i in range(4)]
-    other = batch | {"context": 255 - batch["context"]}
+    other = replace(batch, context=255 - batch.context)
     losses = [losses_without(world, items, [(), gone], CONFIG, 0) for items in (batch, other)]
     assert (losses[0][:, 1] == losses[1][:, 1]).all()
     assert (losses[0][:, 0] != losses[1][:, 0]).all()
@@ -207,8 +325,7 @@ def test_without_all_heads_the_past_is_not_seen(make_world, make_batch):
 
 def test_the_model_is_left_as_it_was(make_world, make_batch):
     world, state = make_world(dropout=0.5).train(), torch.get_rng_state()
-    world.cdit = nn.DataParallel(world.cdit)
     importance(world, make_batch(), ImportanceConfig([0], mode="mean", times=[0.5]), 0)
-    assert world.cdit.module.training
+    assert world.cdit.training
     assert torch.equal(torch.get_rng_state(), state)
-    assert all(block.cross_attn.editor is None and block.self_attn.editor is None for block in world.cdit.module.blocks)
+    assert not hooks(world.cdit)

@@ -12,8 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from cdit.common.statistics import Estimate
+from cdit.heads.glossary import HeadType
+from cdit.heads.head_statistics import HeadRow
 from cdit.heads.measures import Layout
-from cdit.heads.page import AttentionPage, HeadInfo
+from cdit.heads.page import AttentionPage
 
 selenium = pytest.importorskip("selenium", reason="needs selenium, of the extra `dev`")
 from selenium import webdriver  # noqa: E402
@@ -72,11 +75,15 @@ def build(path: Path, top_k: int) -> str:
             for layer in LAYERS:
                 page.add_weights(sample, layer, time, weights_of(sample, time, layer))
     heads = [
-        HeadInfo(layer, head, "even" if head else "copy", {"entropy": entropy, "at": time}, time)
+        HeadRow(
+            *("cross", layer, head, time),
+            {"entropy": Estimate(entropy, None, None), "at": Estimate(time, None, None)},
+            HeadType("even" if head else "copy", "for the test"),
+        )
         for time in TIMES
         for (layer, head), entropy in ENTROPY.items()
     ]
-    page.set_heads(heads, {"copy": "It copies."})
+    page.set_heads(heads, ["entropy", "at"], {"copy": "It copies."})
     page.save(path)
     return path.as_uri()
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cdit.common.errors import UserError
 from cdit.heads.measures import Layout, extra_share
-from cdit.heads.recording import record_attention
+from cdit.heads.record import record_attention
 from cdit.model import CDiT
 from cdit.nwm.checkpoint import load_checkpoint, save_checkpoint
 from cdit.nwm.tensors import cdit_arguments, from_nwm, to_nwm

@@ -11,24 +11,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import nn
 
-from cdit.codec import AutoencoderCodec
+from cdit.batch import Batch
+from cdit.codec import TinyCodec
 from cdit.common.errors import UserError
-from cdit.common.randomness import generator
-from cdit.heads import measures
+from cdit.heads import draw, measures
 from cdit.heads.config import AttentionConfig
+from cdit.heads.inspection import inspect_attention
 from cdit.heads.measures import Layout
-from cdit.heads.probe import inspect_attention
-from cdit.heads.recording import LayerAttention, record_attention
+from cdit.heads.record import LayerAttention, record_attention
 from cdit.heads.report import AttentionReport
 from cdit.world_model import WorldModel
 
 
-def look(world: WorldModel, batch: dict[str, torch.Tensor], config: AttentionConfig | None = None, seed: int = 0,
+def look(world: WorldModel, batch: Batch, config: AttentionConfig | None = None, seed: int = 0,
          **options) -> AttentionReport:  # fmt: skip
     """Each sample of a trajectory of its own."""
-    names = [str(i) for i in range(len(batch["target"]))]
+    names = [str(i) for i in range(len(batch))]
     return inspect_attention(world, batch, config or AttentionConfig(), seed, names, **options)
 
 
@@ -45,26 +44,19 @@ def test_the_report_names_and_captions_what_it_shows(make_world, make_batch):
     }
     image, caption = report.images["attention/layer02/t0.75/sample1"]
     assert isinstance(image, Image.Image)
-    for words in (
-        "layer 2",
-        "heads 0 to 3",
-        "time 0.75",
-        "frames −2 to 0",
-        "row 1, column 2",
-        "24 patches",
-        "extra key",
-    ):
-        assert words in caption
-    assert report.columns[:6] == ["kind", "layer", "head", "time", "type", "reason"]
-    assert [row[:4] for row in report.rows] == [
+    assert "Layer 2" in caption
+    assert "(1, 2)" in caption
+    columns, lines = report.table
+    assert columns[:6] == ["kind", "layer", "head", "time", "type", "reason"]
+    assert [line[:4] for line in lines] == [
         ["cross", layer, head, t] for layer in (0, 2) for t in (0.25, 0.75) for head in range(4)
     ]
     masses = ["mass frame -2", "mass frame -1", "mass frame 0", "mass extra"]
     for row in report.rows:
-        assert sum(row[report.columns.index(name)] for name in masses) == pytest.approx(1, abs=1e-5)
-    rows = [row for row in report.rows if row[1:3] == [2, 1]]
+        assert sum(row.measures[name].mean for name in masses) == pytest.approx(1, abs=1e-5)
+    rows = [row for row in report.rows if (row.layer, row.head) == (2, 1)]
     for name in ("entropy", "mass frame -2"):
-        expected = np.mean([row[report.columns.index(name)] for row in rows])
+        expected = np.mean([row.measures[name].mean for row in rows])
         assert report.scalars[f"attention/layer02/head1/{name.replace(' ', '_')}"] == pytest.approx(expected)
     assert not any("moved" in name for name in report.scalars)
     heads = {name.split("/")[2] for name in report.scalars}
@@ -72,24 +64,20 @@ def test_the_report_names_and_captions_what_it_shows(make_world, make_batch):
 
 
 @torch.no_grad()
-def test_numbers_are_means_over_the_batch(make_world, make_batch):
+def test_numbers_are_means_over_the_batch(make_world, make_batch, denoise):
     world, batch = make_world(), make_batch()
     report = look(world, batch, AttentionConfig(layers=[1], times=[0.4]), seed=5)
-    frames = {name: batch[name].float() / 127.5 - 1 for name in ("context", "target")}
-    noise = torch.cat([torch.randn((1, *frames["target"].shape[1:]), generator=generator(5, i)) for i in range(2)])
-    times = torch.full((2, 2), 0.4)
-    noisy = world.objective.add_noise(frames["target"], noise, times)
     with record_attention(world.cdit, [1]) as recording:
-        world.cdit(noisy, times * 1000, batch["action"], batch["time_shift"], frames["context"], batch["context_mask"])
+        denoise(world, batch, 0.4, 5)
     layout = Layout(3, 4, 6)
     expected = torch.stack([
         measures.entropy(recording[1]).mean((0, 1, 3)),
-        measures.effective_tokens(recording[1]).mean((0, 1, 3)),
+        measures.entropy(recording[1]).exp().mean((0, 1, 3)),
         measures.mean_distance(recording[1], layout).mean((0, 1, 3)),
         *measures.frame_mass(recording[1], layout).mean((0, 1, 3)).unbind(-1),
     ], dim=1)  # fmt: skip
     names = ["entropy", "effective tokens", "distance", "mass frame -2", "mass frame -1", "mass frame 0"]
-    found = [[row[report.columns.index(name)] for name in names] for row in report.rows]
+    found = [[row.measures[name].mean for name in names] for row in report.rows]
     torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-4)
 
 
@@ -97,13 +85,13 @@ def test_by_default_all_layers_are_measured_and_the_first_middle_and_last_drawn(
     report = look(make_world(depth=5), make_batch())
     assert {name.split("/")[1] for name in figures(report)} == {"layer00", "layer02", "layer04"}
     assert len(figures(report)) == 6
-    assert {row[1] for row in report.rows} == set(range(5))
+    assert {row.layer for row in report.rows} == set(range(5))
 
 
 def test_of_a_large_batch_some_samples_are_measured(make_world, make_batch):
     """Two of six, spread: those of index 1 and 4."""
     world, batch = make_world(), make_batch(samples=6)
-    chosen = {name: value[[1, 4]] for name, value in batch.items()}
+    chosen = batch[[1, 4]]
     config = AttentionConfig(layers=[1], times=[0.5], samples=2)
     assert look(world, batch, config).scalars == look(world, chosen, config).scalars
 
@@ -126,7 +114,7 @@ def test_latents_of_an_autoencoder_are_drawn_over_the_frames(make_world, make_ba
         num_encoder_blocks=(1, 1),
         num_decoder_blocks=(1, 1),
     )
-    world = make_world(AutoencoderCodec("tiny", autoencoder), (32, 48))
+    world = make_world(TinyCodec(autoencoder), (32, 48))
     assert world.cdit.grid == (4, 6)
     pixels = look(make_world(image_size=(32, 48), patch_size=8), make_batch((32, 48)))
     latents = look(world, make_batch((32, 48)))
@@ -139,17 +127,6 @@ def test_latents_of_an_autoencoder_are_drawn_over_the_frames(make_world, make_ba
 def test_any_number_of_past_frames(make_world, make_batch, frames):
     report = look(make_world(), make_batch(frames=frames), AttentionConfig(layers=[0], times=[0.5]))
     assert sum("/head0/mass_frame" in name for name in report.scalars) == min(frames, 3)
-
-
-def test_a_wrapped_model_is_looked_at_as_it_is(make_world, make_batch, tmp_path):
-    world, batch = make_world(), make_batch()
-    plain = look(world, batch)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        world.cdit = torch.compile(nn.parallel.DistributedDataParallel(world.cdit))
-        assert look(world, batch).scalars == plain.scalars
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -168,24 +145,21 @@ def test_mistakes_are_named(make_world, make_batch, config, message):
         look(make_world(), make_batch(), config)
 
 
-def test_both_kinds_stand_side_by_side(make_world, make_batch):
+def test_both_kinds_stand_side_by_side(make_world, make_batch, denoise):
     config = AttentionConfig(kinds=["cross", "self"], layers=[1], times=[0.5])
     world, batch = make_world(), make_batch()
     both, cross = look(world, batch, config), look(world, batch, AttentionConfig(layers=[1], times=[0.5]))
-    assert [row[0] for row in both.rows] == ["cross"] * 4 + ["self"] * 4
+    assert [row.kind for row in both.rows] == ["cross"] * 4 + ["self"] * 4
     assert "attention/self/layer01/t0.5/sample0" in both.images
-    frame = both.columns.index("mass frame -1")
-    assert [row[frame] is None for row in both.rows] == [False] * 4 + [True] * 4  # the target is one frame
+    columns, lines = both.table
+    older = [line[columns.index("mass frame -1")] for line in lines]
+    assert [value is None for value in older] == [False] * 4 + [True] * 4  # the target is one frame
     assert {name: value for name, value in both.scalars.items() if "/self/" not in name} == cross.scalars
     assert both.page.html() == cross.page.html()
     assert "cross-attention" in both.summary
     assert "self-attention" in both.summary
-    with record_attention(world.cdit, [1], "self") as recording, torch.no_grad():
-        frames = {name: batch[name].float() / 127.5 - 1 for name in ("context", "target")}
-        noise = torch.cat([torch.randn((1, *frames["target"].shape[1:]), generator=generator(0, i)) for i in range(2)])
-        times = torch.full((2, 2), 0.5)
-        noisy = world.objective.add_noise(frames["target"], noise, times)
-        world.cdit(noisy, times * 1000, batch["action"], batch["time_shift"], frames["context"], batch["context_mask"])
+    with record_attention(world.cdit, [1], "self") as recording:
+        denoise(world, batch, 0.5, 0)
     expected = measures.entropy(recording[1]).mean((0, 1, 3))
     found = [both.scalars[f"attention/self/layer01/head{i}/entropy"] for i in range(4)]
     torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-4)
@@ -213,8 +187,9 @@ def test_the_page_has_the_numbers_of_the_table(make_world, make_batch):
     report = look(make_world(), make_batch(), AttentionConfig(layers=[0, 2], times=[0.5]))
     data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', report.page.html())[1])
     assert len(data["table"]) == len(report.rows) == 8
-    for line, row in zip(data["table"], report.rows, strict=True):
-        cells = dict(zip(report.columns, row, strict=True))
+    columns, lines = report.table
+    for line, row in zip(data["table"], lines, strict=True):
+        cells = dict(zip(columns, row, strict=True))
         assert [line[name] for name in ("layer", "head", "time", "type", "reason")] == [
             cells[name] for name in ("layer", "head", "time", "type", "reason")
         ]
@@ -222,15 +197,14 @@ def test_the_page_has_the_numbers_of_the_table(make_world, make_batch):
         for name, value in line["measures"].items():
             expected = cells[name]
             assert value == (expected if math.isfinite(expected) else None), name
-    assert set(data["table"][0]["measures"]) <= set(report.columns)
     assert {"entropy", "edge lift", data["table"][0]["type"]} <= set(data["explanations"])
 
 
-def test_a_model_without_actions_is_told_none(make_world, make_batch):
+def test_a_model_without_actions_sees_none(make_world, make_batch):
     """Whatever the batch says; with actions it looks elsewhere."""
     world, config = make_world(), AttentionConfig(layers=[1], times=[0.5])
     batches = [make_batch(), make_batch()]
-    batches[1]["action"] = batches[1]["action"] + 3
+    batches[1].condition.action += 3
     told = [look(world, batch, config).scalars["attention/layer01/head0/entropy"] for batch in batches]
     world.description.has_actions = False
     silent = [look(world, batch, config).scalars["attention/layer01/head0/entropy"] for batch in batches]
@@ -238,7 +212,7 @@ def test_a_model_without_actions_is_told_none(make_world, make_batch):
     assert silent[0] == silent[1]
 
 
-def marching(make_world, make_batch) -> tuple[WorldModel, dict[str, torch.Tensor], torch.Tensor]:
+def marching(make_world, make_batch) -> tuple[WorldModel, Batch, torch.Tensor]:
     """A world, and true places of which every target patch has one, in the newest frame alone."""
     places = torch.full((2, 2, 24, 3, 2), float("nan"))
     places[..., 2, :] = Layout(3, 4, 6).positions().float() + 0.5
@@ -249,7 +223,7 @@ def test_with_true_places_heads_are_judged_beside_baselines(make_world, make_bat
     world, batch, places = marching(make_world, make_batch)
     config = AttentionConfig(layers=[0, 1], times=[0.5])
     report = look(world, batch, config, places=places, untrained=world)
-    _, _, table = report.summary.partition("where the same surface was?")
+    _, _, table = report.summary.partition("## Do heads attend")
     lines = {line.split(" | ")[0].strip("| "): line.split(" | ")[1:] for line in table.splitlines() if " | " in line}
     # The same place, of which a third lies in the one frame that shows the point.
     assert [float(cell.strip(" |").split()[0]) for cell in lines["same place"]][1:] == pytest.approx(
@@ -259,9 +233,8 @@ def test_with_true_places_heads_are_judged_beside_baselines(make_world, make_bat
     best = next(name for name in lines if name.startswith("best head"))
     same = next(name for name in lines if name.startswith("untrained, best head"))
     assert lines[best] == lines[same]  # here it is the same network
-    assert "correspondence lift" in report.columns
-    assert report.columns.index("correspondence lift") == 6
-    assert all("correspondence" not in column for column in look(world, batch, config).columns)
+    assert report.table[0][6] == "correspondence lift"
+    assert all("correspondence" not in column for column in look(world, batch, config).table[0])
 
 
 def test_a_folder_holds_everything(make_world, make_batch, tmp_path):
@@ -278,9 +251,8 @@ def test_a_folder_holds_everything(make_world, make_batch, tmp_path):
     assert scalars == {name: value if math.isfinite(value) else None for name, value in report.scalars.items()}
     with (folder / "table.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
-    assert list(table[0]) == report.columns
-    entropy = report.columns.index("entropy")
-    assert [float(row["entropy"]) for row in table] == [row[entropy] for row in report.rows]
+    assert list(table[0]) == report.table[0]
+    assert [float(row["entropy"]) for row in table] == [row.measures["entropy"].mean for row in report.rows]
     assert (folder / "index.html").read_text("utf-8") == report.page.html()
     assert (folder / "summary.md").read_text("utf-8") == report.summary
     thumbnails = sorted(file.name for file in (folder / "thumbnails").iterdir())
@@ -290,7 +262,7 @@ def test_a_folder_holds_everything(make_world, make_batch, tmp_path):
 def test_what_is_not_drawn_is_measured_all_the_same(make_world, make_batch, tmp_path):
     world, batch = make_world(), make_batch()
     drawn, plain = (look(world, batch, AttentionConfig(layers=[1], times=[0.5], drawn=count)) for count in (1, 0))
-    assert (drawn.rows, drawn.scalars) == (plain.rows, plain.scalars)
+    assert (drawn.table, drawn.scalars) == (plain.table, plain.scalars)
     assert plain.page is None
     assert not figures(plain)
     plain.save(tmp_path)
@@ -322,6 +294,17 @@ def test_wandb_gets_the_very_files_of_the_folder(make_world, make_batch, tmp_pat
     for file in files:
         assert digest(file) in (staged if file.parent.name == "thumbnails" else kept), file
     table = json.loads(next(media.glob("table/**/*.json")).read_text())
-    assert table["columns"] == [*report.columns, "where a patch looks"]
-    entropy = report.columns.index("entropy")
-    assert [row[entropy] for row in table["data"]] == [row[entropy] for row in report.rows]
+    assert table["columns"][:-1] == report.table[0]
+    entropy = table["columns"].index("entropy")
+    assert [row[entropy] for row in table["data"]] == [row.measures["entropy"].mean for row in report.rows]
+
+
+def test_examples_are_the_first_head_of_each_type_and_the_mixed_last(make_world, make_batch, monkeypatch):
+    shown = []
+    monkeypatch.setattr(draw, "examples_figure", lambda scene, predicted, rows, maps, places: shown.extend(rows))
+    report = look(make_world(depth=5), make_batch(), AttentionConfig(times=[0.5, 0.75]))
+    first = {}
+    for row in report.rows:
+        if row.time == 0.5:
+            first.setdefault(row.type.name, row)
+    assert shown == sorted(first.values(), key=lambda row: row.type.name == "mixed")[:4]

@@ -1,6 +1,6 @@
 import pytest
 
-from cdit.heads.head_types import HeadType, TypeThresholds, head_type
+from cdit.heads.glossary import RULES, HeadType, explain_types, head_type
 
 NOTHING = {
     "mass extra": 0.1,
@@ -55,8 +55,13 @@ def test_types_are_asked_in_order():
             assert head_type(traits).name == name
 
 
-def test_thresholds_are_given_and_the_bound_itself_counts():
-    assert head_type(NOTHING, TypeThresholds(sink=0.1)).name == "sink"
+def test_every_type_is_explained_with_its_threshold():
+    explained = explain_types([*(rule.name for rule in RULES), "mixed"])
+    assert len(explained) == len(RULES) + 1
+    assert all(f"{rule.threshold:g}" in explained[rule.name] for rule in RULES)
+
+
+def test_the_bound_itself_counts():
     assert head_type(NOTHING | {"offset share": 0.5}).name == "same place"
     assert head_type(NOTHING | {"offset share": 0.49}).name == "mixed"
 

@@ -29,9 +29,8 @@ from cdit.data.actions import compose, parse_actions  # noqa: E402
 from cdit.data.layout import Camera, DatasetInfo, write_split, write_trajectory  # noqa: E402
 from cdit.diffusion import SamplerConfig  # noqa: E402
 from cdit.heads.__main__ import initial, main  # noqa: E402
-from cdit.heads.importance import Head, Importance  # noqa: E402
-from cdit.heads.needed import importance_section  # noqa: E402
-from cdit.heads.pruning import PruningCurve  # noqa: E402
+from cdit.heads.importance import Head, Importance, PruningCurve  # noqa: E402
+from cdit.heads.report import importance_section  # noqa: E402
 from cdit.heads.sources import images_source  # noqa: E402
 from cdit.model import CDiT  # noqa: E402
 from cdit.world_model import WorldDescription, WorldModel  # noqa: E402
@@ -106,8 +105,8 @@ def test_a_dataset_without_true_places(inspect, place):
     summary = Path("out/summary.md").read_text()
     assert summary in done.out
     assert "5 samples of 3 trajectories, 2 goals each, diffusion times 0.25, 0.75" in summary
-    assert "not known: " in summary
-    assert "where the same surface was?" not in summary
+    assert "True places are unknown: " in summary
+    assert "untrained" not in summary
     table = rows()
     assert [(row["kind"], row["layer"], row["time"], row["head"]) for row in table] == [
         (kind, layer, time, head)
@@ -134,7 +133,7 @@ def test_a_dataset_without_true_places(inspect, place):
 def test_a_dataset_of_doom_knows_true_places(inspect, place):
     done = inspect("--data", place / "doom", "--samples", "6", "--offsets", "[1, 4]", "--kinds", "[cross]")
     assert done.code == 0, done.err
-    _, _, table = Path("out/summary.md").read_text().partition("where the same surface was?")
+    _, _, table = Path("out/summary.md").read_text().partition("## Do heads attend")
     names = [line.split(" | ")[0].strip("| ") for line in table.splitlines() if line.startswith("| ")]
     assert [re.sub(r" \(.*", "", name) for name in names[2:]] == [
         *("best head", "untrained, best head", "mean of all heads", "untrained, mean of all heads"),
@@ -152,7 +151,7 @@ def test_a_dataset_of_doom_knows_true_places(inspect, place):
 
 def test_which_heads_are_needed(inspect, place):
     done = inspect("--data", place / "walks", "--samples", "6", "--offsets", "[1]", "--times", "[0.5]",
-                   "--importance", "loss", "--drawn", "0")  # fmt: skip
+                   "--importance", "loss", "--ablation", "mean", "--drawn", "0")  # fmt: skip
     assert done.code == 0, done.err
     _, _, section = Path("out/summary.md").read_text().partition("## Which heads are needed?")
     assert len(re.findall(r"^\| (?:cross|self) \| [01] \| head [01] \|", section, re.MULTILINE)) == 4
@@ -167,7 +166,7 @@ def test_needed_heads_are_told_on_samples_that_did_not_choose():
     """On the half that chooses, head 1 is the most needed; on the other, its loss rise is 0.25."""
     heads = [Head(0, "cross", number) for number in range(3)]
     rises = np.array([[0.1, 0.9, -0.1], [0.1, 0.9, -0.1], [0.5, 0.25, 0.75], [0.5, 0.25, 0.75]])
-    measured = Importance(heads, np.ones(4), rises, np.ones((4, 3)), None, None)
+    measured = Importance(heads, np.ones(4), rises, np.ones((4, 3)), None)
     estimate = Estimate(1.0, None, None)
     curve = PruningCurve([0, 3], [estimate] * 2, [estimate] * 2)
     text = importance_section(measured, curve, np.array([True, True, False, False]), ["a", "b", "c", "d"], 0)
@@ -207,27 +206,27 @@ def test_images_come_in_order_with_the_motion_between_them(place):
     source = images_source(place / "images", world, [1, 2], 9, words, None)
     batch = source.batch
     assert len(source.trajectories) == 4  # the current image is the third to the sixth of eight
-    assert batch["context"][:, :, 0, 0, 0].tolist() == [[20 * (i + j) for j in range(3)] for i in range(4)]
-    assert batch["target"][:, :, 0, 0, 0].tolist() == [[20 * (i + 3), 20 * (i + 4)] for i in range(4)]
-    assert batch["context_mask"].all()
-    assert batch["action_mask"].all()
+    assert batch.context[:, :, 0, 0, 0].tolist() == [[20 * (i + j) for j in range(3)] for i in range(4)]
+    assert batch.target[:, :, 0, 0, 0].tolist() == [[20 * (i + 3), 20 * (i + 4)] for i in range(4)]
+    assert batch.mask.all()
+    assert batch.condition.known.all()
     steps = parse_actions(words)
     for i in range(4):
-        np.testing.assert_allclose(batch["action"][i], compose(steps[i + 2 : i + 4]), rtol=1e-5, atol=1e-6)
-    assert batch["time_shift"].tolist() == [[0.25, 0.5]] * 4
+        np.testing.assert_allclose(batch.condition.action[i], compose(steps[i + 2 : i + 4]), rtol=1e-5, atol=1e-6)
+    assert batch.condition.time_shift.tolist() == [[0.25, 0.5]] * 4
 
     few = images_source(place / "images", world, [6], 9, None, None).batch
-    assert few["context_mask"].tolist() == [[False, True, True]]  # eight images leave two as the past
-    assert not few["action_mask"].any()
+    assert few.mask.tolist() == [[False, True, True]]  # eight images leave two as the past
+    assert not few.condition.known.any()
 
 
 def test_actions_that_a_model_cannot_be_told(place):
     world = WorldModel.from_pretrained(place / "world")
     arguments = (place / "images", world, [1], 9, "stay*7", None)
     world.description.units.spacing = None
-    with pytest.raises(UserError, match=r"spacing: .* different spacings"):
+    with pytest.raises(UserError, match=r"spacing: .* several spacings"):
         images_source(*arguments)
-    assert images_source(*arguments[:-1], 0.4).batch["spacing"].tolist() == pytest.approx([0.4] * 5)
+    assert images_source(*arguments[:-1], 0.4).batch.condition.spacing.tolist() == pytest.approx([0.4] * 5)
     world.description.has_actions = False
     with pytest.raises(UserError, match="trained without actions"):
         images_source(*arguments)
@@ -269,14 +268,14 @@ def test_the_untrained_network_is_another_of_the_same_kind(place):
     [
         ([], "either data, a dataset folder, or frames"),
         (["--data", "walks", "--frames", "images"], "either data, a dataset folder, or frames"),
-        (["--data", "walks", "--actions", "forward"], "actions go with frames"),
+        (["--data", "walks", "--actions", "forward"], "actions can only be given with frames"),
         (["--data", "walks", "--samples", "0"], "samples is 0, expected at least 1"),
         (["--data", "walks", "--layers", "[2]"], "error: layers is [2], expected numbers from 0 to 1"),
         (["--data", "walks", "--offsets", "[0]"], "offsets is [0]"),
         (["--data", "walks", "--offsets", "[30]"], "offsets is [30]: no trajectory of split 'test'"),
         (["--data", "walks", "--device", "abacus"], "device 'abacus'"),
         (["--frames", "nowhere"], "frames is"),
-        (["--frames", "images", "--offsets", "[-1]"], "from 1 up"),
+        (["--frames", "images", "--offsets", "[-1]"], "at least 1"),
         (["--frames", "images", "--offsets", "[8]"], "8 images, expected at least 9: 1 past frames and 8 after"),
         (["--frames", "images", "--actions", "forward*3"], "actions has 3 steps, expected 7"),
     ],

@@ -1,23 +1,25 @@
 import math
-from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cdit.common.randomness import generator
 from cdit.common.statistics import estimates
 from cdit.heads import measures
+from cdit.heads.choose import best_column, split_halves, trends
 from cdit.heads.correspondence import true_tokens
-from cdit.heads.directions import fit_motion, offset_fields, trends
-from cdit.heads.edges import edge_lift, edge_patches, gradient_magnitude
-from cdit.heads.heads import measure_heads
-from cdit.heads.intervals import best_head, split_halves
-from cdit.heads.measures import Layout
-from cdit.heads.recording import LayerAttention, record_attention
-from cdit.heads.redundancy import head_distances
-from cdit.heads.statistics import HeadStatistics, type_counts
+from cdit.heads.head_statistics import HeadStatistics, measure_heads
+from cdit.heads.measures import (
+    Layout,
+    edge_lift,
+    edge_patches,
+    fit_motion,
+    gradient_magnitude,
+    head_distances,
+    offset_fields,
+)
+from cdit.heads.record import LayerAttention, record_attention
 from cdit.model.attention import KeysValues, MultiHeadAttention, Observation
 
 LAYOUT = Layout(frames=2, rows=5, columns=7)
@@ -79,7 +81,7 @@ def gathered() -> tuple[HeadStatistics, Tensor]:
     actions[..., 0] = 1 + 2 * torch.rand(samples, GOALS, generator=draws)
     actions[..., 2] = (torch.randint(-2, 3, (samples, GOALS), generator=draws)) / FOCAL
     edges = edge_patches(torch.rand(samples, 2, N, generator=draws))
-    statistics = HeadStatistics(LAYOUT, [f"t{i // 2}" for i in range(samples)], edges, actions)
+    statistics = HeadStatistics("cross", LAYOUT, [f"t{i // 2}" for i in range(samples)], edges, actions)
     for sample in range(samples):
         weights = torch.stack([hand_built(action) for action in actions[sample]])
         statistics.add(sample, 0.5, layer_attention(weights))
@@ -90,12 +92,11 @@ def test_heads_built_by_hand_get_their_types(gathered):
     rows = gathered[0].rows()
     assert [(row.layer, row.head, row.time) for row in rows] == [(0, head, 0.5) for head in range(len(HEADS))]
     assert [row.type.name for row in rows] == HEADS
-    assert type_counts(rows) == {(0, 0.5): Counter(HEADS)}
 
 
 def test_heads_built_by_hand_get_their_closed_forms(gathered):
     rows = {name: row for name, row in zip(HEADS, gathered[0].rows(), strict=True)}
-    mean = {name: {key: value.mean for key, value in row.means.items()} for name, row in rows.items()}
+    mean = {name: {key: value.mean for key, value in row.measures.items()} for name, row in rows.items()}
     assert mean["broad"]["entropy"] == pytest.approx(math.log(M + 1), rel=1e-4)
     assert mean["broad"]["effective share"] == pytest.approx(1, rel=1e-4)
     assert mean["broad"]["score range"] == pytest.approx(0, abs=1e-4)
@@ -108,8 +109,8 @@ def test_heads_built_by_hand_get_their_closed_forms(gathered):
     assert mean["same place"]["distance"] == pytest.approx(0, abs=1e-4)
     assert mean["same place"]["score range"] == pytest.approx(80, rel=1e-4)
     assert mean["fixed offset"]["mass extra"] == pytest.approx(1 / 7, rel=1e-4)
-    assert rows["fixed offset"].offset == (0, 1)
-    assert rows["fixed offset"].offset_share == pytest.approx(1, rel=1e-4)
+    assert (mean["fixed offset"]["offset rows"], mean["fixed offset"]["offset columns"]) == (0, 1)
+    assert mean["fixed offset"]["offset share"] == pytest.approx(1, rel=1e-4)
     assert mean["newest frame"]["mass frame 0"] == pytest.approx(1, rel=1e-4)
     assert mean["newest frame"]["effective tokens"] == pytest.approx(N, rel=1e-4)
     for name in HEADS:  # all tokens give the same, so what is moved is what is looked at
@@ -118,15 +119,15 @@ def test_heads_built_by_hand_get_their_closed_forms(gathered):
 
 def test_directions_have_the_slopes_of_the_motion(gathered):
     rows = {name: row for name, row in zip(HEADS, gathered[0].rows(), strict=True)}
-    assert rows["turning"].turning.slope.mean == pytest.approx(-FOCAL, rel=1e-3)
-    assert rows["turning"].turning.slope.high == pytest.approx(-FOCAL, rel=1e-2)
-    assert rows["turning"].turning.correlation == pytest.approx(-1, abs=1e-3)
-    assert rows["turning"].walking.slope.mean == pytest.approx(0, abs=1e-2)
-    assert rows["walking"].walking.slope.mean == pytest.approx(-1 / DEPTH, rel=1e-3)
-    assert rows["walking"].walking.correlation == pytest.approx(-1, abs=1e-3)
+    assert rows["turning"].measures["turning slope"].mean == pytest.approx(-FOCAL, rel=1e-3)
+    assert rows["turning"].measures["turning slope"].high == pytest.approx(-FOCAL, rel=1e-2)
+    assert rows["turning"].measures["turning correlation"].mean == pytest.approx(-1, abs=1e-3)
+    assert rows["turning"].measures["walking slope"].mean == pytest.approx(0, abs=1e-2)
+    assert rows["walking"].measures["walking slope"].mean == pytest.approx(-1 / DEPTH, rel=1e-3)
+    assert rows["walking"].measures["walking correlation"].mean == pytest.approx(-1, abs=1e-3)
     for name in ("broad", "sink", "fixed offset", "newest frame"):
-        assert rows[name].turning.slope.mean == pytest.approx(0, abs=1e-2)
-        assert rows[name].walking.slope.mean == pytest.approx(0, abs=1e-3)
+        assert rows[name].measures["turning slope"].mean == pytest.approx(0, abs=1e-2)
+        assert rows[name].measures["walking slope"].mean == pytest.approx(0, abs=1e-3)
 
 
 def test_distances_between_heads_built_by_hand(gathered):
@@ -140,12 +141,15 @@ def test_distances_between_heads_built_by_hand(gathered):
 def test_heads_are_judged_by_true_places_where_these_are_known():
     """Nothing has moved, and the older frame alone shows it: all patches but those at borders have 9 true places."""
     place = LAYOUT.positions()[:, None].expand(GOALS, N, 2, 2) + 0.5
-    truth = true_tokens(place, torch.tensor([True, False]).expand(GOALS, N, 2), LAYOUT)
-    statistics = HeadStatistics(LAYOUT, ["a", "b"], torch.full((2, 2, N), 0.25), truth=truth.expand(2, -1, -1, -1))
+    place[:, :, 1] = math.nan
+    truth = true_tokens(place, LAYOUT)
+    statistics = HeadStatistics(
+        "cross", LAYOUT, ["a", "b"], torch.full((2, 2, N), 0.25), truth=truth.expand(2, -1, -1, -1)
+    )
     action = torch.tensor([1.0, 0, 0.2])
     for sample in range(2):
         statistics.add(sample, 0.5, layer_attention(hand_built(action).expand(GOALS, -1, -1, -1)))
-    means = {name: row.means for name, row in zip(HEADS, statistics.rows(), strict=True)}
+    means = {name: row.measures for name, row in zip(HEADS, statistics.rows(), strict=True)}
     places = (3 * LAYOUT.rows - 2) * (3 * LAYOUT.columns - 2)
     assert means["same place"]["correspondence lift"].mean == pytest.approx(N**2 / places, rel=1e-3)
     assert means["same place"]["correspondence accuracy"].mean == 1
@@ -160,9 +164,9 @@ def test_a_token_that_gives_nothing_moves_nothing():
     values = torch.ones(1, 1, M + 1, N)
     values[..., -1, :] = 0
     values[..., :N, :] = 3  # and tokens of the older frame give three times as much
-    statistics = HeadStatistics(LAYOUT, ["a"], torch.full((1, 2, N), 0.25))
+    statistics = HeadStatistics("cross", LAYOUT, ["a"], torch.full((1, 2, N), 0.25))
     statistics.add(0, 0.1, layer_attention(weights, values))
-    means = statistics.rows()[0].means
+    means = statistics.rows()[0].measures
     assert means["mass extra"].mean == pytest.approx(0.5, rel=1e-4)
     assert means["moved mass extra"].mean == 0
     assert means["moved mass frame -1"].mean == pytest.approx(0.75, rel=1e-4)
@@ -175,7 +179,7 @@ def test_a_token_that_gives_nothing_moves_nothing():
     "dialect", [{"extra_kv": True}, {"extra_kv": True, "context_modulation": True, "position": "learned"}]
 )
 @torch.no_grad()
-def test_a_probe_batch_gives_the_measures_of_its_weights(make_world, make_batch, dialect, kind):
+def test_a_probe_batch_gives_the_measures_of_its_weights(make_world, make_batch, denoise, dialect, kind):
     world, batch, names = make_world(**dialect), make_batch(samples=4), ["a", "b", "b", "c"]
     statistics = measure_heads(world, batch, names, [0.25, 0.75], 5, kind, [0, 2])
     rows = statistics.rows()
@@ -183,15 +187,12 @@ def test_a_probe_batch_gives_the_measures_of_its_weights(make_world, make_batch,
         (layer, time, head) for layer in (0, 2) for time in (0.25, 0.75) for head in range(4)
     ]
 
-    frames = {name: batch[name].float() / 127.5 - 1 for name in ("context", "target")}
-    noise = torch.cat([torch.randn((1, *frames["target"].shape[1:]), generator=generator(5, i)) for i in range(4)])
-    times = torch.full((4, 2), 0.75)
-    noisy = world.objective.add_noise(frames["target"], noise, times)
     with record_attention(world.cdit, [2], kind) as recording:
-        world.cdit(noisy, times * 1000, batch["action"], batch["time_shift"], frames["context"], batch["context_mask"])
+        denoise(world, batch, 0.75, 5)
     weights = recording[2]  # (S, G, H, N, M)
+    attended = batch.context if kind == "cross" else batch.target
     layout = Layout(3 if kind == "cross" else 1, 4, 6)
-    edges = edge_patches(gradient_magnitude(frames["context" if kind == "cross" else "target"], layout))
+    edges = edge_patches(gradient_magnitude(attended.float() / 127.5 - 1, layout))
     edges = edges[:, None, None] if kind == "cross" else edges[:, :, None, None]
     expected = {
         "entropy": measures.entropy(weights),
@@ -204,40 +205,36 @@ def test_a_probe_batch_gives_the_measures_of_its_weights(make_world, make_batch,
     for name, value in expected.items():
         per_sample = value[:, :, head].flatten(1).nanmean(1).double().numpy()
         (estimate,) = estimates(per_sample, names, 5)
-        assert row.means[name].mean == pytest.approx(estimate.mean, rel=1e-3, abs=1e-5)
-        assert row.means[name].low == pytest.approx(estimate.low, rel=1e-3, abs=1e-5)
-        assert row.means[name].high == pytest.approx(estimate.high, rel=1e-3, abs=1e-5)
+        assert row.measures[name].mean == pytest.approx(estimate.mean, rel=1e-3, abs=1e-5)
+        assert row.measures[name].low == pytest.approx(estimate.low, rel=1e-3, abs=1e-5)
+        assert row.measures[name].high == pytest.approx(estimate.high, rel=1e-3, abs=1e-5)
     torch.testing.assert_close(
         statistics.distances()[2, 0.75], head_distances(weights).mean((0, 1)), atol=1e-4, rtol=1e-3
     )
     if kind == "self":
-        assert row.turning is None
-        assert row.walking is None
-        assert "mass extra" not in row.means
+        assert not {"turning slope", "walking slope", "mass extra"} & set(row.measures)
     else:
         motion = fit_motion(offset_fields(weights[:, :, head], layout), layout)
-        factors, each = batch["action"].flatten(0, 1).numpy(), [name for name in names for _ in range(2)]
+        factors, each = batch.condition.action.flatten(0, 1).numpy(), [name for name in names for _ in range(2)]
         turning = trends(motion.translation[..., -1, 1].flatten().numpy(), factors, each, 5)[2]
         walking = trends(motion.divergence[..., -1].flatten().numpy(), factors, each, 5)[0]
-        assert row.turning.slope.mean == pytest.approx(turning.slope.mean, rel=1e-2, abs=1e-4)
-        assert row.walking.correlation == pytest.approx(walking.correlation, abs=1e-2)
-    assert row.numbers["entropy"] == row.means["entropy"].mean
+        assert row.measures["turning slope"].mean == pytest.approx(turning.slope.mean, rel=1e-2, abs=1e-4)
+        assert row.measures["walking correlation"].mean == pytest.approx(walking.correlation, abs=1e-2)
 
-    values, labels = statistics.values("entropy")
+    values, columns = statistics.values("entropy")
     assert values.shape == (4, 16)
-    column = labels.index((2, 0.75, head))
+    column = columns.index(f"layer 2, head {head}, t = 0.75")
     np.testing.assert_allclose(
         values[:, column], measures.entropy(weights)[:, :, head].flatten(1).mean(1).numpy(), rtol=1e-4
     )
     choosing = split_halves(names, 0)
-    best = best_head(values, choosing, names)
+    best = best_column(values, choosing, names)
     assert best.chosen_at == values[choosing].mean(axis=0).max()
     assert best.estimate.mean == pytest.approx(values[~choosing, best.column].mean())
 
 
 def test_motions_that_are_unknown_have_no_trend(make_world, make_batch):
     batch = make_batch()
-    batch["action_mask"][0, 0] = False
+    batch.condition.known[0, 0] = False
     rows = measure_heads(make_world(), batch, ["a", "b"], [0.5], 0, layers=[0]).rows()
-    assert rows[0].turning is None
-    assert "turning slope" not in rows[0].numbers
+    assert "turning slope" not in rows[0].measures

@@ -1,0 +1,392 @@
+"""Pictures of heads: attention over frames, and heads × layers at a glance.
+
+Every picture but the curve is a `sheet`, a table of small images.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from io import BytesIO
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from cdit.common.pictures import FONT
+from cdit.heads.head_statistics import HeadRow
+from cdit.heads.importance import PruningCurve
+from cdit.heads.measures import Layout, extra_share, frame_maps
+
+CELL = 160  # frames are magnified, by whole numbers, to about this many pixels
+LARGEST = 256  # and shrunk to this many if they are larger
+GAP = 6
+INK, FAINT, PAPER = (28, 28, 34), (120, 120, 130), (255, 255, 255)
+NO_VALUE, BAR, EXTRA_BAR = (225, 225, 230), (203, 71, 71), (96, 108, 200)
+PATCH, TRUE_PLACE = (64, 240, 255), (64, 255, 96)
+TYPE_COLOURS = {
+    "sink": (166, 118, 29), "same place": (27, 120, 183), "fixed offset": (117, 187, 232), "copy": (35, 139, 69),
+    "turning": (217, 72, 1), "walking": (253, 174, 97), "edge": (136, 86, 167), "newest frame": (84, 39, 143),
+    "oldest frame": (158, 154, 200), "one frame": (203, 201, 226), "broad": (150, 150, 150), "mixed": (224, 224, 228),
+}  # fmt: skip
+
+Colour = tuple[int, int, int]
+
+
+@dataclass
+class Scene:
+    """The frames behind attention maps."""
+
+    context: Tensor
+    """(T, 3, H, W) uint8, the frames attended to, oldest first."""
+    mask: Tensor
+    """(T,) bool, True where the frame exists."""
+    target: Tensor
+    """(3, H, W) uint8."""
+    patch: tuple[int, int]
+    """Row and column of the target patch whose attention is shown."""
+    itself: bool = False
+    """Whether `context` is the target itself, as for self-attention."""
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the frames of `context`: their distance from the newest, …, −2, −1, 0."""
+        frames = len(self.context)
+        return ["itself"] if self.itself else [f"−{back}" if back else "0" for back in reversed(range(frames))]
+
+
+# ---- attention over frames ----
+
+
+def layer_figure(scene: Scene, weights: Tensor, layout: Layout, title: str) -> Image.Image:
+    """One layer at one diffusion time: a row for each head, over the frames attended to.
+
+    From left to right: the target with the chosen patch outlined; the attention of that patch on each frame (its own
+    place outlined), and its mass per frame; the same for the mean over all target patches. One block is one patch.
+    Colours of a row are scaled to its largest weight, separately for the patch and the mean.
+
+    Args:
+        scene: the frames and the chosen patch.
+        weights: (H, N, M[+1]) of this target, on any device.
+        layout: of the tokens attended to.
+        title: of the figure.
+    """
+    row, column = scene.patch
+    groups = [weights[:, row * layout.columns + column], weights.mean(1)]
+    size = cell_size(*scene.target.shape[-2:])
+    frames = _frames(scene, size)
+    target = frame_image(scene.target, size)
+    outline(target, scene.patch, layout, thick=True)
+    blank, missing = Image.new("RGB", (1, 1), PAPER), missing_frame(size)
+    plain = [missing if frame is None else frame for frame in frames]
+    cells, labels = [[target, *plain, blank, *plain, blank]], [("frames",)]
+    for head in range(len(weights)):
+        shown, peaks = [target], []
+        for group in groups:
+            maps = frame_maps(group[head].float().cpu(), layout)
+            peaks.append(float(maps.max()))
+            shown += [
+                missing
+                if frame is None
+                else _over(frame, heat / max(peaks[-1], 1e-30), scene, layout, group is groups[0])
+                for frame, heat in zip(frames, maps, strict=True)
+            ]
+            masses = dict(zip(scene.names, maps.sum((-2, -1)).tolist(), strict=True))
+            if group.shape[-1] > layout.frames * layout.patches:
+                masses["extra"] = float(extra_share(group[head], layout))
+            shown.append(_bars(masses, size[1]))
+        cells.append(shown)
+        labels.append((f"head {head}", f"patch max {peaks[0]:.2g}", f"mean max {peaks[1]:.2g}"))
+    names = [name if scene.itself else f"frame {name}" for name in scene.names]
+    headings = [f"attention of patch ({row}, {column})", f"mean over all {layout.patches} target patches"]
+    columns = ["target", *(2 * [*names, "attention mass"])]
+    spans = ["", *(heading for heading in headings for _ in range(len(frames) + 1))]
+    scale = "Colours of a row run from 0 (dark) to its largest weight (pale yellow)."
+    return sheet(title, scale, columns, labels, cells, spans)
+
+
+def thumbnails(scene: Scene, weights: Tensor, layout: Layout, height: int = 44) -> list[Image.Image]:
+    """For each head, the attention of the chosen patch over the frames, side by side; see `layer_figure`."""
+    size = (round(height * scene.target.shape[-1] / scene.target.shape[-2]), height)
+    frames = _frames(scene, size)
+    found = []
+    for maps in frame_maps(weights[:, scene.patch[0] * layout.columns + scene.patch[1]].float().cpu(), layout):
+        strip = Image.new("RGB", (len(frames) * (size[0] + 2) - 2, height), PAPER)
+        for i, (frame, heat) in enumerate(zip(frames, maps / max(float(maps.max()), 1e-30), strict=True)):
+            cell = missing_frame(size) if frame is None else _over(frame, heat, scene, layout)
+            strip.paste(cell, (i * (size[0] + 2), 0))
+        found.append(strip)
+    return found
+
+
+def examples_figure(
+    scene: Scene, predicted: Tensor, rows: Sequence[HeadRow], maps: Sequence[Tensor], places: Tensor | None
+) -> Image.Image:
+    """A row for each head: the predicted frame with the chosen patch, and the head's attention on each past frame.
+
+    Args:
+        scene: past frames and the chosen patch.
+        predicted: (3, H, W) uint8.
+        rows: the heads.
+        maps: of each head, (T, rows, columns) weights of the chosen patch on the past frames.
+        places: (T, 2) row and column of the true place in patches; NaN if not visible, None if unknown.
+    """
+    layout = Layout(*maps[0].shape)
+    size = cell_size(*predicted.shape[-2:])
+    target = frame_image(predicted, size)
+    outline(target, scene.patch, layout, thick=True)
+    cells = []
+    for map_ in maps:
+        cells.append([target])
+        for i, heat in enumerate(map_ / max(float(map_.max()), 1e-30)):
+            cell = missing_frame(size)
+            if scene.mask[i]:
+                cell = _over(frame_image(scene.context[i], size), heat, scene, layout)
+                if places is not None and bool(places[i].isfinite().all()):
+                    _ring(cell, float(places[i, 1]) / layout.columns, float(places[i, 0]) / layout.rows)
+            cells[-1].append(cell)
+    labels = [(row.type.name, f"layer {row.layer}, head {row.head}", row.type.reason) for row in rows]
+    rings = "" if places is None else " Rings: the true place of what it shows."
+    return sheet(
+        "One head of each type: attention of one patch of a predicted frame",
+        f"Squares: the patch and its own place.{rings}",
+        ["predicted", *(f"frame {name}" for name in scene.names)],
+        labels,
+        cells,
+        ["", *["past"] * layout.frames],
+    )
+
+
+def cell_size(height: int, width: int) -> tuple[int, int]:
+    """(width, height) at which a frame is drawn."""
+    longest = max(height, width)
+    factor = max(1, round(CELL / longest)) if longest <= LARGEST else LARGEST / longest
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def frame_image(frame: Tensor, size: tuple[int, int]) -> Image.Image:
+    """A frame (3, H, W) uint8 at a size (width, height)."""
+    image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
+    return image.resize(size, Image.Resampling.NEAREST if size[0] >= image.width else Image.Resampling.BOX)
+
+
+def heat_overlay(frame: Image.Image, heat: Tensor) -> Image.Image:
+    """The frame in grey under a heat map (rows, columns) in [0, 1]; hotter places are more opaque."""
+    heat_HW = np.asarray(Image.fromarray(heat.numpy().astype(np.float32)).resize(frame.size, Image.Resampling.NEAREST))
+    colour = matplotlib.colormaps["inferno"](0.15 + 0.85 * heat_HW)[..., :3]
+    grey = np.asarray(ImageOps.autocontrast(frame.convert("L")), dtype=np.float32)[..., None] / 255
+    cover = (0.35 + 0.5 * np.sqrt(heat_HW))[..., None]
+    return Image.fromarray(np.uint8(255 * ((1 - cover) * grey + cover * colour) + 0.5))
+
+
+def missing_frame(size: tuple[int, int]) -> Image.Image:
+    """A placeholder for a frame that does not exist."""
+    return _text_cell("missing", NO_VALUE, *size)
+
+
+def outline(image: Image.Image, patch: tuple[int, int], layout: Layout, thick: bool = False) -> None:
+    """Outlines a patch of a frame, just outside it."""
+    (row, column), (width, height) = patch, image.size
+    left, right = (round(c * width / layout.columns) for c in (column, column + 1))
+    top, bottom = (round(r * height / layout.rows) for r in (row, row + 1))
+    draw = ImageDraw.Draw(image)
+    if thick:
+        draw.rectangle((left - 3, top - 3, right + 2, bottom + 2), outline=(0, 0, 0))
+    far = 2 if thick else 1
+    draw.rectangle((left - far, top - far, right + far - 1, bottom + far - 1), outline=PATCH, width=far)
+
+
+def _frames(scene: Scene, size: tuple[int, int]) -> list[Image.Image | None]:
+    pairs = zip(scene.context, scene.mask, strict=True)
+    return [frame_image(frame, size) if exists else None for frame, exists in pairs]
+
+
+def _over(frame: Image.Image, heat: Tensor, scene: Scene, layout: Layout, outlined: bool = True) -> Image.Image:
+    image = heat_overlay(frame, heat)
+    if outlined:
+        outline(image, scene.patch, layout)
+    return image
+
+
+def _ring(image: Image.Image, across: float, down: float) -> None:
+    """A ring around a place, in shares of the image's width and height."""
+    x, y = across * image.width, down * image.height
+    draw = ImageDraw.Draw(image)
+    draw.ellipse((x - 8, y - 8, x + 8, y + 8), outline=(0, 0, 0), width=4)
+    draw.ellipse((x - 7, y - 7, x + 7, y + 7), outline=TRUE_PLACE, width=2)
+
+
+def _bars(masses: Mapping[str, float], height: int) -> Image.Image:
+    """Horizontal bars from 0 to 1 with their values."""
+    step = max(14, min(22, height // len(masses)))
+    image = Image.new("RGB", (160, step * len(masses)), PAPER)
+    draw = ImageDraw.Draw(image)
+    for line, (name, mass) in enumerate(masses.items()):
+        top, bottom, middle = line * step + 2, (line + 1) * step - 3, (line + 0.5) * step
+        draw.text((34, middle), name, INK, font(11), anchor="rm")
+        draw.rectangle((39, top, 125, bottom), (238, 238, 242))
+        if mass:
+            draw.rectangle((39, top, 39 + round(86 * mass), bottom), EXTRA_BAR if name == "extra" else BAR)
+        draw.text((129, middle), f"{mass:.2f}", INK, font(11), anchor="lm")
+    return image
+
+
+# ---- heads × layers ----
+
+
+def measure_heatmap(title: str, panels: Mapping[str, np.ndarray], layers: Sequence[int]) -> Image.Image:
+    """Numbers as colours, all panels on one scale: yellow high, violet low, grey without a value.
+
+    Args:
+        title: name of the measure.
+        panels: by title, such as one for each diffusion time: (layers, heads).
+        layers: names of the rows.
+    """
+    finite = np.concatenate([panel[np.isfinite(panel)] for panel in panels.values()] or [np.zeros(0)])
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
+
+    def cell(value: float) -> Image.Image:
+        share = (value - low) / (high - low) if high > low else 0.5
+        return _text_cell(f"{value:.3g}", _palette("viridis", share) if np.isfinite(value) else NO_VALUE)
+
+    subtitle = f"colours from {low:.3g} (violet) to {high:.3g} (yellow)"
+    return _panels(title, subtitle, {name: [[*map(cell, row)] for row in panel.tolist()] for name, panel in
+                                     panels.items()}, [f"layer {layer}" for layer in layers])  # fmt: skip
+
+
+def type_chart(panels: Mapping[str, Sequence[Sequence[str]]], layers: Sequence[int]) -> Image.Image:
+    """The type of each head of each layer, by title of the panel."""
+    cells = {
+        name: [[_text_cell(kind, TYPE_COLOURS[kind], 92) for kind in row] for row in panel]
+        for name, panel in panels.items()
+    }
+    return _panels(
+        "type of each head", "types are defined in summary.md", cells, [f"layer {layer}" for layer in layers]
+    )
+
+
+def distance_chart(distances: Mapping[str, Mapping[int, Tensor]]) -> Image.Image:
+    """Jensen–Shannon distances between the heads of each layer, (H, H) by title and layer."""
+    cells, labels = {}, []
+    for name, by_layer in distances.items():
+        rows = [row for matrix in by_layer.values() for row in matrix.tolist()]
+        cells[name] = [[_text_cell(f"{value:.2f}", _palette("magma", 0.1 + 0.9 * value), 44, 20) for value in row]
+                       for row in rows]  # fmt: skip
+        labels = [f"layer {layer}, head {head}" for layer, matrix in by_layer.items() for head in range(len(matrix))]
+    subtitle = "Jensen–Shannon distance between two heads' attention: 0 (dark) identical, 1 disjoint"
+    return _panels("similarity of the heads of a layer", subtitle, cells, labels)
+
+
+def pruning_picture(curve: PruningCurve) -> Image.Image:
+    """The loss against the number of ablated heads, with bands of 95 % intervals."""
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    for name, found, colour in (
+        ("least needed first", curve.ordered, "#1b78b7"), ("in random order", curve.random, "#cb4747"),
+    ):  # fmt: skip
+        axes.plot(curve.counts, [one.mean for one in found], "o-", color=colour, label=name, markersize=4)
+        if found[0].low is not None:
+            low, high = [one.low for one in found], [one.high for one in found]
+            axes.fill_between(curve.counts, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel=f"ablated heads, of {curve.counts[-1]}", ylabel="denoising loss", title="Loss without heads")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png")
+    return Image.open(buffer).convert("RGB")
+
+
+def _palette(name: str, share: float) -> Colour:
+    return tuple(int(c) for c in _colours(name)[round(255 * share)])
+
+
+@cache
+def _colours(name: str) -> np.ndarray:
+    return matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3]
+
+
+def _text_cell(text: str, fill: Colour, width: int = 62, height: int = 30) -> Image.Image:
+    image = Image.new("RGB", (width, height), fill)
+    ink = INK if np.dot(fill, (0.299, 0.587, 0.114)) > 128 else PAPER
+    ImageDraw.Draw(image).text((width / 2, height / 2), text, ink, font(11), anchor="mm")
+    return image
+
+
+def _panels(
+    title: str, subtitle: str, panels: Mapping[str, list[list[Image.Image]]], rows: Sequence[str]
+) -> Image.Image:
+    """Tables of cells with the same rows, side by side; columns are heads."""
+    cells = [[cell for part in line for cell in part] for line in zip(*panels.values(), strict=True)]
+    heads = {name: range(len(panel[0])) for name, panel in panels.items()}
+    columns = [f"head {head}" for numbers in heads.values() for head in numbers]
+    spans = [name for name, numbers in heads.items() for _ in numbers]
+    return sheet(title, subtitle, columns, [(row,) for row in rows], cells, spans, gap=1)
+
+
+# ---- tables of images ----
+
+
+def sheet(
+    title: str,
+    subtitle: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    cells: Sequence[Sequence[Image.Image]],
+    spans: Sequence[str],
+    gap: int = GAP,
+) -> Image.Image:
+    """A table of images with headings.
+
+    Args:
+        title: in bold at the top.
+        subtitle: below it.
+        columns: headings.
+        rows: lines of text at the left of each row; the first is bold if there are several.
+        cells: images; columns are as wide and rows as high as the largest.
+        spans: a heading for each column, written once above neighbours that share it; others are set apart.
+        gap: between cells.
+    """
+    faces = [[font(13, bold=True) if len(lines) > 1 else font(12), *[font(11)] * (len(lines) - 1)] for lines in rows]
+    labels = [label for lines in zip(rows, faces, strict=True) for label in zip(*lines, strict=True)]
+    x = 4 * GAP + max(_width(*label) for label in labels)
+    lefts, headings, end = [], [], 0
+    for i, column in enumerate(columns):
+        if i and spans[i] != spans[i - 1]:
+            x = max(x + 4 * GAP, end + 2 * GAP)
+        if not i or spans[i] != spans[i - 1]:
+            headings.append((x, spans[i]))
+            end = x + _width(spans[i], font(13, bold=True))
+        lefts.append(x)
+        x += max(max(line[i].width for line in cells), _width(column, font(12))) + gap
+    width = max(x, end, 2 * GAP + max(_width(title, font(17, bold=True)), _width(subtitle, font(12))))
+    tops = [108]
+    for lines, line in zip(rows, cells, strict=True):
+        tops.append(tops[-1] + max(16 * len(lines), *(cell.height for cell in line)) + gap)
+    canvas = Image.new("RGB", (width + 2 * GAP, tops[-1] + GAP), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((2 * GAP, 8), title, INK, font(17, bold=True))
+    draw.text((2 * GAP, 34), subtitle, FAINT, font(12))
+    for left, heading in headings:
+        draw.text((left, 62), heading, INK, font(13, bold=True))
+    for left, column in zip(lefts, columns, strict=True):
+        draw.text((left, 86), column, INK, font(12))
+    for i, (lines, line) in enumerate(zip(rows, cells, strict=True)):
+        middle = (tops[i] + tops[i + 1] - gap) / 2
+        for j, (label, face) in enumerate(zip(lines, faces[i], strict=True)):
+            y = middle + 16 * (j - (len(lines) - 1) / 2)
+            draw.text((2 * GAP, y), label, FAINT if j else INK, face, anchor="lm")
+        for left, cell in zip(lefts, line, strict=True):
+            canvas.paste(cell, (left, round(middle - cell.height / 2)))
+    return canvas
+
+
+def _width(text: str, face: ImageFont.FreeTypeFont) -> int:
+    return math.ceil(face.getlength(text))
+
+
+@cache
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """The font of all pictures."""
+    return ImageFont.truetype(FONT.with_stem(FONT.stem + "-Bold") if bold else FONT, size)
