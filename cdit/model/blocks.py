@@ -151,7 +151,9 @@ class Block(nn.Module):
         parts = context
         if isinstance(context, ContextTokens):
             tokens_SMD = modulate(context.tokens_SMD, *chunks[9:]) if chunks[9:] else context.tokens_SMD
-            parts = [Part(self.project_kv(tokens_SMD, context.rotation, corner(rotation)), context.mask)]
+            # Not by `project_kv`, after which sharded weights would be scattered again.
+            kv = self.cross_attn.project_kv(tokens_SMD, context.rotation, self.key_norm, corner(rotation))
+            parts = [Part(kv, context.mask)]
 
         def self_attention(x: Tensor) -> Tensor:
             return self.self_attn(x, rotation=rotation)

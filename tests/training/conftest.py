@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import save_file
 from torchvision.models import alexnet
 
-from cdit.common.cli import parse_config
+from cdit.common.cli import parse_config, run
 from cdit.data.layout import DatasetInfo, write_split, write_trajectory
 from cdit.data.windows import WindowDataset
 from cdit.training.config import TrainConfig
@@ -150,7 +150,7 @@ def train(tiny: Path, environment: dict[str, str]) -> Callable[..., Path]:
             patch.setattr(sys, "argv", argv)
             _forget_accelerator()
             try:
-                module.run(module.main)
+                run(module.main)
             finally:
                 _forget_accelerator()
                 torch.set_num_threads(threads)

@@ -2,19 +2,20 @@
 
     sharded.py OUT
 
-OUT/<dialect>_<process>.pt holds what each process found, see `trained`; OUT/bfloat16_<process>.pt the comparison with
-DDP under autocast.
+OUT/<dialect>_<process>.pt holds what each process found, see `trained`, and OUT/muon_<process>.pt the same of the
+native dialect with another optimizer; OUT/bfloat16_<process>.pt the comparison with DDP under autocast.
 """
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
@@ -27,6 +28,7 @@ from cdit.training.sharding import shard, take_wish, whole
 STEPS = 5
 MAX_NORM = 0.5
 OPTIMIZER = OptimizerConfig(learning_rate=0.01, warmup_steps=0, schedule="constant", weight_decay=0.1)
+MUON = replace(OPTIMIZER, name="muon")
 AVERAGE = EMAConfig(decay=0.8, warmup_power=0)
 # 36 rows, 35 of them in one case, and 1, which is less than there are processes.
 BASE = {"image_size": (3, 2), "in_channels": 1, "max_context": 2, "patch_size": 1, "hidden_size": 36, "depth": 2}
@@ -34,6 +36,7 @@ DIALECTS: dict[str, dict[str, Any]] = {
     "native": {"num_heads": 2},
     "encoder": {"num_heads": 2, "context_depth": 1, "qk_norm": True, "extra_kv": True, "mlp_ratio": 35 / 36},
     "nwm": {"num_heads": 2, "position": "learned", "context_modulation": True, "extra_kv": True},
+    "levers": {"num_heads": 2, "steered_queries": True, "context_norm": "keys", "output_channels": 3},
 }
 
 
@@ -69,11 +72,18 @@ def loss_of(prediction: Tensor, step: int, process: int) -> Tensor:
     return (prediction - torch.randn(prediction.shape, generator=draws)).square().mean()
 
 
-def trained(dialect: str, accelerator: Accelerator) -> dict[str, Any]:
+def states(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The optimizer's tensors of each kind by the parameters that have them."""
+    named = [(name, optimizer.state[p]) for name, p in network.named_parameters()]
+    kinds = ("exp_avg", "exp_avg_sq", "momentum_buffer")
+    return {kind: {name: state[kind] for name, state in named if kind in state} for kind in kinds}
+
+
+def trained(dialect: str, accelerator: Accelerator, config: OptimizerConfig = OPTIMIZER) -> dict[str, Any]:
     """A few steps, and everything that is left of them: losses, norms, what this process holds, and the whole of it."""
     cdit, process = build(dialect), accelerator.process_index
     network = shard(cdit, accelerator)
-    optimizer, _ = build_optimizer(cdit, OPTIMIZER, STEPS)
+    optimizer, _ = build_optimizer({"model": cdit}, config, STEPS)
     optimizer = accelerator.prepare(optimizer)
     ema = EMA(cdit, AVERAGE)
     losses, norms, cached = [], [], []
@@ -93,10 +103,7 @@ def trained(dialect: str, accelerator: Accelerator) -> dict[str, Any]:
     tensors = {
         "weights": dict(cdit.named_parameters()),
         "averages": ema.tensors(),
-        **{
-            moment: {name: optimizer.state[p][moment] for name, p in cdit.named_parameters()}
-            for moment in ("exp_avg", "exp_avg_sq")
-        },
+        **states(cdit, optimizer),
     }
     assert all(isinstance(tensor, DTensor) for named in tensors.values() for tensor in named.values())
     found = {
@@ -145,6 +152,7 @@ def main(out: str) -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     for dialect in DIALECTS:
         torch.save(trained(dialect, accelerator), Path(out) / f"{dialect}_{accelerator.process_index}.pt")
+    torch.save(trained("native", accelerator, MUON), Path(out) / f"muon_{accelerator.process_index}.pt")
     for state in (AcceleratorState, GradientState):
         state._reset_state()
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")

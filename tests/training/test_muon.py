@@ -122,7 +122,7 @@ def test_orthogonalised_keeps_singular_vectors_and_sets_values_to_about_one(shap
 def test_hidden_matrices_are_muons_and_the_rest_is_adamws():
     network = CDiT((8, 8), 3, 2, hidden_size=32, depth=2, num_heads=2, context_depth=1, extra_kv=True, qk_norm=True,
                    steered_queries=True, output_channels=4)  # fmt: skip
-    optimizer, _ = build_optimizer(network, OptimizerConfig(name="muon", momentum=0.8), 10)
+    optimizer, _ = build_optimizer({"model": network}, OptimizerConfig(name="muon", momentum=0.8), 10)
     mine = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     hidden = {name for name, p in network.named_parameters() if "momentum" in mine[id(p)]}
     layers = [

@@ -15,13 +15,13 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from safetensors.torch import load_file
-from sharded import AVERAGE, DIALECTS, MAX_NORM, STEPS, batch, build, loss_of
+from sharded import AVERAGE, DIALECTS, MAX_NORM, MUON, STEPS, batch, build, loss_of, states
 from torch import Tensor
 
 from cdit.common.errors import UserError
 from cdit.training.config import EMAConfig, TrainConfig
 from cdit.training.ema import EMA
-from cdit.training.setup import build_accelerator
+from cdit.training.setup import build_accelerator, build_optimizer
 from cdit.training.sharding import shard, take_wish, whole, whole_world
 from cdit.world_model import WorldModel
 
@@ -30,13 +30,15 @@ TRAIN = Path(__file__).parents[2] / "train.py"
 LAUNCH = TRAIN.parent / "configs/accelerate/fsdp2_8gpu.yaml"
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 WISH = {"ACCELERATE_USE_FSDP": "true"}
-KINDS = ("weights", "averages", "exp_avg", "exp_avg_sq")
+KINDS = ("weights", "averages", "exp_avg", "exp_avg_sq", "momentum_buffer")
+RUNS = (*DIALECTS, "muon")
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     """Largest relative distance of a tensor."""
     assert set(found) == set(expected)
-    return max(((found[n] - expected[n]).norm() / expected[n].norm().clamp(min=1e-6)).item() for n in expected)
+    errors = [(found[n] - expected[n]).norm() / expected[n].norm().clamp(min=1e-6) for n in expected]
+    return max((error.item() for error in errors), default=0.0)
 
 
 def same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
@@ -57,15 +59,18 @@ def shared(
     out = tmp_path_factory.mktemp("shared")
     done = launch(SHARDED, out, processes=2, **WISH)
     assert done.returncode == 0, done.stderr
-    return {name: [torch.load(out / f"{name}_{i}.pt") for i in range(2)] for name in (*DIALECTS, "bfloat16")}
+    return {name: [torch.load(out / f"{name}_{i}.pt") for i in range(2)] for name in (*RUNS, "bfloat16")}
 
 
-def alone(dialect: str) -> dict:
+def alone(run: str) -> dict:
     """The same training in plain PyTorch on the batch of both processes, its clipping and average by hand."""
+    dialect = "native" if run == "muon" else run
     network = build(dialect)
     matrices, others = ([p for p in network.parameters() if (p.ndim >= 2) == wide] for wide in (True, False))
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=0.01, betas=(0.9, 0.99))
+    if run == "muon":  # against torch's: test_muon.py
+        optimizer, _ = build_optimizer({"model": network}, MUON, STEPS)
     averages = {name: p.detach().clone() for name, p in network.named_parameters()}
     losses, norms, direct = [], [], []
     for step in range(STEPS):
@@ -91,12 +96,12 @@ def alone(dialect: str) -> dict:
         "direct": torch.stack(direct),
         "weights": {name: p.detach() for name, p in named.items()},
         "averages": averages,
-        **{kind: {name: optimizer.state[p][kind] for name, p in named.items()} for kind in ("exp_avg", "exp_avg_sq")},
+        **states(network, optimizer),
     }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", RUNS)
 def test_each_process_holds_its_rows_and_no_more(shared: dict[str, list[dict]], dialect: str):
     sizes = {tuple(tensor.shape) for tensor in shared[dialect][0]["whole"]["weights"].values()}
     assert {shape[0] for shape in sizes} >= {1, 36}  # of which one process has nothing, and both have as much
@@ -109,33 +114,33 @@ def test_each_process_holds_its_rows_and_no_more(shared: dict[str, list[dict]], 
             assert len(first) == -(-len(tensor) // 2)
             assert torch.equal(torch.cat((first, second)), tensor)
         for process in shared[dialect]:
-            assert process["bytes"][kind] < 0.51 * 4 * complete
+            assert process["bytes"][kind] <= 0.51 * 4 * complete
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", RUNS)
 def test_steps_are_those_of_one_process(shared: dict[str, list[dict]], dialect: str):
-    expected = alone(dialect)
-    assert min(expected["norms"]) > 1.1 * MAX_NORM  # so that clipping matters
+    expected, far = alone(dialect), 100 if dialect == "muon" else 1  # which rounds gradients to bfloat16
+    assert max(expected["norms"]) > 1.1 * MAX_NORM  # so that clipping matters
     for process in shared[dialect]:
-        assert process["losses"] == pytest.approx(expected["losses"], rel=1e-5)
-        assert process["norms"] == pytest.approx(expected["norms"], rel=1e-5)
+        assert process["losses"] == pytest.approx(expected["losses"], rel=far * 1e-5)
+        assert process["norms"] == pytest.approx(expected["norms"], rel=far * 1e-5)
         for kind in KINDS:
-            assert distance(*map(without_key_bias, (process["whole"][kind], expected[kind]))) < 1e-4
+            assert distance(*map(without_key_bias, (process["whole"][kind], expected[kind]))) < far * 1e-4
     assert distance(expected["averages"], dict(build(dialect).named_parameters())) > 0.01
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", RUNS)
 def test_averages_in_place_and_a_context_encoded_before(shared: dict[str, list[dict]], dialect: str):
     expected = alone(dialect)["direct"]
     assert (expected[0] - expected[-1]).abs().max() > 1e-2
     for process in shared[dialect]:
-        torch.testing.assert_close(process["cached"], expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(process["cached"], expected, rtol=1e-4, atol=1e-3 if dialect == "muon" else 1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("dialect", RUNS)
 def test_a_step_that_one_process_spoils_is_taken_by_none(shared: dict[str, list[dict]], dialect: str):
     for process in shared[dialect]:
         assert np.isnan(process["bad norm"])
@@ -144,14 +149,19 @@ def test_a_step_that_one_process_spoils_is_taken_by_none(shared: dict[str, list[
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dialect", "gathered"), [("native", torch.bfloat16), ("nwm", torch.bfloat16), ("encoder", torch.float32)]
+    ("dialect", "gathered"),
+    [("native", torch.bfloat16), ("nwm", torch.bfloat16), ("encoder", torch.float32), ("levers", torch.bfloat16)],
 )
 def test_under_autocast_the_bits_are_those_of_ddp(shared: dict[str, list[dict]], dialect: str, gathered: torch.dtype):
     """Also where weights travel in bfloat16; they do where autocast would round them first of all."""
     for process in shared["bfloat16"]:
         found = process[dialect]
         assert found["gathered"] == [gathered]
-        assert same_bits(found["sharded"], found["ddp"])
+        assert torch.equal(found["sharded"]["output"], found["ddp"]["output"])
+        if dialect == "levers":  # whose keys and values each use the context: their gradients are added block by block
+            assert distance(found["sharded"], found["ddp"]) < 0.02
+        else:
+            assert same_bits(found["sharded"], found["ddp"])
         assert found["ddp"]["output"].abs().max() > 0.1
 
 
@@ -199,9 +209,10 @@ def test_the_average_comes_and_goes_where_the_weights_are(one: Accelerator, worl
         torch.testing.assert_close(whole(parameter).cpu(), before[name] + 1.0)
 
 
-def test_fp16_is_refused(config: Callable[..., TrainConfig]):
+def test_fp16_is_refused(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("cdit.training.setup.take_wish", lambda: True)
     with pytest.raises(UserError, match="mixed_precision is fp16, expected no or bf16 where weights are sharded"):
-        build_accelerator(config("--mixed_precision", "fp16"), sharded=True)
+        build_accelerator(config("--mixed_precision", "fp16"))
 
 
 @pytest.mark.parametrize(
