@@ -303,7 +303,7 @@ def _kill_in(seconds: float) -> None:
 
 def train(arguments: list[str]) -> None:
     """Runs train.py as a person would, with the faults of this process."""
-    os.cpu_count = lambda: 1  # on tensors this small, several threads only wait for each other
+    os.sched_getaffinity = lambda _: {0}  # on tensors this small, several threads only wait for each other
     rank = int(os.environ.get("RANK", 0))
     faults = [Fault(**values) for values in json.loads(os.environ.get("FAULTS", "[]"))]
     phases = Phases([fault for fault in faults if fault.rank == rank], os.environ.get("PHASES_LOG"))

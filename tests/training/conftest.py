@@ -146,7 +146,8 @@ def train(tiny: Path, environment: dict[str, str]) -> Callable[..., Path]:
             for variable, value in environment.items():
                 patch.setenv(variable, value)
             argv = [str(TRAIN), "--config", str(tiny), "--output", str(output), "--name", name, *arguments]
-            patch.setattr(os, "cpu_count", lambda: 1)  # beside others, threads on tensors this small only wait
+            # One thread: on tensors this small, several threads only wait for each other.
+            patch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
             patch.setattr(sys, "argv", argv)
             _forget_accelerator()
             try:
