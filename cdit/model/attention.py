@@ -196,8 +196,7 @@ class MultiHeadAttention(nn.Module):
             queries with nothing to find (`add_bias_kv` of `torch.nn.MultiheadAttention`).
 
     `observer`, when set, is called with an `Observation` at every `attend`. The output still comes from the fused
-    kernel, so watching changes nothing. `editor`, when set, is given the output of all heads before W_O, (B, H, N, K),
-    and what it returns goes on in its place.
+    kernel, so watching changes nothing.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False, extra_kv: bool = False):
@@ -213,7 +212,6 @@ class MultiHeadAttention(nn.Module):
         self.extra_k = nn.Parameter(torch.zeros(heads, 1, width // heads)) if extra_kv else None
         self.extra_v = nn.Parameter(torch.zeros(heads, 1, width // heads)) if extra_kv else None
         self.observer: Callable[[Observation], None] | None = None
-        self.editor: Callable[[Tensor], Tensor] | None = None
 
     def project_q(self, x_BND: Tensor, rotation: Rotation | None = None) -> Tensor:
         """Queries of x, (B, H, N, K), rotated to their positions."""
@@ -254,8 +252,6 @@ class MultiHeadAttention(nn.Module):
         out_BHNK = joint_attention(q_BHNK, parts)
         if self.observer is not None:
             self.observer(Observation(q_BHNK, *concatenated(parts)))
-        if self.editor is not None:
-            out_BHNK = self.editor(out_BHNK)
         return self.out(out_BHNK.transpose(1, 2).flatten(2))
 
     def forward(

@@ -227,17 +227,17 @@ def test_numbers_are_those_of_the_weights(page):
     assert page.texts("#past output") == ["0 %", "0 %", "75 %"]
     assert page.text("#extra output") == "25 %"
     assert page.text("#peak") == "45 %"
-    assert "frame 0 (now) most: 75 %" in page.text("#status")
-    assert "one by one" not in page.text("#status")
+    assert "most to frame 0 (now): 75 %" in page.text("#status")
+    assert "stored individually" not in page.text("#status")
 
 
 def test_what_lies_at_the_true_place_is_told(page):
     # From (1, 3), head 0 of layer 3 looks at (1, 4) and (2, 4) of frame 2. There, the truth is (1.65, 2.6).
     page.click_patch(1, 3)
-    assert "0 % lies at the true places" in page.text("#status")
+    assert "0 % is on the true places" in page.text("#status")
     # From (0, 0), it looks at (0, 1) and (1, 1). There, the truth is (1.05, 0.5): both are next to it.
     page.click_patch(0, 0)
-    assert "75 % lies at the true places" in page.text("#status")
+    assert "75 % is on the true places" in page.text("#status")
 
 
 def test_true_places_are_ringed_and_hidden_ones_named(page):
@@ -258,7 +258,7 @@ def test_true_places_are_ringed_and_hidden_ones_named(page):
     page.click_patch(1, 1)  # patch 7
     assert rings()[0] is None
     assert rings()[1] == pytest.approx(true_place(1, 1, 1), abs=0.05)
-    assert page.texts("#past .note") == ["true place not in sight", "", ""]
+    assert page.texts("#past .note") == ["true place not visible", "", ""]
     page.choose("mean", 1)
     assert rings() == [None, None, None]
     page.choose("sample", 1)  # for which they are not known
@@ -382,14 +382,14 @@ def test_what_is_not_stored_is_spread_evenly_and_told(page, addresses):
     page.open(addresses[2])
     page.click_patch(2, 2)
     assert page.brightest() == looked_at(0, 0.25, 3, 2, 2)
-    assert "one by one" not in page.text("#status")  # head 0 looks at two places
+    assert "stored individually" not in page.text("#status")  # head 0 looks at two places
     page.click('.thumbnail[data-layer="3"][data-head="1"]')
     opacity = page.heat()[..., 3]
     assert opacity.min() == pytest.approx(opacity.max(), abs=1)  # even, though two of 72 are stored
-    assert "97 % lies on places too faint to be stored one by one" in page.text("#status")  # 70 of 72
+    assert "97 % is on places too faint to be stored individually" in page.text("#status")  # 70 of 72
     assert "the largest 2 are stored" in page.text("#facts")
     page.choose("mean", 1)
-    assert "one by one" not in page.text("#status")  # the mean is stored in full
+    assert "stored individually" not in page.text("#status")  # the mean is stored in full
 
 
 @pytest.mark.parametrize("top_k", [9, 479, 480])

@@ -1,10 +1,10 @@
-// Reading the weights; compression.py says how they are written.
+// Decodes the weights; the docstring of __init__.py describes the format.
 
 const data = JSON.parse(document.getElementById("data").textContent);
 const PATCHES = data.rows * data.columns;
 const TOKENS = data.frames * PATCHES;
 
-/** The rows of one section; `offset` is where its first plane begins. */
+/** The rows of one section; `offset` is the start of its first plane. */
 class Rows {
   constructor(bytes, offset, count, kept) {
     const plane = (width) => bytes.subarray(offset, (offset += width * count));
@@ -20,9 +20,9 @@ class Rows {
   }
 
   /**
-   * Where one row looks.
+   * The attention of one row.
    *
-   * map: weight of each token on past frames; those not kept share evenly what their frame has left.
+   * map: weight of each token of the past frames; the remainder of a frame is spread evenly over tokens not kept.
    * peak: the largest of them. masses: of each frame. extra: of the extra key. kept: sum of the kept weights.
    */
   read(row) {
@@ -42,7 +42,7 @@ class Rows {
     }
     for (let frame = 0; frame < data.frames; frame++) {
       const left = Math.max(0, masses[frame] - shown[frame]) / (PATCHES - counts[frame]);
-      const even = Math.min(left, smallest); // none that was left out is larger than one that was kept
+      const even = Math.min(left, smallest); // no weight that was left out exceeds one that was kept
       for (let token = frame * PATCHES; token < (frame + 1) * PATCHES; token++) if (map[token] < 0) map[token] = even;
     }
     const kept = shown.reduce((sum, share) => sum + share, 0);
@@ -72,7 +72,7 @@ async function inflate(base64) {
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }
 
-/** LayerWeights by layer, for a sample and the index of a time; the last one asked for is remembered. */
+/** LayerWeights by layer, for a sample and the index of a time; the last result is cached. */
 const loadWeights = (() => {
   let loaded = { key: null };
   return (sample, time) => {

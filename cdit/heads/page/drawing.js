@@ -1,4 +1,4 @@
-// Colours, maps on canvases, and how things are called.
+// Colours, maps on canvases, and names.
 
 // Matplotlib's inferno without its darkest part, 13 steps from 0.15 to 1.
 const INFERNO = [
@@ -6,7 +6,7 @@ const INFERNO = [
   [233, 97, 43], [246, 126, 20], [252, 159, 7], [250, 194, 40], [243, 229, 93], [252, 255, 164],
 ];
 
-/** 256 colours [red, green, blue] from none to the most. */
+/** 256 colours [red, green, blue] from 0 to the largest weight. */
 const COLOURS = Array.from({ length: 256 }, (_, i) => {
   const place = (i / 255) * (INFERNO.length - 1);
   const [low, high] = [INFERNO[Math.floor(place)], INFERNO[Math.ceil(place)]];
@@ -24,11 +24,11 @@ function paintMap(context, weights, first, peak, left, top, cover) {
   context.putImageData(image, left, top);
 }
 
-/** Over a grey frame: the hotter, the more of it is covered. */
+/** Opacity over a grey frame: hotter places are more opaque. */
 const overFrame = (share) => 0.15 + 0.7 * Math.sqrt(share);
 const opaque = () => 1;
 
-/** How the frames of a thumbnail are laid out: side by side, or in a square where there are many heads. */
+/** Layout of the frames of a thumbnail: side by side, or in a square if there are many heads. */
 const TILE_COLUMNS = data.heads * data.frames <= 32 ? data.frames : Math.ceil(Math.sqrt(data.frames));
 const TILE_ROWS = Math.ceil(data.frames / TILE_COLUMNS);
 
@@ -58,7 +58,7 @@ function percent(share) {
   return `${value < 0.05 ? "0" : value < 9.95 ? value.toFixed(1) : value.toFixed(0)} %`;
 }
 
-/** Frames are named by their distance from the last one: …, −2, −1, 0. */
+/** Frames are named by their distance from the newest: …, −2, −1, 0. */
 function frameName(frame) {
   const back = data.frames - 1 - frame;
   return back ? `−${back}` : "0";
@@ -69,7 +69,7 @@ function frameAge(frame) {
   return back ? `${digits(back / data.fps)} s before` : "now";
 }
 
-/** An element with properties and children; a property that has a dash is an attribute. */
+/** An element with properties and children; a property with a dash is an attribute. */
 function element(tag, properties = {}, ...children) {
   const made = document.createElement(tag);
   for (const [name, value] of Object.entries(properties)) {
@@ -80,7 +80,7 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
-/** Scrolls a box, and nothing around it, until an element within it is in sight. */
+/** Scrolls a box, and nothing around it, until an element within it is visible. */
 function reveal(item, box) {
   const [inner, outer] = [item.getBoundingClientRect(), box.getBoundingClientRect()];
   if (inner.top < outer.top + 2 * inner.height || inner.bottom > outer.bottom) {

@@ -1,10 +1,10 @@
-// Choosing a head: thumbnails by layer and head, and a table that sorts.
+// Choosing a head: thumbnails by layer and head, and a sortable table.
 
 const TYPES = [...new Set(data.table.map((info) => info.type).filter(Boolean))];
 const MEASURES = [...new Set(data.table.flatMap((info) => Object.keys(info.measures)))];
 
-/** Whether a line of the table holds at the time that is chosen. */
-const holds = (info, state) => info.time === null || info.time === data.times[state.time];
+/** Whether a row of the table is of the chosen time. */
+const holds = (info, state) => info.time === data.times[state.time];
 
 function typeOf(state, layer, head) {
   return data.table.find((info) => info.layer === layer && info.head === head && holds(info, state))?.type ?? "";
@@ -44,7 +44,7 @@ class Thumbnails {
     });
   }
 
-  /** `rowOf(layer, head)` gives what a thumbnail shows. */
+  /** `rowOf(layer, head)` returns the attention that a thumbnail shows. */
   draw(state, rowOf, exists) {
     for (const button of this.buttons.values()) {
       const [layer, head] = [Number(button.dataset.layer), Number(button.dataset.head)];
@@ -108,7 +108,7 @@ class HeadTable {
     });
   }
 
-  /** The sorting after a click on a column: numbers fall first, names rise; a second click turns it round. */
+  /** The sorting after a click on a column: numbers descending, names ascending; a second click reverses it. */
   toggled(name) {
     const first = MEASURES.includes(name);
     return { sort: name, descending: this.sorted.sort === name ? !this.sorted.descending : first };
@@ -134,7 +134,7 @@ class HeadTable {
   }
 }
 
-/** Rows in the order asked for; heads without a number come last, whichever the direction. */
+/** Sorted rows; heads without a value come last in either direction. */
 function sortedHeads(rows, sort, descending) {
   const valueOf = ({ info }) => (sort === "type" ? info.type || null : info.measures[sort] ?? null);
   const inPlace = (a, b) => a.info.layer - b.info.layer || a.info.head - b.info.head;

@@ -1,9 +1,9 @@
-// The page: what is chosen, what follows from it, and how it is chosen.
+// The page: its state, how it is rendered, and how it is changed.
 
 const BYTES = new Blob([document.documentElement.outerHTML]).size; // before anything is added
 const byId = (id) => document.getElementById(id);
 
-/** All that is chosen. `time` is an index into the times, `row` and `column` are the patch's. */
+/** The state. `time` is an index into the times, `row` and `column` are the patch's. */
 const DEFAULTS = {
   sample: 0,
   time: 0,
@@ -17,7 +17,7 @@ const DEFAULTS = {
   descending: false,
 };
 const state = { ...DEFAULTS };
-let weights = null; // by layer, of the sample and time shown
+let weights = null; // by layer, of the current sample and time
 
 // ---- state and address ----
 
@@ -35,19 +35,19 @@ const CHOICES = {
   descending: [false, true],
 };
 
-/** The state that the address tells; what it does not tell, or tells wrongly, is as at the start. */
+/** The state in the address; missing and invalid values take their defaults. */
 function fromAddress() {
-  const told = new URLSearchParams(location.hash.slice(1));
-  const choice = (name) => CHOICES[name].find((value) => String(value) === told.get(name)) ?? DEFAULTS[name];
+  const given = new URLSearchParams(location.hash.slice(1));
+  const choice = (name) => CHOICES[name].find((value) => String(value) === given.get(name)) ?? DEFAULTS[name];
   return Object.fromEntries(Object.keys(DEFAULTS).map((name) => [name, choice(name)]));
 }
 
 function toAddress() {
-  const told = Object.entries(state).filter(([name, value]) => value !== DEFAULTS[name]);
+  const changed = Object.entries(state).filter(([name, value]) => value !== DEFAULTS[name]);
   try {
-    history.replaceState(null, "", `#${new URLSearchParams(told)}`);
+    history.replaceState(null, "", `#${new URLSearchParams(changed)}`);
   } catch {
-    // Within a frame without an address of its own (srcdoc) there is nothing to remember it in.
+    // A frame without an address of its own (srcdoc) has no place to store it.
   }
 }
 
@@ -55,7 +55,7 @@ async function update(changes) {
   Object.assign(state, changes);
   const { sample, time } = state;
   const loaded = await loadWeights(sample, time);
-  if (state.sample !== sample || state.time !== time) return; // chosen anew meanwhile
+  if (state.sample !== sample || state.time !== time) return; // changed in the meantime
   weights = loaded;
   render();
   toAddress();
@@ -63,19 +63,19 @@ async function update(changes) {
 
 const patchNumber = () => state.row * data.columns + state.column;
 
-/** Where a head looks: from the chosen patch, or on average. */
+/** The attention of a head: of the chosen patch, or the mean. */
 function rowOf(layer, head) {
   return state.mean ? weights.get(layer).mean(head) : weights.get(layer).patch(head, patchNumber());
 }
 
-/** The head some layers and heads further, as far as there are any. */
+/** The head some layers and heads further, clamped. */
 function neighbour(layers, heads) {
   const clamp = (value, count) => Math.max(0, Math.min(count - 1, value));
   const layer = data.layers[clamp(data.layers.indexOf(state.layer) + layers, data.layers.length)];
   return { layer, head: clamp(state.head + heads, data.heads) };
 }
 
-// ---- what is shown ----
+// ---- rendering ----
 
 const thumbnails = new Thumbnails(byId("thumbnails"), update);
 const table = new HeadTable(byId("table"), update, update);
@@ -131,7 +131,7 @@ function render() {
   table.draw(state);
 }
 
-/** Puts the middle of a marker at a place in patches: patch (r, c) is [r, r + 1) × [c, c + 1). */
+/** Centres a marker at a place in patches: patch (r, c) is [r, r + 1) × [c, c + 1). */
 function place(marker, row, column) {
   marker.style.left = `${(100 * column) / data.columns}%`;
   marker.style.top = `${(100 * row) / data.rows}%`;
@@ -168,7 +168,7 @@ function renderPast(sample, row, exists) {
     if (truth) place(parts.ring, ...truth);
     showShare(parts.bar, parts.mass, row.masses[frame]);
     parts.note.hidden = !truths;
-    parts.note.textContent = truths && !truth && exists[frame] ? "true place not in sight" : "";
+    parts.note.textContent = truths && !truth && exists[frame] ? "true place not visible" : "";
   });
 }
 
@@ -177,10 +177,10 @@ function showShare(bar, output, share) {
   output.textContent = percent(share);
 }
 
-/** The true places (row, column) of the chosen patch by past frame, null where not in sight; null if not known. */
+/** The true places (row, column) of the chosen patch by past frame, null if not visible; null if unknown. */
 const truePlaces = (sample) => (state.mean ? null : sample.correspondence?.[patchNumber()] ?? null);
 
-/** How much of the attention is on patches that touch the true places' or hold them. */
+/** The attention on the patches of the true places and their neighbours. */
 function massNearTruth(map, truths) {
   let mass = 0;
   truths.forEach((truth, frame) => {
@@ -195,31 +195,31 @@ function massNearTruth(map, truths) {
   return mass;
 }
 
-/** What there is to see, in words. */
+/** Describes what is shown. */
 function renderStatus(sample, row) {
   const type = typeOf(state, state.layer, state.head);
   const head = element("strong", {}, `Layer ${state.layer}, head ${state.head}`);
   const tag = element("span", { className: `tag ${typeClass(type)}` }, type);
-  const from = state.mean ? "On average over all patches, it" : `From the patch at row ${state.row}, column ${state.column}, it`;
+  const from = state.mean ? "Averaged over all patches, it" : `For the patch at row ${state.row}, column ${state.column}, it`;
   const most = row.masses.indexOf(Math.max(...row.masses));
   const frame = `frame ${frameName(most)} (${frameAge(most)})`;
-  const where = row.peak > 0 ? `looks at ${frame} most: ${percent(row.masses[most])}.` : "sees nothing.";
+  const where = row.peak > 0 ? `attends most to ${frame}: ${percent(row.masses[most])}.` : "attends to nothing.";
   const truths = truePlaces(sample);
-  const near = truths?.some(Boolean) ? ` ${percent(massNearTruth(row.map, truths))} lies at the true places or next to them.` : "";
+  const near = truths?.some(Boolean) ? ` ${percent(massNearTruth(row.map, truths))} is on the true places or next to them.` : "";
   const left = 1 - row.kept - (row.extra ?? 0);
   const inPlace = data.kept < TOKENS && !state.mean && row.peak > 0 && left > 0.0005;
-  const rest = inPlace ? ` ${percent(left)} lies on places too faint to be stored one by one; it is spread evenly over its frames.` : "";
+  const rest = inPlace ? ` ${percent(left)} is on places too faint to be stored individually and is spread evenly over their frames.` : "";
   byId("status").replaceChildren(head, " ", ...(type ? [tag, " "] : []), `${from} ${where}${near}${rest}`);
 }
 
-/** Tells the weight under the pointer. */
+/** Shows the weight under the pointer. */
 function readWeight(frame, event) {
   const [row, column] = patchUnder(event);
   const weight = rowOf(state.layer, state.head).map[(frame * data.rows + row) * data.columns + column];
   byId("readout").textContent = `frame ${frameName(frame)}, row ${row}, column ${column}: ${percent(weight)}`;
 }
 
-// ---- how it is chosen ----
+// ---- input ----
 
 function patchUnder(event) {
   const box = event.currentTarget.getBoundingClientRect();
@@ -260,9 +260,9 @@ document.addEventListener("keydown", (event) => {
 });
 addEventListener("hashchange", () => update(fromAddress()));
 
-// ---- what stays as it is ----
+// ---- static content ----
 
-/** Rising whole numbers as in "0–3, 7". */
+/** Ascending integers as "0–3, 7". */
 function ranges(numbers) {
   const starts = numbers.filter((number) => !numbers.includes(number - 1));
   const ends = numbers.filter((number) => !numbers.includes(number + 1));
@@ -276,14 +276,14 @@ function describe() {
   root.style.setProperty("--columns", data.columns);
   root.classList.toggle("pixelated", data.pixelated);
   byId("thumbnails-hint").textContent =
-    `Each thumbnail shows where that head looks in ${data.frames === 1 ? "the past frame" : `the ${data.frames} past frames`}, from the same patch; its brightest place is pale yellow.`;
+    `Each thumbnail shows that head's attention to ${data.frames === 1 ? "the past frame" : `the ${data.frames} past frames`} for the same patch; the largest weight is pale yellow.`;
   const explained = [...TYPES, ...MEASURES].filter((name) => data.explanations[name]);
   byId("explanations").hidden = !explained.length;
   byId("explanations").querySelector("dl").append(
     ...explained.flatMap((name) => [element("dt", {}, withMinus(name)), element("dd", {}, data.explanations[name])]),
   );
   const kept = data.kept < TOKENS
-    ? `Of each patch's ${TOKENS} weights the largest ${data.kept} are stored, the rest as one number for each frame`
+    ? `Of each patch's ${TOKENS} weights, the largest ${data.kept} are stored, the rest as one number per frame`
     : `All ${TOKENS} weights of each patch are stored`;
   byId("facts").textContent =
     `${kept}, rounded by at most 0.4 % of the brightest. ` +
@@ -293,5 +293,5 @@ function describe() {
 }
 
 describe();
-/** For tests and the curious: the state, a way to change it, and what a head sees. */
+/** For tests and the console: the state, a way to change it, and the attention of a head. */
 window.page = { data, state, update, rowOf, ready: update(fromAddress()) };
