@@ -111,11 +111,14 @@ def test_hostile_safetensors_are_refused(folder, content):
         WorldModel.from_pretrained(folder)
 
 
-def test_weights_of_another_type_are_read_as_they_are(folder):
+def test_bfloat16_weights_become_float32_of_the_same_value(folder):
     path = folder / "cdit" / "diffusion_pytorch_model.safetensors"
     tensors = safetensors.torch.load_file(path)
-    safetensors.torch.save_file({name: tensor.bfloat16() for name, tensor in tensors.items()}, path, {"format": "pt"})
-    WorldModel.from_pretrained(folder)
+    halves = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    safetensors.torch.save_file(halves, path, {"format": "pt"})
+    for name, parameter in WorldModel.from_pretrained(folder).cdit.named_parameters():
+        assert parameter.dtype == torch.float32
+        assert torch.equal(parameter, halves[name].float())
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", "[" * 100_000, "\udcff", '{"codec": "pixels"}'], ids=range(7))

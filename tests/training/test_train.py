@@ -1,5 +1,6 @@
 """train.py as a whole, on a tiny dataset."""
 
+import itertools
 import json
 import math
 import os
@@ -97,8 +98,22 @@ def stopped(half: Path, tmp_path: Path) -> Path:
     return shutil.copytree(half, tmp_path / "tiny")
 
 
-def test_dropout_draws_belong_to_the_step(whole: Path, straight: Path, rows: Rows):
-    assert rows(whole, "train/loss") != rows(straight, "train/loss")
+def test_dropout_draws_belong_to_the_step(train: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """And to the micro-batch: two steps of two each drop other features every time."""
+    dropped: list[torch.Tensor] = []
+
+    def recorded(x: torch.Tensor, p: float, training: bool, inplace: bool, dropout=torch.nn.functional.dropout):
+        out = dropout(x, p, training, inplace)
+        if training and p:
+            dropped.append(out == 0)
+        return out
+
+    monkeypatch.setattr("torch.nn.functional.dropout", recorded)
+    train(tmp_path, "--model.dropout", "0.5", "--stop_at", "2", "--micro_batch_size", "2")
+    branches = 2 * 3
+    assert len(dropped) == 2 * 2 * branches
+    for one, other in itertools.combinations(dropped[::branches], 2):
+        assert 0.3 < (one != other).float().mean() < 0.7
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(train: Run, whole: Path, stopped: Path, rows: Rows):
