@@ -18,7 +18,7 @@ from cdit.codec.config import CodecConfig
 from cdit.common.cli import parser_instance
 from cdit.common.errors import UserError, writing
 from cdit.common.files import read_json, write_json
-from cdit.common.pictures import to_float
+from cdit.common.frames import to_float
 from cdit.common.randomness import seed_of
 from cdit.common.weights import weight_shapes
 from cdit.data.config import Crop

@@ -14,7 +14,7 @@ from cdit.benchmark.bench import Bench
 from cdit.benchmark.config import BenchmarkConfig
 from cdit.benchmark.contenders import random_codec
 from cdit.benchmark.measure import Call, Row, Spread, Table, median
-from cdit.common.pictures import to_float
+from cdit.common.frames import to_float
 from cdit.data.config import DataConfig
 from cdit.data.latents import Encoding, LatentCache
 from cdit.data.layout import write_split, write_trajectory

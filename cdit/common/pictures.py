@@ -7,9 +7,10 @@ from pathlib import Path
 import av
 import matplotlib
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from cdit.common.frames import to_uint8
 
 CELL = 128
 """Frames narrower than this are magnified, by a whole factor, to about this many pixels."""
@@ -17,18 +18,6 @@ CELL = 128
 BACKGROUND, INK, FAINT, EMPTY = "#ffffff", "#1f2328", "#7d8590", "#f0f2f4"
 GAP, GROUP_GAP, MARGIN = 4, 16, 12
 FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-
-
-def to_float(frames: Tensor) -> Tensor:
-    """Frames of uint8 (0…255) as float32 in [-1, 1], of the same shape."""
-    return frames.float() / 127.5 - 1
-
-
-def to_uint8(frames: Tensor) -> Tensor:
-    """Frames in [-1, 1] as uint8, rounded and clipped, of the same shape; uint8 stays as it is."""
-    if frames.dtype == torch.uint8:
-        return frames
-    return ((frames.detach().float() + 1) * 127.5).round().clamp(0, 255).byte()
 
 
 def to_image(frame: Tensor, scale: int | None = None) -> Image.Image:

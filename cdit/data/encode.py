@@ -24,7 +24,7 @@ from tqdm import tqdm
 from cdit.codec import CODECS, Codec, CodecConfig, load_codec
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import DataError, UserError
-from cdit.common.pictures import to_float
+from cdit.common.frames import to_float
 from cdit.data.config import DataConfig
 from cdit.data.frames import FrameStore
 from cdit.data.latents import Encoding, LatentCache, Precision

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from cdit.common.errors import UserError
-from cdit.common.pictures import to_uint8
+from cdit.common.frames import to_uint8
 from cdit.evaluate.metrics import require
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cdit.batch import Batch
 from cdit.codec import Codec
-from cdit.common.pictures import to_float
+from cdit.common.frames import to_float
 
 METHODS = {
     "model": "model",

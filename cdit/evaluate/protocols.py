@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cdit.batch import Batch, Condition
 from cdit.common.errors import UserError
-from cdit.common.pictures import to_float
+from cdit.common.frames import to_float
 from cdit.data.motion import local_motion, wrap_angle
 from cdit.data.trajectory import Trajectory
 from cdit.data.windows import WindowDataset

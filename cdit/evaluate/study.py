@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cdit.batch import Batch, Condition
-from cdit.common.pictures import to_float, to_uint8
+from cdit.common.frames import to_float, to_uint8
 from cdit.common.randomness import generator
 from cdit.data.windows import WindowDataset
 from cdit.diffusion import SamplerConfig

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from cdit.batch import Batch
-from cdit.common.pictures import to_float
+from cdit.common.frames import to_float
 from cdit.common.statistics import Estimate
 from cdit.heads import measures
 from cdit.heads.choose import mean_estimates, trends

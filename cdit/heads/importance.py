@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from cdit.batch import Batch
 from cdit.common.errors import UserError
-from cdit.common.pictures import to_float
+from cdit.common.frames import to_float
 from cdit.common.randomness import generator
 from cdit.common.statistics import Estimate
 from cdit.evaluate.metrics import Metric

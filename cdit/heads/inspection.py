@@ -9,7 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from cdit.batch import Batch
-from cdit.common.pictures import to_float, to_uint8
+from cdit.common.frames import to_float, to_uint8
 from cdit.common.randomness import generator, seed_of
 from cdit.common.statistics import Estimate
 from cdit.heads import draw

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cdit.batch import Batch, EncodedBatch, KeyedDraws
 from cdit.common.errors import UserError
-from cdit.common.pictures import to_float
+from cdit.common.frames import to_float
 from cdit.common.randomness import seed_of
 from cdit.heads.config import Kind
 from cdit.model import CDiT

@@ -11,8 +11,9 @@ from tqdm import tqdm
 
 from cdit.batch import Batch, Condition
 from cdit.common.errors import UserError
+from cdit.common.frames import to_float, to_uint8
 from cdit.common.output import finished_folder
-from cdit.common.pictures import comparison_grid, rollout_video, save_gif, save_mp4, strip, to_float, to_uint8
+from cdit.common.pictures import comparison_grid, rollout_video, save_gif, save_mp4, strip
 from cdit.common.randomness import generator
 from cdit.data.actions import DEFAULT_STEP, compose, read_actions
 from cdit.data.frames import crop_and_resize, decode

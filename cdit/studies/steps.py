@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cdit.batch import Batch
 from cdit.common.cli import parse_config
 from cdit.common.errors import UserError
-from cdit.common.pictures import to_float
+from cdit.common.frames import to_float
 from cdit.common.randomness import generator
 from cdit.data.windows import WindowDataset
 from cdit.diffusion import SamplerConfig, make_objective

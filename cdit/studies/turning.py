@@ -16,7 +16,7 @@ from tqdm import tqdm
 from cdit.batch import Batch, Condition
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import UserError
-from cdit.common.pictures import to_float
+from cdit.common.frames import to_float
 from cdit.common.randomness import generator
 from cdit.common.tables import markdown_table
 from cdit.data.frames import focal_lengths

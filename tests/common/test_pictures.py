@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from cdit.common.pictures import comparison_grid, rollout_video, save_gif, save_mp4, strip, to_float, to_image, to_uint8
+from cdit.common.frames import to_float, to_uint8
+from cdit.common.pictures import comparison_grid, rollout_video, save_gif, save_mp4, strip, to_image
 
 RED, GREEN, BLUE = (torch.tensor(c, dtype=torch.uint8)[:, None, None] for c in ([255, 0, 0], [0, 255, 0], [0, 0, 255]))
 

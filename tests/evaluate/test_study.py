@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from cdit.codec import KLCodec, PixelCodec
-from cdit.common.pictures import to_float, to_uint8
+from cdit.common.frames import to_float, to_uint8
 from cdit.data.windows import WindowDataset
 from cdit.evaluate.cases import case_of, others, spread_cases
 from cdit.evaluate.frechet import Features

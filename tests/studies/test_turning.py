@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cdit.common.pictures import to_uint8
+from cdit.common.frames import to_uint8
 from cdit.data.config import DataConfig
 from cdit.data.frames import focal_lengths
 from cdit.data.layout import Camera, DatasetInfo, write_split, write_trajectory
