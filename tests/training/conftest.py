@@ -25,7 +25,7 @@ from cdit.training.config import TrainConfig
 from cdit.training.setup import build_world
 from cdit.world_model import WorldModel
 
-sys.path.append(str(Path(__file__).parent))
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from gradients import randomise
 
 TRAIN = Path(__file__).parents[2] / "train.py"

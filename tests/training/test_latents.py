@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cdit.training.batch import NoisyBatch, noisy_batch
 from diffusers import AutoencoderKL
+from noised import Noised, noised
 
+from cdit.batch import Batch, KeyedDraws
 from cdit.data import encode, frames
-from cdit.data.loader import collate
 from cdit.data.windows import WindowDataset, WindowKey
 from cdit.training.config import TrainConfig
 from cdit.training.setup import build_world, use_latents
@@ -20,7 +20,6 @@ from cdit.world_model import WorldModel
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 KEYS = [WindowKey(3, 1, 0), WindowKey(27, 1, 1), WindowKey(0, 1, 2), WindowKey(9, 5, 3)]
-CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -59,30 +58,33 @@ def cache(arguments: list[str], tiny: Path, monkeypatch: pytest.MonkeyPatch) -> 
     return cache
 
 
-def noised(settings: TrainConfig, cached: bool, keys: list[WindowKey] = KEYS) -> tuple[WorldModel, NoisyBatch]:
+def trained_on(settings: TrainConfig, cached: bool, keys: list[WindowKey] = KEYS) -> tuple[WorldModel, Noised]:
     dataset = WindowDataset(settings.data, "train", settings.seed)
     world = build_world(settings, dataset)
     if cached:
         use_latents([dataset], world.codec, settings)
-    items = collate([dataset[key] for key in keys])
-    assert items["context"].dtype == (torch.float32 if cached else torch.uint8)
-    return world, noisy_batch(world, items, CPU, action_dropout=0.5)
+    windows = Batch.collate([dataset[key] for key in keys])
+    assert windows.context.dtype == (torch.float32 if cached else torch.uint8)
+    return world, noised(world, windows, action_dropout=0.5)
 
 
 def test_a_batch_of_latents_is_that_of_the_images(config: Callable[..., TrainConfig], arguments, cache):
     cache("--precision", "float32")
-    world, expected = noised(config(*arguments), cached=False)
-    _, found = noised(config(*arguments), cached=True)
-    for name in ("timestep", "time", "action", "time_shift", "context_mask", "action_mask", "noise"):
+    world, expected = trained_on(config(*arguments), cached=False)
+    _, found = trained_on(config(*arguments), cached=True)
+    for name in ("timestep", "time", "mask", "noise"):
         assert torch.equal(getattr(found, name), getattr(expected, name)), name
-    there = expected.context_mask  # latents of frames that do not exist are nobody's
+    assert set(found.condition) == {"action", "action_known", "time_shift"}
+    for name, value in found.condition.items():
+        assert torch.equal(value, expected.condition[name]), name
+    there = expected.mask  # latents of frames that do not exist are nobody's
     assert not there.all()
     torch.testing.assert_close(found.context[there], expected.context[there], atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(found.clean, expected.clean, atol=2e-6, rtol=1e-5)
     torch.testing.assert_close(found.sample, expected.sample, atol=2e-6, rtol=1e-5)
     losses = [
-        world.objective.loss(world.cdit(**batch.inputs()), batch.clean, batch.noise, batch.time)
-        for batch in (expected, found)
+        world.objective.loss(world.cdit, noisy.batch, KeyedDraws(torch.arange(4), world.device))
+        for noisy in (expected, found)
     ]
     torch.testing.assert_close(*losses, atol=1e-6, rtol=1e-5)
 
@@ -90,10 +92,10 @@ def test_a_batch_of_latents_is_that_of_the_images(config: Callable[..., TrainCon
 def test_half_precision_is_off_by_its_rounding(config: Callable[..., TrainConfig], arguments, cache):
     """A latent is scale (mean + deviation · noise - shift), mean and deviation each off by 2^-11 of themselves."""
     cache()
-    world, expected = noised(config(*arguments), cached=False)
-    _, found = noised(config(*arguments), cached=True)
+    world, expected = trained_on(config(*arguments), cached=False)
+    _, found = trained_on(config(*arguments), cached=True)
     dataset = WindowDataset(config(*arguments).data, "train", 0)
-    goals = collate([dataset[key] for key in KEYS])["target"].float() / 127.5 - 1
+    goals = Batch.collate([dataset[key] for key in KEYS]).target.float() / 127.5 - 1
     with torch.no_grad():
         posterior = world.codec.autoencoder.encode(goals.flatten(0, 1)).latent_dist
     mean, deviation = (x.unflatten(0, (4, 2)) for x in (posterior.mean, posterior.std))
@@ -107,9 +109,9 @@ def test_half_precision_is_off_by_its_rounding(config: Callable[..., TrainConfig
 def test_each_step_samples_the_posterior_anew(config: Callable[..., TrainConfig], arguments, cache):
     cache()
     keys = [WindowKey(9, step, 0) for step in (1, 2)]
-    world, batch = noised(config(*arguments), True, keys)
+    world, batch = trained_on(config(*arguments), True, keys)
     first, second = batch.context
-    frame = WindowDataset(config(*arguments).data, "train", 0)[9]["context"].float() / 127.5 - 1
+    frame = WindowDataset(config(*arguments).data, "train", 0)[9].context.float() / 127.5 - 1
     with torch.no_grad():
         deviation = world.codec.autoencoder.encode(frame).latent_dist.std
     draws = (first - second) / 0.5 / deviation  # the difference of two independent draws: variance 2
@@ -141,7 +143,7 @@ def test_pixels_do_not_mind_a_cache(config: Callable[..., TrainConfig], argument
     settings = config("--data.folder", str(recordings))
     dataset = WindowDataset(settings.data, "train", 0)
     use_latents([dataset], build_world(settings, dataset).codec, settings)
-    assert dataset[0]["context"].dtype == torch.uint8
+    assert dataset[0].context.dtype == torch.uint8
 
 
 def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:

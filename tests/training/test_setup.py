@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from cdit.batch import Condition
 from cdit.common.errors import UserError
 from cdit.data.config import DataConfig
 from cdit.data.windows import WindowDataset
@@ -26,7 +27,7 @@ from cdit.world_model import WorldModel
 def test_weight_decay_shrinks_matrices_and_leaves_vectors(world: WorldModel):
     config = OptimizerConfig(learning_rate=0.1, weight_decay=0.5, warmup_steps=0, schedule="constant")
     before = {name: p.detach().clone() for name, p in world.cdit.named_parameters()}
-    optimizer, _ = build_optimizer(world.cdit, config, 10)
+    optimizer, _ = build_optimizer({"model": world.cdit}, config, 10)
     for parameter in world.cdit.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
@@ -39,7 +40,7 @@ def test_weight_decay_shrinks_matrices_and_leaves_vectors(world: WorldModel):
 
 def learning_rates(config: OptimizerConfig, steps: int) -> list[float]:
     """The rate that each optimizer step is taken with."""
-    optimizer, schedule = build_optimizer(torch.nn.Linear(2, 2), config, steps)
+    optimizer, schedule = build_optimizer({"model": torch.nn.Linear(2, 2)}, config, steps)
     rates = []
     for _ in range(steps):
         rates.append({group["lr"] for group in optimizer.param_groups})
@@ -81,15 +82,30 @@ def test_what_the_description_says_of_a_ddpm_in_published_units(
     assert said.sampler.scheduler == "ddim"
     assert world.cdit.out_channels == 6
     # Five frames a second, 0.2 m apart: a second ahead is 5/128, 5 spacings forward are 1.
-    action, shift = said.units.normalize(torch.tensor([[[1.0, 0.8, 0.5]]]), torch.tensor([[1.0]]))
-    torch.testing.assert_close(action, torch.tensor([[[1.0, 1.0, 0.5]]]))
-    torch.testing.assert_close(shift, torch.tensor([[5 / 128]]))
+    known = world.network_condition(Condition(torch.tensor([[1.0]]), torch.tensor([[[1.0, 0.8, 0.5]]])))
+    torch.testing.assert_close(known["action"], torch.tensor([[[1.0, 1.0, 0.5]]]))
+    torch.testing.assert_close(known["time_shift"], torch.tensor([[5 / 128]]))
     plain = build_world(config(*options, "--ddpm.learn_variance", "false"), train_set)
     assert plain.cdit.out_channels == 3
     assert not plain.objective.learn_variance
 
 
-def test_a_model_that_is_not_told_actions_has_none(config: Callable[..., TrainConfig], train_set: WindowDataset):
+@pytest.mark.parametrize(("offset", "sign"), [("-2", 1.0), ("-8", -1.0)])
+def test_the_farthest_goal_is_1_away_also_in_the_past(
+    config: Callable[..., TrainConfig], train_set: WindowDataset, offset: str, sign: float
+):
+    """Four frames of 0.2 m ahead, or eight back, at five frames a second."""
+    world = build_world(config("--data.min_offset", offset), train_set)
+    farthest = 0.8 if sign > 0 else -1.6  # metres, and seconds
+    action = torch.tensor([[[farthest, -farthest / 2, sign * math.pi / 2]]])
+    known = world.network_condition(Condition(torch.tensor([[farthest]]), action))
+    torch.testing.assert_close(known["action"], torch.tensor([[[sign, -sign / 2, sign / 2]]]))
+    torch.testing.assert_close(known["time_shift"], torch.tensor([[sign]]))
+
+
+def test_a_model_that_is_not_conditioned_on_actions_has_none(
+    config: Callable[..., TrainConfig], train_set: WindowDataset
+):
     assert build_world(config(), train_set).description.has_actions
     assert not build_world(config("--model.use_action", "false"), train_set).description.has_actions
 
@@ -165,7 +181,9 @@ def test_a_failing_preparation_names_field_and_command(tmp_path: Path, accelerat
 
 def test_a_cosine_over_another_number_of_steps_is_followed_from_there():
     def begin(steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-        return build_optimizer(torch.nn.Linear(2, 2), OptimizerConfig(learning_rate=2e-3, warmup_steps=4), steps)
+        return build_optimizer(
+            {"model": torch.nn.Linear(2, 2)}, OptimizerConfig(learning_rate=2e-3, warmup_steps=4), steps
+        )
 
     expected = learning_rates(OptimizerConfig(learning_rate=2e-3, warmup_steps=4), 16)
     optimizer, schedule = begin(12)

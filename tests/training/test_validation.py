@@ -3,8 +3,9 @@ from collections import Counter
 import pytest
 import torch
 from accelerate import Accelerator
-from cdit.training.batch import noisy_batch
+from noised import noised
 
+from cdit.batch import Batch
 from cdit.data.windows import WindowDataset
 from cdit.training import validation
 from cdit.training.config import ValidationConfig
@@ -16,24 +17,21 @@ def one_by_one(world: WorldModel, measured: Validation, dataset: WindowDataset, 
     """The losses in each bin: one goal at a time through the network, the error of the velocity by hand."""
     losses: list[list[float]] = [[] for _ in range(bins)]
     for key, times in zip(measured.keys, measured.times.tolist(), strict=True):
-        item = {name: value[None] for name, value in dataset[key].items()}
-        noise = noisy_batch(world, item, torch.device("cpu")).noise[0].double()
-        clean = item["target"][0].double() / 127.5 - 1
-        context = item["context"].float() / 127.5 - 1
+        window = Batch.collate([dataset[key]])
+        noise = noised(world, window).noise[0].double()
+        clean = window.target[0].double() / 127.5 - 1
+        context = window.context.float() / 127.5 - 1
         units = world.description.units
         for goal, t in enumerate(times):
             noisy = (1 - t) * clean[goal] + t * noise[goal]
             with torch.no_grad():
-                prediction = world.cdit(
-                    noisy[None].float(),
-                    torch.tensor([1000 * t]),
-                    item["action"][:, goal]
-                    * torch.tensor(units.action_scale)
-                    / torch.tensor([units.spacing, units.spacing, 1.0]),
-                    item["time_shift"][:, goal] * units.time_scale,
-                    context,
-                    context_mask=item["context_mask"],
-                )[0]
+                action = window.condition.action[:, goal] * torch.tensor(units.action_scale)
+                condition = {
+                    "action": action / torch.tensor([units.spacing, units.spacing, 1.0]),
+                    "time_shift": window.condition.time_shift[:, goal] * units.time_scale,
+                }
+                timestep = torch.tensor([1000 * t])
+                prediction = world.cdit(noisy[None].float(), timestep, condition, context, window.mask)[0]
             # From the clean frame to the velocity: (x_t - x0) / t, t no smaller than 0.05.
             error = (prediction.double() - clean[goal]) / max(t, 0.05)
             losses[min(int(t * bins), bins - 1)].append(error.square().mean().item())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cdit.training.durable import manifest
+from cdit.training.durable.run import DurableRun
 
 sys.path.append(str(Path(__file__).parents[3]))
 import train
@@ -20,19 +21,19 @@ LONG_S = 8.0
 
 
 def main() -> None:
-    write, backward = manifest.write_manifest, train.backward
+    write, before_step = manifest.write_manifest, DurableRun.before_step
 
     def slow_write(*arguments: Any) -> None:
         time.sleep(LONG_S)
         write(*arguments)
 
-    def stopped_backward(config: Any, accelerator: Any, world: Any, network: Any, parts: Any, step: int, *more: Any):
-        if step == 2 and accelerator.is_main_process:
+    def stopped(run: DurableRun, *arguments: Any) -> None:
+        if run.step == 2 and run.accelerator.is_main_process:
             os.kill(os.getpid(), signal.SIGTERM)
-        return backward(config, accelerator, world, network, parts, step, *more)
+        before_step(run, *arguments)
 
-    manifest.write_manifest, train.backward = slow_write, stopped_backward
-    train.run(train.main)
+    manifest.write_manifest, DurableRun.before_step = slow_write, stopped
+    train.cli.run(train.main)
 
 
 if __name__ == "__main__":

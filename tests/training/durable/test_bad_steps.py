@@ -7,6 +7,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from cdit.batch import Batch, Condition
 from cdit.common.errors import UserError
 from cdit.training.durable.bad_steps import BadSteps
 from cdit.training.durable.checkpoints import RunState
@@ -23,9 +24,14 @@ class Training:
         self.state, self.asked = RunState(), []
         self.bad_steps = BadSteps(self.optimizer, accelerator, folder, limit, self._batch)
 
-    def _batch(self, step: int) -> list[dict]:
+    def _batch(self, step: int) -> list[Batch]:
+        """Two micro-batches, their keys made of the step."""
         self.asked.append(step)
-        return [{"seed": torch.tensor(seeds), "skipped": []} for seeds in ([step, 10 * step], [-step])]
+        keys = [torch.tensor([step, 10 * step]), torch.tensor([-step])]
+        return [
+            Batch(torch.zeros(len(key), 1), torch.ones(len(key), 1), torch.zeros(len(key), 1), Condition(), key)
+            for key in keys
+        ]
 
     def step(self, gradient: float) -> None:
         self.weight.grad = torch.tensor([gradient, 1.0])
@@ -63,7 +69,7 @@ def test_they_are_counted_and_their_batch_kept(accelerator: Accelerator, tmp_pat
     assert (training.state.bad_steps, training.state.bad_in_a_row) == (2, 1)
     assert training.asked == [1, 3]
     kept = tmp_path / "bad_steps"
-    assert load_file(kept / "step_00000003_process_0.safetensors")["seed"].tolist() == [3, 30, -3]
+    assert load_file(kept / "step_00000003_process_0.safetensors")["key"].tolist() == [3, 30, -3]
     assert json.loads((kept / "step_00000001_process_0.json").read_text()) == {
         "step": 1,
         "gradient_norm": "nan",

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cdit.training.batch import noisy_batch
+from gradients import STANDING, STEP, options, watched
 from safetensors.torch import load_file
 
-from cdit.data.loader import collate
+from cdit.batch import Batch, KeyedDraws
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import WindowDataset
 from cdit.training.config import TrainConfig
@@ -20,7 +20,6 @@ GRADIENTS = Path(__file__).parents[1] / "gradients.py"
 SLOW_CHECKPOINT = Path(__file__).with_name("slow_checkpoint.py")
 BACKWARDS = Path(__file__).with_name("backwards.py")
 TRAIN = Path(__file__).parents[3] / "train.py"
-STEP = 3
 
 
 @pytest.fixture
@@ -28,15 +27,15 @@ def joint(
     config: Callable[..., TrainConfig], world: WorldModel, train_set: WindowDataset
 ) -> Callable[[slice], tuple[float, dict[str, torch.Tensor]]]:
     """Loss and gradients of (a part of) step 3's batch in plain PyTorch, without loader, Accelerate or launcher."""
-    settings = config("--action_dropout", "0.3")
+    settings = config(*options(STANDING))
 
     def joint(part: slice, batch_size: int = 4) -> tuple[float, dict[str, torch.Tensor]]:
         keys = next(iter(KeyedBatchSampler(len(train_set), batch_size, settings.seed, STEP, STEP + 1)))
         assert len(keys) == batch_size
-        items = collate([train_set[key] for key in keys[part]])
-        batch = noisy_batch(world, items, torch.device("cpu"), settings.action_dropout)
+        windows = Batch.collate([train_set[key] for key in keys[part]])
+        batch = world.encode(windows, settings.action_dropout)
         world.cdit.zero_grad()
-        loss = world.objective.loss(world.cdit(**batch.inputs()), batch.clean, batch.noise, batch.time).mean()
+        loss = world.objective.loss(world.cdit, batch, KeyedDraws(windows.key, world.device)).mean()
         loss.backward()
         return loss.item(), {name: p.grad.clone() for name, p in world.cdit.named_parameters()}
 
@@ -59,7 +58,7 @@ def alone(
     launch: Callable[..., subprocess.CompletedProcess], tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict]:
     """What one process finds with one, two and four micro-batches, of unequal size, and with loader workers."""
-    out, cases = tmp_path_factory.mktemp("one"), ["4:1:0", "4:2:0", "4:4:0", "4:1:2", "5:2:0"]
+    out, cases = tmp_path_factory.mktemp("one"), ["4:1:0:1", "4:2:0:3", "4:4:0:1", "4:1:2:1"]
     done = launch(GRADIENTS, tiny, out, *cases)
     assert done.returncode == 0, done.stderr
     return {case: torch.load(out / f"{case.replace(':', '_')}_0.pt") for case in cases}
@@ -70,7 +69,7 @@ def together(
     launch: Callable[..., subprocess.CompletedProcess], tiny: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict]]:
     """What each of two processes finds; also where one has fewer samples than the other, or none."""
-    out, cases = tmp_path_factory.mktemp("two"), ["4:1:0", "4:2:0", "4:2:2", "5:1:0", "5:2:0", "1:1:0"]
+    out, cases = tmp_path_factory.mktemp("two"), ["4:1:0:1", "4:2:0:3", "4:2:2:1", "5:1:0:1", "5:2:0:1", "1:1:0:1"]
     done = launch(GRADIENTS, tiny, out, *cases, processes=2)
     assert done.returncode == 0, done.stderr
     return {case: [torch.load(out / f"{case.replace(':', '_')}_{i}.pt") for i in range(2)] for case in cases}
@@ -84,15 +83,27 @@ def test_parts_of_the_batch_have_other_gradients(joint: Callable):
         assert distance(joint(part)[1], whole) > 0.1
 
 
+@pytest.mark.parametrize("micro_batch_size", [5, 3])
+def test_the_gradient_of_a_step_is_that_of_its_mean_loss(
+    train: Callable[..., Path], joint: Callable, tmp_path: Path, micro_batch_size: int
+):
+    """Also where micro-batches are of unequal size."""
+    sizes = {"batch_size": 5, "micro_batch_size": micro_batch_size}
+    with watched() as found:
+        train(tmp_path, *options(STANDING | sizes))
+    assert found["parts"] == {5: 1, 3: 2}[micro_batch_size]
+    compare(found, *joint(slice(None), 5))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["4:1:0", "4:2:0", "4:4:0", "4:1:2", "5:2:0"])
+@pytest.mark.parametrize("case", ["4:1:0:1", "4:2:0:3", "4:4:0:1", "4:1:2:1"])
 def test_micro_batches_and_workers_give_the_joint_gradient(alone: dict[str, dict], joint: Callable, case: str):
     assert alone[case]["processes"] == 1
     compare(alone[case], *joint(slice(None), int(case[0])))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["4:1:0", "4:2:0", "4:2:2", "5:1:0", "5:2:0", "1:1:0"])
+@pytest.mark.parametrize("case", ["4:1:0:1", "4:2:0:3", "4:2:2:1", "5:1:0:1", "5:2:0:1", "1:1:0:1"])
 def test_two_processes_give_the_joint_gradient(together: dict[str, list[dict]], joint: Callable, case: str):
     for found in together[case]:
         assert found["processes"] == 2
@@ -102,11 +113,9 @@ def test_two_processes_give_the_joint_gradient(together: dict[str, list[dict]], 
 @pytest.mark.slow
 def test_two_processes_measure_the_loss_of_one(together: dict[str, list[dict]], alone: dict[str, dict]):
     """Also where there are fewer windows than processes."""
-    for expected, *measured in zip(
-        alone["4:1:0"]["held_out"], *(p["held_out"] for p in together["4:1:0"]), strict=True
-    ):
-        for values in measured:
-            assert values == pytest.approx(expected, rel=1e-5)
+    for case in ("4:1:0:1", "4:2:0:3"):
+        for process in together[case]:
+            assert process["held_out"] == pytest.approx(alone[case]["held_out"], rel=1e-5)
 
 
 @pytest.mark.slow
