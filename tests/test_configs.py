@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
+from cdit.batch import Condition
 from cdit.world_model import WorldModel
 
 ROOT = Path(__file__).parents[1]
@@ -86,10 +87,11 @@ def test_the_published_recipe_trains_on_data_as_it_is_published(tmp_path: Path):
     world = WorldModel.from_pretrained(tmp_path / "runs" / "nwm_cdit_s")
     units = world.description.units
     assert units.spacing is None
-    action, time = units.normalize(torch.tensor([[[5.0, -2.0, 1.5]]]), torch.tensor([[16.0]]), torch.tensor([0.25]))
+    motion = Condition(torch.tensor([[16.0]]), torch.tensor([[[5.0, -2.0, 1.5]]]), spacing=torch.tensor([0.25]))
+    condition = world.network_condition(motion)
     # 20 spacings forward and 8 to the right; 64 frames are half of 128.
-    torch.testing.assert_close(action, torch.tensor([[[20 / 7.5 * 2 - 1 / 3, -2.0, 1.5]]]))
-    assert time.item() == pytest.approx(0.5)
+    torch.testing.assert_close(condition["action"], torch.tensor([[[20 / 7.5 * 2 - 1 / 3, -2.0, 1.5]]]))
+    assert condition["time_shift"].item() == pytest.approx(0.5)
     rows = [json.loads(line) for line in (tmp_path / "runs/nwm_cdit_s/metrics.jsonl").read_text().splitlines()]
     losses = [row["train/loss"] for row in rows if "train/loss" in row]
     # Untrained, all predictions are 0: the noise's variance, and the bound of a variance halfway up its range.

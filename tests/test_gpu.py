@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from cdit.batch import Condition
 from cdit.codec import PixelCodec
 from cdit.diffusion import SamplerConfig
 from cdit.heads.record import record_attention
@@ -70,12 +71,12 @@ def test_keys_in_parts_agree_with_their_concatenation(dtype: torch.dtype, tolera
 @torch.no_grad()
 def test_candidates_rolled_out_agree_with_the_cpu_and_compiled():
     world = randomised_world()
-    context, actions = torch.rand(2, 4, 3, 32, 32) * 2 - 1, torch.randn(2, 3, 6, 3)
+    context, condition = torch.rand(2, 4, 3, 32, 32) * 2 - 1, Condition(action=torch.randn(2, 3, 6, 3))
     mask = torch.tensor([[False, True, True, True], [True] * 4])
 
     def rollout(device: str) -> torch.Tensor:
         world.to(device)
-        inputs = (x.to(device) for x in (context, actions, mask))
+        inputs = (x.to(device) for x in (context, condition, mask))
         return world.rollout(*inputs, sampler=SamplerConfig(steps=2), generator=torch.Generator().manual_seed(0)).cpu()
 
     expected = rollout("cpu")
@@ -88,14 +89,13 @@ def test_predictions_agree_with_the_cpu():
     world = randomised_world()
     context = torch.rand(2, 4, 3, 32, 32) * 2 - 1
     mask = torch.tensor([[False, True, True, True], [True] * 4])
-    actions, shift = torch.randn(2, 3, 3), torch.rand(2, 3)
+    condition = Condition(torch.rand(2, 3), torch.randn(2, 3, 3))
 
     def predict(device: str) -> torch.Tensor:
         noise = torch.Generator().manual_seed(0)
-        inputs = (x.to(device) for x in (context, actions, shift))
+        inputs = (x.to(device) for x in (context, condition, mask))
         world.to(device)
-        sampler = SamplerConfig(steps=2)
-        return world.predict(*inputs, context_mask=mask.to(device), sampler=sampler, generator=noise).cpu()
+        return world.predict(*inputs, sampler=SamplerConfig(steps=2), generator=noise).cpu()
 
     assert (predict("cpu") - predict("cuda")).abs().max() < 1e-2
 
@@ -103,7 +103,8 @@ def test_predictions_agree_with_the_cpu():
 def test_recording_leaves_the_output_bit_identical_under_autocast():
     world = randomised_world().to("cuda")
     frames = torch.rand(2, 4, 3, 32, 32, device="cuda")
-    inputs = (frames[:, :1], torch.full((2, 1), 500.0, device="cuda"), None, torch.ones(2, 1, device="cuda"), frames)
+    condition = {"time_shift": torch.ones(2, 1, device="cuda")}
+    inputs = (frames[:, :1], torch.full((2, 1), 500.0, device="cuda"), condition, frames)
     with torch.no_grad(), torch.autocast("cuda", torch.bfloat16):
         plain = world.cdit(*inputs)
         with record_attention(world.cdit, [0, 1]) as recorded:

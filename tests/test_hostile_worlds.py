@@ -72,6 +72,20 @@ def test_networks_are_not_built_beyond_their_weights(folder, values):
     assert time.process_time() - begun < 10
 
 
+@pytest.mark.parametrize("name", ["os:_exit", "subprocess:Popen", "builtins:exit", "this_is_not_imported:Class"])
+def test_nothing_that_a_file_names_is_called(folder, name):
+    """But subclasses of what they stand for, in modules that are imported already."""
+    for file, values in (
+        ("world_model.json", {"codec": name}), ("world_model.json", {"codec": "pixels", "objective": name}),
+        ("cdit/config.json", {"extra_conditioners": {"x": name}}),
+    ):  # fmt: skip
+        change(folder / file, **values)
+        with pytest.raises(
+            UserError, match="set CDIT_PLUGINS=this_is_not_imported" if "not" in name else "subclass of"
+        ):
+            WorldModel.from_pretrained(folder)
+
+
 def test_a_pickle_beside_the_weights_is_not_read(folder, monkeypatch):
     """Which diffusers would, where there are no safetensors."""
 

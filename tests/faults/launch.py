@@ -234,8 +234,6 @@ class Phases:
 
 def watch(phases: Phases) -> None:
     """Finds the phases of a run."""
-    import cdit.training.batch
-
     import cdit.common.cli
     import cdit.data.windows
     from cdit.training.durable.checkpoints import Checkpoints
@@ -246,14 +244,14 @@ def watch(phases: Phases) -> None:
     from cdit.training.validation import Validation
     from cdit.world_model import WorldModel
 
-    def begin_step(*_: Any, time: Any = None, **__: Any) -> None:
-        if time is None:  # else validation, which gives the times
+    def begin_step(world: WorldModel, batch: Any, *action_dropout: float) -> None:
+        if action_dropout:  # else validation, which hides no actions
             phases.enter("step")
 
     phases.around(cdit.data.windows.WindowDataset, "__init__", "opening of a dataset")
     phases.at_call(cdit.common.cli, "parse_config", before=lambda *_, **__: phases.enter("start-up"))
     phases.at_call(StopSignals, "defer", after=lambda: phases.leave("start-up"))
-    phases.at_call(cdit.training.batch, "noisy_batch", before=begin_step)
+    phases.at_call(WorldModel, "encode", before=begin_step)
     phases.at_call(EMA, "step", after=lambda: phases.leave("step"))
     phases.at_call(Checkpoints, "_write", before=lambda *_: phases.enter("write"))
     phases.around(Checkpoints, "_publish", "rename")
@@ -266,21 +264,20 @@ def watch(phases: Phases) -> None:
 
 def break_losses(steps: dict[str, float]) -> None:
     """Multiplies the losses of these training steps: by NaN or infinity."""
-    import cdit.training.batch
-
     from cdit.common.randomness import seed_of
-    from cdit.diffusion import Flow
+    from cdit.diffusion.objective import DenoisingObjective
+    from cdit.world_model import WorldModel
 
     factors = {seed_of(0, int(step), sample): factor for step, factor in steps.items() for sample in range(100)}
-    noisy_batch, loss = cdit.training.batch.noisy_batch, Flow.loss
+    encode, loss = WorldModel.encode, DenoisingObjective.loss
     factor = [1.0]
 
-    def noted(world: Any, items: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        factor[0] = 1.0 if "time" in kwargs else factors.get(int(items["seed"][0]), 1.0)
-        return noisy_batch(world, items, *args, **kwargs)
+    def noted(world: WorldModel, batch: Any, *action_dropout: float) -> Any:
+        factor[0] = factors.get(int(batch.key[0]), 1.0) if action_dropout else 1.0
+        return encode(world, batch, *action_dropout)
 
-    cdit.training.batch.noisy_batch = noted
-    Flow.loss = lambda *args: loss(*args) * factor[0] if factor[0] != 1 else loss(*args)
+    WorldModel.encode = noted
+    DenoisingObjective.loss = lambda *args: loss(*args) * factor[0] if factor[0] != 1 else loss(*args)
 
 
 def _kill_in(seconds: float) -> None:

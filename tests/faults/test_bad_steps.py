@@ -8,8 +8,8 @@ import torch
 from harness import Table, Trainer, survive
 from safetensors.torch import load_file
 
+from cdit.batch import Batch
 from cdit.common.cli import parse_config
-from cdit.data.loader import collate
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import WindowDataset
 from cdit.training.config import TrainConfig
@@ -43,9 +43,8 @@ def test_the_batch_of_a_bad_step_is_kept(trainer: Trainer, undisturbed: Path):
     dataset = WindowDataset(config.data, "train", config.seed)
     for step, loss in ((4, "nan"), (7, "inf")):
         (keys,) = KeyedBatchSampler(len(dataset), config.batch_size, config.seed, step, step + 1)
-        expected = collate([dataset[key] for key in keys])
+        tensors = Batch.collate([dataset[key] for key in keys]).named_tensors()
         kept = load_file(undisturbed / f"bad_steps/step_{step:08d}_process_0.safetensors")
-        tensors = {name: value for name, value in expected.items() if isinstance(value, torch.Tensor)}
         assert set(kept) == set(tensors)
         assert all(torch.equal(kept[name], value) for name, value in tensors.items())
         said = json.loads((undisturbed / f"bad_steps/step_{step:08d}_process_0.json").read_text())

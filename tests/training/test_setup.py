@@ -201,7 +201,7 @@ def test_a_cosine_over_another_number_of_steps_is_followed_from_there():
 
 def test_how_long_processes_wait_for_one_another(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    accelerator = build_accelerator(config("--timeout_minutes", "2.5"))
+    accelerator, _ = build_accelerator(config("--timeout_minutes", "2.5"))
     assert accelerator.init_handler.timeout.total_seconds() == 150
 
 

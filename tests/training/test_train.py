@@ -8,11 +8,18 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
+from cdit.data.windows import WindowDataset
+from cdit.training.config import TrainConfig
+from cdit.training.probes import Probes
+from cdit.training.setup import build_world
+from cdit.training.validation import Validation
 from cdit.world_model import WorldModel
 
 TRAIN = Path(__file__).parents[2] / "train.py"
@@ -230,6 +237,51 @@ def test_what_is_saved_is_the_average(straight: Path):
     assert world.description.units.time_scale == pytest.approx(5 / 4)
     assert world.description.units.action_scale == pytest.approx((1 / 4, 1 / 4, 1 / math.pi))
     assert world.description.units.spacing == pytest.approx(0.2)
+
+
+def test_what_is_measured_is_the_average(
+    straight: Path,
+    config: Callable[..., TrainConfig],
+    train_set: WindowDataset,
+    test_set: WindowDataset,
+    accelerator: Accelerator,
+    environment: dict[str, str],
+    rows: Rows,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The logged numbers of validation and probes, computed again from the files that the run has left."""
+    settings = config()
+    world = build_world(settings, train_set).eval()
+    validation = Validation(test_set, settings.validation, settings.seed)
+
+    def validated(step: int, kind: str) -> dict[str, float]:
+        world.cdit.load_state_dict(load_file(straight / f"checkpoints/step_{step:08d}/{kind}.safetensors"))
+        return validation.run(world, world.cdit, accelerator)
+
+    logged = {row["step"]: row for row in rows(straight, "validation/loss")}
+    assert set(logged) == {2, 4, 6}
+    for step, row in logged.items():
+        found = validated(step, "average")
+        assert found == pytest.approx({name: row[name] for name in found}, rel=1e-5)
+        assert abs(validated(step, "model")["validation/loss"] / row["validation/loss"] - 1) > 1e-3
+
+    monkeypatch.setenv("CDIT_LPIPS_BACKBONE", environment["CDIT_LPIPS_BACKBONE"])
+    probes = Probes(test_set, world.cdit, settings, accelerator)
+
+    def probed(world: WorldModel) -> dict[str, float]:
+        found: dict[str, float] = {}
+        tracker = SimpleNamespace(
+            log=lambda numbers, step: found.update(numbers), show=lambda *_: None, print=lambda *_: None
+        )
+        probes.run(world, tracker, 6, final=True)
+        return found
+
+    last = {name: value for row in rows(straight) if row["step"] == 6 for name, value in row.items()}
+    found = probed(WorldModel.from_pretrained(straight / "last"))
+    assert found == pytest.approx({name: last[name] for name in found}, rel=1e-4)
+    validated(6, "model")
+    name = "probe/lpips/model/1_frames"
+    assert abs(probed(world)[name] / last[name] - 1) > 1e-3
 
 
 # Mistakes.

@@ -1,4 +1,5 @@
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,6 +58,27 @@ def test_losses_are_those_of_a_plain_loop(
     expected["validation/loss"] = sum(means) / 4
     assert result == pytest.approx(expected, rel=1e-4)
     assert len({round(mean, 6) for mean in means}) == 4
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_what_fills_up_a_process_is_not_counted(
+    world: WorldModel, train_set: WindowDataset, accelerator: Accelerator, processes: int
+):
+    """Seven windows of several processes, one after the other in this one: their sums are those of one process."""
+    measured = Validation(train_set, ValidationConfig(samples=7, time_bins=2), seed=3)
+    expected = measured.run(world, world.cdit, accelerator)
+    sums: list[torch.Tensor] = []
+
+    def reduce(mine: torch.Tensor, _: str) -> torch.Tensor:
+        sums.append(mine)
+        return torch.stack(sums).sum(dim=0)
+
+    for index in range(processes):
+        process = SimpleNamespace(
+            process_index=index, num_processes=processes, device=accelerator.device, reduce=reduce
+        )
+        found = measured.run(world, world.cdit, process)
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize(("samples", "bins"), [(10, 5), (15, 3), (6, 4)])

@@ -16,7 +16,7 @@ from cdit.training.setup import build_accelerator
 
 
 def main(out: str) -> None:
-    accelerator = build_accelerator(TrainConfig(mixed_precision="no"))
+    accelerator, _ = build_accelerator(TrainConfig(mixed_precision="no"))
     found = []
     for steps in ([2], [0, 1, 2]):
         network = accelerator.prepare(build("native"))

@@ -449,6 +449,23 @@ def test_a_field_younger_than_the_checkpoint_was_its_default(config: Callable[..
         check_config(config("--action_dropout", "0.1"), saved)
 
 
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ("{decay: 0.5}", "{decay: 0.9}", "objective_options.decay is 0.9, was 0.5"),
+        ("{}", "{decay: 0.9}", "objective_options.decay is 0.9, was None"),
+        ("{decay: 0.5}", "{}", "objective_options.decay is None, was 0.5"),
+    ],
+)
+def test_options_of_a_users_own_are_compared(
+    config: Callable[..., TrainConfig], tmp_path: Path, before: str, now: str, said: str
+):
+    config("--objective_options", before).save(tmp_path / "config.yaml")
+    check_config(config("--objective_options", before), tmp_path)
+    with pytest.raises(UserError, match=said):
+        check_config(config("--objective_options", now), tmp_path)
+
+
 @pytest.mark.parametrize("content", [None, "a: [", "text"])
 def test_a_checkpoint_without_its_config_is_one_clear_line(
     config: Callable[..., TrainConfig], tmp_path: Path, content: str | None
