@@ -64,8 +64,8 @@ def test_single_video_is_split_in_time(tmp_path):
     info = DatasetInfo.load(out)
     assert (info.fps, info.has_actions, info.source["videos"]) == (4.0, False, ["walk.mp4"])
     windows = WindowDataset(DataConfig(folder=str(out)), "train")
-    assert not windows[0]["action_mask"].any()
-    assert windows.window(5, [4])["time_shift"].tolist() == [1.0]
+    assert not windows[0].condition.known.any()
+    assert windows.window(5, [4]).condition.time_shift.tolist() == [1.0]
 
 
 def test_of_several_videos_the_last_are_for_testing(tmp_path):

@@ -80,7 +80,7 @@ def test_links_out_of_the_dataset_are_refused_unless_admitted(dataset, kind, rel
         words in problem for words in (str(path), f"a link to {outside}", f"outside of {dataset}; ", "follow_links")
     )
     assert problems_of(dataset, follow_links=True) == []
-    assert WindowDataset(DataConfig(folder=str(dataset), follow_links=True), "train")[0]["target"].any()
+    assert WindowDataset(DataConfig(folder=str(dataset), follow_links=True), "train")[0].target.any()
     assert WindowDataset(DataConfig(mix=[Source(str(dataset), follow_links=True)]), "train")
     assert check(dataset).problems
     assert not check(dataset, follow_links=True).problems
@@ -155,7 +155,7 @@ def test_poses_far_away_give_finite_actions(dataset):
     (dataset / "a" / POSES).write_bytes(pickle.dumps(poses))
     assert problems_of(dataset) == []
     windows = WindowDataset(DataConfig(folder=str(dataset), workers=0), "train")
-    action = windows[0]["action"]
+    action = windows[0].condition.action
     assert action.isfinite().all()
     assert action.square().sum().isfinite()
 

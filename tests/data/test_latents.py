@@ -3,6 +3,7 @@
 import json
 import pickle
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.sources import Source
 from cdit.data.windows import WindowDataset, WindowKey
+
+sys.path.append(str(Path(__file__).parent))
+from walks import same
 
 ENCODING = Encoding("kl", "some/autoencoder", "0123456789abcdef" * 4, (12, 16), "aspect")
 SHAPE = (2, 3, 4, 5)
@@ -60,19 +64,18 @@ def test_samples_hold_the_latents_of_their_frames(dataset, cache):
         trajectory, now = cached.locate(index)
         latents = latents_of("ab"[trajectory], 20)
         past = [latents[time] if time >= 0 else torch.zeros(SHAPE) for time in range(now - 3, now + 1)]
-        goals = [latents[now + round(shift * FPS)] for shift in item["time_shift"].tolist()]
-        assert torch.equal(item.pop("context"), torch.stack(past))
-        assert torch.equal(item.pop("target"), torch.stack(goals))
-        assert all(torch.equal(value, frames[name]) for name, value in item.items())
-        assert {*item, "context", "target"} == frames.keys()
+        goals = [latents[now + round(shift * FPS)] for shift in item.condition.time_shift.tolist()]
+        assert torch.equal(item.context, torch.stack(past))
+        assert torch.equal(item.target, torch.stack(goals))
+        assert same(replace(item, context=frames.context, target=frames.target), frames)
 
 
 def test_probes_and_rollouts_are_given_frames(dataset, cache):
     plain, cached = windows(dataset), windows(dataset)
     cached.use_latents(ENCODING)
-    assert cached[2]["context"].dtype == torch.float32
+    assert cached[2].context.dtype == torch.float32
     for ours, theirs in ((cached.window(2, [1, 3]), plain.window(2, [1, 3])), (cached.path(4, 3), plain.path(4, 3))):
-        assert ours["context"].dtype == torch.uint8
+        assert ours.context.dtype == torch.uint8
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
@@ -90,7 +93,7 @@ def test_half_precision_rounds_and_is_read_as_float32(dataset):
     fill(dataset, precision="float16")
     cached = windows(dataset)
     cached.use_latents(ENCODING)
-    context, exact = cached[len(cached) - 1]["context"], latents_of("b", 13)[8:12]
+    context, exact = cached[len(cached) - 1].context, latents_of("b", 13)[8:12]
     assert context.dtype == torch.float32
     assert torch.equal(context, exact.half().float())
     assert not torch.equal(context, exact)
@@ -104,10 +107,10 @@ def test_loader_workers_read_them(dataset, cache, workers):
     batches = list(loader(cached, KeyedBatchSampler(len(cached), 8, 0, start_step=0, steps=3), config))
     sampler = KeyedBatchSampler(len(cached), 8, 0, start_step=0, steps=3)
     for batch, keys in zip(batches, sampler, strict=True):
-        assert batch["context"].shape == (8, 4, *SHAPE)
-        assert batch["target"].shape == (8, 4, *SHAPE)
+        assert batch.context.shape == (8, 4, *SHAPE)
+        assert batch.target.shape == (8, 4, *SHAPE)
         for place, key in enumerate(keys):
-            assert torch.equal(batch["target"][place], cached[key]["target"])
+            assert torch.equal(batch.target[place], cached[key].target)
 
 
 @pytest.mark.slow
@@ -116,7 +119,7 @@ def test_spawned_workers_read_them(dataset, cache):
     cached.use_latents(ENCODING)
     spawned = DataLoader(cached, sampler=[3, 9], num_workers=1, multiprocessing_context="spawn", batch_size=None)
     for item, index in zip(spawned, (3, 9), strict=True):
-        assert torch.equal(item["target"], cached[index]["target"])
+        assert torch.equal(item.target, cached[index].target)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="no /proc here")
@@ -139,7 +142,7 @@ def anonymous_memory() -> int:
 def test_without_a_cache_frames_are_read(dataset):
     plain = windows(dataset)
     plain.use_latents(ENCODING)
-    assert plain[0]["context"].dtype == torch.uint8
+    assert plain[0].context.dtype == torch.uint8
 
 
 @pytest.mark.parametrize(
@@ -163,7 +166,7 @@ def test_a_cache_of_another_encoding_is_refused_by_name(dataset, cache, asked, s
 def test_the_same_weights_from_elsewhere_are_the_same_codec(dataset, cache):
     cached = windows(dataset)
     cached.use_latents(replace(ENCODING, name="a/copy"))
-    assert cached[0]["context"].dtype == torch.float32
+    assert cached[0].context.dtype == torch.float32
 
 
 def test_another_precision_is_not_mixed_in(dataset, cache):
@@ -282,14 +285,14 @@ def test_a_newer_format_is_refused(dataset, cache):
 def test_a_mix_reads_latents_where_all_have_them(dataset, video_dataset, cache, capsys):
     both = mix(dataset, video_dataset)
     both.use_latents(ENCODING)
-    assert both[0]["context"].dtype == torch.uint8
+    assert both[0].context.dtype == torch.uint8
     assert f"{video_dataset}: no latents, so the images" in capsys.readouterr().err
 
     fill(video_dataset, precision="float16")
     both.use_latents(ENCODING)
     half = len(both) // 2
-    assert torch.equal(both[10]["context"], latents_of("a", 20)[7:11])
-    assert torch.equal(both[half + 10]["context"], latents_of("a", 20)[7:11].half().float())
+    assert torch.equal(both[10].context, latents_of("a", 20)[7:11])
+    assert torch.equal(both[half + 10].context, latents_of("a", 20)[7:11].half().float())
     assert capsys.readouterr().err == ""
 
 
@@ -310,10 +313,10 @@ def test_trajectories_in_folders_of_folders(dataset):
     for name, trajectory in zip("ab", cached.trajectories, strict=True):
         cache.write(trajectory, latents_of(name, len(trajectory)))
     cached.use_latents(ENCODING)
-    assert torch.equal(cached[len(cached) - 1]["context"], latents_of("b", 13)[8:12])
+    assert torch.equal(cached[len(cached) - 1].context, latents_of("b", 13)[8:12])
 
 
 def test_the_dataset_is_handed_over_with_its_latents(dataset, cache):
     cached = windows(dataset)
     cached.use_latents(ENCODING)
-    assert torch.equal(pickle.loads(pickle.dumps(cached))[5]["target"], cached[5]["target"])
+    assert torch.equal(pickle.loads(pickle.dumps(cached))[5].target, cached[5].target)

@@ -7,15 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from cdit.batch import Batch
 from cdit.common.errors import DataError, Interrupted
 from cdit.data.config import DataConfig
-from cdit.data.loader import collate, loader
+from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import WindowDataset, WindowKey
+
+sys.path.append(str(Path(__file__).parent))
+from walks import same
 
 
 def loader_of(dataset, workers: int, steps: int = 3, split: str = "train", share=(0, 1), batch_size: int = 8, **values):
@@ -32,27 +37,20 @@ def truncate(file) -> None:
     file.write_bytes(file.read_bytes()[:-100])
 
 
-def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(one[key], other[key]) if isinstance(one[key], torch.Tensor) else one[key] == other[key]
-        for key in one
-    )
-
-
 @pytest.mark.parametrize("on_error", ["stop", "skip"])
 def test_the_same_with_and_without_workers(dataset, on_error):
     for alone, worker in zip(
         batches(dataset, 0, on_error=on_error), batches(dataset, 2, on_error=on_error), strict=True
     ):
-        assert alone["context"].shape == (8, 4, 3, 12, 16)
-        assert alone["weight"].tolist() == [1.0] * 8
-        assert alone["skipped"] == []
+        assert alone.context.shape == (8, 4, 3, 12, 16)
+        assert alone.weight.tolist() == [1.0] * 8
+        assert alone.skipped == []
         assert same(alone, worker)
 
 
 def test_padding_has_no_weight(dataset):
     for process, weights in enumerate(([1, 1, 1], [1, 1, 1], [1, 1, 0])):
-        assert [batch["weight"].tolist() for batch in batches(dataset, 0, share=(process, 3))] == [weights] * 3
+        assert [batch.weight.tolist() for batch in batches(dataset, 0, share=(process, 3))] == [weights] * 3
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -78,9 +76,9 @@ def test_samples_of_broken_frames_count_for_nothing(dataset, workers):
     told = 0
     for before, after in zip(whole, lossy, strict=True):
         lost = [place for place in range(8) if needs_broken(before, place)]
-        assert (after["weight"] == 0).nonzero().flatten().tolist() == lost
-        assert len(after["skipped"]) == len(lost)
-        assert all(re.search(r"/b/[67]\.jpg: .*read", text) for text in after["skipped"])
+        assert (after.weight == 0).nonzero().flatten().tolist() == lost
+        assert len(after.skipped) == len(lost)
+        assert all(re.search(r"/b/[67]\.jpg: .*read", text) for text in after.skipped)
         for place in range(8):
             assert not needs_broken(after, place)
             if place not in lost:
@@ -94,8 +92,8 @@ def test_a_lost_trajectory_is_left_out(dataset):
     for file in (dataset / "a").glob("*.jpg"):
         file.unlink()
     found = list(lossy)
-    assert all(len(batch["skipped"]) == (batch["weight"] == 0).sum() for batch in found)
-    assert 0 < sum(batch["weight"].sum().item() for batch in found) < 40
+    assert all(len(batch.skipped) == (batch.weight == 0).sum() for batch in found)
+    assert 0 < sum(batch.weight.sum().item() for batch in found) < 40
 
 
 def test_padding_that_cannot_be_read_is_not_told_of_twice(dataset):
@@ -105,9 +103,9 @@ def test_padding_that_cannot_be_read_is_not_told_of_twice(dataset):
     for file in (dataset / "a").glob("*.jpg"):
         file.unlink()
     found = [batch for share in shares for batch in share]
-    told = sum(len(batch["skipped"]) for batch in found)
-    assert told == sum(len(batch["skipped"]) for batch in alone) > 0
-    assert sum(batch["weight"].sum().item() for batch in found) == 15 - told
+    told = sum(len(batch.skipped) for batch in found)
+    assert told == sum(len(batch.skipped) for batch in alone) > 0
+    assert sum(batch.weight.sum().item() for batch in found) == 15 - told
 
 
 def test_nothing_readable_is_an_error(dataset):
@@ -123,7 +121,7 @@ def test_validation_stops_at_a_broken_frame_all_the_same(dataset):
     windows = WindowDataset(DataConfig(folder=str(dataset), image_size=(12, 16), on_error="skip"), "train")
     truncate(dataset / "b" / "6.jpg")
     with pytest.raises(DataError):
-        collate([windows[WindowKey(window, 0, 0)] for window in range(len(windows))])
+        Batch.collate([windows[WindowKey(window, 0, 0)] for window in range(len(windows))])
 
 
 def start(dataset, steps: int):

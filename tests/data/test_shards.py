@@ -121,7 +121,7 @@ def test_latents_are_those_of_the_cache(folder, tmp_path, content, precision):
     before, after = windows(folder), windows(out)
     before.use_latents(ENCODING)
     after.use_latents(ENCODING)
-    assert after[0]["context"].dtype == torch.float32
+    assert after[0].context.dtype == torch.float32
     assert all(same(before[index], after[index]) for index in range(len(before)))
     if content == "both":
         assert same(after.window(2, [1]), windows(folder).window(2, [1]))
@@ -141,7 +141,7 @@ def test_a_mix_of_shards_and_folders(folder, shards, video_dataset):
     assert all(same(mix[WindowKey(index, 3, 9)], one) for index, one in enumerate(expected))
     assert sorted(mix.order(0)) == list(range(len(expected)))
     mix.use_latents(ENCODING)
-    assert mix[0]["context"].dtype == torch.uint8
+    assert mix[0].context.dtype == torch.uint8
 
 
 def test_splits_are_added_one_by_one(folder, tmp_path):
@@ -152,7 +152,7 @@ def test_splits_are_added_one_by_one(folder, tmp_path):
     assert same(windows(out, "test")[1], windows(folder, "test")[1])
     train = windows(out)
     train.use_latents(ENCODING)
-    assert train[1]["context"].dtype == torch.float32
+    assert train[1].context.dtype == torch.float32
     assert verify(str(out))[0] == []
     with pytest.raises(UserError, match="holds split 'test' already"):
         converted(folder, out)
@@ -449,10 +449,10 @@ def test_samples_of_broken_frames_are_left_out(shards):
     config = config_of(shards, on_error="skip")
     dataset = WindowDataset(config, "train", seed=3)
     batches = list(loader(dataset, KeyedBatchSampler(len(dataset), 8, 3, 0, 9, order=dataset.order), config))
-    told = [message for batch in batches for message in batch["skipped"]]
+    told = [message for batch in batches for message in batch.skipped]
     assert told
     assert all("train-00000.tar:walk_0/000002: not a readable image" in message for message in told)
-    assert sum((batch["weight"] == 0).sum().item() for batch in batches) == len(told)
+    assert sum((batch.weight == 0).sum().item() for batch in batches) == len(told)
 
 
 def test_the_dataset_is_handed_over(shards):

@@ -1,15 +1,19 @@
 """Several datasets in one: every window once, each with its own spacing, poses and frames."""
 
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
-import torch
 
 from cdit.common.errors import DataError, UserError
 from cdit.data.config import DataConfig
 from cdit.data.layout import Camera, DatasetInfo
 from cdit.data.sources import Source
 from cdit.data.windows import WindowDataset, WindowKey
+
+sys.path.append(str(Path(__file__).parent))
+from walks import same
 
 
 def windows_of(*sources: Source, **values) -> WindowDataset:
@@ -28,18 +32,17 @@ def test_the_windows_of_a_mix_are_those_of_its_parts_in_order(dataset, video_dat
     expected = [part[WindowKey(index, 3, 9)] for part in parts for index in range(len(part))]
     found = [mix[WindowKey(index, 3, 9)] for index in range(len(mix))]
     for one, other in zip(expected, found, strict=True):
-        assert one.keys() == other.keys()
-        assert all(torch.equal(one[key], other[key]) for key in one)
+        assert same(one, other)
 
 
 def test_labelled_and_unlabelled_windows_side_by_side(dataset, video_dataset):
     mix = windows_of(Source(str(dataset)), Source(str(video_dataset)))
     first, last = mix[0], mix[len(mix) - 1]
-    assert first["action_mask"].all()
-    assert first["action"].abs().sum() > 0
-    assert not last["action_mask"].any()
-    assert (last["action"] == 0).all()
-    assert last["time_shift"].abs().sum() > 0
+    assert first.condition.known.all()
+    assert first.condition.action.abs().sum() > 0
+    assert not last.condition.known.any()
+    assert (last.condition.action == 0).all()
+    assert last.condition.time_shift.abs().sum() > 0
     assert mix.info.has_actions
     assert mix.info.spacing == 0.5  # that of the only dataset with poses
 
@@ -47,8 +50,8 @@ def test_labelled_and_unlabelled_windows_side_by_side(dataset, video_dataset):
 def test_each_window_tells_the_spacing_of_its_dataset(dataset, tmp_path):
     mix = windows_of(Source(str(dataset), spacing=0.25), Source(str(dataset), spacing=0.75))
     assert mix.info.spacing is None
-    assert mix[0]["spacing"].item() == 0.25
-    assert mix[len(mix) - 1]["spacing"].item() == 0.75
+    assert mix[0].condition.spacing.item() == 0.25
+    assert mix[len(mix) - 1].condition.spacing.item() == 0.75
     assert windows_of(Source(str(dataset)), Source(str(dataset))).info.spacing == 0.5
 
 

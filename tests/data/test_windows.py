@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,15 +54,15 @@ def rotated(poses, now, then):
 
 def test_item_shapes_and_types(dataset):
     item = WindowDataset(config_of(dataset), "train")[0]
-    assert {key: (tuple(value.shape), value.dtype) for key, value in item.items()} == {
+    assert {name: (tuple(value.shape), value.dtype) for name, value in item.named_tensors().items()} == {
         "context": ((4, 3, 12, 16), torch.uint8),
-        "context_mask": ((4,), torch.bool),
+        "mask": ((4,), torch.bool),
         "target": ((4, 3, 12, 16), torch.uint8),
-        "action": ((4, 3), torch.float32),
-        "action_mask": ((4,), torch.bool),
-        "time_shift": ((4,), torch.float32),
-        "spacing": ((), torch.float32),
-        "seed": ((), torch.int64),
+        "condition.action": ((4, 3), torch.float32),
+        "condition.known": ((4,), torch.bool),
+        "condition.time_shift": ((4,), torch.float32),
+        "condition.spacing": ((), torch.float32),
+        "key": ((), torch.int64),
         "weight": ((), torch.float32),
     }
 
@@ -89,25 +90,25 @@ def test_frames_actions_and_times_of_every_window(dataset):
         name, length = list(LENGTHS.items())[trajectory]
         item = windows[WindowKey(index, 2, 7)]
         for slot, time in enumerate(range(now - 3, now + 1)):
-            assert item["context_mask"][slot] == (time >= 0)
+            assert item.mask[slot] == (time >= 0)
             if time >= 0:
-                assert abs(value_of(item["context"][slot]) - recorded(dataset, name, time)) < 1
+                assert abs(value_of(item.context[slot]) - recorded(dataset, name, time)) < 1
             else:
-                assert item["context"][slot].eq(0).all()
+                assert item.context[slot].eq(0).all()
         for goal in range(3):
-            offset = round(item["time_shift"][goal].item() * 5)
-            assert item["time_shift"][goal] == pytest.approx(offset / 5)
+            offset = round(item.condition.time_shift[goal].item() * 5)
+            assert item.condition.time_shift[goal] == pytest.approx(offset / 5)
             assert max(-8, -now) <= offset <= min(8, length - 1 - now)
-            assert abs(value_of(item["target"][goal]) - recorded(dataset, name, now + offset)) < 1
+            assert abs(value_of(item.target[goal]) - recorded(dataset, name, now + offset)) < 1
             expected = rotated(poses_of(dataset, name), now, now + offset)
-            assert item["action"][goal].tolist() == pytest.approx(expected, abs=1e-5)
-        assert item["action_mask"].all()
-        assert item["seed"] == seed_of(5, 2, 7)
+            assert item.condition.action[goal].tolist() == pytest.approx(expected, abs=1e-5)
+        assert item.condition.known.all()
+        assert item.key == seed_of(5, 2, 7)
 
 
 def test_every_offset_in_range_is_drawn_equally_often(dataset):
     windows = WindowDataset(config_of(dataset, min_offset=-2, max_offset=4, goals=8), "train")
-    draws = [round(5 * k) for step in range(200) for k in windows[WindowKey(1, step, 0)]["time_shift"].tolist()]
+    draws = [round(5 * k) for step in range(200) for k in windows[WindowKey(1, step, 0)].condition.time_shift.tolist()]
     counts = {offset: draws.count(offset) for offset in set(draws)}
     assert counts.keys() == {-1, 0, 1, 2, 3, 4}  # window 1 is frame 1: only one frame before it
     for count in counts.values():  # 1600 draws over 6 offsets, within 4.5 standard deviations
@@ -136,25 +137,25 @@ def test_the_key_alone_decides_the_draws(dataset):
     for key in (WindowKey(3, 0, 0), WindowKey(3, 0, 1), WindowKey(3, 1, 0)):
         assert all(torch.equal(one[key][name], other[key][name]) for name in one[key])
     keys = [WindowKey(3, step, sample) for step in range(4) for sample in range(4)]
-    assert len({tuple(one[key]["time_shift"].tolist()) for key in keys}) > 8
-    assert len({one[key]["seed"].item() for key in keys}) == 16
+    assert len({tuple(one[key].condition.time_shift.tolist()) for key in keys}) > 8
+    assert len({one[key].key.item() for key in keys}) == 16
     reseeded = WindowDataset(config_of(dataset), "train", seed=2)
-    assert any(not torch.equal(one[key]["time_shift"], reseeded[key]["time_shift"]) for key in keys)
+    assert any(not torch.equal(one[key].condition.time_shift, reseeded[key].condition.time_shift) for key in keys)
 
 
 def test_goals_are_keyed_by_seed_step_and_sample(dataset):
     windows = WindowDataset(config_of(dataset, goals=16), "train", seed=5)
-    offsets = (windows[WindowKey(3, 2, 0)]["time_shift"] * 5).round().int().tolist()
+    offsets = (windows[WindowKey(3, 2, 0)].condition.time_shift * 5).round().int().tolist()
     assert offsets != np.random.default_rng((5, 2)).integers(1, 8, size=16, endpoint=True).tolist()
     assert offsets == np.random.default_rng(seed_of(5, 2, 0)).integers(1, 8, size=16, endpoint=True).tolist()
 
 
 def test_the_weight_is_that_of_the_key(dataset):
     windows = WindowDataset(config_of(dataset), "train")
-    assert windows[3]["weight"] == windows[WindowKey(3, 0, 3)]["weight"] == 1
+    assert windows[3].weight == windows[WindowKey(3, 0, 3)].weight == 1
     filling = windows[WindowKey(3, 0, 3, 0.0)]
-    assert filling.pop("weight") == 0
-    assert all(torch.equal(value, windows[3][name]) for name, value in filling.items())
+    assert filling.weight == 0
+    assert same(replace(filling, weight=windows[3].weight), windows[3])
 
 
 def test_window_with_given_offsets(dataset):
@@ -162,9 +163,9 @@ def test_window_with_given_offsets(dataset):
     for index in windows.windows_with([-3, 6]):
         trajectory, now = windows.locate(index)
         item = windows.window(index, [-3, 6])
-        assert item["time_shift"].tolist() == pytest.approx([-0.6, 1.2])
+        assert item.condition.time_shift.tolist() == pytest.approx([-0.6, 1.2])
         expected = rotated(poses_of(dataset, "ab"[trajectory]), now, now - 3)
-        assert item["action"][0].tolist() == pytest.approx(expected, abs=1e-5)
+        assert item.condition.action[0].tolist() == pytest.approx(expected, abs=1e-5)
     with pytest.raises(IndexError, match="frames 0 to 19"):
         windows.window(0, [-1])
 
@@ -185,16 +186,16 @@ def test_windows_with_offsets_are_all_of_them(dataset, offsets, min_history):
 def test_path_composes_to_the_direct_action(dataset):
     windows = WindowDataset(config_of(dataset), "train")
     path = windows.path(4, 6)
-    assert torch.equal(path["context"], windows.window(4, [1])["context"])
-    assert path["time_shift"].tolist() == pytest.approx([0.2] * 6)
+    assert torch.equal(path.context, windows.window(4, [1]).context)
+    assert path.condition.time_shift.tolist() == pytest.approx([0.2] * 6)
     position, heading = 0j, 0.0
-    for step, (dx, dy, dyaw) in enumerate(path["action"].tolist()):
+    for step, (dx, dy, dyaw) in enumerate(path.condition.action.tolist()):
         position += complex(dx, dy) * cmath.exp(1j * heading)
         heading += dyaw
         direct = windows.window(4, [step + 1])
-        assert torch.equal(path["target"][step], direct["target"][0])
-        assert [position.real, position.imag] == pytest.approx(direct["action"][0, :2].tolist(), abs=1e-4)
-        assert cmath.exp(1j * heading) == pytest.approx(cmath.exp(1j * direct["action"][0, 2].item()), abs=1e-5)
+        assert torch.equal(path.target[step], direct.target[0])
+        assert [position.real, position.imag] == pytest.approx(direct.condition.action[0, :2].tolist(), abs=1e-4)
+        assert cmath.exp(1j * heading) == pytest.approx(cmath.exp(1j * direct.condition.action[0, 2].item()), abs=1e-5)
     with pytest.raises(IndexError):
         windows.path(4, 16)
 
@@ -203,9 +204,9 @@ def test_video_without_poses(video_dataset):
     windows = WindowDataset(config_of(video_dataset), "train")
     item = windows[3]
     assert not windows.info.has_actions
-    assert not item["action_mask"].any()
-    assert item["action"].eq(0).all()
-    assert item["time_shift"].gt(0).all()
+    assert not item.condition.known.any()
+    assert item.condition.action.eq(0).all()
+    assert item.condition.time_shift.gt(0).all()
 
 
 def test_a_dataset_from_elsewhere(dataset, tmp_path):
@@ -220,7 +221,7 @@ def test_a_dataset_from_elsewhere(dataset, tmp_path):
     config = config_of(dataset, splits=str(tmp_path / "lists"), spacing=0.25)
     windows = WindowDataset(config, "train")
     assert (windows.info.fps, windows.info.spacing, windows.info.has_actions) == (4.0, 0.25, True)
-    assert windows.window(2, [3])["action"][0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert windows.window(2, [3]).condition.action[0].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_config_overrides_the_description(dataset):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cdit.batch import Batch
 from cdit.data.config import DataConfig
 from cdit.data.layout import DatasetInfo, write_split, write_trajectory
 from cdit.data.shard import convert
@@ -41,8 +42,7 @@ def windows(folder, split: str = "train", **values) -> WindowDataset:
     return WindowDataset(config_of(folder, **values), split, seed=3)
 
 
-def same(one: dict, other: dict) -> bool:
-    return one.keys() == other.keys() and all(
-        torch.equal(one[name], other[name]) if isinstance(one[name], torch.Tensor) else one[name] == other[name]
-        for name in one
-    )
+def same(one: Batch, other: Batch) -> bool:
+    found, expected = one.named_tensors(), other.named_tensors()
+    equal = found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    return equal and one.skipped == other.skipped
