@@ -21,8 +21,7 @@ from cdit.common.files import read_json, write_json
 from cdit.common.frames import to_float
 from cdit.common.randomness import seed_of
 from cdit.common.weights import weight_shapes
-from cdit.data.config import Crop
-from cdit.data.frames import MAX_PIXELS
+from cdit.data.config import MAX_PIXELS, Crop
 from cdit.diffusion.config import DDPMConfig, FlowConfig, SamplerConfig, check_sampler
 from cdit.diffusion.objective import make_objective
 from cdit.model.attention import side_by_side

@@ -8,11 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-HEAVY = ("torch", "diffusers", "matplotlib", "wandb", "av")
+HEAVY = ("torch", "diffusers", "matplotlib", "wandb")
 COMMANDS = [
     ["train.py"],
     ["sample.py"],
     ["-m", "cdit.benchmark"],
+    ["data/doom/prepare.py"],
+    ["-m", "cdit.data.check"],
+    ["-m", "cdit.data.encode"],
+    ["-m", "cdit.data.from_video"],
+    ["-m", "cdit.data.shard"],
+    ["-m", "cdit.data.shard", "convert"],
     ["-m", "cdit.model"],
     ["-m", "cdit.model", "describe"],
     ["-m", "cdit.model", "scale"],

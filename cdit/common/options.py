@@ -52,6 +52,11 @@ class TrackingOptions:
     """Name of the Weights & Biases project."""
 
 
+def names(text: str | None) -> list[str] | None:
+    """Names that are separated by commas."""
+    return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
+
+
 def check_options(options: object) -> None:
     """Finds typos in paths and numbers before torch is imported and anything is loaded.
 

@@ -4,8 +4,12 @@ Every random draw of a run belongs to a key such as (seed, step, sample). Two pr
 same numbers, whatever they drew before: losses are the same at any process count, batch split or resume.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
+
+if TYPE_CHECKING:
+    import torch
 
 
 def seed_of(*key: int) -> int:
@@ -14,6 +18,8 @@ def seed_of(*key: int) -> int:
     return int(np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0] >> 1)
 
 
-def generator(*key: int, device: torch.device | str = "cpu") -> torch.Generator:
+def generator(*key: int, device: "torch.device | str" = "cpu") -> "torch.Generator":
     """A torch generator on `device`, seeded by a key of non-negative integers."""
+    import torch  # here, for commands that draw seeds only
+
     return torch.Generator(device).manual_seed(seed_of(*key))

@@ -5,20 +5,22 @@
 Lists all problems at once and exits with code 2, or says what is there and exits with code 0.
 """
 
-import argparse
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from cdit.common.cli import run
+from cdit.common.cli import parse_config, run
 from cdit.common.errors import DataError
-from cdit.data.frames import Member, decode
-from cdit.data.shards import is_sharded
+from cdit.common.options import names
 from cdit.data.trajectory import Trajectory, read_names, read_split
+
+if TYPE_CHECKING:
+    from cdit.data.frames import Member
 
 
 @dataclass
@@ -49,6 +51,8 @@ def check(
         min_frames: the least frames of a trajectory: the smallest window.
         follow_links: whether links within the dataset may lead out of its folder.
     """
+    from cdit.data.shards import is_sharded  # imports torch, for which --help does not wait
+
     folder = Path(folder)
     if not folder.is_dir():
         return Findings([f"{folder}: no such dataset folder"])
@@ -96,13 +100,33 @@ def _frame_problems(trajectories: Iterable[Trajectory]) -> list[str]:
     return problems
 
 
-def size_or_problem(path: Path | Member) -> str | DataError:
+def size_or_problem(path: "Path | Member") -> str | DataError:
     """Width × height of an image, or what is wrong with it."""
+    from cdit.data.frames import decode
+
     try:
         height, width = decode(path).shape[-2:]
     except DataError as error:
         return error
     return f"{width}×{height}"
+
+
+@dataclass
+class CheckConfig:
+    """What to check."""
+
+    folder: str
+    """The dataset folder."""
+    split: str | None = None
+    """Splits to check, separated by commas; by default train, test and all others there are."""
+    splits: str | None = None
+    """Folder with <split>/traj_names.txt; by default FOLDER/splits."""
+    min_frames: int = 2
+    """Fewest frames a trajectory may have."""
+    fast: bool = False
+    """Do not decode the frames."""
+    follow_links: bool = False
+    """Whether links within the dataset folder may lead out of it."""
 
 
 def main() -> None:
@@ -111,29 +135,17 @@ def main() -> None:
     Raises:
         DataError: there are problems; the message lists them all.
     """
-    parser = argparse.ArgumentParser(prog="python -m cdit.data.check", description="Lists all problems of a dataset.")
-    parser.add_argument("folder", type=Path, help="the dataset folder")
-    parser.add_argument("--splits", nargs="+", help="splits to check (default: train, test and all others there are)")
-    parser.add_argument("--split_folder", type=Path, help="folder with <split>/traj_names.txt (default: FOLDER/splits)")
-    parser.add_argument("--min_frames", type=int, default=2, help="least frames of a trajectory (default: 2)")
-    parser.add_argument("--fast", action="store_true", help="do not decode the frames")
-    parser.add_argument("--follow_links", action="store_true", help="admit links that lead out of the folder")
-    options = parser.parse_args()
+    config = parse_config(CheckConfig, __doc__, positional=True)
     findings = check(
-        options.folder,
-        options.splits,
-        not options.fast,
-        options.split_folder,
-        options.min_frames,
-        options.follow_links,
+        config.folder, names(config.split), not config.fast, config.splits, config.min_frames, config.follow_links
     )
     if findings.problems:
-        raise DataError(f"{options.folder}: {len(findings.problems)} problems\n  " + "\n  ".join(findings.problems))
+        raise DataError(f"{config.folder}: {len(findings.problems)} problems\n  " + "\n  ".join(findings.problems))
     summary = "; ".join(
         f"{split}: {len(trajectories)} trajectories, {sum(map(len, trajectories))} frames"
         for split, trajectories in findings.trajectories.items()
     )
-    print(f"{options.folder}: fine ({summary})")
+    print(f"{config.folder}: fine ({summary})")
 
 
 if __name__ == "__main__":

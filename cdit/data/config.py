@@ -6,6 +6,12 @@ from typing import Literal
 from cdit.common.errors import UserError
 
 Crop = Literal["aspect", "4:3", "none"]
+Precision = Literal["float16", "float32"]
+"""Type of latents on disk."""
+Content = Literal["frames", "latents", "both"]
+"""What shards hold."""
+MAX_PIXELS = 2**26
+"""Most pixels of an image: twice an 8K frame."""
 
 
 @dataclass

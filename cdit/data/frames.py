@@ -15,12 +15,10 @@ from torchvision.transforms.v2 import functional as F
 
 from cdit.common.errors import DataError
 from cdit.common.files import read_bytes
-from cdit.data.config import Crop
+from cdit.data.config import MAX_PIXELS, Crop
 from cdit.data.layout import Camera
 from cdit.data.trajectory import Trajectory
 
-MAX_PIXELS = 2**26
-"""Most pixels of an image: twice an 8K frame."""
 MAX_BYTES = 4 * MAX_PIXELS
 """Largest image file."""
 

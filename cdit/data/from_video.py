@@ -1,16 +1,15 @@
-"""Makes a dataset of plain video, without actions: trainable on time shift alone.
+"""Makes a dataset of plain video, without actions: a model learns from it by the time shift alone.
 
     python -m cdit.data.from_video VIDEO… --out FOLDER
 
-Each video is sampled at a fixed rate and cut into trajectories. Of several videos the last ones are the test split; of
-a single video, its last part. Run again after an interruption, it keeps the trajectories already made.
+Samples each video at a fixed rate and cuts it into trajectories. The last videos, or the last part of a single video,
+become the test split. After an interruption, the same command keeps the trajectories that are complete.
 """
 
-import argparse
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -19,10 +18,10 @@ import av
 import numpy as np
 from tqdm import tqdm
 
-from cdit.common.cli import run
+from cdit.common.cli import parse_config, run
 from cdit.common.errors import DataError, UserError
 from cdit.common.files import check_name
-from cdit.data.frames import MAX_PIXELS
+from cdit.data.config import MAX_PIXELS
 from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
 
 FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,m4v,h264,hevc"
@@ -33,20 +32,20 @@ MIN_FRAMES = 16
 """Shorter trajectories are not made; a rest this short at the end of a video is left out."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class VideoOptions:
     """How videos become trajectories."""
 
     fps: float = 4.0
-    """Frames a second; at each instant the frame that the video then shows."""
+    """Frames per second to sample."""
     size: int = 256
-    """Pixels of the shorter side; smaller videos keep their size."""
+    """Shorter side of the frames in pixels; smaller videos keep their size."""
     quality: int = 95
     """JPEG quality, 1 to 100."""
     segment_seconds: float = 60.0
-    """Longest trajectory."""
+    """Longest trajectory, in seconds."""
     test_fraction: float = 0.1
-    """Share of the videos, or of a single video's duration, that goes to the test split."""
+    """Share of the videos, or of the duration of a single video, that becomes the test split."""
 
     @property
     def segment_frames(self) -> int:
@@ -69,6 +68,16 @@ class VideoOptions:
         for name, (holds, expected) in requirements.items():
             if not holds:
                 raise UserError(f"--{name} is {getattr(self, name)}, expected {expected}")
+
+
+@dataclass(kw_only=True)
+class VideoConfig(VideoOptions):
+    """What to make."""
+
+    videos: list[str]
+    """Video files."""
+    out: str
+    """The dataset folder to make."""
 
 
 def convert(videos: Sequence[Path], out: Path, options: VideoOptions) -> dict[str, list[str]]:
@@ -222,25 +231,14 @@ def _image(frame: av.VideoFrame, size: int) -> np.ndarray:
 
 def main() -> None:
     """The command line."""
-    defaults = VideoOptions()
-    parser = argparse.ArgumentParser(
-        prog="python -m cdit.data.from_video",
-        description="Makes a dataset of plain video, trainable on time shift alone. Of several videos the last ones "
-        "are the test split; of a single video, its last part.",
-    )
-    parser.add_argument("videos", nargs="+", type=Path, metavar="VIDEO", help="video files")
-    parser.add_argument("--out", required=True, type=Path, help="the dataset folder to make")
-    parser.add_argument("--fps", type=float, default=defaults.fps, help="frames a second")
-    parser.add_argument("--size", type=int, default=defaults.size, help="pixels of the shorter side")
-    parser.add_argument("--quality", type=int, default=defaults.quality, help="JPEG quality, 1 to 100")
-    parser.add_argument("--segment_seconds", type=float, default=defaults.segment_seconds, help="longest trajectory")
-    parser.add_argument("--test_fraction", type=float, default=defaults.test_fraction, help="share of the test split")
-    values = vars(parser.parse_args())
-    videos, out = values.pop("videos"), values.pop("out")
+    options = parse_config(VideoConfig, __doc__, listed="videos")
+    videos, out = [Path(video) for video in options.videos], Path(options.out)
+    options.validate()
     if all(split_file(out, split).is_file() for split in ("train", "test")):
         raise UserError(f"{out}: holds a finished dataset; remove it or choose another --out")
-    names = convert(videos, out, VideoOptions(**values))
-    print(f"{out}: {len(names['train'])} trajectories for training, {len(names['test'])} for testing")
+    values = {f.name: getattr(options, f.name) for f in fields(VideoOptions)}
+    found = convert(videos, out, VideoOptions(**values))
+    print(f"{out}: {len(found['train'])} trajectories for training, {len(found['test'])} for testing")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +24,7 @@ from torch import Tensor
 from cdit.common.cli import parser_instance
 from cdit.common.errors import DataError
 from cdit.common.files import parse_json, read_json, write_json, write_whole
-from cdit.data.config import Crop
+from cdit.data.config import Crop, Precision
 from cdit.data.layout import LATENTS
 from cdit.data.trajectory import Trajectory
 
@@ -32,8 +32,6 @@ FORMAT_VERSION = 1
 DESCRIPTION = "latents.json"
 TENSOR = "latents"
 METADATA = "shard"
-
-Precision = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torchvision.io import encode_jpeg
 
 from cdit.common.cli import parser_instance
 from cdit.common.errors import DataError, UserError
@@ -143,6 +141,9 @@ def write_trajectory(
         quality: JPEG quality.
         extra: further arrays of length T, stored as `<key>.npz` beside the poses (such as depth).
     """
+    import torch  # here, because reading a description needs none of it
+    from torchvision.io import encode_jpeg
+
     final, partial = folder / name, folder / f".{name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

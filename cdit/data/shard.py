@@ -1,375 +1,77 @@
-"""Makes shards of a dataset, for training from afar or from more than fits a disk, and checks them.
+"""Packs a dataset into shards, to train from a remote store or on more data than fits on a disk, and verifies them.
 
     python -m cdit.data.shard convert data/recon shards/recon
-    python -m cdit.data.shard convert data/recon shards/recon --content latents --splits train
+    python -m cdit.data.shard convert data/recon shards/recon --content latents --split train
     python -m cdit.data.shard verify shards/recon
 
-See cdit.data.shards for what is written. Stopped, `convert` goes on with the next shard when started again; without its
-last file, shards.json, a folder is no dataset. Splits may be added later, each with its own content.
+The format is described in cdit/data/shards.py. After an interruption, `convert` continues with the next shard; a folder
+is not a dataset until its last file, shards.json, is written. Splits can be added later, each with its own content.
 """
 
-import argparse
-import hashlib
-import io
-import json
-import math
-import os
-import shutil
-import tarfile
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
 
-import numpy as np
-import torch
-from safetensors.torch import save
-from torch import Tensor
-from tqdm import tqdm
-
-from cdit.common.cli import run
-from cdit.common.errors import DataError, UserError, writing
-from cdit.common.files import sha256, write_json, write_whole
-from cdit.data.check import size_or_problem
-from cdit.data.latents import TENSOR, LatentCache, opened
-from cdit.data.layout import DatasetInfo
-from cdit.data.shard_cache import FileRecord
-from cdit.data.shards import (
-    BLOCK,
-    DESCRIPTION,
-    FORMAT_VERSION,
-    LATENTS,
-    LatentMember,
-    ShardRecord,
-    Shards,
-    ShardTrajectory,
-    SplitRecord,
-    is_sharded,
-)
-from cdit.data.sources import Source, read_trajectories
-from cdit.data.trajectory import Trajectory
-
-Content = Literal["frames", "latents", "both"]
-WORK = ".unfinished"
+from cdit.common.cli import Command, parse_command, run
+from cdit.common.errors import DataError, UserError
+from cdit.common.options import names
+from cdit.data.config import Content, Source
 
 
-def convert(
-    source: Source, out: Path, splits: Sequence[str] | None, content: Content = "frames", shard_mb: float = 256.0
-) -> None:
-    """Writes a dataset's splits to shards, in the splits' order; what was done before is kept.
+@dataclass
+class ConvertConfig:
+    """What to pack."""
 
-    Args:
-        source: the dataset, in a folder.
-        out: where to.
-        splits: their names; by default all there are.
-        content: frames, latents (of the dataset's latent cache), or both.
-        shard_mb: size of a shard in MB (10⁶ bytes); one trajectory alone may take more.
-
-    Raises:
-        UserError: the dataset has problems; `out` holds shards of another one, or of these splits, or is full.
-    """
-    folder = Path(source.folder)
-    lists = Path(source.splits or folder / "splits").glob("*/traj_names.txt")
-    splits = splits or sorted(path.parent.name for path in lists) or ["train"]
-    there = Shards(out) if is_sharded(out) else None
-    finished = dict(there.splits) if there else {}
-    if again := [split for split in splits if split in finished]:
-        raise UserError(f"{out}: holds split {again[0]!r} already; remove the folder, or name other --splits")
-    trajectories = {split: read_trajectories(source, split) for split in splits}
-    first = trajectories[splits[0]][0]
-    info = DatasetInfo.load(folder) or DatasetInfo(folder.resolve().name, has_actions=first.position is not None)
-    if there and there.info != info:
-        raise UserError(f"{out}: holds shards of another dataset, by its dataset.json")
-    cache = None
-    if content != "frames":
-        cache = LatentCache.open(folder)
-        if cache is None:
-            raise UserError(f"{folder}: has no latents; make them with `python -m cdit.data.encode`")
-    with writing(out):
-        info.save(out)
-        for split in splits:
-            finished[split] = _Split(out, split, trajectories[split], content, cache, shard_mb).write()
-        index = {"version": FORMAT_VERSION, "splits": {name: asdict(record) for name, record in finished.items()}}
-        write_json(out / DESCRIPTION, index, indent=1)
-    shutil.rmtree(out / WORK, ignore_errors=True)
+    source: str
+    """The dataset folder."""
+    out: str
+    """The folder to write to."""
+    split: str | None = None
+    """Splits to write, separated by commas; by default all."""
+    splits: str | None = None
+    """Folder with <split>/traj_names.txt; by default SOURCE/splits."""
+    content: Content = "frames"
+    """What to pack: the frames, the latents that cdit.data.encode has written, or both."""
+    shard_mb: float = 256.0
+    """Size of a shard in MB."""
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """A file to be: a frame's file, or the latents of a trajectory."""
+@dataclass
+class VerifyConfig:
+    """What to verify."""
 
-    name: str
-    source: Path
-    size: int
-    modified: int
-    """Of the source."""
-    is_latents: bool
-
-    @property
-    def room(self) -> int:
-        """Bytes in the shard."""
-        return BLOCK + -(-self.size // BLOCK) * BLOCK
+    shards: str
+    """Folder or URL of the shards."""
+    fast: bool = False
+    """Only verify checksums; do not decode the frames."""
 
 
-class _Split:
-    """One split being written."""
-
-    def __init__(
-        self,
-        out: Path,
-        name: str,
-        trajectories: Sequence[Trajectory],
-        content: Content,
-        cache: LatentCache | None,
-        shard_mb: float,
-    ):
-        self.out, self.name, self.trajectories = out, name, trajectories
-        self.has_frames, self.cache, self.target = content != "latents", cache, shard_mb * 1e6
-        self.latent_shape: tuple[int, ...] = ()
-
-    def write(self) -> SplitRecord:
-        """Writes shards and table."""
-        work = self.out / WORK
-        work.mkdir(parents=True, exist_ok=True)
-        entries = [self._entries(trajectory) for trajectory in self.trajectories]
-        groups = _groups([sum(entry.room for entry in group) for group in entries], self.target)
-        records, offsets = [], []
-        total = sum(entry.room for group in entries for entry in group)
-        with tqdm(total=total, unit="B", unit_scale=True, desc=f"{self.out} {self.name}") as bar:
-            for number, group in enumerate(groups):
-                file = f"{self.name}-{number:05d}.tar"
-                record, found = self._shard(file, [entry for i in group for entry in entries[i]], work / f"{file}.json")
-                trajectories = {self.trajectories[i].name: len(self.trajectories[i]) for i in group}
-                records.append(ShardRecord(**vars(record), trajectories=trajectories))
-                offsets += found
-                bar.update(record.bytes - 2 * BLOCK)
-        table = self._table([entry for group in entries for entry in group], offsets)
-        path = self.out / f"{self.name}.safetensors"
-        write_whole(path, save(table))
-        return SplitRecord(
-            table=FileRecord(path.name, path.stat().st_size, sha256(path)),
-            shards=records,
-            frames=self.has_frames,
-            poses="position" in table,
-            latents=self.cache.info if self.cache else None,
-            latent_shape=self.latent_shape,
-        )
-
-    def _entries(self, trajectory: Trajectory) -> list[_Entry]:
-        """What becomes of a trajectory."""
-        files: dict[str, Path] = {}
-        if self.has_frames:
-            for time in range(len(trajectory)):
-                file = trajectory.frame(time)
-                files[f"{trajectory.name}/{time:06d}{file.suffix.lower()}"] = file
-        entries = [_Entry(name, file, *_size_and_time(file), is_latents=False) for name, file in files.items()]
-        if self.cache:
-            if problem := self.cache.problem(trajectory):
-                raise DataError(f"{problem}; make it again with `python -m cdit.data.encode`")
-            file = self.cache.file(trajectory)
-            with opened(file) as latents:
-                shape = tuple(latents.get_slice(TENSOR).get_shape())
-            if self.latent_shape not in ((), shape[1:]):
-                raise DataError(f"{file}: latents of another shape than those before, {shape[1:]}")
-            self.latent_shape = shape[1:]
-            dtype = self.cache.info.dtype
-            size = len(_npy_header(shape, dtype)) + math.prod(shape) * dtype.itemsize
-            name = f"{trajectory.name}/{LATENTS}"
-            entries.append(_Entry(name, file, size, _size_and_time(file)[1], is_latents=True))
-        return entries
-
-    def _shard(self, file: str, entries: Sequence[_Entry], done: Path) -> tuple[FileRecord, list[int]]:
-        """Writes a shard, unless it was already; and where its files begin."""
-        listed = json.dumps([[entry.name, entry.size, entry.modified] for entry in entries])
-        of = hashlib.sha256(listed.encode()).hexdigest()
-        offsets = (np.cumsum([0, *(entry.room for entry in entries[:-1])]) + BLOCK).tolist()
-        path = self.out / file
-        if done.is_file() and path.is_file():
-            before = json.loads(done.read_text())
-            if before["of"] == of and path.stat().st_size == before["bytes"]:
-                return FileRecord(file, before["bytes"], before["sha256"]), offsets
-        digest = hashlib.sha256()
-        partial = path.with_name(f".{file}.partial")
-        with open(partial, "wb") as shard:
-            for part in _tar(entries):
-                digest.update(part)
-                shard.write(part)
-            shard.flush()
-            os.fsync(shard.fileno())
-        record = FileRecord(file, partial.stat().st_size, digest.hexdigest())
-        os.replace(partial, path)
-        write_whole(done, json.dumps({"of": of, "bytes": record.bytes, "sha256": record.sha256}))
-        return record, offsets
-
-    def _table(self, entries: Sequence[_Entry], offsets: Sequence[int]) -> dict[str, Tensor]:
-        """Offsets and poses of the split."""
-        is_latents = torch.tensor([entry.is_latents for entry in entries])
-        offset, size = torch.tensor(offsets), torch.tensor([entry.size for entry in entries])
-        table = {}
-        if self.has_frames:
-            table |= {"offset": offset[~is_latents], "size": size[~is_latents]}
-        if self.cache:
-            table["latents"] = offset[is_latents]
-        if self.trajectories[0].position is not None:
-            for key in ("position", "yaw"):
-                table[key] = torch.from_numpy(np.concatenate([getattr(t, key) for t in self.trajectories]))
-        return table
-
-
-def _tar(entries: Iterable[_Entry]) -> Iterator[bytes]:
-    """The bytes of a shard."""
-    for entry in entries:
-        header = tarfile.TarInfo(entry.name)
-        header.size = entry.size
-        try:
-            yield header.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
-        except ValueError as error:
-            raise DataError(f"{entry.source}: does not go into a shard ({error})") from error
-        content = _npy(entry.source) if entry.is_latents else entry.source.read_bytes()
-        if len(content) != entry.size:
-            raise DataError(f"{entry.source}: changed while it was read")
-        yield content
-        yield bytes(-len(content) % BLOCK)
-    yield bytes(2 * BLOCK)
-
-
-def _npy(file: Path) -> bytes:
-    with opened(file) as latents:
-        numbers = latents.get_tensor(TENSOR)
-    return _npy_header(tuple(numbers.shape), numbers.dtype) + numbers.numpy().tobytes()
-
-
-def _npy_header(shape: tuple[int, ...], dtype: torch.dtype) -> bytes:
-    header = io.BytesIO()
-    descr = {torch.float16: "<f2", torch.float32: "<f4"}[dtype]
-    np.lib.format.write_array_header_1_0(header, {"descr": descr, "fortran_order": False, "shape": shape})
-    return header.getvalue()
-
-
-def _size_and_time(file: Path) -> tuple[int, int]:
-    status = file.stat()
-    return status.st_size, status.st_mtime_ns
-
-
-def _groups(sizes: Sequence[int], target: float) -> list[list[int]]:
-    """Consecutive indices whose sizes add up to at most the target, or single ones."""
-    groups: list[list[int]] = []
-    room = 0.0
-    for index, size in enumerate(sizes):
-        if not groups or size > room:
-            groups.append([])
-            room = target
-        groups[-1].append(index)
-        room -= size
-    return groups
-
-
-def verify(location: str, decode_frames: bool = True) -> tuple[list[str], str]:
-    """Reads everything, with a progress bar: whether files have their checksums, and hold what the tables say.
-
-    Args:
-        location: folder or URL of the shards.
-        decode_frames: whether to look for each frame, and to decode it, too.
-
-    Returns:
-        The problems, one line each, naming the file; and what there is.
-
-    Raises:
-        DataError: the index is missing or broken.
-    """
-    shards = Shards(location)
-    problems, counts = [], []
-    try:
-        shards.info  # noqa: B018
-    except DataError as error:
-        problems.append(str(error))
-    for split, record in shards.splits.items():
-        try:
-            table = shards.file(record.table)
-            if problem := _file_problem(table, record.table):
-                problems.append(problem)
-            trajectories = shards.trajectories(split)
-        except UserError as error:
-            problems.append(str(error))
-            continue
-        counts.append(f"{split}: {len(trajectories)} trajectories, {sum(map(len, trajectories))} frames")
-        with tqdm(record.shards, split, unit="shard", leave=False) as bar:
-            for shard in bar:
-                found = [trajectory for trajectory in trajectories if trajectory.shard.record is shard]
-                problems += _shard_problems(shards, shard, found, decode_frames)
-    return problems, "; ".join(counts)
-
-
-def _file_problem(path: Path, record: FileRecord) -> str | None:
-    if not path.is_file():
-        return f"{path}: missing"
-    if path.stat().st_size != record.bytes:
-        return f"{path}: {path.stat().st_size} bytes, expected {record.bytes}"
-    return None if sha256(path) == record.sha256 else f"{path}: damaged (its contents do not have its checksum)"
-
-
-def _shard_problems(
-    shards: Shards, record: ShardRecord, trajectories: Sequence[ShardTrajectory], decode_frames: bool
-) -> list[str]:
-    try:
-        path = shards.file(record)
-    except UserError as error:
-        return [str(error)]
-    if problem := _file_problem(path, record):
-        return [problem]
-    problems: list[str] = []
-    for trajectory in trajectories:
-        has_frames = decode_frames and trajectory.offset is not None
-        frames = [trajectory.frame(time) for time in range(len(trajectory) if has_frames else 0)]
-        with ThreadPoolExecutor() as threads:
-            sizes = set(threads.map(size_or_problem, frames))
-        problems += [str(size) for size in sizes if isinstance(size, DataError)]
-        if len({size for size in sizes if not isinstance(size, DataError)}) > 1:
-            problems.append(f"{trajectory.shard}:{trajectory.name}: frames of different sizes")
-        if trajectory.latents is not None:
-            try:
-                LatentMember(trajectory).read([0, len(trajectory) - 1])
-            except DataError as error:
-                problems.append(str(error))
-    return problems
+COMMANDS = {
+    "convert": Command(ConvertConfig, "pack a dataset into shards", positional=True),
+    "verify": Command(VerifyConfig, "read all shards and list what is wrong", positional=True),
+}
 
 
 def main() -> None:
     """The command line.
 
     Raises:
-        DataError: verify has found problems; the message lists them all.
+        DataError: `verify` has found problems; the message lists them all.
     """
-    parser = argparse.ArgumentParser(prog="python -m cdit.data.shard", description="Makes shards of a dataset.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    making = commands.add_parser("convert", help="write a dataset to shards")
-    making.add_argument("source", help="the dataset folder")
-    making.add_argument("out", type=Path, help="the folder to write to")
-    making.add_argument("--splits", nargs="+", help="splits to write (default: all there are)")
-    making.add_argument("--split_folder", help="folder with <split>/traj_names.txt (default: SOURCE/splits)")
-    making.add_argument(
-        "--content",
-        choices=get_args(Content),
-        default="frames",
-        help="what goes into the shards: latents are those of the latent cache (default: frames)",
-    )
-    making.add_argument("--shard_mb", type=float, default=256.0, help="size of a shard in MB (default: 256)")
-    checking = commands.add_parser("verify", help="read everything and list what is wrong")
-    checking.add_argument("shards", help="folder or URL of the shards")
-    checking.add_argument("--fast", action="store_true", help="only checksums: do not decode the frames")
-    options = parser.parse_args()
-    if options.command == "convert":
-        if options.shard_mb <= 0:
-            raise UserError(f"shard_mb is {options.shard_mb}, expected more than 0")
-        source = Source(options.source, options.split_folder)
-        convert(source, options.out, options.splits, options.content, options.shard_mb)
-        print(f"{options.out}: written; check it with python -m cdit.data.shard verify {options.out}")
+    name, config = parse_command(COMMANDS, __doc__)
+    if name == "convert" and config.shard_mb <= 0:
+        raise UserError(f"shard_mb is {config.shard_mb}, expected more than 0")
+
+    from cdit.data.shard_writer import convert, verify  # imports torch
+
+    if name == "convert":
+        source = Source(config.source, config.splits)
+        convert(source, Path(config.out), names(config.split), config.content, config.shard_mb)
+        print(f"{config.out}: written; check it with python -m cdit.data.shard verify {config.out}")
         return
-    problems, counts = verify(options.shards, not options.fast)
+    problems, counts = verify(config.shards, not config.fast)
     if problems:
-        raise DataError(f"{options.shards}: {len(problems)} problems\n  " + "\n  ".join(problems))
-    print(f"{options.shards}: fine ({counts})")
+        raise DataError(f"{config.shards}: {len(problems)} problems\n  " + "\n  ".join(problems))
+    print(f"{config.shards}: fine ({counts})")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Records first-person walks through Doom maps with ViZDoom, as a dataset to train and evaluate world models on.
+"""Records first-person walks through Doom maps with ViZDoom, as a dataset for world models.
 
     python data/doom/prepare.py                                    # quickstart: about a minute on two cores
     python data/doom/prepare.py --config data/doom/freedoom.yaml   # all maps of Freedoom
     python data/doom/prepare.py --out data/doom/mine --maps freedoom1/E1M2,freedoom2/MAP07 --frames 5000 --size 128
 
-Options that are not given are those of the quickstart, or of --config where that is given: `--unknown_maps` too, and
-no map can be trained on and unknown at once.
+Options that are not given come from --config, or from the quickstart without it; this holds for --unknown_maps too, and
+a map cannot be both trained on and unknown.
 
-No monsters, HUD, weapon or damage; 4 frames a second at walking speed. The same options give the same bytes, whatever
-the number of workers; a recording that was interrupted goes on where it stopped.
+Records without monsters, HUD, weapon and damage, at 4 frames per second and walking speed. The same options give the
+same bytes for any number of workers. After an interruption, the same command continues.
 """
 
 import math
@@ -31,34 +31,34 @@ class Config:
     out: Path = Path("data/doom/quickstart")
     """Folder of the dataset."""
     maps: list[str] | str = "my_way_home"
-    """Maps of the splits train and test, or "freedoom1", "freedoom2" for all maps of a game but the unknown ones;
-    on the command line separated by commas."""
+    """Maps of the splits train and test, separated by commas; freedoom1 and freedoom2 stand for all maps of a game but
+    the unknown ones."""
     frames: int = 28_000
-    """At most how many frames per map of train and test together, rounded up to whole trajectories."""
+    """Largest number of frames per map of train and test together, rounded up to whole trajectories."""
     test_share: float = 0.1
-    """Share of the trajectories of each map that go to the split test."""
+    """Share of the trajectories of each map that become the test split."""
     unknown_maps: list[str] | str = field(default_factory=list)
-    """Maps of the split unknown, never trained on."""
+    """Maps of the split unknown, which are never trained on."""
     unknown_frames: int = 1000
-    """At most how many frames per map of the split unknown, rounded up to whole trajectories."""
+    """Largest number of frames per map of the split unknown, rounded up to whole trajectories."""
     length: int = 256
-    """At most how many frames a trajectory has; teleports and exits end some earlier."""
+    """Largest number of frames of a trajectory; teleports and exits end some earlier."""
     min_length: int = 64
-    """Shorter walks are thrown away and recorded anew from another place."""
+    """Shorter walks are discarded and recorded again from another place."""
     size: int = 128
     """Width and height of the frames in pixels."""
     depth: bool = False
-    """Whether to store depth, as depth.npz of (T, size, size) float16 metres per trajectory."""
+    """Also store depth, in metres, as depth.npz of (T, size, size) float16 for each trajectory."""
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all randomness."""
     workers: int = os.cpu_count() or 1
-    """Processes that record; no influence on the result."""
+    """Processes that record; they do not influence the result."""
 
 
 def main() -> None:
     """Records the dataset that the command line describes."""
     quickstart = Path(__file__).with_name("quickstart.yaml")
-    config = parse_config(Config, "Records walks through Doom maps.", default_file=quickstart)
+    config = parse_config(Config, __doc__, default_file=quickstart)
     check(config)
     unknown = find_maps(config.unknown_maps)
     maps = [name for name in find_maps(config.maps) if name not in unknown]

@@ -168,7 +168,7 @@ def test_the_command_line_says_what_is_there(dataset, monkeypatch, capsys):
     assert out.count("\n") == 1
     assert "train: 2 trajectories, 33 frames; test: 1 trajectories, 12 frames" in out
     cut(dataset / "b" / "4.jpg")
-    monkeypatch.setattr(sys, "argv", ["check", str(dataset), "--splits", "train", "--fast"])
+    monkeypatch.setattr(sys, "argv", ["check", str(dataset), "--split", "train", "--fast"])
     main()
     assert "train: 2 trajectories, 33 frames)" in capsys.readouterr().out
 

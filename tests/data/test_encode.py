@@ -152,7 +152,7 @@ def test_loader_processes_change_nothing(dataset, arguments, command):
 
 
 def test_chosen_splits(dataset, arguments, command):
-    command(*arguments, "--splits", "[test]")
+    command(*arguments, "--split", "test")
     assert set(shards(dataset)) == {"c.safetensors", "latents.json"}
 
 
@@ -253,7 +253,7 @@ def test_another_cache_is_not_overwritten(dataset, tmp_path, arguments, command,
         (("--codec.kind", "pixels"), r"codec\.kind is pixels"),
         (("--data.image_size", "[25, 32]"), r"image_size is 25×32, expected multiples of the codec's 2"),
         (("--batch_size", "0"), r"batch_size is 0"),
-        (("--splits", "[nowhere]"), r"split 'nowhere' cannot be"),
+        (("--split", "nowhere"), r"split 'nowhere' cannot be"),
         (("--data.folder", "nowhere"), r"nowhere: no such dataset folder"),
         (("--verify", "true"), r"no latents here"),
     ],

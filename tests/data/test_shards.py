@@ -25,7 +25,7 @@ from cdit.data.latents import Encoding, LatentCache
 from cdit.data.layout import DatasetInfo, write_split
 from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
-from cdit.data.shard import verify
+from cdit.data.shard_writer import verify
 from cdit.data.sources import Source
 from cdit.data.windows import WindowDataset, WindowKey
 

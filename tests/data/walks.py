@@ -8,7 +8,7 @@ import torch
 from cdit.batch import Batch
 from cdit.data.config import DataConfig
 from cdit.data.layout import DatasetInfo, write_split, write_trajectory
-from cdit.data.shard import convert
+from cdit.data.shard_writer import convert
 from cdit.data.sources import Source
 from cdit.data.windows import WindowDataset
 

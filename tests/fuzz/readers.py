@@ -27,7 +27,7 @@ from cdit.data.config import DataConfig
 from cdit.data.frames import crop_and_resize, decode
 from cdit.data.latents import Encoding, LatentCache
 from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
-from cdit.data.shard import convert
+from cdit.data.shard_writer import convert
 from cdit.data.sources import Source
 from cdit.data.trajectory import read_split
 from cdit.data.windows import WindowDataset

@@ -1,0 +1,151 @@
+"""Writes the latent caches of `python -m cdit.data.encode`, which alone in cdit.data knows a codec."""
+
+import math
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from torch import Tensor
+from torch.utils.data import Dataset
+from tqdm import tqdm
+
+from cdit.codec import CODECS, Codec, load_codec
+from cdit.common.errors import DataError, UserError
+from cdit.common.frames import to_float
+from cdit.common.options import names
+from cdit.data.config import DataConfig
+from cdit.data.encode import EncodeConfig
+from cdit.data.frames import FrameStore
+from cdit.data.latents import Encoding, LatentCache
+from cdit.data.loader import Reporting, WindowLoader
+from cdit.data.sources import Source, read_trajectories
+from cdit.data.trajectory import Trajectory
+
+PATIENCE = timedelta(hours=24)
+"""How long a process waits for those that have more to encode."""
+
+
+def encode(config: EncodeConfig) -> None:
+    """Writes the latent cache of every dataset; of several processes, each takes its share of the trajectories.
+
+    Raises:
+        UserError: frames are broken, or of a size that the codec cannot take; or a cache of another kind is there.
+    """
+    if ":" in config.codec.kind:
+        CODECS.load(config.codec.kind)
+    codec = load_codec(config.codec)
+    if codec.moments is None:
+        raise UserError(f"codec.kind is {config.codec.kind}, which is not encoded: expected kl or tiny")
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
+    codec.to(state.device)
+    data = config.data
+    frame_shape = (1 + codec.samples, *codec.latent_shape(data.image_size))
+    encoding = Encoding(codec.kind, config.codec.weights, codec.fingerprint(), data.image_size, data.crop)
+    for source in data.sources:
+        trajectories = _trajectories(source, names(config.split))
+        with state.main_process_first():
+            cache = LatentCache.create(Path(source.folder), encoding, config.precision)
+        mine = trajectories[state.process_index :: state.num_processes]
+        missing = [trajectory for trajectory in mine if cache.problem(trajectory, checksum=True)]
+        if state.is_main_process:
+            frames = sum(map(len, trajectories))
+            size = frames * math.prod(frame_shape) * cache.info.dtype.itemsize
+            print(f"{cache.folder}: {len(trajectories)} trajectories, {frames} frames, {size / 1e9:.3g} GB", flush=True)
+        rounding = _encode(missing, cache, codec, config, state)
+        state.wait_for_everyone()
+        if state.is_main_process and missing:
+            print(f"{cache.folder}: rounded to {config.precision}, {rounding}")
+
+
+def _encode(
+    trajectories: Sequence[Trajectory],
+    cache: LatentCache,
+    codec: Codec,
+    config: EncodeConfig,
+    state: PartialState,
+) -> "Rounding":
+    """Writes this process's share; the main process shows its progress."""
+    batches = _Batches(trajectories, config.data, config.batch_size)
+    loader = WindowLoader(Reporting(batches), batch_size=None, num_workers=config.data.workers)
+    share = f" (share 1 of {state.num_processes})" if state.num_processes > 1 else ""
+    bar = tqdm(
+        total=sum(map(len, trajectories)), unit="frame", desc=f"encoding{share}", disable=not state.is_main_process
+    )
+    rounding, parts = Rounding(), []
+    with bar:
+        for (trajectory, _, stop), frames in zip(batches.spans, loader, strict=True):
+            moments = codec.moments(to_float(frames.to(state.device))).cpu()
+            parts.append(moments.to(cache.info.dtype))
+            rounding.add(moments, parts[-1])
+            if stop == len(trajectories[trajectory]):
+                cache.write(trajectories[trajectory], torch.cat(parts))
+                parts = []
+            bar.update(len(frames))
+    return rounding
+
+
+def verify(config: EncodeConfig) -> None:
+    """Checks the checksums of the latent caches.
+
+    Raises:
+        DataError: latents are missing or damaged; the message lists them.
+    """
+    for source in config.data.sources:
+        cache = LatentCache.open(Path(source.folder))
+        if cache is None:
+            raise DataError(f"{source.folder}: no latents here")
+        trajectories = _trajectories(source, names(config.split))
+        bar = tqdm(trajectories, "checking", leave=False)
+        if problems := [problem for trajectory in bar if (problem := cache.problem(trajectory, checksum=True))]:
+            lines = "\n  ".join(problems)
+            raise DataError(f"{cache.folder}: {len(problems)} of {len(trajectories)} to be made again\n  {lines}")
+        print(f"{cache.folder}: fine ({len(trajectories)} trajectories; {cache.info.encoding})")
+
+
+class _Batches(Dataset):
+    """Consecutive frames of one trajectory after another, as training sees them."""
+
+    def __init__(self, trajectories: Sequence[Trajectory], config: DataConfig, size: int):
+        self.frames = FrameStore(trajectories, config.image_size, config.crop, cache_gb=0)
+        self.spans = [
+            (index, start, min(start + size, len(trajectory)))
+            for index, trajectory in enumerate(trajectories)
+            for start in range(0, len(trajectory), size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.spans)
+
+    def __getitem__(self, index: int) -> Tensor:
+        trajectory, start, stop = self.spans[index]
+        return self.frames.read(trajectory, range(start, stop))
+
+
+class Rounding:
+    """What rounding takes from the latents, against how far they spread: root mean squares."""
+
+    def __init__(self):
+        self.error, self.latents, self.posterior = 0.0, 0.0, 0.0
+
+    def add(self, exact: Tensor, rounded: Tensor) -> None:
+        """Takes moments (…, S, C, h, w) into account."""
+        mean = exact.select(-4, 0).double()
+        self.error += (mean - rounded.select(-4, 0)).square().sum().item()
+        self.latents += mean.square().sum().item()
+        self.posterior += exact[..., 1:, :, :, :].double().square().sum().item()
+
+    def __str__(self) -> str:
+        relative = f"an error of {math.sqrt(self.error / self.latents):.2g} of the latents' size"
+        if self.posterior:
+            relative += f", {math.sqrt(self.error / self.posterior):.2g} of their posterior's standard deviation"
+        return relative
+
+
+def _trajectories(source: Source, splits: Sequence[str] | None) -> list[Trajectory]:
+    """The trajectories of some or all splits, each once."""
+    lists = Path(source.splits or Path(source.folder, "splits")).glob("*/traj_names.txt")
+    splits = splits or sorted(path.parent.name for path in lists) or ["train"]
+    found = {trajectory.name: trajectory for split in splits for trajectory in read_trajectories(source, split)}
+    return list(found.values())
