@@ -47,9 +47,16 @@ def main() -> None:
     if name == "describe":
         print(line, table(describe(cdit, data.context_frames, data.goals)), sep="\n\n")
     else:
-        checkpointing = config.activation_checkpointing
-        line += f", {config.batch_size} contexts a step" + (", activations checkpointed" if checkpointing else "")
-        trained = Run(cdit, data.context_frames, data.goals, config.batch_size, config.micro_batch_size, checkpointing)
+        trained = Run(
+            cdit,
+            data.context_frames,
+            data.goals,
+            config.batch_size,
+            config.micro_batch_size,
+            config.activation_checkpointing,
+            config.optimizer.name,
+        )
+        line += f", {config.batch_size} contexts a step" + (", activations checkpointed" * trained.checkpointing)
         print(line, tables(trained, config.hardware), sep="\n\n")
 
 

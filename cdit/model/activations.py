@@ -12,11 +12,19 @@ stream of s bytes (2 with rotary positions; 4 with learned ones, whose float32 t
     MLP              8 LayerNorm + 2 input + 2·ratio before GELU + 2·ratio after it + s
     context          2 input of K, V + 4 k, v, rotated 2 k; with an extra key and value 2 + 2 k + 2 v either way
 
-(what is rotated is another tensor, and lies head by head, so that the output has to be copied for W_O).
+(what is rotated is another tensor, and lies head by head, so that the output has to be copied for W_O), and with
+
+    steered queries  2 q before its rotation + 2 angles + 2 their cosines and sines in cross-attention
+    context_norm     none: the input of K, V is the tokens themselves where they are bfloat16 (rotary positions); keys:
+                     that of V alone, and 4 LayerNorm (with learned positions the tokens themselves) + 2 input of K +
+                     2 k + 2 v
+    output_channels  per pixel, not per token: 2 (channels + those of the noisy frame) + 4·2 channels
 
 Not counted, as they do not grow with the batch or hardly weigh: rounded copies of the weights, angles of rotation,
 what lies before the first block but the context's norm. Compiled, a step keeps less: what is cheap is computed again.
 """
+
+import math
 
 from cdit.common.errors import UserError
 from cdit.model.cdit import CDiT
@@ -33,20 +41,24 @@ def block_bytes(cdit: CDiT, context_frames: int, goals: int) -> int:
     for name, known in unknown.items():
         if config[name] != known:
             raise UserError(f"model.{name} is {config[name]}: activations are derived for {known} only")
-    width, heads = config.hidden_size, config.num_heads
+    width, heads, modulated = config.hidden_size, config.num_heads, config.context_modulation
     rotary, stream = config.position == "rotary", _stream(cdit)
     self_attention = 8 + 4 + 2 + 4 + 2 + stream + (2 + 2) * rotary
-    cross_attention = 8 + 2 + 2 + 2 + stream + 2 * rotary
+    cross_attention = 8 + 2 + 2 + 2 + stream + 2 * rotary + 6 * config.steered_queries
     mlp = 8 + 2 + stream
     hidden = 2 * 2 * int(width * config.mlp_ratio)
     statistics = 3 * 2 * 4 + 2 * 4 * heads  # mean and deviation of each LayerNorm; the fused attentions' float32
-    keys = 2 + (4 if config.extra_kv else 4 + 2 * rotary)
-    chunks = 11 if config.context_modulation else 9
-    scales = 4 * (4 if config.context_modulation else 3)
+    if config.context_norm == "keys":
+        keys, key_statistics = (4 + 2 if rotary else 2 + 2) + 4, 2 * 4
+    else:
+        keys = (2 if _token(cdit) == 4 or modulated else 0) + (4 if config.extra_kv else 4 + 2 * rotary)
+        key_statistics = 0
+    chunks = 11 if modulated else 9
+    scales = 4 * (4 if modulated else 3)
     gates = 2 * chunks if rotary else 3 * 4  # a view of all chunks, or copies in the stream's float32
     return (
         _targets(cdit, goals) * ((self_attention + cross_attention + mlp) * width + hidden + statistics)
-        + _context_tokens(cdit, context_frames, goals) * keys * width
+        + _context_tokens(cdit, context_frames, goals) * (keys * width + key_statistics)
         + goals * (scales + gates) * width
     )
 
@@ -63,11 +75,14 @@ def activation_bytes(cdit: CDiT, context_frames: int, goals: int, checkpointing:
     config = cdit.config
     block, depth = block_bytes(cdit, context_frames, goals), len(cdit.blocks)
     targets, past = _targets(cdit, goals) * config.hidden_size, _patches(cdit) * context_frames * config.hidden_size
-    ends = (8 + 2) * targets + 4 * past  # the final layer's norm and map; the input of the context's norm
-    tokens = 4 * _context_tokens(cdit, context_frames, goals) * config.hidden_size
+    ends = (8 + 2) * targets + goals * _convolution_bytes(cdit)  # the final layer's norm and map
+    if config.context_norm == "both":
+        ends += 4 * past  # the input of the context's norm
+    tokens = _token(cdit) * _context_tokens(cdit, context_frames, goals) * config.hidden_size
     if checkpointing:
         return depth * _stream(cdit) * targets + block + ends + tokens
-    return depth * block + ends + (tokens if config.context_modulation else 0)
+    by_themselves = config.context_norm == "keys" or (config.context_norm == "none" and _token(cdit) == 2)
+    return depth * block + ends + (tokens if by_themselves or config.context_modulation else 0)
 
 
 def backward_bytes(cdit: CDiT, goals: int) -> int:
@@ -90,6 +105,17 @@ def _targets(cdit: CDiT, goals: int) -> int:
 def _context_tokens(cdit: CDiT, context_frames: int, goals: int) -> int:
     """Tokens that keys and values are made of: those that follow the condition are each goal's own."""
     return _patches(cdit) * context_frames * (goals if cdit.config.context_modulation else 1)
+
+
+def _token(cdit: CDiT) -> int:
+    """Bytes of a number of the context's tokens."""
+    return 4 if cdit.config.context_norm == "both" or cdit.config.position == "learned" else 2
+
+
+def _convolution_bytes(cdit: CDiT) -> int:
+    """What the convolutions on the output keep for one target: their inputs, and those of the SiLUs between them."""
+    features, pixels = cdit.config.output_channels, math.prod(cdit.config.image_size)
+    return 2 * (features + cdit.config.in_channels + 4 * features) * pixels if features else 0
 
 
 def _stream(cdit: CDiT) -> int:

@@ -32,6 +32,9 @@ PARTS = {
     r"final_layer": "final layer",
 }
 
+HIDDEN_MATRIX = re.compile(r"(objective\.\w+\.)?(context_)?blocks\.\d+\.(\w*attn\.(q|kv|out)|mlp\.fc[12])\.weight")
+"""Names of the matrices of attentions and MLPs, which Muon takes; `kv` holds two, one below the other."""
+
 
 @dataclass(frozen=True)
 class Row:

@@ -1,8 +1,9 @@
 """What a training run needs of memory and of the links between GPUs: arithmetic, not measurement.
 
-Weights, gradients, AdamW's two moments and the average are float32; autocast computes with bfloat16 copies. N is the
-number of parameters, P that of GPUs. Replicated (DDP) every GPU has everything, and a second set of gradients in the
-buckets that are sent. Sharded (FSDP2) it has a P-th, and for as long as they compute the weights of a block or two.
+Weights, gradients, AdamW's two moments and the average are float32 (Muon keeps one momentum of the matrices it takes);
+autocast computes with bfloat16 copies. N is the number of parameters, P that of GPUs. Replicated (DDP) every GPU has
+everything, and a second set of gradients in the buckets that are sent. Sharded (FSDP2) it has a P-th, and for as long
+as they compute the weights of a block or two.
 """
 
 import math
@@ -12,7 +13,7 @@ from typing import Literal
 
 from cdit.model.activations import activation_bytes, backward_bytes
 from cdit.model.cdit import CDiT
-from cdit.model.describe import flops
+from cdit.model.describe import HIDDEN_MATRIX, flops
 from cdit.model.hardware import Hardware
 
 BUCKET = 25 * 2**20
@@ -33,6 +34,7 @@ class Run:
     """Contexts a GPU takes at once; None: its whole share."""
     checkpointing: bool
     """Whether activations are checkpointed."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     @cached_property
     def forward_flops(self) -> int:
@@ -43,6 +45,17 @@ class Run:
     def parameters(self) -> int:
         """N."""
         return sum(p.numel() for p in self.cdit.parameters())
+
+    @cached_property
+    def matrices(self) -> list[tuple[int, int]]:
+        """Rows and columns of each matrix that Muon orthogonalises; none with AdamW."""
+        named = self.cdit.named_parameters() if self.optimizer == "muon" else ()
+        shapes = {name: tuple(p.shape) for name, p in named if HIDDEN_MATRIX.fullmatch(name)}
+        return [
+            (rows // 2, columns) if name.endswith(".kv.weight") else (rows, columns)
+            for name, (rows, columns) in shapes.items()
+            for _ in range(2 if name.endswith(".kv.weight") else 1)
+        ]
 
     @property
     def block_parameters(self) -> int:
@@ -63,8 +76,9 @@ def state_bytes(run: Run, gpus: int, mode: Mode) -> dict[str, float]:
     one are there whole, in bfloat16 and in the float32 that is sent; the outermost part (embeddings, final layer) is
     gathered in float32.
     """
-    each = 4 * run.parameters / (gpus if mode == "FSDP2" else 1)
-    state = {"weights": each, "gradients": each, "moments of AdamW": 2 * each, "average": each}
+    share = 1 / gpus if mode == "FSDP2" else 1.0
+    each = 4 * run.parameters * share
+    state = {"weights": each, "gradients": each, "moments": moment_bytes(run) * share, "average": each}
     if mode == "FSDP2" and gpus > 1:
         outermost = run.parameters - len(run.cdit.blocks) * run.block_parameters
         state["gathered"] = (2 * 2 + 2 + 4) * run.block_parameters + 4 * outermost
@@ -73,6 +87,17 @@ def state_bytes(run: Run, gpus: int, mode: Mode) -> dict[str, float]:
         if gpus > 1:
             state["buckets"] = each
     return state
+
+
+def moment_bytes(run: Run) -> int:
+    """Bytes of the optimizer's state: two moments of each parameter, one of those that Muon takes."""
+    return 4 * (2 * run.parameters - sum(rows * columns for rows, columns in run.matrices))
+
+
+def muon_flops(run: Run, iterations: int = 5) -> int:
+    """FLOPs of orthogonalising all matrices, m × n with m ≤ n: x·xᵀ, its square, and their sum times x, each time."""
+    shapes = [sorted(shape) for shape in run.matrices]
+    return iterations * sum(2 * m * m * (2 * n + m) for m, n in shapes)
 
 
 def largest_micro_batch(run: Run, gpus: int, mode: Mode, checkpointing: bool, memory: float) -> int:
@@ -135,18 +160,20 @@ class Step:
 
 
 def step(run: Run, gpus: int, mode: Mode, hardware: Hardware) -> Step:
-    """What a step takes: optimizer, data loading and what comes before the first overlap left out.
+    """What a step takes: AdamW, data loading and what comes before the first overlap left out.
 
     A backward pass is two forward passes, three with checkpointing. DDP sends 4 bytes a parameter once a step, beside
     the last micro-batch's backward pass. FSDP2 does at each micro-batch: it gathers the blocks, 2 bytes a parameter,
-    beside the forward and again beside the backward pass, and there reduces 4 bytes a parameter, block by block.
+    beside the forward and again beside the backward pass, and there reduces 4 bytes a parameter, block by block. Muon
+    orthogonalises every matrix on every GPU; where they are sharded, it first gathers the updates, 2 bytes a parameter,
+    while nothing computes.
     """
     count, size = run.micro_batches(gpus)
     forward = (
         size * flops(run.cdit, run.context_frames, run.goals)["forward, context included"] / hardware.tflops / 1e12
     )
     backward = (3 if run.checkpointing else 2) * forward
-    compute = count * (forward + backward)
+    compute = count * (forward + backward) + muon_flops(run) / hardware.tflops / 1e12
     if gpus == 1:
         return Step(compute, 0.0, 0.0)
     if mode == "DDP":
@@ -157,7 +184,9 @@ def step(run: Run, gpus: int, mode: Mode, hardware: Hardware) -> Step:
     gather = gather_seconds(2 * run.parameters, gpus, blocks, hardware)
     reduce = gather_seconds(4 * run.parameters, gpus, blocks, hardware)
     exposed = max(0.0, gather - forward) + max(0.0, gather + reduce - backward)
-    return Step(compute, count * (2 * gather + reduce), count * exposed)
+    updates = 2 * sum(rows * columns for rows, columns in run.matrices)
+    updated = gather_seconds(updates, gpus, len(run.matrices), hardware) if updates else 0.0
+    return Step(compute, count * (2 * gather + reduce) + updated, count * exposed + updated)
 
 
 def checkpoint_interval(seconds: float, hours_between_failures: float) -> tuple[float, float]:
@@ -181,7 +210,7 @@ def _memory(run: Run) -> str:
     columns: list[tuple[str, int, Mode]] = [("1 GPU", 1, "DDP"), ("DDP", 8, "DDP")]
     columns += [(f"FSDP2 on {gpus}", gpus, "FSDP2") for gpus in (8, 64, 512)]
     states = [state_bytes(run, gpus, mode) for _, gpus, mode in columns]
-    names = ["weights", "gradients", "moments of AdamW", "average", "bfloat16 copies", "buckets", "gathered"]
+    names = ["weights", "gradients", "moments", "average", "bfloat16 copies", "buckets", "gathered"]
     rows = [[name, *(f"{state[name] / 1e9:.2f}" if name in state else "" for state in states)] for name in names]
     rows.append(["together", *(f"{sum(state.values()) / 1e9:.2f}" for state in states)])
     for label, checkpointing in (("a context's activations", False), ("the same, checkpointed", True)):
@@ -215,7 +244,7 @@ def _scaling(run: Run, hardware: Hardware) -> str:
 
 
 def _checkpoints(run: Run, hardware: Hardware) -> str:
-    size = 16 * run.parameters  # weights, average, two moments
+    size = 8 * run.parameters + moment_bytes(run)  # weights, average, moments
     written = size / hardware.disk_gb_s / 1e9
     rows = []
     for gpus in hardware.gpus:

@@ -2,7 +2,6 @@
 
 import math
 import os
-import re
 import shlex
 import subprocess
 import sys
@@ -28,6 +27,7 @@ from cdit.data.latents import Encoding
 from cdit.data.windows import WindowDataset
 from cdit.diffusion.objective import make_objective
 from cdit.model import CDiT
+from cdit.model.describe import HIDDEN_MATRIX
 from cdit.nwm.normalization import normalization
 from cdit.training.config import OptimizerConfig, TrainConfig
 from cdit.training.durable.tensors import trainable
@@ -192,8 +192,7 @@ def build_optimizer(
     Muon takes the matrices of attentions and MLPs; AdaLN, steering, embeddings and the final layer stay with AdamW.
     """
     parameters = trainable(networks)
-    hidden = re.compile(r"(objective\.\w+\.)?(context_)?blocks\.\d+\.(\w*attn\.(q|kv|out)|mlp\.fc[12])\.weight")
-    muon = {name: p for name, p in parameters.items() if config.name == "muon" and hidden.fullmatch(name)}
+    muon = {name: p for name, p in parameters.items() if config.name == "muon" and HIDDEN_MATRIX.fullmatch(name)}
     rest = [p for name, p in parameters.items() if name not in muon]
     others = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},

@@ -18,6 +18,13 @@ OPTIONS = {
     "modulated": {"context_modulation": True},
     "published": {"position": "learned", "context_modulation": True, "extra_kv": True},
     "narrow": {"mlp_ratio": 2.5, "patch_size": 4},
+    "steered": {"steered_queries": True},
+    "keys": {"context_norm": "keys"},
+    "learned_keys": {"context_norm": "keys", "position": "learned", "extra_kv": True},
+    "none": {"context_norm": "none"},
+    "modulated_none": {"context_norm": "none", "context_modulation": True},
+    "levers": {"steered_queries": True, "context_norm": "none", "extra_kv": True, "output_channels": 32},
+    "levers_keys": {"steered_queries": True, "context_norm": "keys", "output_channels": 32},
 }
 
 
@@ -92,7 +99,7 @@ def test_a_block_keeps_what_was_derived(name, goals, frames):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_as_on_a_gpu")
-@pytest.mark.parametrize("name", ["native", "published"])
+@pytest.mark.parametrize("name", ["native", "published", "levers", "levers_keys"])
 def test_the_network_keeps_what_was_derived(name):
     """CDiT-S, four past frames and two goals: within 1 %, which is what lies before the first block."""
     options, shape = OPTIONS[name], {"goals": 2, "frames": 4}

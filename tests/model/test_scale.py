@@ -1,5 +1,6 @@
 """Memory, traffic and intervals against a network's own tensors, simulated rings and numerical minima."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,12 @@ from cdit.model.scale import (
     gather_seconds,
     largest_micro_batch,
     link_rate,
+    muon_flops,
     state_bytes,
     step,
 )
+from cdit.training.config import OptimizerConfig
+from cdit.training.setup import build_optimizer
 
 ROOT = Path(__file__).parents[2]
 HARDWARE = Hardware()
@@ -33,20 +37,43 @@ def a_run(batch_size: int = 64, micro_batch_size: int | None = None, checkpointi
     return Run(cdit, 4, 4, batch_size, micro_batch_size, checkpointing)
 
 
-def test_the_state_is_that_of_adamw_and_the_average():
-    """Twenty bytes a parameter, counted on tensors."""
-    cdit = build("native").train()
-    optimizer = torch.optim.AdamW(cdit.parameters(), fused=True)
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_state_is_that_of_the_optimizer_and_the_average(name):
+    """Twenty bytes a parameter with AdamW, counted on tensors."""
+    cdit = build("encoder").train()
+    optimizer, _ = build_optimizer({"model": cdit}, OptimizerConfig(name=name), 2)
     for p in cdit.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    moments = [x for state in optimizer.state.values() for name, x in state.items() if name != "step"]
+    moments = [x for state in optimizer.state.values() for key, x in state.items() if key != "step"]
     average = [p.detach().clone() for p in cdit.parameters()]
     kept = [*cdit.parameters(), *(p.grad for p in cdit.parameters()), *moments, *average]
-    state = state_bytes(Run(cdit, 3, 3, 8, None, False), 1, "DDP")
-    named = ("weights", "gradients", "moments of AdamW", "average")
-    assert sum(state[name] for name in named) == sum(x.nbytes for x in kept)
+    state = state_bytes(Run(cdit, 3, 3, 8, None, False, name), 1, "DDP")
+    named = ("weights", "gradients", "moments", "average")
+    assert sum(state[part] for part in named) == sum(x.nbytes for x in kept)
+    assert (sum(x.nbytes for x in kept) == 20 * sum(p.numel() for p in cdit.parameters())) == (name == "adamw")
     assert set(state) == {*named, "bfloat16 copies"}
+
+
+def test_muons_flops_are_those_counted():
+    cdit = build("encoder", mlp_ratio=2.5)
+    optimizer, _ = build_optimizer({"model": cdit}, OptimizerConfig(name="muon"), 2)
+    for p in cdit.parameters():
+        p.grad = torch.ones_like(p)
+    assert muon_flops(Run(cdit, 3, 3, 8, None, False, "muon")) == counted_flops(optimizer.step)
+    assert muon_flops(Run(cdit, 3, 3, 8, None, False)) == 0
+
+
+def test_muon_gathers_its_updates_where_weights_are_sharded():
+    adamw, muon = (replace(a_run(), optimizer=name) for name in ("adamw", "muon"))
+    for mode, gpus in (("DDP", 8), ("FSDP2", 8), ("FSDP2", 64)):
+        before, after = (step(run, gpus, mode, HARDWARE) for run in (adamw, muon))
+        assert after.compute - before.compute == pytest.approx(muon_flops(muon) / 400e12)
+        more = 0.0
+        if mode == "FSDP2":  # 16 D² in each of twelve blocks, of which K and V are two of eight matrices
+            more = gather_seconds(2 * 12 * 16 * 384**2, gpus, 12 * 10, HARDWARE)
+        assert after.communication - before.communication == pytest.approx(more)
+        assert after.exposed - before.exposed == pytest.approx(more)
 
 
 def test_sharding_divides_what_is_kept_and_not_what_is_gathered():
