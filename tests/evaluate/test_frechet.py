@@ -70,21 +70,22 @@ def test_packages_that_are_not_installed(package: str, load: Callable[[], Any], 
         load()
 
 
-def test_dreamsim_sees_what_it_was_trained_on(monkeypatch: pytest.MonkeyPatch):
+def test_dreamsim_is_given_frames_in_0_to_1(monkeypatch: pytest.MonkeyPatch):
     """By a stand-in for the package, whose real weights have to be downloaded."""
-    package = ModuleType("dreamsim")
+    package, seen = ModuleType("dreamsim"), []
 
     def distance(first: Tensor, second: Tensor) -> Tensor:
-        assert first.shape == second.shape == (2, 3, 224, 224)
-        assert float(first.min()) == 0
-        assert float(second.max()) == 1
+        seen.extend((first, second))
         return (first - second).abs().mean((1, 2, 3))
 
     package.dreamsim = lambda device, cache_dir: (distance, None)
     monkeypatch.setitem(sys.modules, "dreamsim", package)
     metric = load_metrics(names=["dreamsim"])["dreamsim"]
-    black, white = torch.full((2, 3, 32, 48), -1.0), torch.full((2, 3, 32, 48), 1.0)
-    assert metric(black, white).tolist() == pytest.approx([1, 1])
+    grey = torch.tensor([-1.0, -0.5, 0.0, 0.5, 1.0]).reshape(5, 1, 1, 1).expand(-1, 3, 32, 48)
+    assert metric(grey, -grey).tolist() == pytest.approx([1, 0.5, 0, 0.5, 1])
+    for frames, expected in zip(seen, ([0, 0.25, 0.5, 0.75, 1], [1, 0.75, 0.5, 0.25, 0]), strict=True):
+        assert frames.shape == (5, 3, 224, 224)
+        assert frames.mean((1, 2, 3)).tolist() == pytest.approx(expected)
 
 
 def test_inception_as_torch_fidelity_has_it(monkeypatch: pytest.MonkeyPatch):

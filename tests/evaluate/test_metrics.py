@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+import torchmetrics
 from torch import Tensor
+from torchvision.models import alexnet
 
 from cdit.common.errors import UserError
 from cdit.evaluate import metrics
-from cdit.evaluate.metrics import MAX_PSNR, Lpips, load_lpips, load_metrics, psnr, ssim
+from cdit.evaluate.metrics import HIGHER_IS_BETTER, MAX_PSNR, Lpips, load_lpips, load_metrics, psnr, ssim
+from cdit.evaluate.tables import Row, markdown
 
 
 def frames(seed: int, count: int = 3, size: tuple[int, int] = (40, 48)) -> Tensor:
@@ -70,14 +73,27 @@ def test_one_value_per_frame_in_full_precision(metric):
         torch.testing.assert_close(metric(a, b), apart)
 
 
-@pytest.fixture(scope="module")
-def lpips() -> Lpips:
-    file = os.environ.get("CDIT_LPIPS_BACKBONE") or _shared_backbone()
-    if file is None:
-        pytest.skip("no AlexNet weights here: set CDIT_LPIPS_BACKBONE")
+def loaded_from(file: Path) -> Lpips:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CDIT_LPIPS_BACKBONE", str(file))
         return load_lpips()
+
+
+@pytest.fixture(scope="module")
+def trained_lpips() -> Lpips:
+    file = os.environ.get("CDIT_LPIPS_BACKBONE") or _shared_backbone()
+    if file is None:
+        pytest.skip("no AlexNet weights here: set CDIT_LPIPS_BACKBONE")
+    return loaded_from(file)
+
+
+@pytest.fixture(scope="module")
+def lpips(tmp_path_factory: pytest.TempPathFactory) -> Lpips:
+    """On an AlexNet of random weights, which every machine has."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("weights") / "alexnet.safetensors"
+    safetensors.torch.save_file({f"features.{k}": v for k, v in alexnet().features.state_dict().items()}, file)
+    return loaded_from(file)
 
 
 def _shared_backbone() -> Path | None:
@@ -87,7 +103,8 @@ def _shared_backbone() -> Path | None:
     return None
 
 
-def test_lpips_is_a_perceptual_distance(lpips: Lpips):
+def test_lpips_is_a_perceptual_distance(trained_lpips: Lpips):
+    lpips = trained_lpips
     a, b = frames(0, size=(64, 64)), frames(1, size=(64, 64))
     assert lpips(a, a).tolist() == [0, 0, 0]
     torch.testing.assert_close(lpips(a, b), lpips(b, a))
@@ -101,16 +118,13 @@ def test_lpips_is_a_perceptual_distance(lpips: Lpips):
 
 def test_lpips_is_the_formula_of_the_paper(lpips: Lpips):
     """Features of the five ReLUs, normalised over channels; squared difference, linear heads, mean over the picture."""
-    import torchmetrics
-    from torchvision.models import alexnet
-
     a, b = frames(0, size=(64, 80)), frames(1, size=(64, 80))
     heads = torch.load(
         Path(torchmetrics.__file__).parent / "functional/image/lpips_models/alex.pth",
         weights_only=True,
         map_location="cpu",
     )
-    network = alexnet(weights=None).features.eval()
+    network = alexnet().features.eval()
     state = {f"{k.partition('.')[2]}": v for k, v in lpips.net.net.state_dict().items()}
     network.load_state_dict(state)
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
@@ -124,6 +138,17 @@ def test_lpips_is_the_formula_of_the_paper(lpips: Lpips):
                 weighted = (unit[:3] - unit[3:]).square() * heads[f"lin{head}.model.1.weight"]
                 distance, head = distance + weighted.sum(1).mean((1, 2)), head + 1
     torch.testing.assert_close(lpips(a, b), distance, atol=1e-4, rtol=1e-3)
+
+
+def test_the_direction_that_tables_state_is_that_of_the_metric(lpips: Lpips):
+    truth = frames(0, size=(64, 64))
+    noise = torch.randn(truth.shape, generator=torch.Generator().manual_seed(0))
+    near, far = ((truth + scale * noise).clamp(-1, 1) for scale in (0.1, 0.4))
+    for name, metric in {"psnr": psnr, "ssim": ssim, "lpips": lpips}.items():
+        better, worse = metric(near, truth), metric(far, truth)
+        assert bool((better > worse).all() if HIGHER_IS_BETTER[name] else (better < worse).all())
+        rows = [Row("model", 1.0, 4, name, 0.5)]
+        assert ("↑" if HIGHER_IS_BETTER[name] else "↓") in markdown(rows).splitlines()[0]
 
 
 def test_a_broken_backbone_file_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
