@@ -1,5 +1,6 @@
 """What is predicted from where: (trajectory, current time), from an index file of NWM or spread over a split."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -85,6 +86,25 @@ def case_of(dataset: WindowDataset, window: int) -> Case:
     """The case of a window."""
     trajectory, now = dataset.locate(window)
     return Case(window, trajectory, dataset.trajectories[trajectory].name, now)
+
+
+def content_hash(dataset: WindowDataset, cases: Sequence[Case], reach: int) -> str:
+    """Hexadecimal SHA-256 of what the dataset holds for the cases, wherever it lies.
+
+    That is the poses of their trajectories, and of each case the files of the current frame and of the one `reach`
+    frames later.
+    """
+    digest = hashlib.sha256()
+    for index in sorted({case.trajectory for case in cases}):
+        trajectory = dataset.trajectories[index]
+        digest.update(f"{trajectory.name} {len(trajectory)}".encode())
+        if trajectory.position is not None:
+            digest.update(trajectory.position.tobytes() + trajectory.yaw.tobytes())
+    for case in cases:
+        for time in (case.now, case.now + reach):
+            file = dataset.trajectories[case.trajectory].frame(time)
+            digest.update(hashlib.sha256(file.read_bytes() if isinstance(file, Path) else file.read()).digest())
+    return digest.hexdigest()
 
 
 def others(cases: Sequence[Case]) -> list[int]:

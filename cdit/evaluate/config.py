@@ -1,9 +1,10 @@
-"""The whole configuration of an evaluation."""
+"""The configuration of an evaluation. Imports no torch."""
 
 from dataclasses import dataclass, field
 from typing import Literal
 
 from cdit.common.errors import UserError
+from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, TrackingOptions
 from cdit.diffusion.config import SamplerOptions
 
 
@@ -14,10 +15,10 @@ class TimeConfig:
     seconds: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0, 8.0, 16.0])
     """The horizons."""
     samples: int = 256
-    """How many contexts, spread over the split."""
+    """Number of contexts, evenly spread over the split."""
     index: str | None = None
-    """In place of samples, an index file of NWM (time.pkl): a pickled list of (trajectory, time, min_offset,
-    max_offset). Nothing in it is run."""
+    """An index file of NWM (time.pkl) that lists the contexts: a pickled list of (trajectory, time, min_offset,
+    max_offset), from which no code is run."""
 
 
 @dataclass
@@ -25,71 +26,53 @@ class RolloutConfig:
     """Frame by frame, each prediction joining the past frames."""
 
     seconds: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0, 8.0, 16.0])
-    """The horizons that are measured; rollouts end with the last."""
+    """The horizons that are measured; rollouts end with the last one."""
     fps: list[float] = field(default_factory=lambda: [1.0, 4.0])
-    """Steps a second, a rollout for each; they divide the model's frames a second."""
+    """Steps a second, one rollout for each; they must divide the model's frames a second."""
     samples: int = 64
-    """How many contexts, spread over the split."""
+    """Number of contexts, evenly spread over the split."""
     index: str | None = None
-    """In place of samples, an index file of NWM (rollout.pkl)."""
+    """An index file of NWM (rollout.pkl) that lists the contexts."""
 
 
-@dataclass
-class EvaluateConfig:
+@dataclass(kw_only=True)
+class EvaluateConfig(TrackingOptions, OutputOptions, DataOptions, CheckpointOptions):
     """What is evaluated, on what, and how."""
 
-    checkpoint: str
-    """A training run's folder, or a world model's."""
-    data: str
-    """The dataset folder."""
-    out: str
-    """Folder for the results; seen by all processes."""
-    split: str = "test"
-    """Split of the dataset."""
-    splits: str | None = None
-    """Folder with <split>/traj_names.txt, where that is not <data>/splits."""
-    follow_links: bool = False
-    """Whether links within the dataset's folder may lead out of it."""
-    spacing: float | None = None
-    """Metres between consecutive frames, the unit of normalised actions of models trained on several datasets; by
-    default what dataset.json says."""
     protocols: list[Literal["time", "rollout"]] = field(default_factory=lambda: ["time", "rollout"])
-    """Which."""
     time: TimeConfig = field(default_factory=TimeConfig)
     """Each horizon in one jump."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Frame by frame."""
-    nwm_compat: bool = False
-    """The conventions of the NWM release: actions of rollouts from differences of normalised way points, which are not
-    those of its training; predictions of rollouts that join the past as frames, encoded again; and predictions
-    truncated to 8 bits. By default actions are as in training, predicted latents join the past as they are, and
-    predictions are rounded. Either way 8-bit pictures are measured."""
     metrics: list[Literal["psnr", "ssim", "lpips", "dreamsim", "fid", "fvd"]] = field(
         default_factory=lambda: ["psnr", "ssim", "lpips"]
     )
-    """Which; dreamsim, fid and fvd (of rollouts) need `pip install cdit[dreamsim]`, `cdit[fid]`, `cdit[fvd]`."""
+    """dreamsim, fid and fvd (of rollouts) need `pip install cdit[dreamsim]`, `cdit[fid]`, `cdit[fvd]`."""
     fid_network: str = "inception"
     """Network of fid: inception, or MODULE:FUNCTION that returns an nn.Module from frames (N, 3, H, W) in [-1, 1] to
     features (N, F)."""
     fvd_network: str = "i3d"
-    """Network of fvd: i3d, or MODULE:FUNCTION that returns an nn.Module from films (N, T, 3, H, W) in [-1, 1] to
+    """Network of fvd: i3d, or MODULE:FUNCTION that returns an nn.Module from videos (N, T, 3, H, W) in [-1, 1] to
     features (N, F)."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     """How frames are sampled."""
+    nwm_compat: bool = False
+    """Follow the NWM release: actions of rollouts are differences of normalised waypoints (which is not what it was
+    trained with), predicted frames are encoded again before they join the past, and predictions are truncated to 8
+    bits. By default actions are those of training, predicted latents join the past as they are, and predictions are
+    rounded to 8 bits."""
     batch_size: int = 16
-    """Contexts predicted at a time; processes share batches. The noise depends on it."""
+    """Contexts per batch. The noise depends on it."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Autocast precision of predictions; NWM evaluates in bf16."""
     pictures: int = 6
-    """Cases of each protocol that are drawn."""
+    """Number of cases of each protocol that are drawn."""
     seed: int = 0
-    """Of the noise and of the bootstrap."""
+    """Seed of the noise and of the bootstrap."""
     overwrite: bool = False
-    """Whether to compute anew what OUT/parts holds, even of another evaluation."""
-    tracking: Literal["wandb", "none"] = "wandb"
-    """Weights & Biases (offline when nobody is logged in), or nothing."""
-    project: str = "cdit"
-    """Project name there."""
+    """Delete what OUT/parts holds, also of another evaluation, and start over."""
+    timeout_minutes: float = 30.0
+    """How long processes wait for one another before all stop. Longer than one batch takes."""
 
     def validate(self) -> None:
         """Checks the values.
@@ -111,6 +94,8 @@ class EvaluateConfig:
                 raise UserError(f"{name} is {rates}, expected more than 0")
         if min(self.rollout.fps) <= 0:
             raise UserError(f"rollout.fps is {self.rollout.fps}, expected more than 0")
+        if self.timeout_minutes <= 0:
+            raise UserError(f"timeout_minutes is {self.timeout_minutes:g}, expected more than 0")
         for name, count, least in (
             ("time.samples", self.time.samples, 1),
             ("rollout.samples", self.rollout.samples, 1),

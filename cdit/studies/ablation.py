@@ -10,7 +10,7 @@ import re
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,51 +28,11 @@ from cdit.evaluate.config import EvaluateConfig
 from cdit.evaluate.results import RESULTS, Results
 from cdit.evaluate.tables import Row, digits, markdown
 from cdit.loading import spread
+from cdit.studies.config import AblationConfig
 from cdit.world_model import DESCRIPTION
 
 TRAIN = Path(cdit.__path__[0]).parent / "train.py"
 EVALUATION = "evaluation"
-
-
-@dataclass
-class AblationConfig:
-    """What is compared."""
-
-    name: str
-    """Name of the ablation; its folder is <output>/<name>."""
-    base: str
-    """Config of train.py that all variants start from."""
-    variants: dict[str, dict[str, Any]]
-    """Options of train.py by name of the variant, such as {one head: {model.num_heads: 1}}."""
-    reference: str
-    """The variant that the others are compared with."""
-    train: dict[str, Any] = field(default_factory=dict)
-    """Options of train.py for all variants."""
-    seeds: list[int] = field(default_factory=lambda: [0])
-    """Every variant is trained once with each."""
-    seconds: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0])
-    """Horizons that are measured, each predicted in one jump."""
-    cases: int = 256
-    """Contexts of the test split that are measured, the same for all."""
-    metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim", "lpips"])
-    """What is measured, see `python -m cdit.evaluate --help`."""
-    evaluate: dict[str, Any] = field(default_factory=dict)
-    """Further options of cdit.evaluate, such as {sampler.steps: 8}."""
-    launch: str | None = None
-    """What train.py and cdit.evaluate are started with, such as "accelerate launch --num_processes 4"; by default
-    Accelerate's launcher without options."""
-    output: str = "runs/ablations"
-    """Folder of all ablations."""
-
-    @property
-    def folder(self) -> Path:
-        """The ablation's folder."""
-        return Path(self.output) / self.name
-
-    @property
-    def index(self) -> Path:
-        """The index file of the cases."""
-        return self.folder / "cases.pkl"
 
 
 @dataclass(frozen=True)
@@ -105,17 +65,12 @@ class Comparison:
         return f"{change.mean:+.{digits}f}{interval} ({', '.join(f'{value:+.{digits}f}' for value in self.seeds)})"
 
 
-def ablate(argv: list[str]) -> None:
-    """The command line: `python -m cdit.evaluate ablate SPEC.yaml [--seeds [0,1,2] …]`.
+def ablate(config: AblationConfig) -> None:
+    """Trains and evaluates what has not been yet, and writes results.md and results.json.
 
     Raises:
         UserError: the spec is wrong, which is found before anything is trained, or a training or evaluation failed.
     """
-    if argv[:1] not in (["--help"], ["-h"]):
-        if not argv or argv[0].startswith("-"):
-            raise UserError("usage: python -m cdit.evaluate ablate SPEC.yaml [--seeds [0,1,2] …]")
-        argv = ["--config", *argv]
-    config = parse_config(AblationConfig, __doc__, argv)
     if config.reference not in config.variants:
         raise UserError(f"reference is {config.reference!r}, expected one of {', '.join(config.variants)}")
     if not config.seeds:

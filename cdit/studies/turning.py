@@ -1,12 +1,12 @@
-"""Does the predicted picture turn with the camera? `python -m cdit.studies.turning --checkpoint RUN --data FOLDER`
+"""Does the predicted picture turn with the camera?
 
 A pure turn to the left by Δyaw moves the picture to the right, by f·tan(Δyaw) at its centre, whatever is in it. For
 test contexts and turns of several sizes the next frame is predicted and the turn in it measured. True pairs of frames
-between which the camera hardly moved from its place say how well that can be measured.
+between which the camera hardly changed its place show how precise the measurement is.
 """
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,51 +14,21 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cdit.batch import Batch, Condition
-from cdit.common.cli import parse_config, run
 from cdit.common.errors import UserError
 from cdit.common.frames import to_float
+from cdit.common.output import finished_folder
 from cdit.common.randomness import generator
 from cdit.common.tables import markdown_table
 from cdit.data.frames import focal_lengths
 from cdit.data.motion import local_motion
 from cdit.data.windows import WindowDataset
-from cdit.diffusion.config import SamplerOptions
-from cdit.evaluate.image_flow import measured_turn
 from cdit.loading import load_world, spread, windows_for
+from cdit.studies.config import TurningConfig
+from cdit.studies.image_flow import measured_turn
 from cdit.world_model import WorldModel
 
 PURE_TURN = 0.12
 """True pairs of frames count as pure turns if the camera moved by less than this many metres between them."""
-
-
-@dataclass
-class TurningConfig:
-    """Which model is asked to turn, and where."""
-
-    checkpoint: str
-    """A training run's folder, or a world model's."""
-    data: str
-    """The dataset folder; its dataset.json must hold the camera."""
-    split: str = "test"
-    """Split the contexts are from."""
-    splits: str | None = None
-    """Folder with <split>/traj_names.txt, where that is not <data>/splits."""
-    follow_links: bool = False
-    """Whether links within the dataset's folder may lead out of it."""
-    contexts: int = 128
-    """How many contexts, spread over the split."""
-    turns: list[float] = field(default_factory=lambda: [5.0, 10.0, 15.0, 20.0])
-    """Turns within one frame, in degrees; each is tried to the left and to the right."""
-    sampler: SamplerOptions = field(default_factory=SamplerOptions)
-    """How frames are sampled."""
-    seed: int = 0
-    """Of the noise."""
-    batch_size: int = 16
-    """Contexts predicted at a time."""
-    device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1 …"""
-    out: str | None = None
-    """A file that the Markdown table is written to, beside being printed."""
 
 
 @dataclass
@@ -78,38 +48,42 @@ class Turn:
         return float((self.measured.sign() == self.asked.sign()).float().mean())
 
 
-def main() -> None:
-    """Predicts, measures and prints the table."""
-    config = parse_config(TurningConfig, __doc__.split("\n\n")[1])
+def measure_turning(config: TurningConfig) -> None:
+    """Predicts, measures and prints the table.
+
+    Raises:
+        UserError: something does not fit together; nothing was computed.
+    """
     if config.contexts < 1 or config.batch_size < 1:
         raise UserError("contexts and batch_size must be at least 1")
-    if config.out is not None and not Path(config.out).parent.is_dir():
-        raise UserError(f"out is {config.out}, but there is no folder {Path(config.out).parent}")
     world = load_world(config.checkpoint, config.device)
+    if not world.description.has_actions:
+        raise UserError(f"{config.checkpoint}: was trained without actions")
     # Turns on the spot are the same in any unit of length.
-    dataset = windows_for(world, config.data, config.split, config.splits, config.follow_links, spacing=1.0)
+    dataset = windows_for(world, config.data, config.split, config.splits, config.follow_links, config.spacing or 1.0)
     if dataset.info.camera is None:
-        raise UserError(f"{config.data}/dataset.json has no camera, so that the size of a turn is not known in pixels")
+        raise UserError(f"{config.data}/dataset.json: has no camera, which relates turns to pixels")
     focal = focal_lengths(dataset.info.camera, dataset.config.image_size, dataset.config.crop)
     half_view = math.degrees(math.atan(dataset.config.image_size[1] / 2 / focal[0]))
     if not config.turns or not all(0 < turn < half_view for turn in config.turns):
         raise UserError(
             f"turns is {config.turns}, expected degrees between 0 and {half_view:.0f}, half the field of view"
         )
-
     windows = spread(dataset.windows_with([1]), config.contexts)
     if not windows:
         raise UserError(
             f"{config.data}: no trajectory of split {config.split!r} has a full context and a frame after it"
         )
-    if not world.description.has_actions:
-        raise UserError(f"{config.checkpoint}: trained without actions, so it cannot be asked to turn")
     turns = [*true_turns(dataset, focal), *predicted_turns(world, dataset, windows, focal, config)]
-    table = f"{len(windows)} contexts of {config.data}, split {config.split}; turns within one frame\n\n"
-    table += turning_table(turns, focal[0])
-    print(table, end="")
+    trajectories = len({dataset.locate(window)[0] for window in windows})
+    text = (
+        f"{len(windows)} contexts of {trajectories} trajectories of {config.data}, split {config.split}; turns within "
+        f"one frame\n\n{turning_table(turns, focal[0])}"
+    )
+    print(text, end="")
     if config.out is not None:
-        Path(config.out).write_text(table)
+        with finished_folder(Path(config.out)) as folder:
+            (folder / "turning.md").write_text(text)
 
 
 def true_turns(dataset: WindowDataset, focal: tuple[float, float]) -> list[Turn]:
@@ -185,7 +159,3 @@ def turning_table(turns: list[Turn], focal: float) -> str:
         cells = (f"{turn.right_sign:.1%}", f"{expected.median():.1f}", f"{shift.median():.1f}", f"{ratio:.2f}")
         rows.append([turn.name, len(sign), *cells])
     return markdown_table(columns, rows)
-
-
-if __name__ == "__main__":
-    run(main)

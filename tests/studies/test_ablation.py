@@ -17,8 +17,8 @@ from cdit.common.errors import UserError
 from cdit.evaluate.results import ProtocolResult, Results
 from cdit.evaluate.tables import Row
 from cdit.studies import ablation
+from cdit.studies.__main__ import main
 from cdit.studies.ablation import (
-    AblationConfig,
     ablate,
     check_comparable,
     check_folder,
@@ -27,6 +27,7 @@ from cdit.studies.ablation import (
     runs_of,
     train,
 )
+from cdit.studies.config import AblationConfig
 from cdit.training.config import TrainConfig, flat
 
 SPECS = sorted((Path(__file__).parents[2] / "configs" / "ablations").glob("*.yaml"))
@@ -49,6 +50,10 @@ def spec(folder: Path, **changes) -> Path:
     return path
 
 
+def config_of(path: Path, *options: str) -> AblationConfig:
+    return parse_config(AblationConfig, "", ["--config", str(path), *options])
+
+
 def base(folder: Path, data: Path) -> None:
     config = {
         "data": {"folder": str(data), "train_split": "test", "image_size": [32, 32], "workers": 0, "min_history": 4},
@@ -65,7 +70,7 @@ def base(folder: Path, data: Path) -> None:
 @pytest.mark.slow
 def test_an_ablation_from_end_to_end(walks: Path, tmp_path: Path):
     base(tmp_path, walks)
-    ablate([str(spec(tmp_path))])
+    ablate(config_of(spec(tmp_path)))
     folder = tmp_path / "out" / "trial"
     # All variants are measured on the same cases, those that the longest context allows.
     index = pickle.loads((folder / "cases.pkl").read_bytes())
@@ -85,7 +90,7 @@ def test_an_ablation_from_end_to_end(walks: Path, tmp_path: Path):
     assert last["difference"]["mean"] == pytest.approx((one - four).mean())
     assert last["seeds"] == pytest.approx([(one - four).mean()])
     # Asked for something else, it does not give the old runs' numbers for the answer.
-    config = parse_config(AblationConfig, "", ["--config", str(spec(tmp_path))])
+    config = config_of(spec(tmp_path))
     run = runs_of(config, "One frame")[0]
     resolved = resolve(run)
     check_folder(run, resolved)
@@ -104,7 +109,7 @@ def test_a_variant_that_cannot_be_trained_is_found_before_anything_is(walks: Pat
     base(tmp_path, walks)
     variants = {"fine": {}, "wrong": {"model.num_haeds": 3}}
     with pytest.raises(UserError, match=r"(?s)variant 'wrong'.*num_haeds"):
-        ablate([str(spec(tmp_path, variants=variants, reference="fine"))])
+        ablate(config_of(spec(tmp_path, variants=variants, reference="fine")))
     assert not (tmp_path / "out").exists()
 
 
@@ -113,37 +118,36 @@ def test_what_cannot_be_evaluated_is_found_before_anything_is_trained(tmp_path: 
     monkeypatch.setattr(ablation, "resolve", lambda run: {"data": data})
     monkeypatch.setattr(ablation, "train", lambda run, config: pytest.fail("trained"))
     with pytest.raises(UserError, match="batch_size is 0"):
-        ablate([str(spec(tmp_path, evaluate={"batch_size": 0}))])
+        ablate(config_of(spec(tmp_path, evaluate={"batch_size": 0})))
     with pytest.raises(SystemExit):
-        ablate([str(spec(tmp_path, metrics=["pnsr"]))])
+        ablate(config_of(spec(tmp_path, metrics=["pnsr"])))
 
 
 def test_a_launcher_that_is_not_there(tmp_path: Path):
-    config = parse_config(AblationConfig, "", ["--config", str(spec(tmp_path, launch="no_such_launcher --fast"))])
+    config = config_of(spec(tmp_path, launch="no_such_launcher --fast"))
     with pytest.raises(UserError, match="launch: no_such_launcher cannot be started"):
         train(runs_of(config, "One frame")[0], config)
 
 
 def test_what_is_compared_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="reference is 'five', expected one of Four frames, One frame"):
-        ablate([str(spec(tmp_path, reference="five"))])
-    with pytest.raises(UserError, match="usage"):
-        ablate([])
+        ablate(config_of(spec(tmp_path, reference="five")))
     with pytest.raises(UserError, match="seeds is "):
-        ablate([str(spec(tmp_path)), "--seeds", "[]"])
+        ablate(config_of(spec(tmp_path), "--seeds", "[]"))
     with pytest.raises(UserError, match="two runs would share a folder"):
-        ablate([str(spec(tmp_path, variants={"Four frames": {}, "four-frames": {"steps": 2}}))])
+        ablate(config_of(spec(tmp_path, variants={"Four frames": {}, "four-frames": {"steps": 2}})))
 
 
-def test_help(capsys: pytest.CaptureFixture):
-    with pytest.raises(SystemExit) as end:
-        ablate(["--help"])
-    assert end.value.code == 0
-    assert "--variants" in capsys.readouterr().out
+def test_the_command_takes_the_spec_by_position(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    given = []
+    monkeypatch.setattr(ablation, "ablate", given.append)
+    monkeypatch.setattr(sys, "argv", ["studies", "ablate", str(spec(tmp_path)), "--seeds", "[3,4]"])
+    main()
+    assert given == [config_of(spec(tmp_path), "--seeds", "[3,4]")]
 
 
 def test_variants_are_measured_on_one_dataset(tmp_path: Path):
-    config = parse_config(AblationConfig, "", ["--config", str(spec(tmp_path))])
+    config = config_of(spec(tmp_path))
     one = {"data": {"folder": "a", "mix": [], "splits": None, "test_split": "test", "fps": None}}
     check_comparable(config, {"Four frames": one, "One frame": one})
     for key, value, message in [("mix", [{"folder": "b"}], "one dataset"), ("fps", 2.0, "different datasets")]:
@@ -186,7 +190,7 @@ def test_means_over_seeds_and_paired_intervals(tmp_path: Path):
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_the_specs_in_the_repository_are_understood_by_training(path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(path.parents[2])
-    config = parse_config(AblationConfig, "", ["--config", str(path)])
+    config = config_of(path)
     assert config.reference in config.variants
     assert config.name == path.stem
     for name, changed in config.variants.items():

@@ -22,13 +22,14 @@ from cdit.common.errors import UserError
 from cdit.common.randomness import generator
 from cdit.data.windows import WindowDataset
 from cdit.diffusion import DDPMConfig, FlowConfig, SamplerConfig
-from cdit.evaluate.__main__ import main
 from cdit.evaluate.config import TimeConfig
-from cdit.evaluate.setup import build_studies
+from cdit.evaluate.evaluation import build_studies
 from cdit.evaluate.study import Judge
 from cdit.model import CDiT
 from cdit.studies import steps
-from cdit.studies.steps import GridConfig, ReferenceConfig, StepsConfig, measure, settings
+from cdit.studies.__main__ import main
+from cdit.studies.config import GridConfig, ReferenceConfig, StepsConfig
+from cdit.studies.steps import measure, settings
 from cdit.world_model import WorldDescription, WorldModel
 
 SIDE, FPS = 32, 4.0
@@ -83,7 +84,7 @@ TRIED = [
 def test_errors_are_those_of_the_solvers_on_a_known_flow(dataset: WindowDataset):
     description = WorldDescription((SIDE, SIDE), FPS, flow=FlowConfig(prediction="velocity"))
     world = WorldModel(GaussianField(), PixelCodec(), description).eval()
-    config = StepsConfig("", "", "", time=TimeConfig([0.5, 2.0], 5), batch_size=3, seed=7)
+    config = StepsConfig(checkpoint="", data="", out="", time=TimeConfig([0.5, 2.0], 5), batch_size=3, seed=7)
     (study,) = build_studies(config.evaluation, world, dataset)
     judge = Judge({"lpips": error, "psnr": lambda prediction, truth: (prediction - truth).mean((1, 2, 3))})
     samplers = [SamplerConfig(*values) for values in TRIED]
@@ -125,7 +126,7 @@ def compare(
     def call(*options: str, checkpoint: Path = checkpoint) -> SimpleNamespace:
         always = ["--checkpoint", str(checkpoint), "--data", str(walks), "--out", "out", "--device", "cpu"]
         short = ["--time.samples", "7", "--batch_size", "4", "--reference.steps", "12"]
-        monkeypatch.setattr(sys, "argv", ["evaluate", "steps", *always, *short, *options])
+        monkeypatch.setattr(sys, "argv", ["studies", "steps", *always, *short, *options])
         code = 0
         try:
             run(main)
@@ -238,7 +239,7 @@ def test_what_cannot_be_compared(compare: Callable, options: list[str], message:
 
 
 def settings_of(objective: str, reference: ReferenceConfig = ReferenceConfig(), **grid) -> list[tuple]:  # noqa: B008
-    config = StepsConfig("", "", "", sampler=GridConfig(**grid), reference=reference)
+    config = StepsConfig(checkpoint="", data="", out="", sampler=GridConfig(**grid), reference=reference)
     own = SamplerConfig("euler" if objective == "flow" else "ddpm", 5, guidance=1.0)
     description = WorldDescription((SIDE, SIDE), FPS, objective=objective, sampler=own)
     return [(one.scheduler, one.steps, one.shift) for one in settings(config, description)]

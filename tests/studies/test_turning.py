@@ -15,7 +15,8 @@ from cdit.data.frames import focal_lengths
 from cdit.data.layout import Camera, DatasetInfo, write_split, write_trajectory
 from cdit.data.windows import WindowDataset
 from cdit.diffusion import SamplerConfig
-from cdit.studies.turning import TurningConfig, predicted_turns, true_turns, turning_table
+from cdit.studies.config import TurningConfig
+from cdit.studies.turning import predicted_turns, true_turns, turning_table
 
 SIZE, FOV, STEP = (40, 40), 1.2, 0.2
 CAMERA = Camera(width=40, height=40, horizontal_fov=FOV, eye_height=1.0)
@@ -64,7 +65,7 @@ def test_a_world_that_turns_as_told(folder: Path, obeys: float, share: float, ra
             yaw = torch.tensor(now)[:, None] * STEP - 1.3 + obeys * actions[..., 2]
             return view(yaw.flatten()).unflatten(0, yaw.shape)
 
-    config = TurningConfig("", "", turns=[6.0, 14.0], batch_size=5)
+    config = TurningConfig(checkpoint="", data="", turns=[6.0, 14.0], batch_size=5)
     focal = focal_lengths(CAMERA, SIZE, "aspect")
     small, large = predicted_turns(World(), dataset, windows, focal, config)
     for turn in (small, large):
@@ -84,7 +85,7 @@ def test_true_frames_turn_as_the_poses_say(folder: Path):
 
 @pytest.mark.slow
 def test_command_line_needs_a_world_model(folder: Path):
-    command = [sys.executable, "-m", "cdit.studies.turning", "--checkpoint", str(folder), "--data", str(folder)]
+    command = [sys.executable, "-m", "cdit.studies", "turning", "--checkpoint", str(folder), "--data", str(folder)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert "no world model here" in done.stderr

@@ -3,6 +3,7 @@ import os
 import pickle
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -192,6 +193,27 @@ def test_other_weights_are_noticed(evaluate: Callable[..., Done], world, tmp_pat
     assert "other weights" in done.err
 
 
+def test_a_dataset_recorded_anew_in_place_is_noticed(evaluate: Callable[..., Done], computed: list, walks: Path):
+    """With the names and lengths of before; one that was moved is the same."""
+    shutil.copytree(walks, "moving")
+    options = ["--protocols", "[time]", "--data"]
+    assert evaluate(*options, "moving").code == 0
+    Path("moving").rename("moved")
+    computed.clear()
+    assert evaluate(*options, "moved").code == 0
+    assert not computed
+    pictures = sorted(Path("moved/a").glob("*.jpg"))
+    for file, content in zip(pictures, [file.read_bytes() for file in reversed(pictures)], strict=True):
+        file.write_bytes(content)
+    done = evaluate(*options, "moved")
+    assert done.code == 2
+    assert "out/parts/time holds parts of another evaluation (other data)" in done.err
+    assert evaluate(*options, "moved", "--overwrite").code == 0
+    poses = Path("moved/b/traj_data.pkl")
+    poses.write_bytes(pickle.dumps({name: -value for name, value in pickle.loads(poses.read_bytes()).items()}))
+    assert "(other data)" in evaluate(*options, "moved").err
+
+
 def test_distances_of_distributions(evaluate: Callable[..., Done], monkeypatch: pytest.MonkeyPatch):
     """By networks of one's own; the 1-FPS rollouts, two frames, are too short for that of films."""
     code = "def forward(self, x):\n        return x.mean((-2, -1)).flatten(1)\n"
@@ -201,7 +223,7 @@ def test_distances_of_distributions(evaluate: Callable[..., Done], monkeypatch: 
     networks = ["--fid_network", "nets:Net", "--fvd_network", "nets:FilmNet"]
     done = evaluate("--metrics", "[psnr,fid,fvd]", *networks)
     assert done.code == 0
-    assert "FVD is left out of rollout_1fps: nets:FilmNet needs films of 3 frames, not 2" in done.err
+    assert "FVD is left out of rollout_1fps: nets:FilmNet needs videos of 3 frames, not 2" in done.err
     tables = {name: {row["metric"] for row in found["rows"]} for name, found in results()["protocols"].items()}
     assert tables == {"time": {"psnr", "fid"}, "rollout_1fps": {"psnr", "fid"}, "rollout_4fps": {"psnr", "fid", "fvd"}}
     text = Path("out/results.md").read_text()
@@ -281,7 +303,7 @@ def test_a_poisoned_index_file_is_refused_and_not_run(evaluate: Callable[..., Do
         (["--metrics", "[psnr,beauty]"], "beauty"),
         (["--metrics", "[fid]", "--fid_network", "nowhere:net"], "fid_network is 'nowhere:net'"),
         (["--sampler.scheduler", "ddpm"], "ddpm"),
-        (["--checkpoint", "nowhere"], "nowhere: no world model"),
+        (["--checkpoint", "nowhere"], "checkpoint is nowhere, which does not exist"),
         (["--split", "train"], "split 'train'"),
     ],
 )
@@ -293,6 +315,40 @@ def test_mistakes_are_found_before_anything_is_written(
     assert re.search(complaint, done.err)
     assert not Path("out").exists()
     assert not computed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fate", ["os.kill(os.getpid(), 9)", "time.sleep(600)"])
+def test_a_lost_process_is_not_waited_for(walks: Path, checkpoint: Path, tmp_path: Path, fate: str):
+    """Started without a launcher, which would end the others; the second process dies or hangs in its first batch."""
+    (tmp_path / "lost.py").write_text(
+        f"import os, sys, time\nfrom cdit.evaluate.study import Study\n"
+        f"if os.environ['RANK'] == '1':\n    Study.compute = lambda *_: {fate}\n"
+        "from cdit.common.cli import run\nfrom cdit.evaluate.__main__ import main\nrun(main)\n"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    options = ["--checkpoint", str(checkpoint), "--data", str(walks), *SHORT, "--protocols", "[time]", "--out", "out"]
+    together = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "lost.py", *options, "--timeout_minutes", "0.2"],
+            cwd=tmp_path,
+            env={**os.environ, **together, "RANK": rank, "LOCAL_RANK": rank, "CUDA_VISIBLE_DEVICES": ""},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    try:
+        _, said = processes[0].communicate(timeout=120)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert processes[0].returncode == 75, said
+    assert "stopped: another process does not answer (" in said
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 from cdit.common.errors import DataError
 from cdit.data.windows import WindowDataset
 from cdit.evaluate.config import EvaluateConfig, RolloutConfig, TimeConfig
-from cdit.evaluate.setup import build_studies
+from cdit.evaluate.evaluation import build_studies
 from cdit.nwm.normalization import normalization
 from cdit.world_model import WorldModel
 
@@ -21,7 +21,7 @@ def test_compatible_rollouts_are_in_the_spacings_of_the_dataset(
     """The release's numbers of a path, from its own description, in units of the walks' 0.25 m."""
     world = world()
     world.description.units = normalization()
-    config = EvaluateConfig("", "", "", protocols=["rollout"], nwm_compat=True)
+    config = EvaluateConfig(checkpoint="", data="", out="", protocols=["rollout"], nwm_compat=True)
     config.rollout = RolloutConfig(seconds=[1.0], fps=[4.0], samples=2)
     (study,) = build_studies(config, world, dataset)
     trajectory, now = dataset.trajectories[study.cases[0].trajectory], study.cases[0].now
@@ -42,7 +42,7 @@ def test_an_index_may_not_ask_for_a_shorter_past_than_the_model_knows(
 ):
     world = world()
     (tmp_path / "time.pkl").write_bytes(pickle.dumps([("a", 1, 0, 4)]))
-    config = EvaluateConfig("", "", "", protocols=["time"])
+    config = EvaluateConfig(checkpoint="", data="", out="", protocols=["time"])
     config.time = TimeConfig(seconds=[1.0], index=str(tmp_path / "time.pkl"))
     world.description.min_history = 2
     assert [case.now for case in build_studies(config, world, dataset)[0].cases] == [1]

@@ -1,0 +1,44 @@
+"""Experiments on top of evaluation.
+
+    python -m cdit.studies ablate SPEC.yaml
+    python -m cdit.studies steps --checkpoint RUN --data FOLDER --out OUT
+    python -m cdit.studies turning --checkpoint RUN --data FOLDER
+
+`ablate` trains variants of a config with several seeds and measures all of them on the same cases. `steps` finds how
+few denoising steps are enough: every scheduler, number of steps and shift samples the same cases from the same noise.
+`turning` measures whether predicted frames turn as far as the action says.
+
+What is finished is not computed again: after an interruption the same command continues.
+"""
+
+import sys
+
+from cdit.common.cli import Command, parse_command, run
+from cdit.common.options import check_options
+from cdit.studies.config import AblationConfig, StepsConfig, TurningConfig
+
+COMMANDS = {
+    "ablate": Command(AblationConfig, "train and compare variants of a config, given by SPEC.yaml"),
+    "steps": Command(StepsConfig, "find how few denoising steps are enough for a model"),
+    "turning": Command(TurningConfig, "measure whether predicted frames turn as far as the action says"),
+}
+
+
+def main() -> None:
+    """The command line."""
+    argv = sys.argv[1:]
+    if argv[:1] == ["ablate"] and argv[1:] and not argv[1].startswith("-"):
+        argv.insert(1, "--config")
+    name, config = parse_command(COMMANDS, __doc__, argv)
+    check_options(config)
+    if name == "ablate":
+        from cdit.studies.ablation import ablate as study  # these import torch
+    elif name == "steps":
+        from cdit.studies.steps import compare_steps as study
+    else:
+        from cdit.studies.turning import measure_turning as study
+    study(config)
+
+
+if __name__ == "__main__":
+    run(main)
