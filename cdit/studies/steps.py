@@ -90,6 +90,8 @@ def settings(config: StepsConfig, description: WorldDescription) -> list[Sampler
     for name, values in (("scheduler", schedulers), ("steps", grid.steps), ("shift", shifts)):
         if not values or len(set(values)) < len(values):
             raise UserError(f"sampler.{name} is {values}, expected at least one, each of them once")
+    if config.reference.scheduler == "ddpm":
+        raise UserError("reference.scheduler is ddpm, expected one that draws no noise on its way, such as ddim")
     try:
         scheduler = config.reference.scheduler or REFERENCE.get(objective, schedulers[0])
         reference = SamplerOptions(scheduler, config.reference.steps, 1.0).over(description)
