@@ -9,7 +9,7 @@ QUICKSTART = Path(__file__).parent / "configs" / "quickstart.yaml"
 
 
 def main() -> None:
-    """Reads the config and trains, until done or stopped."""
+    """Reads the config and trains until the end, or until the run is stopped."""
     config = cli.parse_config(TrainConfig, __doc__, default_file=QUICKSTART)
     config.validate()
     config.check_folder()
@@ -40,7 +40,7 @@ def train(config: TrainConfig, signals: "StopSignals") -> None:  # noqa: F821
     accelerator, sharded = build_accelerator(config)
     run = DurableRun(config, accelerator, signals)
 
-    # Data: recorded where missing, then windows of past frames and goals.
+    # Data: recorded if missing, then windows of past frames and goals.
     prepare_data(config.data, accelerator)
     train_set = WindowDataset(config.data, config.data.train_split, config.seed)
     test_set = WindowDataset(config.data, config.data.test_split, config.seed)
@@ -70,8 +70,8 @@ def train(config: TrainConfig, signals: "StopSignals") -> None:  # noqa: F821
             if run.is_done:
                 break
 
-            # All processes' samples together are the step's batch: its loss is their weighted mean, of which each
-            # micro-batch of each process has a share.
+            # The samples of all processes form the step's batch. Its loss is their weighted mean; each micro-batch of
+            # each process contributes a share.
             parts, samples = run.next_batch()
             shares = []
             for i, part in enumerate(parts):
@@ -81,7 +81,7 @@ def train(config: TrainConfig, signals: "StopSignals") -> None:  # noqa: F821
                 with accelerator.accumulate(network):
                     losses = world.objective.loss(network, batch, KeyedDraws(part.key, accelerator.device))
                     share = (part.weight.to(accelerator.device) @ losses.mean(dim=1)) / samples
-                    # Accelerate divides by the number of parts, and processes take the mean of their gradients.
+                    # Accelerate divides by the number of parts, and DDP averages gradients over processes.
                     accelerator.backward(share * (len(parts) * accelerator.num_processes))
                 shares.append(share.detach())
             norm = accelerator.clip_grad_norm_(trainable(networks).values(), config.optimizer.max_grad_norm)

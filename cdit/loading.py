@@ -1,4 +1,4 @@
-"""What command lines that use a trained model have in common: device, model, sampler, test windows."""
+"""Loads a trained model and matching windows, for commands that use one."""
 
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ from cdit.world_model import WorldModel
 
 
 def find_device(name: str) -> torch.device:
-    """The device of that name; "auto" is CUDA where there is one, else the CPU.
+    """The device of that name; "auto" is CUDA if available, otherwise the CPU.
 
     Raises:
         UserError: no such device.
@@ -23,7 +23,7 @@ def find_device(name: str) -> torch.device:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} is not to be had here ({str(error).splitlines()[0]})") from error
+        raise UserError(f"device {name!r} is not available ({str(error).splitlines()[0]})") from error
     return device
 
 
@@ -46,21 +46,21 @@ def windows_for(
     spacing: float | None = None,
     acting: bool = False,
 ) -> WindowDataset:
-    """The windows of a split as the model takes them: its frame size and crop, its context, its frames a second.
+    """The windows of a split in the format of the model: frame size, crop, context length, frames per second.
 
     Args:
         world: the model.
         folder: the dataset.
         split: name of the split.
-        splits: folder with <split>/traj_names.txt, where that is not <folder>/splits.
+        splits: folder with <split>/traj_names.txt; by default <folder>/splits.
         follow_links: whether links within the dataset's folder may lead out of it.
-        spacing: metres between consecutive frames, by default what dataset.json says.
-        acting: whether the model is given actions even where the dataset has none.
+        spacing: metres between consecutive frames; by default the one in dataset.json.
+        acting: whether the model is conditioned on given actions even if the dataset has none.
 
-    Says so on stderr where the dataset's own frames a second differ.
+    Prints a note on stderr if the frame rate of the dataset differs.
 
     Raises:
-        UserError: the dataset cannot be used, or the model has to be told a spacing that nobody knows.
+        UserError: the dataset cannot be used, or the model needs a spacing and none is given.
     """
     description = world.description
     config = DataConfig(
@@ -77,15 +77,16 @@ def windows_for(
     recorded = DatasetInfo.load(Path(folder))
     if recorded is not None and abs(recorded.fps - description.fps) > 1e-6:
         tqdm.write(
-            f"{folder}: dataset.json says {recorded.fps:g} frames a second; taken for the model's {description.fps:g}",
+            f"{folder}: dataset.json says {recorded.fps:g} frames per second, but the model expects "
+            f"{description.fps:g}; frames are used as they are",
             file=sys.stderr,
         )
     dataset = WindowDataset(config, split)
     known = spacing or (recorded is not None and recorded.metric_waypoint_spacing)
     if description.units.spacing is None and not known and (acting or dataset.info.has_actions):
         raise UserError(
-            f"spacing: the model was trained on datasets of different spacings, and {folder}/dataset.json does not say "
-            "that of this one: give spacing, the metres between consecutive frames"
+            f"spacing: the model was trained on datasets of different spacings, and {folder}/dataset.json gives none: "
+            "pass --spacing, the metres between consecutive frames"
         )
     return dataset
 

@@ -1,4 +1,4 @@
-"""How a program ends early: by a mistake that a person can mend, or by an interruption that it can go on after."""
+"""Exceptions that end a program early: invalid input, or an interruption after which it can continue."""
 
 import errno
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
-"""What a disk says that is full, or cannot be written to."""
+"""Error numbers of a disk that is full or not writable."""
 
 
 class UserError(Exception):
-    """A mistake in what the user gave. The message names the file or field and what was expected of it.
+    """Invalid input. The message names the file or field and what was expected.
 
     Command lines print the message without a traceback and exit with code 2 (see `cdit.common.cli`).
     """
@@ -23,15 +23,15 @@ class DataError(UserError):
 
 
 class Interrupted(Exception):
-    """Something outside ended a run that can go on: a signal, a killed worker, other processes that are gone.
+    """A run was interrupted from outside and can continue: a signal, a killed worker, lost processes.
 
-    There is nothing to mend; the message says how to continue. Command lines exit with code 75, "try again".
+    Nothing needs to be fixed; the message says how to continue. Command lines exit with code 75, "try again".
     """
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Inside, a file or folder is written: where the disk takes no more, the error names it, as Python's does not.
+    """Names the file or folder that is written inside the `with` in errors of the disk, which Python's may not do.
 
     Raises:
         UserError: the disk is full, or cannot be written to.

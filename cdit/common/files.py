@@ -70,7 +70,7 @@ def parse_json(text: str, origin: Path | str, version: int | None = None) -> Any
         text: the JSON.
         origin: its file, for messages.
         version: the newest format that can be read, compared with the field "version", if any, before anything else is
-            looked at.
+            checked.
 
     Raises:
         DataError: the text is not strict JSON, is nested too deeply, or has a newer format.
@@ -112,9 +112,9 @@ def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
         with np.load(content, allow_pickle=False) as arrays:
             found = dict(arrays.items())
         if not all(isinstance(array, np.ndarray) for array in found.values()):
-            raise ValueError("other files among them")
+            raise ValueError("it contains files that are not arrays")
         return found
-    except Exception as error:  # numpy and zipfile raise many
+    except Exception as error:  # numpy and zipfile raise many types
         raise DataError(f"{path}: not readable arrays ({error})") from error
 
 
@@ -152,7 +152,7 @@ def check_inside(path: Path, folder: Path) -> None:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Writes a file atomically, by way of a hidden one that is renamed, and flushes it to disk."""
+    """Writes a file atomically, through a hidden file that is renamed, and flushes it to disk."""
     partial = path.with_name(f".{path.name}.partial")
     partial.unlink(missing_ok=True)  # might be a link
     partial.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -1,4 +1,4 @@
-"""Folders of results that are there whole or not at all."""
+"""Folders of results that appear complete or not at all."""
 
 import shutil
 import tempfile
@@ -11,9 +11,9 @@ from cdit.common.errors import UserError
 
 @contextmanager
 def finished_folder(out: Path) -> Iterator[Path]:
-    """A folder to write to; its files move to `out` when all is done, so that nothing is there half.
+    """A temporary folder whose files move to `out` at the end, so that no partial results appear.
 
-    Files of the same names are replaced, others stay.
+    Files with the same names are replaced; others are kept.
 
     Raises:
         UserError: `out` cannot be written to.

@@ -39,7 +39,7 @@ def comparison_grid(
 
     Args:
         context: (B, T, 3, H, W), or (B, 3, H, W) for the last frames alone.
-        truth: (B, G, 3, H, W); None where it is not known.
+        truth: (B, G, 3, H, W); None if unknown.
         prediction: (B, G, 3, H, W).
         horizons: G labels, such as "1 s".
         rows: B labels at the left, if any.
@@ -69,11 +69,11 @@ def strip(
 
     Args:
         context: (T, 3, H, W), oldest first.
-        truth: (L, 3, H, W) following the context; None where it is not known.
+        truth: (L, 3, H, W) following the context; None if unknown.
         prediction: (L, 3, H, W).
-        fps: frames a second, for the labels.
+        fps: frames per second, for the labels.
         context_mask: (T,), False where a context frame is missing and its cell stays empty.
-        columns: at most so many frames of the future are shown, evenly spaced, the last one included.
+        columns: the largest number of future frames to show, evenly spaced, including the last.
         scale: see `to_image`.
 
     Frames are uint8, or float in [-1, 1].
@@ -103,9 +103,9 @@ def rollout_video(
 
     Args:
         context: (T, 3, H, W), the frames that exist, oldest first.
-        truth: (L, 3, H, W); None where it is not known, and the prediction stands alone.
+        truth: (L, 3, H, W); None if unknown, in which case only the prediction is shown.
         prediction: (L, 3, H, W).
-        fps: frames a second, for the labels.
+        fps: frames per second, for the labels.
         scale: see `to_image`; by default twice as large as in a grid.
 
     Returns:
@@ -127,12 +127,12 @@ def rollout_video(
 
 
 def save_mp4(frames: Sequence[Image.Image] | Tensor, path: Path | str, fps: float) -> None:
-    """Writes an MP4 that browsers and W&B play: H.264, or MPEG-4 where FFmpeg was built without it.
+    """Writes an MP4 that browsers and W&B play: H.264, or MPEG-4 if FFmpeg was built without it.
 
     Args:
         frames: images of one size, or a tensor (T, 3, H, W), uint8 or float in [-1, 1]. An odd side gains a pixel.
         path: the file.
-        fps: frames a second.
+        fps: frames per second.
     """
     arrays = [np.asarray(frame.convert("RGB")) for frame in _images(frames)]
     height, width = arrays[0].shape[:2]
@@ -150,7 +150,7 @@ def save_mp4(frames: Sequence[Image.Image] | Tensor, path: Path | str, fps: floa
 
 
 def save_gif(frames: Sequence[Image.Image] | Tensor, path: Path | str, fps: float) -> None:
-    """Writes an endless GIF; arguments as for `save_mp4`. Its clock ticks in hundredths of a second."""
+    """Writes a looping GIF; arguments as for `save_mp4`. Its time unit is a hundredth of a second."""
     first, *rest = _images(frames)
     first.save(path, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, disposal=1)
 
@@ -173,7 +173,7 @@ def _table(
 ) -> Image.Image:
     """Images of one size in rows and columns with headers; neighbouring columns of one group share its header.
 
-    A None is a cell without image: grey, or white where `blanks_are_empty` and the whole column's lower rows are blank.
+    A None is a cell without image: grey, or white if `blanks_are_empty` and the whole column's lower rows are blank.
     """
     cell = next(image for row in cells for image in row if image is not None)
     size = 12 if cell.width >= 96 else 10

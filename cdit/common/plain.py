@@ -1,4 +1,4 @@
-"""YAML of plain values, for configs that may come from elsewhere.
+"""YAML restricted to plain values, for configs from untrusted sources.
 
 jsonargparse reads configs and command lines with what `safe_loader` returns (see `cdit.common.cli`). PyYAML's safe
 loader alone accepts a key twice, nesting that overflows the stack, and aliases that expand without bound; jsonargparse
@@ -71,7 +71,7 @@ def _check_nesting(text: str) -> None:
             if depth > MAX_DEPTH:
                 break
     except yaml.YAMLError as error:
-        if "nesting depth" not in str(error):  # libyaml's own limit, which its look-ahead may meet first
+        if "nesting depth" not in str(error):  # libyaml's own limit, which its look-ahead may reach first
             raise
         depth = MAX_DEPTH + 1
     if depth > MAX_DEPTH:
@@ -79,7 +79,7 @@ def _check_nesting(text: str) -> None:
 
 
 def _check_nodes(node: yaml.Node | None) -> None:
-    """Raises for aliases, which are nodes met again, and for keys that are there twice."""
+    """Raises for aliases (nodes visited twice) and for duplicate keys."""
     seen: set[int] = set()
 
     def visit(node: yaml.Node) -> None:
@@ -95,7 +95,7 @@ def _check_nodes(node: yaml.Node | None) -> None:
                 visit(key)
                 visit(value)
                 if isinstance(key, yaml.ScalarNode) and key.value in names:
-                    raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value!r} is there twice")
+                    raise yaml.YAMLError(f"line {key.start_mark.line + 1}: {key.value!r} is a duplicate key")
                 names.add(key.value if isinstance(key, yaml.ScalarNode) else None)
 
     if node is not None:

@@ -1,4 +1,4 @@
-"""A run at Weights & Biases. Whatever happens there costs the program that reports to it a warning and some seconds."""
+"""A Weights & Biases run whose failures cost the program no more than a warning and some seconds."""
 
 import atexit
 import os
@@ -20,50 +20,50 @@ from tqdm import tqdm
 T = TypeVar("T")
 
 INIT_S = 30.0
-"""Longest wait for the server's first answer."""
+"""Longest wait for the first response of the server."""
 CALL_S = 60.0
-"""Longest wait for any one call: to start, with the login, or to take what is logged, which it only puts on disk."""
+"""Longest wait for one call: to start, including the login, or to log, which only writes to disk."""
 FINISH_S = 60.0
-"""Longest wait for what has not been uploaded when the program ends. `wandb sync --include-online` does it later."""
+"""Longest wait for pending uploads when the program ends. `wandb sync --include-online` uploads the rest later."""
 SERVICE = "wandb-core"
 
 
 class WandbRun:
-    """Online where somebody is logged in and the server answers, else in `<folder>/wandb`, to be synced later.
+    """Online if the user is logged in and the server responds, otherwise in `<folder>/wandb`, to be synced later.
 
-    Nothing here raises, or waits for longer than the times above: the first call that fails, or does not return, is the
-    last one, and a warning says so. Where the program ends without `finish`, that is done on its way out.
+    No method raises or waits longer than the times above: the first call that fails or does not return is the last one,
+    with a warning. If the program ends without `finish`, it is called at exit.
 
-    The same `run_id` again continues the run: online from `next_step` on; offline in a further folder, which is the
-    whole run by itself if all is logged again, and which takes the place of the others when it is synced.
+    Passing the same `run_id` continues the run: online from `next_step` on; offline in a new folder, which holds the
+    whole run if everything is logged again, and which replaces the earlier ones when it is synced.
     """
 
     next_step = 0
-    """The first step that the server does not have; earlier ones are not logged again."""
+    """The first step that the server lacks; earlier ones are not logged again."""
 
     def __init__(self, folder: Path, run_id: str | None = None, **about: Any):
         """Starts or continues a run.
 
         Args:
-            folder: whose `wandb` gets its files.
-            run_id: its identity; by default a new one.
+            folder: its files go to `wandb` in it.
+            run_id: its id; by default a new one.
             about: further arguments of `wandb.init`: project, name, config.
         """
         self._folder, self._calls = folder, _Calls()
-        # Where pictures in tables wait for `wandb sync`; by default that would be the home folder.
+        # Where pictures in tables are kept for `wandb sync`; the default is the home folder.
         os.environ.setdefault("WANDB_DATA_DIR", str((folder / "wandb").absolute()))
-        # Reports of W&B's errors to its makers; where the server is gone, they wait for it for long when Python ends.
+        # Error reports to W&B; if the server is unreachable, they delay the end of Python for long.
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         for mode, otherwise in (
             (os.environ.get("WANDB_MODE"), "trying offline"),
-            ("offline", "nothing is shown there"),
+            ("offline", "nothing is logged there"),
         ):
             self._run = self._try(partial(_start, folder, run_id, mode, about), otherwise, CALL_S)
             if self._run is not None:
                 break
         if self._run is None:
             return
-        atexit.register(self.finish)  # after wandb's own, which it thereby precedes: that one waits without end
+        atexit.register(self.finish)  # called before wandb's own handler, which waits without limit
         if self._run.settings.mode == "offline":
             files = Path(os.path.relpath(self._run.dir)).parent
             tqdm.write(f"W&B offline: to see the run, `wandb login` and then `wandb sync {files}`")
@@ -71,13 +71,15 @@ class WandbRun:
             self.next_step = self._run.starting_step
 
     def log(self, content: Callable[[], Mapping[str, Any]], step: int | None = None) -> None:
-        """Logs what a function returns: numbers, W&B objects. What goes wrong in making them is W&B's trouble, too."""
+        """Logs what a function returns: numbers, W&B objects. Errors in the function are handled like those of W&B."""
         run = self._run
         if run is not None and (step is None or step >= self.next_step):
-            self._try(lambda: run.log(dict(content()), step=step), f"what follows is in {self._folder} alone", CALL_S)
+            self._try(
+                lambda: run.log(dict(content()), step=step), f"from here on, results are only in {self._folder}", CALL_S
+            )
 
     def finish(self) -> None:
-        """Uploads the rest, and ends the run; W&B itself says so where that is not done in time."""
+        """Uploads the rest and ends the run; W&B itself prints a message if there is not enough time."""
         atexit.unregister(self.finish)
         run = self._run
         if run is not None:
@@ -85,20 +87,20 @@ class WandbRun:
         self._run = None
 
     def _try(self, call: Callable[[], T], otherwise: str, seconds: float) -> T | None:
-        """What a call returns; else None, and the run is given up with everything of W&B in this process."""
+        """What a call returns; None if it fails, and W&B is shut down in this process."""
         try:
             return self._calls.result(call, seconds)
         except (Exception, SystemExit) as error:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
-            tqdm.write(f"warning: W&B does not work ({reason}): {otherwise}", file=sys.stderr)
+            tqdm.write(f"warning: W&B failed ({reason}): {otherwise}", file=sys.stderr)
             for end in (_kill, self._tear_down) if isinstance(error, TimeoutError) else (self._tear_down, _kill):
                 end()
         self._run = None
         return None
 
     def _tear_down(self) -> None:
-        """Ends W&B's process, if it takes its leave in time, and takes back what W&B would do when Python ends."""
-        with suppress(Exception, SystemExit):  # of a process that is gone, or ended with a code of its own
+        """Ends W&B's process, if that succeeds in time, and removes its exit handlers."""
+        with suppress(Exception, SystemExit):  # the process is gone, or ended with its own exit code
             self._calls.result(wandb.teardown, FINISH_S + CALL_S)
 
 
@@ -113,7 +115,7 @@ def _start(folder: Path, run_id: str | None, mode: str | None, about: Mapping[st
     if mode is None and not wandb.login(prompt=False, verify=False):
         mode = "offline"
     settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_S, finish_timeout=FINISH_S)
-    # What is synced of an offline run that resumes another is appended to it with other steps than it was logged with.
+    # Syncing an offline run that resumes another would append it with wrong steps.
     resume = None if mode == "offline" else "allow"
     return wandb.init(id=run_id, mode=mode, resume=resume, dir=str(folder), settings=settings, **about)
 
@@ -137,7 +139,7 @@ class _Calls:
         try:
             return future.result(seconds)
         except FutureTimeout:
-            if future.done():  # and this is what the call raised
+            if future.done():  # the call itself raised it
                 raise
             raise TimeoutError(f"no answer within {seconds:g} s") from None
 

@@ -1,4 +1,4 @@
-"""Folders of diffusers' save_pretrained that somebody else may have made, looked at before a network is built."""
+"""Checks of untrusted save_pretrained folders before a network is built from them."""
 
 import re
 from pathlib import Path
@@ -10,18 +10,18 @@ from cdit.common.errors import UserError
 from cdit.common.files import read_json
 
 LARGEST = 2**16
-"""Largest whole number in a network's config: a width, a number of channels."""
+"""Largest integer in a network's config, such as a width or a number of channels."""
 LAYERS = re.compile(r"depth|layers|blocks")
-"""What in a config's names says that a network has as many parts, each with weights of its own."""
+"""Names of config fields that count parts, each of which has weights of its own."""
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of the tensors in a folder's safetensors files, by name, after a look at its config.json.
+    """The shapes of the tensors in a folder's safetensors files, by name, after checking its config.json.
 
-    With the shapes at hand a network can be compared before it takes memory, and with these numbers be built in time.
+    Shapes can be compared before a network takes memory; the checked numbers bound the time to build it.
 
     Raises:
-        UserError: there are no such files, or the config has numbers that such weights cannot be of.
+        UserError: there are no such files, or the config has numbers that are impossible for these weights.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     try:
@@ -42,7 +42,7 @@ def _check_numbers(value: Any, most: int, where: Path, name: str = "") -> None:
             _check_numbers(item, most, where, key)
     elif isinstance(value, list):
         if len(value) > most:
-            raise UserError(f"{where}: {name} has {len(value)} entries, but there are weights of {most} tensors")
+            raise UserError(f"{where}: {name} has {len(value)} entries, but there are only {most} tensors")
         for item in value:
             _check_numbers(item, most, where, name)
     elif isinstance(value, int | float):

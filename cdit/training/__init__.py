@@ -1,1 +1,1 @@
-"""What the loop in train.py is told with: config, checkpoints, schedules, trackers, probes."""
+"""What train.py is built from: config, set-up, schedules, tracking, validation, probes."""

@@ -1,4 +1,4 @@
-"""The whole configuration of a training run. Sections that describe a part stand beside that part's code."""
+"""The complete configuration of a training run. Sections that describe a room are defined in that room."""
 
 import os
 from dataclasses import asdict, dataclass, field
@@ -20,7 +20,7 @@ class OptimizerConfig:
     """The optimizer and its learning-rate schedule."""
 
     name: Literal["adamw", "muon"] = "adamw"
-    """AdamW, or Muon for the matrices of the blocks and AdamW for all else."""
+    """AdamW, or Muon for the matrices of the blocks and AdamW for everything else."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -36,8 +36,8 @@ class OptimizerConfig:
     max_grad_norm: float = 1.0
     """Global gradient norm is clipped to this."""
     max_bad_steps: int = 10
-    """Steps whose gradient norm is not finite are skipped, counted, and their batch left in <run>/bad_steps/; after so
-    many in a row the training stops."""
+    """Steps whose gradient norm is not finite are skipped and counted, and their batch is saved to <run>/bad_steps/;
+    after this many in a row training stops."""
 
 
 @dataclass
@@ -45,10 +45,10 @@ class EMAConfig:
     """The running average of the weights that validation, probes and saved models use."""
 
     decay: float = 0.9999
-    """Largest decay a step."""
+    """Largest decay per step."""
     warmup_power: float = 0.75
-    """The decay grows as 1 - (1 + step)^-power up to its largest value, from a first step that is copied, so that the
-    initial weights leave no trace; 0 for a fixed decay from the initial weights on (the NWM release)."""
+    """The decay grows as 1 - (1 + step)^-power up to its largest value, starting from a copy after the first step, so
+    that the initial weights leave no trace; 0 for a fixed decay from the initial weights on (the NWM release)."""
 
 
 @dataclass
@@ -58,9 +58,9 @@ class ValidationConfig:
     every: int = 500
     """Steps between validations; also validated at the end."""
     samples: int = 256
-    """Number of windows, drawn once and kept for the whole run."""
+    """Number of windows, drawn once for the whole run."""
     time_bins: int = 5
-    """Equal bins of diffusion time in which the loss is reported."""
+    """Number of equal bins of diffusion time for which the loss is reported."""
 
 
 @dataclass
@@ -87,26 +87,26 @@ class ProbeConfig:
 
 @dataclass
 class CheckpointConfig:
-    """What a run leaves on disk to be continued from."""
+    """Checkpoints, from which a run can continue."""
 
     every: int = 1000
     """Steps between checkpoints; one is always written at the end."""
     keep: int = 2
-    """How many checkpoints are kept, the newest ones."""
+    """How many of the newest checkpoints are kept."""
     keep_every: int = 0
-    """Checkpoints of steps that are a multiple of this are kept for ever, too; 0: none."""
+    """Checkpoints whose step is a multiple of this are also kept; 0: none."""
     background: bool = True
-    """Whether a thread writes them while the training goes on, from a copy in memory."""
+    """Whether a thread writes them from a copy in memory while training continues."""
 
 
 @dataclass
 class TrackingConfig:
-    """Where the run is shown, beside metrics.jsonl and the pictures in its folder."""
+    """Where the run is logged, in addition to metrics.jsonl and the pictures in its folder."""
 
     backend: Literal["wandb", "none"] = "wandb"
-    """Weights & Biases (offline when nobody is logged in), or nothing."""
+    """Weights & Biases (offline if you are not logged in), or none."""
     project: str = "cdit"
-    """Project name there."""
+    """Project name at Weights & Biases."""
     every: int = 20
     """Steps between logged training metrics."""
 
@@ -120,34 +120,34 @@ class TrainConfig:
     output: str = "runs"
     """Folder of all runs."""
     resume: str = "no"
-    """Continue an earlier run: auto (from its newest checkpoint, or from the start where there is none), or the path of
-    a checkpoint folder; no starts afresh and refuses a folder that holds checkpoints. What the weights were learned
-    with cannot change on the way. A checkpoint that was damaged is named, kept, and an older one taken."""
+    """Continue an earlier run: auto (from its newest checkpoint, or from the beginning if there is none), or the path
+    of a checkpoint folder. With no, start from the beginning, and fail if the folder holds checkpoints. Settings that
+    the weights depend on must not change. A damaged checkpoint is reported and kept, and an older one is used."""
     allow_changes: bool = False
-    """Continue even where the config says something else of what the weights were learned with."""
+    """Continue even if settings that the weights depend on have changed."""
     seed: int = 0
     """Key of all randomness: weights, batches, goals, noise, diffusion times."""
     steps: int = 1000
-    """Optimizer steps of the whole run. Where another number is given on resuming, a cosine follows it from there."""
+    """Optimizer steps of the whole run. If they change when resuming, a cosine schedule follows the new number."""
     stop_at: int | None = None
-    """Stop after this step, schedules unchanged, to train a run in pieces (see resume)."""
+    """Stop after this step without changing schedules, to train a run in pieces (see resume)."""
     batch_size: int = 32
     """Contexts (each with data.goals goals) per step, over all processes."""
     micro_batch_size: int | None = None
-    """Contexts per process and forward pass; smaller ones accumulate gradients. None: the process's whole share."""
+    """Contexts per process and forward pass; smaller ones accumulate gradients. None: all at once."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Autocast precision."""
     deterministic: bool = False
-    """On a GPU, use only kernels that give the same bits every time, and stop where there is none; slower. On a CPU all
-    do, for the same number of threads."""
+    """On a GPU, use only deterministic kernels, and fail where there is none; slower. On a CPU all kernels are
+    deterministic for a fixed number of threads."""
     timeout_minutes: float = 30.0
-    """How long processes wait for one another before all end. Longer than a probe takes, which one of them does alone;
-    data that takes longer to record is to be recorded before."""
+    """How long processes wait for each other before all exit. Must be longer than a probe, which one process runs
+    alone; record data that takes longer beforehand."""
     compile: bool = False
-    """Whether to compile the network (torch.compile); pays on a GPU and on long CPU runs."""
+    """Whether to compile the network (torch.compile); pays off on a GPU and in long CPU runs."""
     activation_checkpointing: bool = False
-    """Whether blocks keep only their input for the backward pass and compute the rest again: same gradients, far less
-    memory, about a third more compute."""
+    """Whether blocks keep only their input for the backward pass and recompute the rest: the same gradients and far
+    less memory for about a third more compute."""
     action_dropout: float = 0.0
     """Share of goals whose action is hidden in training, for guidance on the action in sampling."""
     data: DataConfig = field(default_factory=DataConfig)
@@ -166,7 +166,7 @@ class TrainConfig:
     objective_options: dict[str, Any] = field(default_factory=dict)
     """Options of an objective of your own."""
     units: Literal["farthest_goal", "nwm"] = "farthest_goal"
-    """How actions and time shifts are normalised: in units of the farthest goal's, or as in the NWM release."""
+    """How actions and time shifts are normalised: relative to the farthest goal, or as in the NWM release."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How frames are sampled, in probes and by default afterwards."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -188,7 +188,7 @@ class TrainConfig:
         return Path(self.output) / self.name
 
     def validate(self) -> None:
-        """Checks what types cannot say.
+        """Checks what types cannot express.
 
         Raises:
             UserError: a value is out of its range; the message names the field.
@@ -263,7 +263,7 @@ class TrainConfig:
             raise UserError(f"probe.offsets is {self.probe.offsets}, expected non-zero numbers of frames")
 
     def _load_plugins(self) -> None:
-        """Imports the modules of a user's own codec, objective and conditioners."""
+        """Imports the modules of user-defined codecs, objectives and conditioners."""
         if self.codec.kind not in ("pixels", *DEFAULT_WEIGHTS):
             from cdit.codec.codec import CODECS
 
@@ -279,18 +279,18 @@ class TrainConfig:
                 CONDITIONERS.load(kind)
 
     def check_folder(self) -> None:
-        """Checks that the run's folder can be made, or written to.
+        """Checks that the run's folder can be created or written to.
 
         Raises:
             UserError: it cannot.
         """
         there = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            what = "may not be written to" if there.is_dir() else "is no folder"
+            what = "is not writable" if there.is_dir() else "is not a folder"
             raise UserError(f"output is {self.output!r}, but {there} {what}")
 
     def plain(self) -> dict[str, Any]:
-        """The config as YAML has it: dictionaries, lists and plain values."""
+        """The config as plain values for YAML: dictionaries, lists, numbers and strings."""
         return _plain(asdict(self))
 
     def save(self, path: Path) -> None:
@@ -299,7 +299,7 @@ class TrainConfig:
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, its names joined by dots as on the command line."""
+    """Flattens nested dictionaries; names are joined by dots, as on the command line."""
     found = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -307,7 +307,7 @@ def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _plain(value: object) -> object:
-    """Tuples as lists, which YAML can say."""
+    """Tuples as lists, which YAML can represent."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (tuple, list)) else value

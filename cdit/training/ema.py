@@ -15,7 +15,7 @@ class EMA:
 
     def __init__(self, network: nn.Module, config: EMAConfig):
         self.network = network
-        self._ahead = 0 if config.warmup_power else 1  # diffusers copies the weights at the first step of all
+        self._ahead = 0 if config.warmup_power else 1  # diffusers copies the weights at the very first step
         self.average = EMAModel(
             network.parameters(),
             decay=config.decay,
@@ -27,7 +27,7 @@ class EMA:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Takes in the weights after an optimizer step."""
+        """Updates the average after an optimizer step."""
         self.average.optimization_step += 1
         decay = self.average.get_decay(self.average.optimization_step)
         # In one pass over memory, and one kernel on a GPU; EMAModel.step takes three for each parameter.
@@ -35,7 +35,7 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The network holds the averaged weights, in evaluation mode, inside the `with`."""
+        """Puts the averaged weights into the network, in evaluation mode, inside the `with`."""
         training = self.network.training
         self._swap()
         self.network.eval()
@@ -59,5 +59,5 @@ class EMA:
         return dict(zip(names, self.average.shadow_params, strict=True))
 
     def resume(self, step: int) -> None:
-        """Goes on as after that many steps."""
+        """Continues as after that many steps."""
         self.average.optimization_step = step + self._ahead

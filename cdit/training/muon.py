@@ -17,18 +17,17 @@ class Muon(torch.optim.AdamW):
 
     The update is torch.optim.Muon's with Nesterov momentum and `adjust_lr_fn="match_rms_adamw"` (Liu et al. 2025, arXiv
     2502.16982: 0.2·√max(rows, columns), the root mean square of an update of AdamW). Matrices of one shape are
-    orthogonalised in one batched product, and a matrix that holds several, as the fused one of keys and values does, is
-    split first. Sharded matrices are gathered for it, each process keeping its rows.
+    orthogonalised in one batched product, and a matrix that stacks several, such as the fused one of keys and values,
+    is split first. Sharded matrices are gathered first; each process keeps its rows of the result.
 
     Args:
-        matrices: to orthogonalise; groups may have `splits`, how many matrices each of theirs holds, one
-            below the other.
+        matrices: to orthogonalise; groups may have `splits`, the number of matrices stacked in each of theirs.
         others: groups for AdamW.
         momentum: decay of the matrices' momentum.
         newton_schulz_steps: iterations of the orthogonalisation.
         options: of AdamW, of which learning rate and weight decay are the matrices' too.
 
-    `found_inf`, where it is set to a tensor of 1, has a step change nothing, as with a fused AdamW.
+    If `found_inf` is set to a tensor of 1, a step changes nothing, as with a fused AdamW.
     """
 
     def __init__(

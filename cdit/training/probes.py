@@ -1,4 +1,4 @@
-"""What a person looks at during training: predicted frames, metrics beside baselines, rollouts, attention maps."""
+"""Probes during training: predicted frames, metrics beside baselines, rollouts, attention maps."""
 
 from functools import partial
 from pathlib import Path
@@ -39,8 +39,8 @@ class Probes:
     Predictions are computed and measured by the engine of `python -m cdit.evaluate`.
 
     Raises:
-        UserError: no window reaches as far ahead as `probe.offsets` or `probe.rollout_frames` ask, or the network has
-            no such layer or patch as `probe.attention` names.
+        UserError: no window reaches as far ahead as `probe.offsets` or `probe.rollout_frames`, or `probe.attention`
+            names a layer or patch that does not exist.
     """
 
     def __init__(self, dataset: WindowDataset, cdit: CDiT, config: TrainConfig, accelerator: Accelerator):
@@ -51,17 +51,17 @@ class Probes:
         if config.probe.rollouts and config.probe.rollout_frames:
             self.paths = self._reaching([config.probe.rollout_frames], "probe.rollout_frames")
         if config.probe.attention.samples:
-            config.probe.attention.resolve(cdit, "probe.attention")  # here, before the training that a mistake costs
+            config.probe.attention.resolve(cdit, "probe.attention")  # now, so that a mistake does not cost a training
         self.metrics = {}
         if accelerator.is_main_process:
             self.metrics = load_metrics(accelerator.device, config.data.image_size)
 
     def run(self, world: WorldModel, tracker: Tracker, step: int, final: bool = False) -> None:
-        """Probes the world model as it is; every process must call it.
+        """Probes the world model with its current weights; every process must call it.
 
         Args:
-            world: its network holds the weights to look at, in evaluation mode.
-            tracker: where to show what is found, beside <run>/probes/<step>/.
+            world: its network holds the weights to probe, in evaluation mode.
+            tracker: where to log the results, in addition to <run>/probes/<step>/.
             step: the training step.
             final: whether to measure more samples and print the table.
         """
@@ -117,7 +117,7 @@ class Probes:
         names = [self.dataset.trajectories[self.dataset.locate(window)[0]].name for window in windows]
         try:
             places = true_places(self.dataset, world.cdit.grid, windows, offsets)
-        except UserError:  # most datasets do not know them
+        except UserError:  # unknown for most datasets
             places = None
         report = inspect_attention(
             world, batch, config, self.seed, names, places, title=f"Attention of {self.config.name} at step {step}"

@@ -1,4 +1,4 @@
-"""Builds what a run is made of from its config: the recorded data, the world model, the optimizer."""
+"""Builds the parts of a run from its config: the data, the world model, the optimizer."""
 
 import math
 import os
@@ -37,14 +37,14 @@ from cdit.world_model import Units, WorldDescription, WorldModel
 
 
 def build_accelerator(config: TrainConfig) -> tuple[Accelerator, bool]:
-    """Device, processes, precision and micro-batches; and whether the weights are to be sharded.
+    """The accelerator (device, processes, precision, micro-batches), and whether to shard the weights.
 
     Raises:
-        UserError: the device, or sharding, does not have that precision, or the processes do not find each other.
+        UserError: the device or sharding does not support the precision, or the processes are not connected.
     """
     sharded = take_wish()
     if config.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which cuBLAS needs for it
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required by cuBLAS
         torch.use_deterministic_algorithms(True)
     try:
         accelerator = Accelerator(
@@ -57,18 +57,18 @@ def build_accelerator(config: TrainConfig) -> tuple[Accelerator, bool]:
             raise UserError(f"mixed_precision is {config.mixed_precision}: {error}") from error
         raise
     launched = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != launched:  # each would train alone, all in the same folder
+    if accelerator.num_processes != launched:  # each would train on its own, all in the same folder
         raise UserError(
             f"{launched} processes were launched, but there are no GPUs for them (torch finds "
             f"{torch.cuda.device_count()}); to train on CPUs, accelerate launch --cpu, or ACCELERATE_USE_CPU=true"
         )
     if accelerator.num_processes > 2 and (config.deterministic or accelerator.device.type == "cpu"):
-        # After its first step DDP packs gradients anew, and in which order several processes add up a number depends on
-        # its place: a resumed run would differ. It packs once where it looks for parameters that are not used. There
-        # are none, as it says in a warning.
+        # After its first step DDP rebuilds its gradient buckets, and the order in which processes add up a number
+        # depends on its position: a resumed run would differ. It builds them only once if it searches for unused
+        # parameters. There are none, as it says in a warning.
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
-    if config.mixed_precision == "fp16" and sharded:  # each process would scale by what its own rows need
-        raise UserError("mixed_precision is fp16, expected no or bf16 where weights are sharded")
+    if config.mixed_precision == "fp16" and sharded:  # each process would choose a scale for its own rows
+        raise UserError("mixed_precision is fp16, expected no or bf16 with sharded weights")
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate trains in full precision
         raise UserError("mixed_precision is fp16, expected no or bf16 on a CPU")
     accelerator.gradient_accumulation_steps = micro_batches(config, accelerator.num_processes)
@@ -78,12 +78,12 @@ def build_accelerator(config: TrainConfig) -> tuple[Accelerator, bool]:
 
 
 def available_cpus() -> int:
-    """Processors that this process may run on, which may be fewer than the machine has."""
+    """Number of CPUs this process may use, possibly fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def micro_batches(config: TrainConfig, processes: int) -> int:
-    """Into how many parts each process cuts its share of a batch."""
+    """The number of parts into which each process splits its share of a batch."""
     share = math.ceil(config.batch_size / processes)
     return math.ceil(share / (config.micro_batch_size or share))
 
@@ -109,7 +109,7 @@ def prepare_data(config: DataConfig, accelerator: Accelerator) -> None:
 
 
 def prepare_folder(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Makes the run's folder and leaves the config there.
+    """Creates the run's folder and writes the config to it.
 
     Raises:
         UserError: it cannot be written to, or not all processes see it.
@@ -121,17 +121,17 @@ def prepare_folder(config: TrainConfig, accelerator: Accelerator) -> None:
             config.save(path)
     accelerator.wait_for_everyone()
     if not path.is_file():
-        raise UserError(f"output is {config.output!r}: expected a folder that is the same on all machines")
+        raise UserError(f"output is {config.output!r}: expected a folder shared by all machines")
 
 
 def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
     """The untrained world model: weights from the seed, units from the dataset.
 
-    An action is given to the network in units of the distance of the farthest goal at typical speed, and of π radians;
-    a time shift in units of the farthest goal's: numbers of about -1 to 1.
+    Actions are normalised by the distance of the farthest goal at typical speed and by π radians, time shifts by that
+    of the farthest goal, so that the network sees numbers of about -1 to 1.
 
     Raises:
-        UserError: sizes do not fit together.
+        UserError: sizes are not compatible.
     """
     codec = load_codec(config.codec)
     channels, *size = codec.latent_shape(config.data.image_size)
@@ -144,7 +144,7 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         **config.model.arguments(),
     )
     if config.activation_checkpointing:
-        cdit.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))  # what torch.compile knows
+        cdit.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))  # which torch.compile supports
     farthest = max(abs(config.data.min_offset), abs(config.data.max_offset), 1)
     units = Units(
         action_scale=(1 / farthest, 1 / farthest, 1 / torch.pi), time_scale=dataset.info.fps / farthest, spacing=None
@@ -172,10 +172,10 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
 
 
 def use_latents(datasets: Iterable[WindowDataset], codec: Codec, config: TrainConfig) -> None:
-    """Has samples hold latents in place of frames, where `python -m cdit.data.encode` has written them.
+    """Makes samples hold latents instead of frames if `python -m cdit.data.encode` has written them.
 
     Raises:
-        DataError: latents are there, but not all, or of another codec, frame size or crop.
+        DataError: some latents are missing, or were made with another codec, frame size or crop.
     """
     if codec.moments is None or config.data.latents == "no":
         return
@@ -212,10 +212,7 @@ def build_optimizer(
 
 
 def resume_schedule(schedule: LambdaLR, state: dict[str, Any]) -> None:
-    """Goes on from the schedule's `state_dict`, with the rate that its own peak and number of steps ask for.
-
-    Those may be others than before.
-    """
+    """Continues from a schedule's `state_dict`; peak rate and number of steps are the current ones."""
     own_peaks = schedule.base_lrs
     schedule.load_state_dict(state)
     schedule.base_lrs = own_peaks

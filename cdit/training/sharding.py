@@ -1,9 +1,9 @@
 """Fully sharded training (FSDP2): every process holds some rows of each weight, of its average and of its moments.
 
-A block's weights are gathered for as long as the block computes, its gradients are summed to where their rows are. It
-is torch's own `fully_shard` (Zhao et al. 2023, arXiv 2304.11277), the same on CPUs (gloo) and GPUs (NCCL); parameters
-become `DTensor`s, cut along their first dimension. Gradients of micro-batches are summed as they come, which costs
-traffic but leaves no whole gradient in memory.
+The weights of a block are gathered while it computes, and its gradients are reduced to the processes that hold their
+rows. This is torch's `fully_shard` (Zhao et al. 2023, arXiv 2304.11277), on CPUs (gloo) and GPUs (NCCL) alike;
+parameters become `DTensor`s, split along their first dimension. Gradients are reduced after each micro-batch, which
+costs communication but keeps no complete gradient in memory.
 """
 
 import os
@@ -24,19 +24,17 @@ from cdit.world_model import WorldModel
 
 
 def take_wish() -> bool:
-    """Whether `accelerate launch` was told to shard (`distributed_type: FSDP`), and there are processes to share with.
+    """Whether `accelerate launch` requests sharding (`distributed_type: FSDP`) and there are several processes.
 
-    To be called before there is an `Accelerator`.
-
-    The wish is taken out of the environment: an `Accelerator` that found it there would shard by itself on GPUs,
-    without what `shard` knows of this network, and on CPUs would quietly give every process the whole network.
+    Must be called before an `Accelerator` is created. Removes the request from the environment: an `Accelerator` would
+    otherwise shard by itself on GPUs, without the rules of `shard`, and on CPUs silently replicate the whole network.
     """
-    wish = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return wish and int(os.environ.get("WORLD_SIZE", 1)) > 1
+    requested = os.environ.pop("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    return requested and int(os.environ.get("WORLD_SIZE", 1)) > 1
 
 
 def bare_networks(world: WorldModel) -> dict[str, nn.Module]:
-    """What a run trains and saves, not wrapped: the CDiT as `model`, and the objective's as `objective.<name>`."""
+    """The unwrapped networks that a run saves: the CDiT (`model`) and those of the objective (`objective.<name>`)."""
     further = {
         f"objective.{name}": extract_model_from_parallel(network, keep_torch_compile=False)
         for name, network in world.objective.networks.items()
@@ -45,9 +43,11 @@ def bare_networks(world: WorldModel) -> dict[str, nn.Module]:
 
 
 def prepare_networks(world: WorldModel, accelerator: Accelerator, sharded: bool, compile: bool = False) -> nn.Module:
-    """Moves a world to the accelerator's device, shared or sharded among its processes, and returns what to train.
+    """Moves a world to the accelerator's device, replicated or sharded over its processes, and returns the network to
+    train.
 
-    Further networks of the objective that are trained, or are sharded CDiTs, are prepared likewise; others are moved.
+    Networks of the objective that are trained, or are sharded CDiTs, are prepared in the same way; others are only
+    moved.
     """
     world.codec.to(accelerator.device)
     networks = world.objective.networks
@@ -61,18 +61,18 @@ def prepare_networks(world: WorldModel, accelerator: Accelerator, sharded: bool,
 
 
 def shard(network: nn.Module, accelerator: Accelerator, compile: bool = False) -> nn.Module:
-    """Cuts a network up, in place, among two or more processes, and returns what to train.
+    """Shards a network in place over two or more processes, and returns the network to train.
 
-    Its parameters are others afterwards: an optimizer or an average is to be made of them now. They must have been the
-    same on every process.
+    This replaces its parameters, so create an optimizer or an average afterwards. They must have been identical on
+    every process.
 
     Args:
         network: a CDiT, whose blocks are gathered one by one, or any other module, gathered as a whole; on the CPU, or
             already on the accelerator's device.
-        accelerator: its processes and precision. It is not to `prepare` the network, which would add DDP.
-        compile: whether to compile the blocks, each by itself, so that gathering stays outside.
+        accelerator: its processes and precision. Do not `prepare` the network with it, which would add DDP.
+        compile: whether to compile the blocks, one by one, so that gathering stays outside.
     """
-    # Its warning is of outputs that are changed in place, which a prediction is not.
+    # The warning concerns outputs that are modified in place; predictions are not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
     blocks = (*network.context_blocks, *network.blocks) if isinstance(network, CDiT) else ()
@@ -80,7 +80,7 @@ def shard(network: nn.Module, accelerator: Accelerator, compile: bool = False) -
         if compile:
             block.compile()
         fully_shard(block, mesh=mesh, mp_policy=_precision(block, network, accelerator))
-    # By default the outermost part stays gathered after a call, and would miss that its average was put in its place.
+    # By default the outermost part stays gathered after a call and would not see the averaged weights.
     fully_shard(network, mesh=mesh, reshard_after_forward=True)
     if isinstance(network, CDiT):
         for block in network.blocks:
@@ -90,11 +90,11 @@ def shard(network: nn.Module, accelerator: Accelerator, compile: bool = False) -
 
 
 def _precision(block: nn.Module, network: CDiT, accelerator: Accelerator) -> MixedPrecisionPolicy:
-    """What a block's weights are gathered in: bfloat16 where autocast would round them to it at their first use.
+    """The precision in which a block's weights are gathered: bfloat16 if autocast would round them at their first use.
 
-    That halves the traffic, and the memory of what autocast would otherwise keep rounded for the backward pass, and
-    changes no bit. It is so of linear maps, and of the extra keys and values where no rotation comes before. Whatever
-    else a block has, autocast uses in float32; then all of it is gathered so.
+    That halves communication, and the memory for rounded copies that autocast keeps for the backward pass, and changes
+    no bit. It holds for linear maps, and for the extra keys and values if no rotation comes first. Autocast uses
+    everything else in float32; a block with such parameters is gathered in float32.
     """
     rounded_first = {nn.Linear} if network.can_push else {nn.Linear, MultiHeadAttention}
     owners = {type(module) for module in block.modules() if [*module.parameters(recurse=False)]}
@@ -104,12 +104,12 @@ def _precision(block: nn.Module, network: CDiT, accelerator: Accelerator) -> Mix
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor with all its rows. Every process must call it."""
+    """The complete tensor. Every process must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_world(world: WorldModel, accelerator: Accelerator) -> WorldModel | None:
-    """The world model with all its weights, for the main process alone; None on the others, which must call it, too."""
+    """The world model with complete weights on the main process, None on the others. Every process must call it."""
     weights = None
     if isinstance(world.cdit, FSDPModule):
         weights = get_model_state_dict(world.cdit, options=StateDictOptions(full_state_dict=True, cpu_offload=True))

@@ -1,4 +1,4 @@
-"""Where a run's numbers and pictures go: its own folder, and Weights & Biases."""
+"""Logs the numbers and pictures of a run to its folder and to Weights & Biases."""
 
 import json
 import math
@@ -23,9 +23,9 @@ METRICS = "metrics.jsonl"
 
 
 class Tracker:
-    """Writes metrics.jsonl, and shows the same numbers and more at W&B. Only the main process writes.
+    """Writes metrics.jsonl, and logs the same numbers and media to W&B. Only the main process writes.
 
-    A run that is continued keeps the rows that its checkpoint knows of, and tells W&B those of them that it lacks.
+    A resumed run keeps the rows up to its checkpoint, and sends those to W&B that it lacks.
 
     Raises:
         UserError: metrics.jsonl cannot be written.
@@ -45,20 +45,20 @@ class Tracker:
             about = {"project": config.tracking.project, "name": config.name, "config": asdict(config)}
             self.wandb = WandbRun(config.folder, state.tracker_id, **about)
             for line in lines:
-                with suppress(ValueError, KeyError):  # a row that somebody has changed
+                with suppress(ValueError, KeyError):  # a row that was edited
                     row = json.loads(line)
                     step = row.pop("step")
                     self.show(partial(_known, row), step)
 
     def print(self, text: str) -> None:
-        """A line on the console, above the progress bar."""
+        """Prints a line above the progress bar."""
         self.accelerator.print(text)
 
     def log(self, metrics: dict[str, float], step: int) -> None:
-        """Numbers of a step, to metrics.jsonl (null where not finite, which JSON cannot say) and W&B.
+        """Logs the numbers of a step to metrics.jsonl (null if not finite, as required by JSON) and W&B.
 
         Raises:
-            UserError: the file cannot be written. What is there of the row, a run that resumes takes away.
+            UserError: the file cannot be written. A resumed run removes a partial row.
         """
         if self.accelerator.is_main_process:
             row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
@@ -67,12 +67,12 @@ class Tracker:
         self.show(lambda: metrics, step)
 
     def show(self, media: Callable[[], dict[str, Any]], step: int) -> None:
-        """Images, videos and tables of a step, to W&B: what a function returns that is called if they are wanted."""
+        """Logs images, videos and tables of a step to W&B. `media` is called only if W&B is used."""
         if self.wandb:
             self.wandb.log(media, step)
 
     def finish(self) -> None:
-        """Ends the run at W&B, and the processes' group."""
+        """Ends the W&B run and the process group."""
         if self.wandb:
             self.wandb.finish()
         self.accelerator.end_training()
@@ -83,7 +83,7 @@ def _known(row: dict[str, float | None]) -> dict[str, float]:
 
 
 def _append(path: Path, line: str) -> None:
-    """Adds a line, on disk when this returns: a checkpoint that is to come counts on it."""
+    """Appends a line and flushes it to disk, because the next checkpoint relies on it."""
     try:
         with path.open("a") as file:
             file.write(line + "\n")
@@ -94,7 +94,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def _keep_lines(path: Path, count: int) -> list[str]:
-    """Leaves a file its first `count` lines, since a resumed run writes the later ones again; returns them."""
+    """Truncates a file to its first `count` lines, since a resumed run writes later ones again; returns them."""
     try:
         lines = path.read_text(errors="replace").splitlines()[:count] if path.is_file() else []
         write_whole(path, "".join(line + "\n" for line in lines))

@@ -18,8 +18,7 @@ CHUNK = 32  # windows per forward pass
 class Validation:
     """The held-out windows of a run.
 
-    Diffusion times are spread evenly over (0, 1), so that every bin holds equally many and no run is luckier than
-    another.
+    Diffusion times are evenly spaced over (0, 1), so that every bin holds the same number.
     """
 
     def __init__(self, dataset: WindowDataset, config: ValidationConfig, seed: int):
@@ -32,16 +31,16 @@ class Validation:
 
     @torch.no_grad()
     def run(self, world: WorldModel, network: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-        """Mean loss, over all times and per bin of diffusion time. Every process must call it.
+        """The mean loss, overall and per bin of diffusion time. Every process must call it.
 
         Args:
-            world: gives codec, units and objective.
+            world: its codec, units and objective are used.
             network: the CDiT to call, in evaluation mode.
-            accelerator: the windows are shared out among its processes.
+            accelerator: the windows are distributed over its processes.
         """
         sums = torch.zeros(2, self.bins, dtype=torch.float64)  # on the CPU: not every device has float64
-        # Where the weights are sharded, all processes have to call the network equally often, each with something:
-        # what they lack is filled up with the first window, which counts for nothing there.
+        # With sharded weights, all processes must call the network equally often: shorter shares are padded with the
+        # first window, with weight zero.
         processes, windows = accelerator.num_processes, len(self.keys)
         mine = range(accelerator.process_index, processes * math.ceil(windows / processes), processes)
         for start in range(0, len(mine), CHUNK):

@@ -137,7 +137,7 @@ def test_a_server_out_of_reach(program: Callable[..., Ended], tmp_path: Path, ho
     assert ended.code == 0
     assert "started 0" in ended.out
     (warning,) = warnings(ended)
-    assert warning.startswith("warning: W&B does not work (")
+    assert warning.startswith("warning: W&B failed (")
     assert "W&B offline: to see the run" in ended.out
     assert len(folders(tmp_path, "offline-run")) == 1
     assert not ended.services_left
@@ -153,7 +153,7 @@ def test_its_process_killed_or_stuck(program: Callable[..., Ended], number: str,
     ended = program(act=f"if step == 3: service(signal.{number})", end=end)
     assert ended.code == code
     (warning,) = warnings(ended)
-    assert warning.startswith("warning: W&B does not work (")
+    assert warning.startswith("warning: W&B failed (")
     assert not ended.services_left
     assert ended.seconds < 30
 

@@ -86,6 +86,4 @@ def test_read_only_on_the_way(trainer: Trainer, table: Table, disk: Path, phase:
 
 def test_read_only_from_the_start(trainer: Trainer, table: Table, disk: Path):
     remount(disk, "ro")()
-    survive(
-        trainer, table, "read-only output folder", disk, code=2, says="may not be written to", mend=remount(disk, "rw")
-    )
+    survive(trainer, table, "read-only output folder", disk, code=2, says="is not writable", mend=remount(disk, "rw"))

@@ -173,7 +173,7 @@ def test_the_cable_is_cut(trainer: Trainer, table: Table, network: Network, tmp_
     assert all(code != 0 for code in codes), codes
     assert 0 < took < BOUND_S
     for text in said:
-        assert "another process is gone, or does not answer" in text, text
+        assert "another process is gone or does not respond" in text, text
     network.mend()
     codes, said, _ = machines.run()
     assert codes == [0, 0], said

@@ -38,7 +38,7 @@ def test_one_of_two_hangs(trainer: Trainer, table: Table, together: Path, tmp_pa
         trainer, table, f"rank {rank} of 2 hangs", tmp_path, faults=[fault], code=1, reference=together,
         within_s=BOUND_S + 30, **TWO,
     )  # fmt: skip
-    assert "another process is gone, or does not answer" in ended.said
+    assert "another process is gone or does not respond" in ended.said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -214,7 +214,7 @@ def test_the_average_comes_and_goes_where_the_weights_are(one: Accelerator, worl
 def test_fp16_is_refused(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("cdit.training.setup.take_wish", lambda: True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(UserError, match="mixed_precision is fp16, expected no or bf16 where weights are sharded"):
+    with pytest.raises(UserError, match="mixed_precision is fp16, expected no or bf16 with sharded weights"):
         build_accelerator(config("--mixed_precision", "fp16"))
 
 

@@ -458,4 +458,4 @@ def test_an_output_that_may_not_be_written_to(
 ):
     access = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path and access(path, mode))  # root may all
-    assert f"{tmp_path} may not be written to" in refused(train, capsys, tmp_path / "runs")
+    assert f"{tmp_path} is not writable" in refused(train, capsys, tmp_path / "runs")

@@ -1,4 +1,4 @@
-"""Steps whose gradient is not finite: skipped on the device, counted, and their batch kept to be looked at."""
+"""Steps whose gradient is not finite: skipped on the device, counted, and their batch saved for inspection."""
 
 import json
 import math
@@ -19,17 +19,17 @@ FOLDER = "bad_steps"
 
 
 class BadSteps:
-    """Skips and reports them. The host learns of them when it next has to wait for the device anyhow.
+    """Skips and reports them. The host reads the results only when it has to wait for the device anyway.
 
-    With a gradient scaler (fp16), gradients that overflow are the scaler's, which skips such steps by itself while it
-    looks for a scale; only losses that are not finite count here then.
+    A gradient scaler (fp16) itself skips steps whose gradients overflow while it searches for a scale; only losses that
+    are not finite count here in that case.
 
     Args:
-        optimizer: a fused AdamW, which can be told on the device to do nothing.
+        optimizer: a fused AdamW, which can skip a step by a flag on the device.
         accelerator: for its scaler and this process's number.
-        folder: the run's.
-        limit: after so many in a row `look` raises.
-        batch: reads again what this process had of a step's batch: its micro-batches.
+        folder: of the run.
+        limit: `look` raises after this many in a row.
+        batch: reads this process's micro-batches of a step again.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class BadSteps:
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}  # norm and losses of the steps since the last look
 
     def before(self, step: int, norm: Tensor, loss: Tensor) -> None:
-        """Has the optimizer do nothing in this step if its gradient is not finite.
+        """Makes the optimizer skip this step if its gradient is not finite.
 
         Args:
             step: its number, counted from 0.
@@ -53,16 +53,16 @@ class BadSteps:
             loss: () of this process's samples.
         """
         if self.accelerator.scaler is None:
-            self.optimizer.found_inf = (~norm.isfinite()).float()  # as torch's own GradScaler tells it
+            self.optimizer.found_inf = (~norm.isfinite()).float()  # as torch's own GradScaler sets it
             self._seen[step] = norm, loss
         else:
             self._seen[step] = self.accelerator.reduce(loss, "sum"), loss
 
     def look(self, state: RunState) -> None:
-        """Counts the bad ones among the steps since the last look, and keeps their batches.
+        """Counts the bad steps since the last call, and saves their batches.
 
         Raises:
-            UserError: there are too many in a row, or the disk takes no batch.
+            UserError: there are too many in a row, or a batch cannot be written.
         """
         seen, self._seen = self._seen, {}
         values = torch.stack([torch.stack((n.float(), x.float())) for n, x in seen.values()]).tolist() if seen else []
@@ -75,8 +75,8 @@ class BadSteps:
             self._keep(step, norm, loss)
             if state.bad_in_a_row >= self.limit:
                 raise UserError(
-                    f"the gradient was not finite in {state.bad_in_a_row} steps in a row, the last one step {step}: "
-                    f"try a lower optimizer.learning_rate, or look at their batches in {self.folder}"
+                    f"the gradient was not finite in {state.bad_in_a_row} steps in a row, up to step {step}: "
+                    f"try a lower optimizer.learning_rate, or inspect their batches in {self.folder}"
                 )
 
     def _keep(self, step: int, norm: float, loss: float) -> None:
@@ -84,8 +84,8 @@ class BadSteps:
         named = [part.named_tensors() for part in parts]
         tensors = {name: torch.cat([part[name] for part in named]) for name in named[0]}
         path = self.folder / f"step_{step:08d}_process_{self.accelerator.process_index}"
-        said = {"step": step, "gradient_norm": str(norm), "loss": str(loss)}  # nan and inf are no JSON numbers
+        record = {"step": step, "gradient_norm": str(norm), "loss": str(loss)}  # nan and inf are not JSON numbers
         with writing(path):
             self.folder.mkdir(exist_ok=True)
             save_file(tensors, path.with_suffix(".safetensors"))
-            path.with_suffix(".json").write_text(json.dumps(said) + "\n")
+            path.with_suffix(".json").write_text(json.dumps(record) + "\n")

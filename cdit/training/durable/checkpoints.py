@@ -1,16 +1,16 @@
-"""Everything a run needs to be continued: <run>/checkpoints/.
+"""Everything needed to continue a run: <run>/checkpoints/.
 
-step_00001000/              one checkpoint, complete: until it is, its name is .step_00001000.partial
+step_00001000/              one complete checkpoint; until complete, its name is .step_00001000.partial
     manifest.json           size and SHA-256 of every other file, written last
     state.json              `RunState`
     config.yaml             the run's config
-    model.safetensors       the weights; sharded ones in model-00001-of-00008.safetensors …, a part each; those of
+    model.safetensors       the weights; if sharded, one part in each model-00001-of-00008.safetensors …; those of
                             further networks of the objective in objective.<name>.safetensors
     average.safetensors     their running average, likewise
     optimizer.safetensors   `<parameter>.exp_avg`, `.exp_avg_sq`, `.step`, likewise
     process_00000.json      random states of each process
 latest                      the name of the newest one
-step_00000500.damaged/      one that was found damaged, kept to be looked at
+step_00000500.damaged/      a damaged one, kept for inspection
 """
 
 import json
@@ -50,15 +50,15 @@ MAY_DIFFER = re.compile(
     r"|on_error)"
     r"|(validation|probe|checkpoint|tracking|sampler)\..*|optimizer\.max_bad_steps)"
 )
-"""Fields that a continued run may have other values of than the run had that it continues."""
+"""Fields that may change when a run is continued."""
 FREE = ("objective_options.", "model.extra_conditioners.")
-"""Fields whose names are a user's own."""
+"""Fields whose names are chosen by the user."""
 POLL_S = 0.05
 
 
 @dataclass
 class RunState:
-    """What of a run is neither weights nor optimizer state. Random draws are keyed by the step and need no state."""
+    """The state of a run besides weights and optimizer. Random draws are keyed by the step and need no state."""
 
     step: int = 0
     """Steps done."""
@@ -71,26 +71,26 @@ class RunState:
     best_loss: float | None = None
     """Smallest validation loss so far."""
     tracker_id: str | None = None
-    """Identity of the run at the tracker."""
+    """Id of the run at the tracker."""
     rows: int = 0
-    """Rows of metrics.jsonl that were written."""
+    """Number of rows written to metrics.jsonl."""
     losses: list[float | None] = field(default_factory=list)
-    """Of the steps since the last row of training metrics, which the next one is to tell of, too."""
+    """Losses of the steps since the last row of training metrics, which the next row includes."""
     bad_steps: int = 0
-    """Steps that were skipped because their gradient was not finite."""
+    """Number of steps skipped because their gradient was not finite."""
     bad_in_a_row: int = 0
-    """The last so many of them one after the other."""
+    """How many of them were the latest consecutive steps."""
     skipped_samples: int = 0
-    """Samples that could not be read and counted for nothing."""
+    """Number of samples that could not be read and got weight zero."""
 
 
 class Checkpoints:
-    """Writes the checkpoints of a run, by a thread, while the training goes on; every process has one.
+    """Writes the checkpoints of a run in a thread while training continues; every process has one.
 
-    Used as a context manager: a regular end waits for the last write, an exception breaks off what waits for others.
+    A context manager: a regular exit waits for the last write; an exception aborts waiting for other processes.
 
     Args:
-        accelerator: the processes; its gradient scaler is saved, too.
+        accelerator: the processes; its gradient scaler is saved as well.
         config: of the run.
         networks: the bare networks by name; the CDiT as `model`.
         optimizer: theirs.
@@ -126,10 +126,10 @@ class Checkpoints:
             self._writer.shutdown()
 
     def save(self, state: RunState) -> None:
-        """Starts to write a checkpoint of this moment, whole or not at all. Every process must call it.
+        """Starts writing a checkpoint of the current state, atomically. Every process must call it.
 
         Raises:
-            UserError: this or the last one cannot be written.
+            UserError: this or the previous one cannot be written.
         """
         self.wait()
         partial = self.folder / f".step_{state.step:08d}.partial"
@@ -158,31 +158,31 @@ class Checkpoints:
             self.wait()
 
     def wait(self) -> None:
-        """Waits until what `save` began is written.
+        """Waits until the checkpoint that `save` started is written.
 
         Raises:
-            UserError: it could not be.
+            UserError: it could not be written.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def check(self) -> None:
-        """Raises what went wrong in writing, if it is known by now."""
+        """Raises the error of a write that has failed by now."""
         if self._writing is not None and self._writing.done():
             self.wait()
 
     def load(self, folder: Path, data: str = "") -> RunState:
         """Restores weights, optimizer, average and random states from a checkpoint.
 
-        Where it is not one of this run, the run becomes one of its own: another at the tracker, its best still to come.
+        A checkpoint of another run starts a new run: with a new id at the tracker and no best loss yet.
 
         Args:
             folder: the checkpoint.
-            data: fingerprint of the training set; as with the config, `allow_changes` admits another.
+            data: fingerprint of the training set; as with the config, `allow_changes` allows it to differ.
 
         Raises:
-            UserError: the folder is no checkpoint, or one of another network, or of a run on other data.
+            UserError: the folder is not a checkpoint, or belongs to another network or to a run on other data.
         """
         try:
             state = parser_instance(RunState, read_json(folder / STATE))
@@ -191,7 +191,7 @@ class Checkpoints:
                     for name, tensor in named.items():
                         fill(tensor, saved.read(name))
             own = folder / f"process_{self.accelerator.process_index:05d}.json"
-            if own.is_file():  # else there are more processes than there were
+            if own.is_file():  # otherwise there are more processes than before
                 restore_random_state(read_json(own))
             if self.accelerator.scaler is not None and state.scaler:
                 self.accelerator.scaler.load_state_dict(state.scaler)
@@ -199,13 +199,13 @@ class Checkpoints:
             reason = str(error).strip().partition("\n")[0] or type(error).__name__
             raise UserError(f"resume: {folder} cannot be continued from: {reason}") from error
         if state.data != data:
-            said = "the trajectories of data.train_split, or how they lie in shards, are others than they were"
+            change = "the trajectories of data.train_split, or their arrangement in shards, have changed"
             if not self.config.allow_changes:
                 raise UserError(
-                    f"resume: {folder} cannot be continued: {said} (--allow_changes true to do it all the same)"
+                    f"resume: {folder} cannot be continued: {change} (pass --allow_changes to continue anyway)"
                 )
             if self.accelerator.is_main_process:
-                print(f"resume: changed from here on: {said}", file=sys.stderr)
+                print(f"resume: changed from here on: {change}", file=sys.stderr)
             state.data = data
         self.ema.resume(state.step)
         if self.config.folder.resolve() not in folder.resolve().parents:
@@ -215,7 +215,7 @@ class Checkpoints:
         return state
 
     def _copy(self, kind: str, named: dict[str, Tensor]) -> dict[str, Tensor]:
-        """This process's part of the tensors as they are now, in memory that the next copy uses again."""
+        """A copy of this process's part of the tensors, in memory that the next copy reuses."""
         copies = {}
         for name, tensor in named.items():
             mine = part(tensor, self.accelerator.is_main_process)
@@ -226,7 +226,7 @@ class Checkpoints:
         return copies
 
     def _write(self, partial: Path, tensors: dict[str, dict[str, Tensor]], texts: dict[str, str]) -> None:
-        """Writes this process's files; the main process waits for the others' and makes a checkpoint of them."""
+        """Writes this process's files; the main process waits for all others and publishes the checkpoint."""
         index, processes = self.accelerator.process_index, self.accelerator.num_processes
         with _disk_errors(partial):
             for file, named in tensors.items():
@@ -244,7 +244,7 @@ class Checkpoints:
             self._publish(partial)
 
     def _others(self, partial: Path, count: int) -> dict[str, manifest.Entry]:
-        """What the other processes have written, when all have."""
+        """The files of the other processes, once all have written theirs."""
         until = time.monotonic() + 60 * self.config.timeout_minutes
         while len(receipts := list(partial.glob("*.receipt"))) < count:
             if self._broken_off or time.monotonic() > until:
@@ -257,12 +257,12 @@ class Checkpoints:
         return entries
 
     def _publish(self, partial: Path) -> None:
-        """Gives a finished checkpoint its name, points `latest` to it, and deletes those not to be kept."""
+        """Renames a finished checkpoint to its final name, points `latest` to it, and deletes old ones."""
         final = self.folder / partial.name.removeprefix(".").removesuffix(".partial")
         if final.exists():
             final.rename(partial.with_suffix(".old"))
         partial.rename(final)
-        write_whole(self.folder / LATEST, final.name + "\n")  # which has the disk take the checkpoint's name, too
+        write_whole(self.folder / LATEST, final.name + "\n")  # which also flushes the checkpoint's name to disk
         keep, keep_every = self.config.checkpoint.keep, self.config.checkpoint.keep_every
         for old in checkpoints(self.config.folder)[:-keep]:
             if not keep_every or step_of(old) % keep_every:
@@ -278,18 +278,18 @@ def checkpoints(run: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step a checkpoint was made at, by its name."""
+    """The step of a checkpoint, from its name."""
     return int(checkpoint.name.removeprefix("step_"))
 
 
 def find_resume(config: TrainConfig) -> Path | None:
-    """The checkpoint to continue, found sound and to go with the config; None to start afresh.
+    """The checkpoint to continue, after checking it and its config; None to start from the beginning.
 
-    With `auto`, damaged ones are named on stderr, and renamed so that they are kept and not looked at again.
+    With `auto`, damaged ones are reported on stderr and renamed, so that they are kept but not tried again.
 
     Raises:
-        UserError: the run would be overwritten, or the checkpoint is not there or damaged, or all are, or it was made
-            with another config.
+        UserError: a run would be overwritten; the checkpoint is missing or damaged, or all are; or it was made with
+            another config.
     """
     folder = _named(config.resume, config.folder)
     if folder is not None:
@@ -298,7 +298,7 @@ def find_resume(config: TrainConfig) -> Path | None:
 
 
 def _named(resume: str, run: Path) -> Path | None:
-    """The sound checkpoint that the config's `resume` means."""
+    """The valid checkpoint that the config's `resume` refers to."""
     existing = checkpoints(run)
     if resume == "no":
         if existing:
@@ -327,7 +327,7 @@ def _newest_sound(run: Path) -> Path | None:
         if problem is None:
             return folder
         kept = folder.with_name(f"{folder.name}.damaged")
-        shutil.rmtree(kept, ignore_errors=True)  # of an earlier time at the same step
+        shutil.rmtree(kept, ignore_errors=True)  # left from an earlier attempt at the same step
         folder.rename(kept)
         print(f"{folder} is damaged: {problem}; kept as {kept.name}", file=sys.stderr)
     if list(run.glob("checkpoints/step_*.damaged")):
@@ -336,21 +336,21 @@ def _newest_sound(run: Path) -> Path | None:
 
 
 def check_config(config: TrainConfig, folder: Path) -> None:
-    """Compares the config with the one that the checkpoint was made with.
+    """Compares the config with that of the checkpoint.
 
-    With `allow_changes`, what changed is only said on stderr.
+    With `allow_changes`, differences are only printed on stderr.
 
     Raises:
-        UserError: something differs that cannot change on the way; the message names field, old and new value.
+        UserError: a field differs that must not change; the message names field, old and new value.
     """
     try:
         saved = flat(load_yaml(read_text(folder / CONFIG)))
     except (UserError, AttributeError, yaml.YAMLError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"resume: {folder} cannot be continued from: its {CONFIG}: {reason}") from error
-    before = {**flat(TrainConfig().plain()), **saved}  # what was not a field yet was as it is by default
+    before = {**flat(TrainConfig().plain()), **saved}  # fields that did not exist yet had the default value
     now = flat(config.plain())
-    free = dict.fromkeys(name for name in before if name.startswith(FREE))  # which the config may lack now
+    free = dict.fromkeys(name for name in before if name.startswith(FREE))  # may be missing from the current config
     changed = [
         f"{name} is {now.get(name)}, was {before.get(name)}"
         for name in {**now, **free}
@@ -359,7 +359,7 @@ def check_config(config: TrainConfig, folder: Path) -> None:
     if changed and not config.allow_changes:
         raise UserError(
             f"resume: {folder} cannot be continued with another config: {'; '.join(changed)} "
-            "(--allow_changes true to do it all the same)"
+            "(pass --allow_changes to continue anyway)"
         )
     if changed:
         print(f"resume: changed from here on: {'; '.join(changed)}", file=sys.stderr)
@@ -367,7 +367,7 @@ def check_config(config: TrainConfig, folder: Path) -> None:
 
 @contextmanager
 def _disk_errors(folder: Path) -> Iterator[None]:
-    """A disk that takes no more, as a `UserError`; nothing of the checkpoint stays there then."""
+    """Turns disk errors into a `UserError` and removes the partial checkpoint."""
     try:
         yield
     except (OSError, SafetensorError) as error:

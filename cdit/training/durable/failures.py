@@ -1,4 +1,4 @@
-"""Says in one line what ended a training from outside, and what to do."""
+"""One-line explanations of failures that come from outside: out of memory, lost processes."""
 
 import re
 from collections.abc import Iterator
@@ -23,11 +23,11 @@ ADVICE = (
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Turns what the libraries raise for want of memory, and for lost processes, into one clear error.
+    """Turns library errors about memory and lost processes into one clear error.
 
     Raises:
-        UserError: the memory did not suffice.
-        Interrupted: another process, or the network to it, is gone.
+        UserError: out of memory.
+        Interrupted: another process, or the network to it, was lost.
     """
     try:
         yield
@@ -38,7 +38,7 @@ def explained() -> Iterator[None]:
             raise UserError(f"out of memory: try {ADVICE} ({_first_line(error)})") from error
         if isinstance(error, dist.DistError) or (dist.is_initialized() and LOST_PEERS.search(str(error))):
             raise Interrupted(
-                f"another process is gone, or does not answer ({_first_line(error)}); --resume auto continues"
+                f"another process is gone or does not respond ({_first_line(error)}); --resume auto continues"
             ) from error
         raise
 

@@ -1,4 +1,4 @@
-"""What a finished folder holds: every file's size and SHA-256, so that damage is found before it is used."""
+"""Manifest of a folder: size and SHA-256 of every file, so that damage is detected before use."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,17 +19,17 @@ def entry(path: Path) -> Entry:
 
 
 def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
-    """Writes `<folder>/manifest.json`, through to the disk.
+    """Writes `<folder>/manifest.json` and flushes it to disk.
 
     Args:
-        folder: what holds the files.
+        folder: of the files.
         files: the `entry` of each, by name.
     """
     write_json(folder / MANIFEST, {"version": VERSION, "files": dict(files)})
 
 
 def problem(folder: Path) -> str | None:
-    """What is wrong with a folder that has a manifest, reading every file; None if nothing is."""
+    """The first problem of a folder with a manifest, after reading every file; None if there is none."""
     try:
         if not (folder / MANIFEST).exists():
             return f"{MANIFEST} is missing"
@@ -44,7 +44,7 @@ def problem(folder: Path) -> str | None:
     for name, expected in files.items():
         try:
             found = _file_problem(folder, name, *expected)
-        except (OSError, ValueError) as error:  # of names that no file can have, too
+        except (OSError, ValueError) as error:  # also for names that no file can have
             found = f"{name[:100]} is not readable ({getattr(error, 'strerror', None) or error})"
         if found:
             return found
@@ -54,7 +54,7 @@ def problem(folder: Path) -> str | None:
 def _file_problem(folder: Path, name: str, size: Any, checksum: Any) -> str | None:
     path = folder / name
     if Path(name).name != name or path.is_symlink():
-        return f"{MANIFEST} lists {name!r}, which is no file of the folder"
+        return f"{MANIFEST} lists {name!r}, which is not a file in the folder"
     if not path.is_file():
         return f"{name} is missing"
     if path.stat().st_size != size:

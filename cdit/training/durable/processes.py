@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other beside gradients: small numbers, by way of the CPU."""
+"""Communication between the processes of a run besides gradients: small numbers, over the CPU."""
 
 from collections.abc import Callable
 from datetime import timedelta
@@ -18,8 +18,8 @@ class Processes:
     """The processes of a run.
 
     Args:
-        accelerator: knows them.
-        timeout: how long they wait for one another.
+        accelerator: of the run.
+        timeout: how long they wait for each other.
     """
 
     def __init__(self, accelerator: Accelerator, timeout: timedelta):
@@ -37,7 +37,7 @@ class Processes:
 
 
 def on_main(accelerator: Accelerator, work: Callable[[], T]) -> T:
-    """What `work` returns on the main process, on every process; every process must call it.
+    """Runs `work` on the main process and returns its result on every process; every process must call it.
 
     Raises:
         UserError: `work` raised it, on all of them.

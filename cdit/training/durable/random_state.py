@@ -1,7 +1,7 @@
-"""The states of a process's global random generators, as JSON can hold them.
+"""The states of a process's global random generators as JSON values.
 
 Nothing in a training step draws from them (every draw is keyed by its sample, see `cdit.common.randomness`); they are
-kept for what a researcher adds to the loop.
+saved for code that a researcher adds to the loop.
 """
 
 import random
@@ -28,7 +28,7 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Sets the generators to what `random_state` found."""
+    """Restores the generators to a state from `random_state`."""
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(tuple(state["numpy"]))

@@ -1,4 +1,4 @@
-"""A training run that survives: its batches, checkpoints, signals, bad steps and log, behind a few calls."""
+"""A durable training run: batches, checkpoints, signals, bad steps and log behind a few calls."""
 
 import math
 import sys
@@ -34,8 +34,8 @@ from cdit.world_model import WorldModel
 class DurableRun:
     """One run, from its start or its newest checkpoint to its last step.
 
-    In `training`, the loop calls `next_batch`, `before_step` and `after_step` at each step; what a step is followed by
-    (validation, probes) goes first in the loop, so that a run that is resumed there repeats it.
+    In `training`, the loop calls `next_batch`, `before_step` and `after_step` at each step. Validation and probes,
+    which follow a step, come first in the loop, so that a run resumed at that step repeats them.
 
     Args:
         config: of the run.
@@ -61,7 +61,7 @@ class DurableRun:
         schedule: LambdaLR,
         ema: EMA,
     ) -> Iterator[None]:
-        """Restores what the run resumes, and writes its checkpoints until the end of the `with`.
+        """Restores a checkpoint if the run resumes one, and writes checkpoints until the end of the `with`.
 
         Args:
             train_set: the windows to train on.
@@ -88,7 +88,7 @@ class DurableRun:
             self.tracker = Tracker(accelerator, config, self.state)
             main = accelerator.is_main_process
             self._bar = tqdm(total=config.steps, initial=self.step, desc=config.name, disable=not main)
-            # Shares of the losses since the last row; those that a checkpoint holds are counted by the main process.
+            # Shares of the losses since the last row; the main process counts those from a checkpoint.
             known = [math.nan if loss is None else loss if main else 0.0 for loss in self.state.losses]
             self._losses = list(torch.tensor(known, device=accelerator.device))
             self._timed_from, self._since = self.step, time.perf_counter()
@@ -98,34 +98,34 @@ class DurableRun:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of completed steps."""
         return self.state.step
 
     @property
     def is_finished(self) -> bool:
-        """Whether all steps of the schedule are done."""
+        """Whether all steps of the schedule are completed."""
         return self.step == self.config.steps
 
     @property
     def is_done(self) -> bool:
-        """Whether this is as far as this process trains."""
+        """Whether the last step of this process, which `stop_at` may set earlier, is completed."""
         return self.step >= self.last_step
 
     def is_due(self, every: int) -> bool:
-        """Whether what is done every so many steps, and after the last one, is due now; 0: only after the last one."""
+        """Whether something done every `every` steps and after the last one is due now; 0: only after the last one."""
         return self.is_finished or bool(self.step and every and self.step % every == 0)
 
     @contextmanager
     def looking(self) -> Iterator[None]:
-        """The network holds the averaged weights, in evaluation mode, and the time is not counted as training."""
+        """Applies the averaged weights, in evaluation mode, and excludes the time from that of training."""
         with self._not_timed(), self.ema.applied():
             yield
 
     def next_batch(self) -> tuple[list[Batch], float]:
-        """This process's micro-batches of the step, and the number of samples in those of all processes together.
+        """This process's micro-batches of the step, and the total number of samples over all processes.
 
         Raises:
-            Interrupted: a signal asked the run to stop, which is then saved.
+            Interrupted: a signal stopped the run, after a checkpoint.
         """
         parts = [next(self._batches) for _ in range(self.accelerator.gradient_accumulation_steps)]
         weight = sum(part.weight.sum().item() for part in parts)
@@ -138,14 +138,14 @@ class DurableRun:
             if self._checkpoints.saved_step != self.step:
                 self._save()
             self._checkpoints.wait()
-            # A launcher that sees one process end would end the one that writes.
+            # A launcher that sees one process exit would kill the one that is writing.
             self.accelerator.wait_for_everyone()
             raise Interrupted(f"at step {self.step}, which is saved; --resume auto continues")
         self.state.skipped_samples += int(skipped)
         return parts, max(samples, 1)
 
     def before_step(self, norm: Tensor, loss: Tensor) -> None:
-        """Has the optimizer skip the step if its gradient is not finite.
+        """Makes the optimizer skip the step if its gradient is not finite.
 
         Args:
             norm: () of the gradient.
@@ -156,12 +156,12 @@ class DurableRun:
         self._losses.append(loss)
 
     def after_step(self) -> None:
-        """Counts the step, logs its numbers and writes a checkpoint, each where it is due."""
+        """Counts the step; logs metrics and writes a checkpoint if they are due."""
         self.state.step += 1
         self._bar.update()
         if self.step % self.config.tracking.every == 0 or self.is_finished:
             self._log_row()
-        self.state.rows = self.tracker.rows  # without those of a validation to come, which a resumed run repeats
+        self.state.rows = self.tracker.rows  # without those of the next validation, which a resumed run repeats
         self._checkpoints.check()
         if self.step == self.last_step or self.step % self.config.checkpoint.every == 0:
             with self._not_timed():
@@ -199,7 +199,7 @@ class DurableRun:
         return self._loader(step, step + 1, workers=0)
 
     def _joint_losses(self) -> Tensor:
-        """All processes' losses, added in a fixed order: that of a reduction depends on how many there are."""
+        """The losses of all processes, added in a fixed order; that of a reduction depends on their number."""
         device = self.accelerator.device
         shares = torch.stack(self._losses) if self._losses else torch.zeros(0, device=device)
         return self.accelerator.gather(shares[None]).cpu().double().sum(dim=0).float()

@@ -1,4 +1,4 @@
-"""Stops a run when it is asked to: by Ctrl-C, by `kill`, by a cluster that wants its machine back."""
+"""Stops a run on a signal: from Ctrl-C, `kill`, or a cluster that reclaims its machine."""
 
 import ctypes
 import os
@@ -12,15 +12,15 @@ from cdit.common.errors import Interrupted
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_SIGNAL_S = 1.0
-"""Launchers pass on what the whole process group has got already: what comes within this time is the same signal."""
+"""Launchers forward signals that the process group has already received; repeats within this time are ignored."""
 
 
 class StopSignals:
-    """Notes SIGTERM, SIGINT and SIGUSR1 while it is entered.
+    """Handles SIGTERM, SIGINT and SIGUSR1 inside the `with`.
 
-    The first one ends what can be ended at once (`Interrupted`, whatever becomes of it on its way out) until `defer` is
-    called; from then on it is noted in `received`, for the loop to finish its step. A second one, more than a second
-    later, ends the process at once.
+    Until `defer` is called, the first signal raises `Interrupted`, also if other code catches and replaces it. From
+    then on it is recorded in `received`, so that the loop can finish its step. A second signal, more than a second
+    later, ends the process immediately.
     """
 
     def __init__(self) -> None:
@@ -30,10 +30,10 @@ class StopSignals:
         self._before: dict[signal.Signals, Any] = {}
 
     def defer(self) -> None:
-        """From now on a signal is only noted.
+        """From now on a signal is only recorded.
 
         Raises:
-            Interrupted: one has come already.
+            Interrupted: a signal has already been received.
         """
         self._deferred = True
         if self.received:
@@ -46,7 +46,7 @@ class StopSignals:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        if self.received and not self._deferred and isinstance(error, Exception):  # maybe of who took it for another
+        if self.received and not self._deferred and isinstance(error, Exception):  # perhaps one that replaced it
             raise self._early() from error
 
     def _early(self) -> Interrupted:
@@ -61,14 +61,14 @@ class StopSignals:
         if not self._deferred:
             raise self._early()
         # Not print: the handler may have interrupted one.
-        os.write(2, f"\n{self.received.name}: stopping after this step; once more to stop at once\n".encode())
+        os.write(2, f"\n{self.received.name}: stopping after this step; send again to stop immediately\n".encode())
 
 
 def end_with_launcher() -> None:
-    """Has Linux send SIGTERM to this process when the launcher that started it is gone.
+    """Makes Linux send SIGTERM to this process when the launcher that started it is gone.
 
-    A launcher that is killed would else leave it running. Nothing happens where there is no launcher, so that runs
-    started with nohup outlive their shell.
+    A killed launcher would otherwise leave it running. Without a launcher nothing happens, so that runs started with
+    nohup outlive their shell.
     """
     launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
     if sys.platform == "linux" and launched:

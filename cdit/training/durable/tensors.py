@@ -1,7 +1,7 @@
-"""The tensors of a run by name, whole or in each process's part, and the safetensors files that hold them.
+"""The tensors of a run by name, complete or as the part of one process, and their safetensors files.
 
-Sharded tensors (see `cdit.training.sharding`) are cut along their first dimension as `torch.chunk` cuts; the parts of
-all processes, one after the other, are the whole.
+Sharded tensors (see `cdit.training.sharding`) are split along their first dimension as by `torch.chunk`; concatenating
+the parts of all processes gives the complete tensor.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ def run_tensors(
 ) -> dict[str, dict[str, Tensor]]:
     """The live tensors of a run: those of each network, `average` and `optimizer`, each by name.
 
-    AdamW's state is made, as its first step would make it, where there is none yet.
+    If AdamW has no state yet, it is created as in its first step.
     """
     moments = {}
     for name, parameter in trainable(networks).items():
@@ -36,7 +36,7 @@ def run_tensors(
 
 
 def trainable(networks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
-    """The parameters to train by name, those of further networks than `model` after the network's."""
+    """The trainable parameters by name; those of networks other than `model` are prefixed with the network's name."""
     return {
         name if network == "model" else f"{network}.{name}": parameter
         for network, module in networks.items()
@@ -46,14 +46,14 @@ def trainable(networks: Mapping[str, nn.Module]) -> dict[str, nn.Parameter]:
 
 
 def part(tensor: Tensor, main: bool) -> Tensor | None:
-    """What of a tensor this process has to save: its own part of a sharded one; else all, on the main process."""
+    """What this process saves of a tensor: its own part if sharded; otherwise all of it, on the main process."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     return tensor if main else None
 
 
 def fill(tensor: Tensor, whole: Tensor) -> None:
-    """Copies a whole tensor, or this process's part of it, into one that exists.
+    """Copies a complete tensor, or this process's part of it, into an existing one.
 
     Raises:
         ValueError: the shapes differ.
@@ -70,13 +70,13 @@ def fill(tensor: Tensor, whole: Tensor) -> None:
 
 
 def file_name(kind: str, tensors: Mapping[str, Tensor], index: int, processes: int) -> str:
-    """The file of a kind of tensors: one for all processes, or one for each where any is sharded."""
+    """The file name of a kind of tensors: one file for all processes, or one per process if any is sharded."""
     sharded = any(isinstance(tensor, DTensor) for tensor in tensors.values())
     return f"{kind}-{index + 1:05d}-of-{processes:05d}.safetensors" if sharded else f"{kind}.safetensors"
 
 
 class SavedTensors:
-    """The tensors of one kind in a checkpoint's folder, whole again; a context manager."""
+    """The complete tensors of one kind in a checkpoint folder; a context manager."""
 
     def __init__(self, folder: Path, kind: str):
         self.paths = sorted([*folder.glob(f"{kind}.safetensors"), *folder.glob(f"{kind}-*-of-*.safetensors")])
@@ -93,7 +93,7 @@ class SavedTensors:
         self._stack.close()
 
     def read(self, name: str) -> Tensor:
-        """A tensor, put together from its parts.
+        """A tensor, assembled from its parts.
 
         Raises:
             KeyError: there is none of that name.
