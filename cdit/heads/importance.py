@@ -6,7 +6,7 @@ Shapes: S samples, V variants of a network without some heads, H heads of a laye
 from collections import defaultdict
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
@@ -55,7 +55,7 @@ def ablate_heads(
         cdit: the network.
         heads: which heads.
         mode: what replaces a head's output: zeros or its mean, which keeps what the head adds regardless of the input.
-        means: (H, K) by site, for mode `mean`; see `head_outputs`.
+        means: (H, K) by site, for mode `mean`; see `Ablation.means`.
 
     Raises:
         UserError: a layer or head that the model does not have.
@@ -80,67 +80,98 @@ def _replace(heads: int, index: list[int], value: Tensor, module: nn.Module, arg
     return out_BNHK.flatten(-2)
 
 
-# ---- what heads put out ----
+# ---- what is measured without them ----
 
 
 @dataclass
-class HeadOutputs:
-    """The outputs of heads over S samples."""
+class Ablation:
+    """Denoises and samples a batch without some heads."""
 
-    means: dict[Site, Tensor]
-    """(H, K) before W_O: means over samples, diffusion times, goals and patches."""
-    contributions: dict[Site, np.ndarray]
-    """(S, H) root mean square over times, goals and patches of ‖W_O^h · out_h‖, over that of the sum of all heads
-    (without W_O's bias). 1 for the only head of a layer; the sum over heads may exceed 1, as heads can cancel."""
+    world: WorldModel
+    batch: Batch
+    """S windows of frames."""
+    config: ImportanceConfig
+    seed: int
+    """Of the noise, which is the same for all variants."""
+    progress: bool = False
+    """Whether to show progress bars."""
+    means: dict[Site, Tensor] | None = None
+    """(H, K) outputs of heads before W_O, for mode `mean`: means over samples, diffusion times, goals and patches."""
 
+    @property
+    def sites(self) -> list[Site]:
+        """The attentions of the config."""
+        layers = range(len(self.world.cdit.blocks)) if self.config.layers is None else self.config.layers
+        return [(layer, kind) for layer in layers for kind in self.config.kinds]
 
-def head_outputs(
-    world: WorldModel,
-    batch: Batch,
-    sites: Sequence[Site],
-    times: Sequence[float],
-    batch_size: int,
-    seed: int,
-) -> HeadOutputs:
-    """Measures what heads put out while the batch's targets are denoised.
+    def losses(self, variants: Sequence[Collection[Head]]) -> np.ndarray:
+        """The denoising loss without the heads of each variant: (S, V), averaged over goals and times.
 
-    Args:
-        world: the model.
-        batch: windows of frames.
-        sites: which attentions.
-        times: diffusion times.
-        batch_size: samples per forward pass.
-        seed: of the noise.
+        Samples are encoded once for all variants, which cost one forward pass per diffusion time and `batch_size`
+        samples each.
+        """
 
-    Raises:
-        UserError: a layer that the model does not have.
-    """
-    means: dict[Site, Tensor | float] = defaultdict(float)
-    squares: dict[Site, Tensor | float] = defaultdict(float)
-    gathered: dict[Site, list[Tensor]] = defaultdict(list)
+        def loss(rows: slice, probe: Probe) -> Tensor:
+            return torch.stack([probe.loss(self.world, time).float().mean(1) for time in self.config.times]).mean(0)
 
-    def note(site: Site, heads: int, module: nn.Linear, args: tuple[Tensor]) -> None:
-        out_BHNK = args[0].float().unflatten(-1, (heads, -1)).transpose(1, 2)
-        weight = probe.state.batch / (len(batch) * len(times))
-        means[site] = means[site] + weight * out_BHNK.mean((0, 2)).cpu()
-        # Whether goals are folded into the queries or into the batch, those of a context are adjacent.
-        found = contribution_squares(module.weight, out_BHNK).unflatten(0, (probe.state.batch, -1)).sum(1).cpu()
-        squares[site] = squares[site] + found
+        return self._each(variants, loss)
 
-    with evaluating(world), ExitStack() as stack:
-        for site in sites:
-            attention = attention_of(world.cdit, *site)
-            hook = attention.out.register_forward_pre_hook(partial(note, site, attention.heads))
-            stack.callback(hook.remove)
-        for _, probe in probes(world, batch, batch_size, seed):
-            for time in times:
-                probe.loss(world, time)
-            for site in sites:
-                gathered[site].append(squares.pop(site))
-    totals = {site: torch.cat(found).double() for site, found in gathered.items()}
-    return HeadOutputs(
-        dict(means), {site: (total[:, :-1] / total[:, -1:]).sqrt().numpy() for site, total in totals.items()}
-    )
+    def distances(self, variants: Sequence[Collection[Head]], metric: Metric) -> np.ndarray:
+        """A metric, such as LPIPS, between frames sampled without the heads and the true ones: (S, V).
+
+        It is averaged over goals. A sample's noise depends on `batch_size`.
+        """
+
+        def distance(rows: slice, probe: Probe) -> Tensor:
+            items = self.batch[rows].to(self.world.device)
+            frames = self.world.predict(probe.state, items.condition, generator=generator(self.seed, rows.start))
+            truth = to_float(items.target)
+            return metric(frames.flatten(0, 1), truth.flatten(0, 1)).unflatten(0, truth.shape[:2]).mean(1)
+
+        return self._each(variants, distance)
+
+    def _each(self, variants: Sequence[Collection[Head]], measure: Callable[[slice, Probe], Tensor]) -> np.ndarray:
+        found = np.empty((len(self.batch), len(variants)))
+        bar = tqdm(total=found.size, desc="without heads", disable=not self.progress, leave=False)
+        with evaluating(self.world), bar:
+            for rows, probe in probes(self.world, self.batch, self.config.batch_size, self.seed):
+                for i, heads in enumerate(variants):
+                    with ablate_heads(self.world.cdit, heads, self.config.mode, self.means):
+                        found[rows, i] = measure(rows, probe).cpu().numpy()
+                    bar.update(len(found[rows]))
+        return found
+
+    def outputs(self) -> dict[Site, np.ndarray]:
+        """Sets `means`, and returns by site the contributions of its heads, (S, H).
+
+        A contribution is the root mean square over times, goals and patches of ‖W_O^h · out_h‖, over that of the sum of
+        all heads (without W_O's bias). 1 for the only head of a layer; their sum may exceed 1, as heads can cancel.
+        """
+        times, means = self.config.times, defaultdict(float)
+        squares: dict[Site, Tensor | float] = defaultdict(float)
+        gathered: dict[Site, list[Tensor]] = defaultdict(list)
+
+        def note(site: Site, heads: int, module: nn.Linear, args: tuple[Tensor]) -> None:
+            out_BHNK = args[0].float().unflatten(-1, (heads, -1)).transpose(1, 2)
+            contexts = probe.state.batch
+            means[site] = means[site] + contexts / (len(self.batch) * len(times)) * out_BHNK.mean((0, 2)).cpu()
+            # Whether goals are folded into the queries or into the batch, those of a context are adjacent.
+            found = contribution_squares(module.weight, out_BHNK).unflatten(0, (contexts, -1)).sum(1).cpu()
+            squares[site] = squares[site] + found
+
+        with evaluating(self.world), ExitStack() as stack:
+            for site in self.sites:
+                attention = attention_of(self.world.cdit, *site)
+                hook = attention.out.register_forward_pre_hook(partial(note, site, attention.heads))
+                stack.callback(hook.remove)
+            for _, probe in probes(self.world, self.batch, self.config.batch_size, self.seed):
+                for time in times:
+                    probe.loss(self.world, time)
+                for site in self.sites:
+                    gathered[site].append(squares.pop(site))
+        self.means = dict(means)
+        totals = {site: torch.cat(found).double() for site, found in gathered.items()}
+        return {site: (total[:, :-1] / total[:, -1:]).sqrt().numpy() for site, total in totals.items()}
 
 
 def contribution_squares(weight_DD: Tensor, out_BHNK: Tensor) -> Tensor:
@@ -154,89 +185,7 @@ def contribution_squares(weight_DD: Tensor, out_BHNK: Tensor) -> Tensor:
     return torch.stack([*squares, total_BND.square().sum((1, 2))], dim=1)
 
 
-# ---- what is lost without them ----
-
-
-def losses_without(
-    world: WorldModel,
-    batch: Batch,
-    variants: Sequence[Collection[Head]],
-    config: ImportanceConfig,
-    seed: int,
-    means: dict[Site, Tensor] | None = None,
-    progress: bool = False,
-) -> np.ndarray:
-    """The denoising loss without some heads, with the same noise for all variants: (S, V).
-
-    Samples are encoded once for all variants, `batch_size` at a time; each variant then costs one forward pass per
-    diffusion time.
-
-    Args:
-        world: the model.
-        batch: windows of frames.
-        variants: the heads to ablate in each.
-        config: times, mode and batch size.
-        seed: of the noise.
-        means: of the heads, for mode `mean`.
-        progress: whether to show a progress bar.
-    """
-
-    def loss(rows: slice, probe: Probe) -> Tensor:
-        return torch.stack([probe.loss(world, time).float().mean(1) for time in config.times]).mean(0)
-
-    return _without(loss, world, batch, variants, config, seed, means, progress)
-
-
-def distances_without(
-    world: WorldModel,
-    batch: Batch,
-    variants: Sequence[Collection[Head]],
-    metric: Metric,
-    config: ImportanceConfig,
-    seed: int,
-    means: dict[Site, Tensor] | None = None,
-    progress: bool = False,
-) -> np.ndarray:
-    """A metric between frames sampled without some heads and the true ones, averaged over goals: (S, V).
-
-    Args:
-        world: the model; its own sampler is used.
-        batch: windows of frames.
-        variants: the heads to ablate in each.
-        metric: such as LPIPS, see `cdit.evaluate.metrics`.
-        config: mode and batch size.
-        seed: of the noise, the same for all variants; a sample's noise depends on `batch_size`.
-        means: of the heads, for mode `mean`.
-        progress: whether to show a progress bar.
-    """
-
-    def distance(rows: slice, probe: Probe) -> Tensor:
-        items = batch[rows].to(world.device)
-        frames = world.predict(probe.state, items.condition, generator=generator(seed, rows.start))
-        truth = to_float(items.target)
-        return metric(frames.flatten(0, 1), truth.flatten(0, 1)).unflatten(0, truth.shape[:2]).mean(1)
-
-    return _without(distance, world, batch, variants, config, seed, means, progress)
-
-
-def _without(
-    measure: Callable[[slice, Probe], Tensor],
-    world: WorldModel,
-    batch: Batch,
-    variants: Sequence[Collection[Head]],
-    config: ImportanceConfig,
-    seed: int,
-    means: dict[Site, Tensor] | None,
-    progress: bool,
-) -> np.ndarray:
-    found = np.empty((len(batch), len(variants)))
-    with evaluating(world), tqdm(total=found.size, desc="without heads", disable=not progress, leave=False) as bar:
-        for rows, probe in probes(world, batch, config.batch_size, seed):
-            for i, heads in enumerate(variants):
-                with ablate_heads(world.cdit, heads, config.mode, means):
-                    found[rows, i] = measure(rows, probe).cpu().numpy()
-                bar.update(len(found[rows]))
-    return found
+# ---- what that says ----
 
 
 @dataclass
@@ -249,7 +198,7 @@ class Importance:
     loss_rise: np.ndarray
     """(S, heads) loss without the head, minus `loss`."""
     contribution: np.ndarray
-    """(S, heads), see `HeadOutputs`."""
+    """(S, heads), see `Ablation.outputs`."""
     distance_rise: np.ndarray | None
     """(S, heads) distance of sampled frames to the true ones, such as LPIPS, without the head, minus that of the whole
     network; None if not measured."""
@@ -271,46 +220,29 @@ class Importance:
         return {head: {name: estimates[i] for name, estimates in found.items()} for i, head in enumerate(self.heads)}
 
 
-def importance(
-    world: WorldModel,
-    batch: Batch,
-    config: ImportanceConfig,
-    seed: int,
-    metric: Metric | None = None,
-    progress: bool = False,
-) -> Importance:
+def importance(ablation: Ablation, metric: Metric | None = None) -> Importance:
     """Ablates each head by itself.
 
     Costs a forward pass per head, diffusion time and `batch_size` samples and, with a metric, sampling all targets for
     each head.
 
     Args:
-        world: the model.
-        batch: windows of frames.
-        config: which heads, and how.
-        seed: of the noise.
+        ablation: of the heads to measure.
         metric: also compares sampled frames with the true ones, such as LPIPS.
-        progress: whether to show progress bars.
 
     Raises:
         UserError: a layer that the model does not have.
     """
-    sites = _sites(world.cdit, config)
-    heads = [Head(*site, number) for site in sites for number in range(world.cdit.config.num_heads)]
-    outputs = head_outputs(world, batch, sites, config.times, config.batch_size, seed)
-    contribution = np.stack([outputs.contributions[head.layer, head.kind][:, head.number] for head in heads], axis=1)
+    contributions = ablation.outputs()
+    heads = [Head(*site, number) for site, found in contributions.items() for number in range(found.shape[1])]
+    contribution = np.concatenate(list(contributions.values()), axis=1)
     variants = [(), *((head,) for head in heads)]
-    loss = losses_without(world, batch, variants, config, seed, outputs.means, progress)
+    loss = ablation.losses(variants)
     distance_rise = None
     if metric is not None:
-        found = distances_without(world, batch, variants, metric, config, seed, outputs.means, progress)
+        found = ablation.distances(variants, metric)
         distance_rise = found[:, 1:] - found[:, :1]
     return Importance(heads, loss[:, 0], loss[:, 1:] - loss[:, :1], contribution, distance_rise)
-
-
-def _sites(cdit: CDiT, config: ImportanceConfig) -> list[Site]:
-    layers = range(len(cdit.blocks)) if config.layers is None else config.layers
-    return [(layer, kind) for layer in layers for kind in config.kinds]
 
 
 @dataclass
@@ -326,46 +258,35 @@ class PruningCurve:
 
 
 def pruning_curve(
-    world: WorldModel,
-    batch: Batch,
+    ablation: Ablation,
     measured: Importance,
     choosing: np.ndarray,
     trajectories: Sequence[Hashable],
-    config: ImportanceConfig,
-    seed: int,
     points: int = 12,
     random_orders: int = 3,
-    progress: bool = False,
 ) -> PruningCurve:
     """Ablates more and more heads, in the order in which half of the samples need them least, measured on the others.
 
     Costs (1 + random_orders) · points forward passes per diffusion time and `batch_size` samples.
 
     Args:
-        world: the model.
-        batch: windows of frames.
-        measured: the result of `importance` on this batch.
+        ablation: that of `importance`.
+        measured: the result of `importance`.
         choosing: (S,) bool, the samples that choose the order, see `split_halves`; also those of the means for mode
             `mean`.
         trajectories: S names.
-        config: that of `importance`.
-        seed: of the noise and of the random orders.
         points: of the curve, evenly spaced from no head to all.
         random_orders: number of random orders to compare with.
-        progress: whether to show a progress bar.
     """
-    chosen_by, others = (batch[torch.from_numpy(half)] for half in (choosing, ~choosing))
-    means = None
-    if config.mode == "mean":
-        sites = _sites(world.cdit, config)
-        means = head_outputs(world, chosen_by, sites, config.times, config.batch_size, seed).means
+    chosen_by, others = (replace(ablation, batch=ablation.batch[torch.from_numpy(x)]) for x in (choosing, ~choosing))
+    if ablation.config.mode == "mean":
+        chosen_by.outputs()
+        others.means = chosen_by.means
     counts = sorted({round(count) for count in np.linspace(0, len(measured.heads), points)})
-    draws = np.random.default_rng(seed)
+    draws = np.random.default_rng(ablation.seed)
     shuffled = [draws.permutation(len(measured.heads)) for _ in range(random_orders)]
     orders = [measured.order(choosing), *([measured.heads[i] for i in order] for order in shuffled)]
-    variants = [order[:count] for order in orders for count in counts]
-    losses = losses_without(world, others, variants, config, seed, means, progress)
-    by_order = losses.reshape(-1, len(orders), len(counts))
-    names = reporting(trajectories, choosing)
-    ordered, random = (mean_estimates(values, names, seed) for values in (by_order[:, 0], by_order[:, 1:].mean(axis=1)))
-    return PruningCurve(counts, ordered, random)
+    losses = others.losses([order[:count] for order in orders for count in counts])
+    by_order, names = losses.reshape(-1, len(orders), len(counts)), reporting(trajectories, choosing)
+    means = (by_order[:, 0], by_order[:, 1:].mean(axis=1))
+    return PruningCurve(counts, *(mean_estimates(values, names, ablation.seed) for values in means))

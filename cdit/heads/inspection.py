@@ -12,13 +12,14 @@ from cdit.batch import Batch
 from cdit.common.frames import to_float, to_uint8
 from cdit.common.randomness import generator, seed_of
 from cdit.common.statistics import Estimate
+from cdit.evaluate.metrics import load_metrics
 from cdit.heads import draw
 from cdit.heads.choose import best_heads, best_scores, mean_estimates, mean_scores, reporting, split_halves
-from cdit.heads.config import AttentionConfig, Kind
+from cdit.heads.config import AttentionConfig, HeadsConfig, ImportanceConfig, Kind
 from cdit.heads.correspondence import baselines, correspondence_score, true_tokens
 from cdit.heads.glossary import MIXED, explain_measures, explain_types
 from cdit.heads.head_statistics import HeadRow, HeadStatistics, measure_heads
-from cdit.heads.importance import Head
+from cdit.heads.importance import Ablation, Head, importance, pruning_curve
 from cdit.heads.measures import Layout, frame_maps
 from cdit.heads.page import AttentionPage, affordable_top_k
 from cdit.heads.record import LayerAttention, evaluating
@@ -27,12 +28,15 @@ from cdit.heads.report import (
     AttentionReport,
     best_section,
     correspondence_section,
+    importance_section,
     measure_names,
     prefix,
     samples_section,
     types_section,
 )
+from cdit.heads.sources import Source
 from cdit.loading import spread
+from cdit.model import CDiT
 from cdit.world_model import WorldModel
 
 EXAMPLES = 4
@@ -117,6 +121,43 @@ def inspect_attention(
             report.page = album.page
     report.summary = "\n\n".join(summary) + "\n"
     return report
+
+
+def inspect_source(world: WorldModel, source: Source, config: HeadsConfig) -> AttentionReport:
+    """The report of `python -m cdit.heads`: attention and, if configured, the importance of heads."""
+    trajectories, seed = source.trajectories, config.seed
+    measured = further = None
+    if config.importance != "no":
+        how = ImportanceConfig(config.layers, config.kinds, config.ablation, config.times)
+        ablation = Ablation(world, source.batch, how, seed, progress=True)
+        lpips = None
+        if config.importance == "lpips":
+            lpips = load_metrics(world.device, tuple(world.description.image_size), ("lpips",)).get("lpips")
+        measured = importance(ablation, lpips)
+        further = measured.measures(trajectories, seed)
+    untrained = initial(world, seed) if config.untrained and source.places is not None else None
+    title = f"Attention of {config.checkpoint} on {config.data or config.frames}"
+    report = inspect_attention(
+        world, source.batch, config, seed, trajectories, source.places, untrained, further, title
+    )
+    if source.places is None:
+        report.summary += f"\nTrue places are unknown: {source.unknown}.\n"
+    choosing = split_halves(trajectories, seed)
+    if measured is not None and choosing is not None:
+        curve = pruning_curve(ablation, measured, choosing, trajectories)
+        section = importance_section(measured, curve, choosing, trajectories, seed, config.ablation)
+        report.summary += f"\n{section}\n"
+        caption = "loss as more and more heads are ablated, on samples that did not choose their order"
+        report.images["attention/importance/pruning"] = draw.pruning_picture(curve), caption
+    return report
+
+
+def initial(world: WorldModel, seed: int) -> WorldModel:
+    """The same network with initial weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        cdit = CDiT.from_config(world.cdit.config)
+    return WorldModel(cdit.to(world.device).eval(), world.codec, replace(world.description)).eval()
 
 
 def _predictions(world: WorldModel, batch: Batch, drawn: int, seed: int) -> Tensor:

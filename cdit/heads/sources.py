@@ -1,4 +1,4 @@
-"""What is inspected: windows of a dataset, or a folder of images."""
+"""What is inspected: a world model, on windows of a dataset or a folder of images."""
 
 import re
 from collections.abc import Sequence
@@ -9,12 +9,17 @@ import torch
 from torch import Tensor
 
 from cdit.batch import Batch, Condition
+from cdit.codec import load_codec
+from cdit.codec.config import CodecConfig
 from cdit.common.errors import UserError
 from cdit.data.actions import compose, read_actions
 from cdit.data.frames import crop_and_resize, decode
 from cdit.data.windows import WindowDataset
+from cdit.heads.config import HeadsConfig
 from cdit.heads.correspondence import true_places
-from cdit.loading import spread
+from cdit.loading import find_device, load_world, spread, windows_for
+from cdit.nwm.checkpoint import load_checkpoint
+from cdit.nwm.world import published_world
 from cdit.world_model import WorldModel
 
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -31,6 +36,33 @@ class Source:
     """`true_places`, if known."""
     unknown: str
     """Why they are not known; otherwise empty."""
+
+
+def open_world(config: HeadsConfig) -> WorldModel:
+    """The world model of a folder or of a published checkpoint.
+
+    Raises:
+        UserError: it cannot be read, or there is no such device.
+    """
+    if not Path(config.checkpoint).is_file():
+        return load_world(config.checkpoint, config.device)
+    device = find_device(config.device)
+    cdit = load_checkpoint(config.checkpoint, config.weights, config.num_heads)
+    return published_world(cdit, load_codec(CodecConfig("kl", config.codec)), config.spacing).to(device)
+
+
+def open_source(config: HeadsConfig, world: WorldModel) -> Source:
+    """The samples.
+
+    Raises:
+        UserError: data or images cannot be used.
+    """
+    if config.frames is not None:
+        offsets = config.offsets or [1]
+        return images_source(Path(config.frames), world, offsets, config.samples, config.actions, config.spacing)
+    dataset = windows_for(world, config.data, config.split, config.splits, config.follow_links, config.spacing)
+    named = f"split {config.split!r} of {config.data}"
+    return windows_source(dataset, world.cdit.grid, config.offsets or [1, 4, 8], config.samples, named)
 
 
 def windows_source(

@@ -28,8 +28,9 @@ from cdit.common.statistics import Estimate  # noqa: E402
 from cdit.data.actions import compose, parse_actions  # noqa: E402
 from cdit.data.layout import Camera, DatasetInfo, write_split, write_trajectory  # noqa: E402
 from cdit.diffusion import SamplerConfig  # noqa: E402
-from cdit.heads.__main__ import initial, main  # noqa: E402
+from cdit.heads.__main__ import main  # noqa: E402
 from cdit.heads.importance import Head, Importance, PruningCurve  # noqa: E402
+from cdit.heads.inspection import initial  # noqa: E402
 from cdit.heads.report import importance_section  # noqa: E402
 from cdit.heads.sources import images_source  # noqa: E402
 from cdit.model import CDiT  # noqa: E402

@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -11,14 +9,11 @@ from cdit.evaluate.metrics import psnr
 from cdit.heads.choose import best_column
 from cdit.heads.config import ImportanceConfig
 from cdit.heads.importance import (
+    Ablation,
     Head,
-    Importance,
     ablate_heads,
     contribution_squares,
-    distances_without,
-    head_outputs,
     importance,
-    losses_without,
     pruning_curve,
 )
 from cdit.world_model import WorldDescription, WorldModel
@@ -104,15 +99,6 @@ def test_nothing_is_left_behind_even_by_an_error(make_cdit):
     assert not hooks(cdit)
 
 
-def test_gradients_flow_through_what_is_left(make_cdit, make_inputs):
-    cdit = make_cdit()
-    weight = cdit.blocks[0].cross_attn.out.weight
-    with ablate_heads(cdit, [Head(0, "cross", 1)]):
-        (gradient,) = torch.autograd.grad(cdit(**make_inputs(cdit)).square().sum(), weight)
-    assert gradient[:, 8:16].eq(0).all()
-    assert gradient[:, :8].ne(0).any()
-
-
 @pytest.mark.parametrize(
     ("head", "message"),
     [
@@ -137,10 +123,8 @@ def world(request, make_world, make_cdit) -> WorldModel:
 @torch.no_grad()
 def test_the_rise_is_that_of_the_objective_without_the_heads_columns(world, make_batch, denoise):
     batch = make_batch(samples=3)
-    found = importance(world, batch, CONFIG, seed=7)
+    found = importance(Ablation(world, batch, CONFIG, 7))
     assert len(found.heads) == 3 * 2 * 4
-    assert found.loss.shape == (3,)
-    assert found.loss_rise.shape == found.contribution.shape == (3, 24)
     assert found.distance_rise is None
 
     def losses() -> np.ndarray:
@@ -162,21 +146,17 @@ def test_the_rise_is_that_of_the_objective_without_the_heads_columns(world, make
 
 def test_results_do_not_depend_on_the_batch_size(make_world, make_batch):
     world, batch = make_world(), make_batch(samples=3)
-    one, all_at_once = (importance(world, batch, ImportanceConfig([0], batch_size=n), 0) for n in (1, 8))
+    one, all_at_once = (importance(Ablation(world, batch, ImportanceConfig([0], batch_size=n), 0)) for n in (1, 8))
     np.testing.assert_allclose(one.loss_rise, all_at_once.loss_rise, atol=1e-5)
     np.testing.assert_allclose(one.contribution, all_at_once.contribution, rtol=1e-4)
 
 
 @torch.no_grad()
-def test_contributions_are_norms_after_w_o(world, make_batch):
-    outputs = head_outputs(world, make_batch(samples=3), [(1, "cross"), (0, "self")], [0.5], 2, 0)
-    assert outputs.contributions[1, "cross"].shape == (3, 4)
-    assert outputs.means[0, "self"].shape == (4, 8)
-    # By the change of the branch's output when the head is left out.
+def test_contributions_are_the_changes_of_the_branch_without_the_head(world):
     attention = world.cdit.blocks[0].cross_attn
     out = torch.randn(2, 4, 5, 8, generator=torch.Generator().manual_seed(1))
 
-    def branch(out):
+    def branch(out: torch.Tensor) -> torch.Tensor:
         return attention.out(out.transpose(1, 2).flatten(2))
 
     squares = contribution_squares(attention.out.weight, out)
@@ -187,40 +167,36 @@ def test_contributions_are_norms_after_w_o(world, make_batch):
 
 
 def test_the_only_head_contributes_all_and_orthogonal_heads_add_up(make_world, make_batch):
-    single = make_world(num_heads=1)
-    found = head_outputs(single, make_batch(), [(0, "cross")], [0.5], 2, 0).contributions[0, "cross"]
+    config = ImportanceConfig([0], ["cross"], times=[0.5])
+    found = Ablation(make_world(num_heads=1), make_batch(), config, 0).outputs()[0, "cross"]
     np.testing.assert_allclose(found, np.ones((2, 1)), rtol=1e-5)
     world = make_world()
     with torch.no_grad():
         world.cdit.blocks[0].cross_attn.out.weight.copy_(torch.eye(32))
-    found = head_outputs(world, make_batch(), [(0, "cross")], [0.5], 2, 0).contributions[0, "cross"]
+    found = Ablation(world, make_batch(), config, 0).outputs()[0, "cross"]
     np.testing.assert_allclose((found**2).sum(1), np.ones(2), rtol=1e-5)
 
 
 @torch.no_grad()
-def test_outputs_are_gathered_over_samples_times_goals_and_patches(world, make_batch):
+def test_outputs_are_gathered_over_samples_times_goals_and_patches(world, make_batch, denoise):
     batch, sites = make_batch(samples=3), [(1, "cross"), (1, "self")]
     given = {site: [] for site in sites}
-    hooks = [
+    for layer, kind in sites:
         getattr(world.cdit.blocks[layer], f"{kind}_attn").out.register_forward_pre_hook(
             lambda module, args, site=(layer, kind): given[site].append(args[0])
         )
-        for layer, kind in sites
-    ]
-    at_once = head_outputs(world, batch, sites, [0.3, 0.7], 3, 5)
-    expected = {site: torch.stack(inputs).flatten(0, -2).mean(0).unflatten(0, (4, 8)) for site, inputs in given.items()}
-    for hook in hooks:
-        hook.remove()
-    uneven = head_outputs(world, batch, sites, [0.3, 0.7], 2, 5)
-    for site in sites:
-        # (time, sample, queries of its goals, H, K), which W_O takes to (time, sample, queries, H, D)
-        out = torch.stack(given[site]).reshape(2, 3, -1, 4, 8)
-        weight = getattr(world.cdit.blocks[site[0]], f"{site[1]}_attn").out.weight
-        added = torch.einsum("tsnhk,dhk->tsnhd", out, weight.unflatten(1, (4, 8)))
-        squares, total = added.square().sum((0, 2, 4)), added.sum(3).square().sum((0, 2, 3))
-        for found in (at_once, uneven):
-            torch.testing.assert_close(found.means[site], expected[site], atol=1e-6, rtol=1e-4)
-            np.testing.assert_allclose(found.contributions[site], (squares / total[:, None]).sqrt(), rtol=1e-3)
+    for time in (0.3, 0.7):
+        denoise(world, batch, time, 5)
+    given = {site: torch.stack(found).reshape(2, 3, -1, 4, 8) for site, found in given.items()}  # time, sample, …, H, K
+    for size in (3, 2):
+        ablation = Ablation(world, batch, ImportanceConfig([1], batch_size=size, times=[0.3, 0.7]), 5)
+        contributions = ablation.outputs()
+        for (layer, kind), out in given.items():
+            weight = getattr(world.cdit.blocks[layer], f"{kind}_attn").out.weight
+            added = torch.einsum("tsnhk,dhk->tsnhd", out, weight.unflatten(1, (4, 8)))
+            squares, total = added.square().sum((0, 2, 4)), added.sum(3).square().sum((0, 2, 3))
+            torch.testing.assert_close(ablation.means[layer, kind], out.mean((0, 1, 2)), atol=1e-6, rtol=1e-4)
+            np.testing.assert_allclose(contributions[layer, kind], (squares / total[:, None]).sqrt(), rtol=1e-3)
 
 
 def test_a_head_that_adds_the_same_always_is_needed_by_zero_but_not_by_its_mean(make_world, make_batch):
@@ -230,19 +206,19 @@ def test_a_head_that_adds_the_same_always_is_needed_by_zero_but_not_by_its_mean(
         world.cdit.blocks[1].cross_attn.kv.weight[32 + 8 : 32 + 16] = 0  # the values of head 1 are their bias
     rises = {}
     for mode in ("zero", "mean"):
-        config = ImportanceConfig([1], ["cross"], mode, [0.5])
-        rises[mode] = np.abs(importance(world, batch, config, 0).loss_rise).max(axis=0)
+        found = importance(Ablation(world, batch, ImportanceConfig([1], ["cross"], mode, [0.5]), 0))
+        rises[mode] = np.abs(found.loss_rise).max(axis=0)
     assert rises["zero"][1] > 1e-4
     assert rises["mean"][1] < 1e-6
     assert rises["mean"][0] > 1e-4
 
 
 def test_sampled_frames_are_compared_with_the_truth(world, make_batch):
-    batch = make_batch(samples=3)
+    ablation = Ablation(world, make_batch(samples=3), CONFIG, 3)
     variants = [(), heads_of(1, "cross", [0, 1])]
     world.description.sampler = SamplerConfig(world.description.sampler.scheduler, 2)
-    found = distances_without(world, batch, variants, psnr, CONFIG, 3)
-    first = batch[:2]
+    found = ablation.distances(variants, psnr)
+    first = ablation.batch[:2]
     context, truth = (frames.float() / 127.5 - 1 for frames in (first.context, first.target))
     for i, heads in enumerate(variants):
         with ablate_heads(world.cdit, heads):
@@ -250,33 +226,25 @@ def test_sampled_frames_are_compared_with_the_truth(world, make_batch):
         expected = psnr(frames.flatten(0, 1), truth.flatten(0, 1)).unflatten(0, (2, 2)).mean(1)
         np.testing.assert_allclose(found[:2, i], expected.numpy(), rtol=1e-4)
     assert np.abs(found[:, 0] - found[:, 1]).min() > 0
-    whole = importance(world, batch, ImportanceConfig([1], ["cross"], times=[0.5], batch_size=2), 3, psnr)
-    alone = distances_without(world, batch, [(), [Head(1, "cross", 0)]], psnr, CONFIG, 3)
-    np.testing.assert_allclose(whole.distance_rise[:, 0], alone[:, 1] - alone[:, 0], rtol=1e-4)
+    ablation.config = ImportanceConfig([1], ["cross"], times=[0.5], batch_size=2)
+    alone = ablation.distances([(), [Head(1, "cross", 0)]], psnr)
+    rise = importance(ablation, psnr).distance_rise[:, 0]
+    np.testing.assert_allclose(rise, alone[:, 1] - alone[:, 0], rtol=1e-4)
 
 
 def test_a_model_without_actions_sees_none(make_world, make_batch):
     """Whatever the batch contains; with actions, every result depends on them."""
     world = make_world()
     world.description.sampler = SamplerConfig(steps=1)
-    batches = [make_batch(), make_batch()]
-    batches[1].condition.action += 3
-    config = ImportanceConfig([1], ["cross"], times=[0.5])
-
-    def found() -> list[Importance]:
-        return [importance(world, batch, config, 0, psnr) for batch in batches]
-
-    one, other = found()
+    ablations = [Ablation(world, make_batch(), ImportanceConfig([1], ["cross"], times=[0.5]), 0) for _ in range(2)]
+    ablations[1].batch.condition.action += 3
+    one, other = (importance(ablation, psnr) for ablation in ablations)
     assert (one.loss != other.loss).all()
     assert not np.array_equal(one.contribution, other.contribution)
     world.description.has_actions = False
-    one, other = found()
+    one, other = (importance(ablation, psnr) for ablation in ablations)
     for name in ("loss", "loss_rise", "contribution", "distance_rise"):
         np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-    curves = [
-        pruning_curve(world, batch, one, np.array([True, False]), ["a", "b"], config, 0, points=3) for batch in batches
-    ]
-    assert curves[0] == curves[1]
 
 
 def test_heads_behind_a_closed_gate_are_never_needed(make_world, make_batch):
@@ -284,48 +252,45 @@ def test_heads_behind_a_closed_gate_are_never_needed(make_world, make_batch):
     with torch.no_grad():  # chunk 5 of 9 gates the cross-attention
         for parameter in (world.cdit.blocks[1].ada_ln.weight, world.cdit.blocks[1].ada_ln.bias):
             parameter.unflatten(0, (9, 32))[5] = 0
-    found = importance(world, make_batch(samples=4), CONFIG, 0)
+    found = importance(Ablation(world, make_batch(samples=4), CONFIG, 0))
     closed = found.of(1, "cross")
-    assert [found.heads[i] for i in closed] == [Head(1, "cross", i) for i in range(4)]
+    assert [found.heads[i] for i in closed] == heads_of(1, "cross", [0, 1, 2, 3])
     assert (found.loss_rise[:, closed] == 0).all()
-    choosing = np.array([True, True, False, False])
-    assert set(found.order(choosing)) == set(found.heads)
-    needed = best_column(np.abs(found.loss_rise), choosing, TRAJECTORIES)
+    needed = best_column(np.abs(found.loss_rise), np.array([True, True, False, False]), TRAJECTORIES)
     assert needed.column not in closed
 
 
 def test_the_curve_takes_the_least_needed_first_and_looks_at_other_samples(make_world, make_batch):
-    world, batch = make_world(), make_batch(samples=4)
-    measured = importance(world, batch, CONFIG, 0)
-    choosing = np.array([True, False, False, True])
-    curve = pruning_curve(world, batch, measured, choosing, TRAJECTORIES, CONFIG, 0, points=5, random_orders=2)
+    ablation = Ablation(make_world(), make_batch(samples=4), CONFIG, 0)
+    measured, choosing = importance(ablation), np.array([True, False, False, True])
+    curve = pruning_curve(ablation, measured, choosing, TRAJECTORIES, points=5, random_orders=2)
     assert curve.counts == [0, 6, 12, 18, 24]
     order = measured.order(choosing)
     means = measured.loss_rise[choosing].mean(axis=0)
     rises = [means[measured.heads.index(head)] for head in order]
     assert rises == sorted(rises)
-    others = batch[[1, 2]]
-    expected = losses_without(world, others, [order[:count] for count in curve.counts], CONFIG, 0).mean(axis=0)
+    ablation.batch = ablation.batch[[1, 2]]
+    expected = ablation.losses([order[:count] for count in curve.counts]).mean(axis=0)
     np.testing.assert_allclose([point.mean for point in curve.ordered], expected, rtol=1e-6)
     assert curve.ordered[0].mean == pytest.approx(curve.random[0].mean)  # none out, all out: no order matters
     assert curve.ordered[-1].mean == pytest.approx(curve.random[-1].mean)
     assert curve.ordered[2].mean != curve.random[2].mean
-    assert curve.ordered[1].low <= curve.ordered[1].mean <= curve.ordered[1].high
 
 
 def test_without_all_heads_the_past_is_not_seen(make_world, make_batch):
     """With every cross-attention head out, other past frames leave the loss as it is."""
-    world, batch = make_world(), make_batch()
-    gone = [Head(layer, "cross", i) for layer in range(3) for i in range(4)]
-    other = replace(batch, context=255 - batch.context)
-    losses = [losses_without(world, items, [(), gone], CONFIG, 0) for items in (batch, other)]
+    ablation = Ablation(make_world(), make_batch(), CONFIG, 0)
+    gone = [head for layer in range(3) for head in heads_of(layer, "cross", [0, 1, 2, 3])]
+    losses = [ablation.losses([(), gone])]
+    ablation.batch.context = 255 - ablation.batch.context
+    losses.append(ablation.losses([(), gone]))
     assert (losses[0][:, 1] == losses[1][:, 1]).all()
     assert (losses[0][:, 0] != losses[1][:, 0]).all()
 
 
 def test_the_model_is_left_as_it_was(make_world, make_batch):
     world, state = make_world(dropout=0.5).train(), torch.get_rng_state()
-    importance(world, make_batch(), ImportanceConfig([0], mode="mean", times=[0.5]), 0)
+    importance(Ablation(world, make_batch(), ImportanceConfig([0], mode="mean", times=[0.5]), 0))
     assert world.cdit.training
     assert torch.equal(torch.get_rng_state(), state)
     assert not hooks(world.cdit)
