@@ -130,14 +130,6 @@ def test_directions_have_the_slopes_of_the_motion(gathered):
         assert rows[name].measures["walking slope"].mean == pytest.approx(0, abs=1e-3)
 
 
-def test_distances_between_heads_built_by_hand(gathered):
-    distances = gathered[0].distances()[0, 0.5]
-    assert distances.shape == (7, 7)
-    assert distances.diagonal().eq(0).all()
-    same, newest = HEADS.index("same place"), HEADS.index("newest frame")
-    assert distances[same, newest].item() == pytest.approx(1, abs=1e-4)  # other frames, no token shared
-
-
 def test_heads_are_judged_by_true_places_where_these_are_known():
     """Nothing has moved, and the older frame alone shows it: all patches but those at borders have 9 true places."""
     place = LAYOUT.positions()[:, None].expand(GOALS, N, 2, 2) + 0.5

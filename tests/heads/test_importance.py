@@ -187,11 +187,11 @@ def test_outputs_are_gathered_over_samples_times_goals_and_patches(world, make_b
         )
     for time in (0.3, 0.7):
         denoise(world, batch, time, 5)
-    given = {site: torch.stack(found).reshape(2, 3, -1, 4, 8) for site, found in given.items()}  # time, sample, …, H, K
+    outputs = {site: torch.stack(found).reshape(2, 3, -1, 4, 8) for site, found in given.items()}  # time, sample, …, H, K
     for size in (3, 2):
         ablation = Ablation(world, batch, ImportanceConfig([1], batch_size=size, times=[0.3, 0.7]), 5)
         contributions = ablation.outputs()
-        for (layer, kind), out in given.items():
+        for (layer, kind), out in outputs.items():
             weight = getattr(world.cdit.blocks[layer], f"{kind}_attn").out.weight
             added = torch.einsum("tsnhk,dhk->tsnhd", out, weight.unflatten(1, (4, 8)))
             squares, total = added.square().sum((0, 2, 4)), added.sum(3).square().sum((0, 2, 3))

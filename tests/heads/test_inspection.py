@@ -1,10 +1,8 @@
 import csv
-import hashlib
 import json
 import math
 import re
 import weakref
-from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -268,35 +266,6 @@ def test_what_is_not_drawn_is_measured_all_the_same(make_world, make_batch, tmp_
     plain.save(tmp_path)
     assert not (tmp_path / "index.html").exists()
     assert "attention/page" not in plain.to_wandb(tmp_path)
-
-
-def digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def test_wandb_gets_the_very_files_of_the_folder(make_world, make_batch, tmp_path, monkeypatch):
-    wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "wandb"))  # where pictures in tables wait to be uploaded
-    report = look(make_world(), make_batch(), AttentionConfig(layers=[0, 1], times=[0.5]))
-    report.save(tmp_path / "report")
-    shown = report.to_wandb(tmp_path / "report")
-    assert not set(shown) & set(report.scalars)
-    run = wandb.init(project="test", dir=tmp_path)
-    run.log(shown, step=3)
-    run.finish()
-    media = next(tmp_path.glob("wandb/offline-run-*/files/media"))
-    kept, staged = ({digest(file) for file in folder.rglob("*") if file.is_file()}
-                    for folder in (media, tmp_path / "wandb" / "artifacts"))  # fmt: skip
-    files = [file for file in (tmp_path / "report").rglob("*") if file.suffix in (".png", ".html")]
-    assert len(files) > 20
-    for file in files:
-        assert digest(file) in (staged if file.parent.name == "thumbnails" else kept), file
-    table = json.loads(next(media.glob("table/**/*.json")).read_text())
-    assert table["columns"][:-1] == report.table[0]
-    entropy = table["columns"].index("entropy")
-    assert [row[entropy] for row in table["data"]] == [row.measures["entropy"].mean for row in report.rows]
 
 
 def test_examples_are_the_first_head_of_each_type_and_the_mixed_last(make_world, make_batch, monkeypatch):

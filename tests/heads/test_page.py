@@ -1,10 +1,8 @@
 import base64
-import gc
 import io
 import json
 import math
 import re
-import weakref
 import zlib
 
 import numpy as np
@@ -215,12 +213,3 @@ def test_weights_that_are_missing_are_named():
     page.add_weights(0, 5, 0.25, random_weights(LAYOUT))
     with pytest.raises(ValueError, match=r"\[\(0, 0\.75, 5\)\]"):
         page.html()
-
-
-def test_it_keeps_no_weights():
-    page, weights = make_page(), random_weights(LAYOUT)
-    alive = weakref.ref(weights)
-    page.add_weights(0, 0, 0.25, weights)
-    del weights
-    gc.collect()
-    assert alive() is None

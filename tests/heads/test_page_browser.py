@@ -450,20 +450,6 @@ def test_letters_go_through_what_can_be_chosen(page):
     assert [state[name] for name in ("sample", "time", "layer", "head", "mean", "truth")] == [1, 0, 1, 1, False, True]
 
 
-def test_with_shift_letters_go_back(page, tmp_path):
-    made = AttentionPage("Three heads", Layout(1, 2, 2), fps=4.0, has_extra=False)
-    made.add_sample("", torch.zeros(1, 3, 4, 4).byte(), torch.ones(1, dtype=torch.bool), torch.zeros(3, 4, 4).byte())
-    made.add_weights(0, 0, 0.5, torch.full((3, 4, 4), 0.25))
-    made.save(tmp_path / "index.html")
-    page.files.add((tmp_path / "index.html").as_uri())
-    page.open((tmp_path / "index.html").as_uri())
-    heads = []
-    for key in "hHHh":
-        page.press("body", key)
-        heads.append(page.run("return window.page.state.head"))
-    assert heads == [1, 0, 2, 0]
-
-
 def test_a_weight_is_told_where_one_points(page):
     page.click_patch(0, 0)
     frame, row, column = looked_at(0, 0.25, 3, 0, 0)
@@ -534,16 +520,3 @@ def test_it_works_in_a_frame_without_an_address(page, addresses, tmp_path):
     page.press("#target", Keys.ARROW_RIGHT)
     assert page.brightest() == looked_at(0, 0.25, 3, 2, 4)
     page.driver.switch_to.default_content()
-
-
-def test_dark_and_light(page):
-    def paper() -> str:
-        return page.run("return getComputedStyle(document.body).backgroundColor")
-
-    shades: dict[str, str] = {}
-    for scheme in ("light", "dark"):
-        feature = {"name": "prefers-color-scheme", "value": scheme}
-        page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
-        shades[scheme] = paper()
-    page.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
-    assert shades == {"light": "rgb(251, 251, 253)", "dark": "rgb(19, 19, 24)"}

@@ -4,7 +4,6 @@ from torch import nn
 
 from cdit.common.errors import UserError
 from cdit.heads.record import record_attention, watch_attention
-from cdit.model import attention
 
 DIALECTS = {
     "native": {},
@@ -31,6 +30,8 @@ def test_outputs_are_bit_identical_and_nothing_is_left(make_cdit, make_inputs, d
         during = cdit(**inputs)
     assert torch.equal(before, during)
     assert torch.equal(before, cdit(**inputs))
+    with pytest.raises(RuntimeError, match="mine"), record_attention(cdit, [0]):
+        raise RuntimeError("mine")
     assert observers(cdit) == [None] * 6
     assert not cdit._forward_pre_hooks
 
@@ -44,14 +45,6 @@ def test_gradients_are_bit_identical(make_cdit, make_inputs):
             gradients.append(torch.autograd.grad(cdit(**inputs).square().sum(), list(cdit.blocks.parameters())))
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
     assert not recording[0].requires_grad
-
-
-def test_everything_is_restored_after_an_error(make_cdit):
-    cdit = make_cdit()
-    with pytest.raises(RuntimeError, match="mine"), record_attention(cdit, [0]):
-        raise RuntimeError("mine")
-    assert observers(cdit) == [None] * 6
-    assert not cdit._forward_pre_hooks
 
 
 @torch.no_grad()
@@ -131,23 +124,6 @@ def test_weights_are_those_of_torch(make_cdit, make_inputs, monkeypatch, extra_k
 
 
 @torch.no_grad()
-def test_weights_are_the_softmax_of_what_the_kernel_is_given(make_cdit, make_inputs, monkeypatch, dialect):
-    cdit = make_cdit(**dialect)
-    kernel, given = attention.scaled_dot_product_attention, []
-    monkeypatch.setattr(
-        attention, "scaled_dot_product_attention", lambda *tensors: given.append(tensors) or kernel(*tensors)
-    )
-    with record_attention(cdit, [2]) as recording:
-        cdit(**make_inputs(cdit))
-    q, (k, _), mask = given[-1]  # the last layer's cross-attention comes last
-    scores = torch.einsum("bhnk,bhmk->bhnm", q.double(), k.double()) / q.shape[-1] ** 0.5
-    exponentials = scores.exp() * mask
-    expected = exponentials / exponentials.sum(-1, keepdim=True)
-    expected = expected.unflatten(2, (-1, 24)).transpose(1, 2).reshape(recording[2].shape)
-    torch.testing.assert_close(recording[2].double(), expected, atol=1e-6, rtol=1e-5)
-
-
-@torch.no_grad()
 def test_weights_are_float32_under_autocast(make_cdit, make_inputs):
     cdit = make_cdit()
     with torch.autocast("cpu", torch.bfloat16), record_attention(cdit, [0]) as recording:
@@ -159,22 +135,6 @@ def test_weights_are_float32_under_autocast(make_cdit, make_inputs):
 def test_a_layer_that_does_not_exist_is_named(make_cdit):
     with pytest.raises(UserError, match="layer 3: the model has layers 0 to 2"), record_attention(make_cdit(), [3]):
         pass
-
-
-@torch.no_grad()
-def test_the_network_within_a_distributed_one_is_recorded(make_cdit, make_inputs, tmp_path):
-    cdit = make_cdit()
-    inputs = make_inputs(cdit)
-    with record_attention(cdit, [1]) as plain:
-        expected = cdit(**inputs)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
-    try:
-        distributed = nn.parallel.DistributedDataParallel(cdit)
-        with record_attention(cdit, [1]) as recording:
-            assert torch.equal(distributed(**inputs), expected)
-        assert torch.equal(recording[1], plain[1])
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 @torch.no_grad()
