@@ -187,7 +187,7 @@ def test_outputs_are_gathered_over_samples_times_goals_and_patches(world, make_b
         )
     for time in (0.3, 0.7):
         denoise(world, batch, time, 5)
-    outputs = {site: torch.stack(found).reshape(2, 3, -1, 4, 8) for site, found in given.items()}  # time, sample, …, H, K
+    outputs = {site: torch.stack(found).reshape(2, 3, -1, 4, 8) for site, found in given.items()}
     for size in (3, 2):
         ablation = Ablation(world, batch, ImportanceConfig([1], batch_size=size, times=[0.3, 0.7]), 5)
         contributions = ablation.outputs()
