@@ -26,6 +26,7 @@ from cdit.diffusion.config import DDPMConfig, FlowConfig, SamplerConfig, check_s
 from cdit.diffusion.objective import make_objective
 from cdit.model.attention import side_by_side
 from cdit.model.cdit import CDiT, ContextCache
+from cdit.worlds import resolve
 
 DESCRIPTION = "world_model.json"
 VERSION = 1
@@ -474,12 +475,15 @@ class WorldModel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: Path | str) -> "WorldModel":
-        """Reads a world model, or the best one of a training run's folder, in evaluation mode.
+        """Reads a world model, or the best one of a training run's folder, in evaluation mode and float32.
+
+        Args:
+            folder: the world model's, the run's, or the name of a world that ships with the package (`cdit.worlds`).
 
         Raises:
             UserError: the folder holds no world model, or a broken one.
         """
-        folder = Path(folder)
+        folder = resolve(folder)
         candidates = [folder, folder / "best", folder / "last"]
         found = next((f for f in candidates if (f / DESCRIPTION).is_file()), None)
         if found is None:
@@ -494,7 +498,8 @@ class WorldModel(nn.Module):
                 expected = CDiT.from_config(CDiT.load_config(found / "cdit", local_files_only=True)).state_dict()
             if shapes != {name: tuple(weight.shape) for name, weight in expected.items()}:
                 raise UserError("the weights in cdit/ are not those of its config.json")
-            cdit = CDiT.from_pretrained(found / "cdit", low_cpu_mem_usage=False, use_safetensors=True)
+            options = {"low_cpu_mem_usage": False, "use_safetensors": True}
+            cdit = CDiT.from_pretrained(found / "cdit", torch_dtype=torch.float32, **options)
             codec = load_codec(CodecConfig(kind, str(found / "codec")))
             return cls(cdit, codec, description).eval()
         except Exception as error:  # the libraries that read these files raise as they please

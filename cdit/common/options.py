@@ -1,10 +1,10 @@
 """Options that mean the same in every command, for its dataclass to inherit."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from cdit.common.errors import UserError
+from cdit.worlds import resolve
 
 
 @dataclass(kw_only=True)
@@ -12,7 +12,7 @@ class CheckpointOptions:
     """A trained model, and where it runs."""
 
     checkpoint: str
-    """Folder of a training run or of a world model."""
+    """Folder of a training run or of a world model, or the name of a world that ships with the package (maze)."""
     device: str = "auto"
     """Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, …"""
 
@@ -65,7 +65,7 @@ def check_options(options: object) -> None:
     """
     for name in ("checkpoint", "data", "splits"):
         path = getattr(options, name, None)
-        if path is not None and "://" not in path and not Path(path).exists():
+        if path is not None and "://" not in path and not resolve(path).exists():
             raise UserError(f"{name} is {path}, which does not exist")
     spacing = getattr(options, "spacing", None)
     if spacing is not None and spacing <= 0:

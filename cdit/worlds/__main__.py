@@ -1,0 +1,64 @@
+"""Packs a trained world model for shipping: half-precision weights and the card of what it is.
+
+    python -m cdit.worlds --checkpoint runs/maze --out cdit/worlds/maze --evaluation evaluation
+
+The card, README.md, holds the training config, steps and time of the run, and the tables of `python -m cdit.evaluate`.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from cdit.common.cli import parse_config, run
+from cdit.common.errors import UserError
+from cdit.common.options import CheckpointOptions, OutputOptions, check_options
+
+
+@dataclass(kw_only=True)
+class PackConfig(CheckpointOptions, OutputOptions):
+    """What to pack."""
+
+    evaluation: list[str]
+    """Folders of results of `python -m cdit.evaluate`, whose tables go into the card."""
+    note: str = ""
+    """A paragraph for the card: machine, data, licence of what the frames show."""
+
+
+def main() -> None:
+    """Writes the world model and its card."""
+    config = parse_config(PackConfig, __doc__)
+    check_options(config)
+    tables = [Path(folder, "results.md") for folder in config.evaluation]
+    for table in tables:
+        if not table.is_file():
+            raise UserError(f"evaluation: {table} does not exist; expected a folder of python -m cdit.evaluate")
+
+    import torch
+
+    from cdit.world_model import WorldModel
+
+    world = WorldModel.from_pretrained(config.checkpoint)
+    world.cdit.to(torch.float16)
+    out = Path(config.out)
+    world.save_pretrained(out)
+    run_folder = Path(config.checkpoint)
+    card = [f"# {out.name}", config.note, _training(run_folder)]
+    card += [table.read_text().replace(f"{run_folder}", out.name) for table in tables]
+    (out / "README.md").write_text("\n\n".join(part.strip() for part in card if part) + "\n")
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    print(f"{out}: {size / 1e6:.1f} MB")
+
+
+def _training(run_folder: Path) -> str:
+    """The run's last step, validation losses and config, where the checkpoint is a training run's folder."""
+    metrics, config = run_folder / "metrics.jsonl", run_folder / "config.yaml"
+    if not metrics.is_file() or not config.is_file():
+        return ""
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    losses = [f"| {row['step']} | {row['validation/loss']:.5f} |" for row in rows if "validation/loss" in row]
+    table = "\n".join(["| step | validation loss |", "|---:|---:|", *losses])
+    return f"{rows[-1]['step']} training steps.\n\n{table}\n\nThe config:\n\n```yaml\n{config.read_text()}```"
+
+
+if __name__ == "__main__":
+    run(main)
