@@ -76,7 +76,7 @@ def test_the_published_recipe_trains_on_data_as_it_is_published(tmp_path: Path):
         "codec.name": tmp_path / "vae", "data.image_size": "[32, 32]", "data.workers": 0, "compile": "false",
         "model.hidden_size": 48, "model.depth": 2, "model.num_heads": 4, "steps": 2, "batch_size": 4,
         "micro_batch_size": 2, "validation.samples": 4, "probe.final_samples": 2, "probe.samples": 2, "probe.rows": 2,
-        "probe.rollouts": 1, "probe.rollout_frames": 2, "tracking.backend": "none", "tracking.every": 1,
+        "probe.rollouts": 1, "probe.rollout_frames": 2, "tracking": "none", "log_every": 1,
         "sampler.steps": 3, "mixed_precision": "no", "output": tmp_path / "runs",
     }  # fmt: skip
     command = [sys.executable, str(ROOT / "train.py"), "--config", str(ROOT / "configs" / "nwm_cdit_s.yaml")]

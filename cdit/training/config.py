@@ -100,18 +100,6 @@ class CheckpointConfig:
 
 
 @dataclass
-class TrackingConfig:
-    """Where the run is logged, in addition to metrics.jsonl and the pictures in its folder."""
-
-    backend: Literal["wandb", "none"] = "wandb"
-    """Weights & Biases (offline if you are not logged in), or none."""
-    project: str = "cdit"
-    """Project name at Weights & Biases."""
-    every: int = 20
-    """Steps between logged training metrics."""
-
-
-@dataclass
 class TrainConfig:
     """A training run."""
 
@@ -179,8 +167,13 @@ class TrainConfig:
     """Samples, metrics and attention maps during training."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
-    """Weights & Biases."""
+    tracking: Literal["wandb", "none"] = "wandb"
+    """Whether to log to Weights & Biases too (offline if nobody is logged in), beside metrics.jsonl and pictures in the
+    folder of the run."""
+    project: str = "cdit"
+    """Name of the Weights & Biases project."""
+    log_every: int = 20
+    """Steps between logged training metrics."""
 
     @property
     def folder(self) -> Path:
@@ -216,7 +209,7 @@ class TrainConfig:
             "optimizer.max_bad_steps": self.optimizer.max_bad_steps,
             "timeout_minutes": self.timeout_minutes,
             "probe.rows": self.probe.rows,
-            "tracking.every": self.tracking.every,
+            "log_every": self.log_every,
             **{
                 f"model.{name}": value
                 for name, value in asdict(self.model).items()

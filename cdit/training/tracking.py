@@ -40,9 +40,9 @@ class Tracker:
             return
         lines = _keep_lines(self.path, state.rows)
         self.rows = len(lines)
-        if config.tracking.backend == "wandb":
+        if config.tracking == "wandb":
             state.tracker_id = state.tracker_id or secrets.token_hex(4)
-            about = {"project": config.tracking.project, "name": config.name, "config": asdict(config)}
+            about = {"project": config.project, "name": config.name, "config": asdict(config)}
             self.wandb = WandbRun(config.folder, state.tracker_id, **about)
             for line in lines:
                 with suppress(ValueError, KeyError):  # a row that was edited

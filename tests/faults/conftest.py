@@ -102,7 +102,8 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trainer]:
             "attention": {"samples": 0},
         },
         "checkpoint": {"every": 3, "keep": 2},
-        "tracking": {"backend": "none", "every": 2},
+        "tracking": "none",
+        "log_every": 2,
     }
     (home / "config.yaml").write_text(yaml.safe_dump(values))
     kept = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}

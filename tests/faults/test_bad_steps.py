@@ -15,7 +15,7 @@ from cdit.data.windows import WindowDataset
 from cdit.training.config import TrainConfig
 
 BAD = {"BAD_LOSSES": json.dumps({"4": float("nan"), "7": float("inf")})}
-EACH_STEP = ("--checkpoint.every", "1", "--checkpoint.keep", "20", "--tracking.every", "1")
+EACH_STEP = ("--checkpoint.every", "1", "--checkpoint.keep", "20", "--log_every", "1")
 
 
 @pytest.fixture(scope="module")

@@ -73,7 +73,7 @@ def test_killed_at_random_moments(
 @pytest.mark.parametrize("phase", ["rename", "write", "logging", "model"])
 def test_killed_before_each_operation_on_a_file(trainer: Trainer, table: Table, tmp_path: Path, phase: str):
     """Opening, renaming, linking and deleting, one after the other; of checkpoints, when there are old ones."""
-    each_step = ("--checkpoint.every", "1", "--validation.every", "1", "--tracking.every", "1")
+    each_step = ("--checkpoint.every", "1", "--validation.every", "1", "--log_every", "1")
     log = tmp_path / "phases.log"
     trainer.run(tmp_path / "timed", *each_step, environment={"PHASES_LOG": str(log)})
     entries = [entry for entry in map(json.loads, log.read_text().splitlines()) if entry["phase"] == phase]

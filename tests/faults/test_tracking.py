@@ -19,7 +19,7 @@ def test_the_run_goes_on_without_wandb(
     trainer: Trainer, table: Table, tmp_path: Path, name: str, environment: dict[str, str], faults: list[dict]
 ):
     table.injected(name)
-    options = ("--tracking.backend", "wandb", "--probe.every", "0")
+    options = ("--tracking", "wandb", "--probe.every", "0")
     ended = trainer.run(tmp_path, *options, faults=faults, environment=environment)
     assert ended.code == 0, ended.said
     assert "W&B" in ended.said

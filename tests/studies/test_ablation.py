@@ -62,7 +62,7 @@ def base(folder: Path, data: Path) -> None:
         "steps": 1, "batch_size": 2, "mixed_precision": "no",
         "validation": {"samples": 2},
         "probe": {"samples": 1, "final_samples": 1, "rollouts": 0, "rows": 1, "attention": {"samples": 0}},
-        "tracking": {"backend": "none"},
+        "tracking": "none",
     }  # fmt: skip
     (folder / "base.yaml").write_text(yaml.safe_dump(config))
 

@@ -114,7 +114,8 @@ def tiny(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "attention": {"layers": [1], "times": [0.5]},
         },
         "checkpoint": {"every": 1, "keep": 10},
-        "tracking": {"backend": "none", "every": 1},
+        "tracking": "none",
+        "log_every": 1,
     }
     path.write_text(yaml.safe_dump(values))
     return path
@@ -207,7 +208,7 @@ def offline(
 ) -> tuple[subprocess.CompletedProcess, Path]:
     """The same run as a person starts it who is not logged in at W&B, with probes on the way: its output and folder."""
     output = tmp_path_factory.mktemp("offline")
-    options = ("--name", "shown", "--tracking.backend", "wandb", "--probe.every", "2")
+    options = ("--name", "shown", "--tracking", "wandb", "--probe.every", "2")
     done = launch(TRAIN, "--config", tiny, "--output", output, *options)
     assert done.returncode == 0, done.stderr
     return done, output / "shown"

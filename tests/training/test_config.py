@@ -37,7 +37,7 @@ WRONG = [  # option, value, what the message names if not the option
     ("probe.attention.samples", "-1"),
     ("checkpoint.every", "0"),
     ("checkpoint.keep", "0"),
-    ("tracking.every", "0"),
+    ("log_every", "0"),
     ("seed", "-1"),
     ("action_dropout", "1.0"),
     ("action_dropout", "-0.1"),

@@ -16,6 +16,6 @@ TRAIN = Path(__file__).parents[2] / "train.py"
 def test_training_runs(tmp_path: Path, dataset: Path, compiled: str):
     smoke = TRAIN.parent / "configs" / "smoke.yaml"
     options = [f"--config={smoke}", f"--data.folder={dataset}", f"--output={tmp_path}", f"--compile={compiled}"]
-    command = [sys.executable, str(TRAIN), *options, "--tracking.backend=none"]
+    command = [sys.executable, str(TRAIN), *options, "--tracking=none"]
     assert subprocess.run(command).returncode == 0
     assert (tmp_path / "smoke" / "last" / "world_model.json").is_file()

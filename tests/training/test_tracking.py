@@ -226,7 +226,7 @@ def test_a_resumed_run_goes_on_at_the_server(
 ):
     """Also with what the server did not get of it: here, the rows of two steps."""
     online = {"WANDB_MODE": "online", "WANDB_BASE_URL": server.url, "WANDB_API_KEY": "a" * 40}
-    options = ("--config", tiny, "--output", tmp_path, "--tracking.backend", "wandb")
+    options = ("--config", tiny, "--output", tmp_path, "--tracking", "wandb")
     assert launch(TRAIN, *options, "--stop_at", "4", **online).returncode == 0
     (run,) = server.files
     del server.files[run]["wandb-history.jsonl"][2:], server.files[run]["wandb-summary.json"]
@@ -256,7 +256,7 @@ def test_training_goes_on_without_its_process(
                 killed.append(process)
 
     threading.Thread(target=kill, daemon=True).start()
-    done = launch(TRAIN, "--config", tiny, "--output", tmp_path, "--tracking.backend", "wandb")
+    done = launch(TRAIN, "--config", tiny, "--output", tmp_path, "--tracking", "wandb")
     assert killed
     assert done.returncode == 0, done.stderr
     assert len(re.findall("warning: W&B failed", done.stderr)) == 1

@@ -50,7 +50,7 @@ def test_a_run_is_repeated_from_its_saved_config(
     tmp_path: Path,
 ):
     first = offline[1]
-    options = ("--name", "again", "--output", tmp_path, "--tracking.backend", "none")
+    options = ("--name", "again", "--output", tmp_path, "--tracking", "none")
     done = launch(TRAIN, "--config", first / "config.yaml", *options)
     assert done.returncode == 0, done.stderr
     again = tmp_path / "again"
@@ -176,7 +176,7 @@ def test_another_run_goes_on_from_a_checkpoint(train: Run, whole: Path, rows: Ro
 
 def test_open_losses_are_told_of_after_going_on(train: Run, rows: Rows, tmp_path: Path):
     """Rows of two steps' losses, from checkpoints after every third."""
-    options = ["--tracking.every", "2", "--checkpoint.every", "3"]
+    options = ["--log_every", "2", "--checkpoint.every", "3"]
     run, cut = train(tmp_path / "a", *options), train(tmp_path / "b", *options, "--stop_at", "3")
     expected = rows(run, "train/loss")
     assert [row["step"] for row in expected] == [2, 4, 6]

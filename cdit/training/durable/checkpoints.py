@@ -46,9 +46,10 @@ CONFIG = "config.yaml"
 LATEST = "latest"
 MAY_DIFFER = re.compile(
     r"(name|output|resume|allow_changes|steps|stop_at|micro_batch_size|compile|mixed_precision|activation_checkpointing"
+    r"|tracking|project|log_every"
     r"|deterministic|timeout_minutes|data\.(folder|prepare|splits|follow_links|workers|cache_gb|shard_cache(_gb)?|latents"
     r"|on_error)"
-    r"|(validation|probe|checkpoint|tracking|sampler)\..*|optimizer\.max_bad_steps)"
+    r"|(validation|probe|checkpoint|sampler)\..*|optimizer\.max_bad_steps)"
 )
 """Fields that may change when a run is continued."""
 FREE = ("objective_options.", "model.extra_conditioners.")

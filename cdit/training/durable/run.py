@@ -159,7 +159,7 @@ class DurableRun:
         """Counts the step; logs metrics and writes a checkpoint if they are due."""
         self.state.step += 1
         self._bar.update()
-        if self.step % self.config.tracking.every == 0 or self.is_finished:
+        if self.step % self.config.log_every == 0 or self.is_finished:
             self._log_row()
         self.state.rows = self.tracker.rows  # without those of the next validation, which a resumed run repeats
         self._checkpoints.check()

@@ -433,7 +433,7 @@ def test_what_may_change_on_the_way(config: Callable[..., TrainConfig], saved: P
         "validation.every": "3",
         "probe.attention.layers": "[0]",
         "checkpoint.keep": "1",
-        "tracking.backend": "wandb",
+        "tracking": "wandb",
         "sampler.steps": "4",
         "output": "there",
     }
