@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from cdit.batch import Batch
 from cdit.common.frames import to_float
@@ -46,6 +47,8 @@ class _Sums:
     """Per sample, (H, G, 2): the column translation and the divergence in the newest frame."""
     offsets: Tensor | float = 0.0
     distances: Tensor | float = 0.0
+    calls: int = 0
+    """Of `add`; more than samples if the objective calls the network several times."""
 
 
 class HeadStatistics:
@@ -108,6 +111,7 @@ class HeadStatistics:
             sums.values[sample] |= correspondence_score(weights, truth, self.layout).sum(0).ratios()
         sums.offsets = sums.offsets + measures.offset_mass(weights, self.layout).mean(0).cpu()
         sums.distances = sums.distances + measures.head_distances(weights).mean(0).cpu()
+        sums.calls += 1
         if self._actions is not None:
             motion = measures.fit_motion(measures.offset_fields(weights, self.layout), self.layout)
             newest = torch.stack((motion.translation[..., -1, 1], motion.divergence[..., -1]), dim=-1)
@@ -130,7 +134,7 @@ class HeadStatistics:
 
     def distances(self) -> dict[tuple[int, float], Tensor]:
         """By layer and time, the mean `head_distances` over samples and goals, (H, H)."""
-        return {key: sums.distances / len(sums.values) for key, sums in sorted(self._sums.items())}
+        return {key: sums.distances / sums.calls for key, sums in sorted(self._sums.items())}
 
     def rows(self) -> list[HeadRow]:
         """One row for each layer, time and head, in this order."""
@@ -162,7 +166,7 @@ class HeadStatistics:
         values = torch.stack([torch.stack([sums.values[sample][name] for name in names]) for sample in samples])
         heads = values.shape[-1]
         estimated = mean_estimates(values.flatten(1).double().numpy(), trajectories, self.seed)
-        offset_maps = sums.offsets / len(samples)
+        offset_maps = sums.offsets / sums.calls
         offsets = measures.largest_offset(offset_maps, self.layout).tolist()
         offset_shares = (offset_maps.amax((-2, -1)) / offset_maps.sum((-2, -1))).tolist()
         rows = []
@@ -200,6 +204,7 @@ def measure_heads(
     layers: Sequence[int] | None = None,
     truth: Tensor | None = None,
     watch: Callable[[int, float, LayerAttention], None] | None = None,
+    progress: bool = False,
 ) -> HeadStatistics:
     """Measures the heads while the samples' targets, noised to chosen diffusion times, are denoised.
 
@@ -213,6 +218,7 @@ def measure_heads(
         layers: blocks, from 0; by default all.
         truth: for cross-attention, (S, G, N, M) bool, `true_tokens`, if known.
         watch: also called with the sample's index, the diffusion time and each layer's attention as it runs.
+        progress: whether to show a progress bar.
 
     Raises:
         UserError: a layer that the model does not have.
@@ -228,8 +234,9 @@ def measure_heads(
     statistics = HeadStatistics(
         kind, layout, trajectories, edges if kind == "cross" else edges[:, :, None, None], actions, truth, seed
     )
+    each = probes(world, batch, 1, seed)  # one by one, so that one sample's weights are held at most
     with evaluating(world):
-        for rows, probe in probes(world, batch, 1, seed):  # so that one sample's weights are held at most
+        for rows, probe in tqdm(each, f"{kind}-attention", len(batch), leave=False, disable=not progress):
             for time in times:
 
                 def note(attention: LayerAttention, sample: int = rows.start, time: float = time) -> None:

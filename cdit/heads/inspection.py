@@ -54,6 +54,7 @@ def inspect_attention(
     untrained: WorldModel | None = None,
     further: Mapping[Head, Mapping[str, Estimate]] | None = None,
     title: str = "Attention",
+    progress: bool = False,
 ) -> AttentionReport:
     """Inspects attention while the true targets, noised to chosen diffusion times, are denoised.
 
@@ -69,6 +70,7 @@ def inspect_attention(
         untrained: the same network with initial weights, a baseline of the correspondence score.
         further: other measures of heads, such as their importance.
         title: of page and summary.
+        progress: whether to show progress bars.
 
     Raises:
         UserError: a layer or patch that the model does not have, or a value out of range.
@@ -96,7 +98,8 @@ def inspect_attention(
             album.page = AttentionPage(title, layout, world.description.fps, cdit.config.extra_kv, kept)
             album.add_samples(predictions, places)
 
-        statistics = measure_heads(world, batch, trajectories, config.times, seed, kind, layers, truth, album.watch)
+        options = (batch, trajectories, config.times, seed, kind, layers, truth)
+        statistics = measure_heads(world, *options, album.watch, progress)
         found = statistics.rows()
         for row in found:
             row.measures |= (further or {}).get(Head(row.layer, kind, row.head), {})
@@ -107,7 +110,7 @@ def inspect_attention(
             if truth is not None:
                 compared = None
                 if untrained is not None:
-                    compared = measure_heads(untrained, batch, trajectories, config.times, seed, kind, layers, truth)
+                    compared = measure_heads(untrained, *options, progress=progress)
                 summary.append(_correspondence(statistics, compared, truth, choosing))
 
         report.rows += found
@@ -138,7 +141,7 @@ def inspect_source(world: WorldModel, source: Source, config: HeadsConfig) -> At
     untrained = initial(world, seed) if config.untrained and source.places is not None else None
     title = f"Attention of {config.checkpoint} on {config.data or config.frames}"
     report = inspect_attention(
-        world, source.batch, config, seed, trajectories, source.places, untrained, further, title
+        world, source.batch, config, seed, trajectories, source.places, untrained, further, title, progress=True
     )
     if source.places is None:
         report.summary += f"\nTrue places are unknown: {source.unknown}.\n"

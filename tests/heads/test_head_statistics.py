@@ -150,6 +150,15 @@ def test_heads_are_judged_by_true_places_where_these_are_known():
     assert means["newest frame"]["correspondence share"].mean == pytest.approx(0, abs=1e-6)
 
 
+def test_an_objective_may_call_the_network_twice():
+    attention = layer_attention(hand_built(torch.tensor([1.0, 0, 0.2]))[None])
+    once, twice = (HeadStatistics("cross", LAYOUT, ["a"], torch.full((1, 2, N), 0.25)) for _ in range(2))
+    for statistics in (once, twice, twice):
+        statistics.add(0, 0.5, attention)
+    assert once.rows() == twice.rows()
+    torch.testing.assert_close(once.distances(), twice.distances())
+
+
 def test_a_token_that_gives_nothing_moves_nothing():
     """Half on the extra key, whose value is zero: all that is moved comes from the past frames."""
     weights = torch.cat((torch.full((1, 1, N, M), 0.5 / M), torch.full((1, 1, N, 1), 0.5)), dim=-1)

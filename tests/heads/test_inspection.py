@@ -1,23 +1,20 @@
 import csv
 import json
 import math
-import re
 import weakref
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from cdit.batch import Batch
-from cdit.codec import TinyCodec
 from cdit.common.errors import UserError
-from cdit.heads import draw, measures
+from cdit.heads import draw
 from cdit.heads.config import AttentionConfig
 from cdit.heads.inspection import inspect_attention
 from cdit.heads.measures import Layout
-from cdit.heads.record import LayerAttention, record_attention
+from cdit.heads.record import LayerAttention
 from cdit.heads.report import AttentionReport
 from cdit.world_model import WorldModel
 
@@ -61,24 +58,6 @@ def test_the_report_names_and_captions_what_it_shows(make_world, make_batch):
     assert heads == {f"head{i}" for i in range(4)}
 
 
-@torch.no_grad()
-def test_numbers_are_means_over_the_batch(make_world, make_batch, denoise):
-    world, batch = make_world(), make_batch()
-    report = look(world, batch, AttentionConfig(layers=[1], times=[0.4]), seed=5)
-    with record_attention(world.cdit, [1]) as recording:
-        denoise(world, batch, 0.4, 5)
-    layout = Layout(3, 4, 6)
-    expected = torch.stack([
-        measures.entropy(recording[1]).mean((0, 1, 3)),
-        measures.entropy(recording[1]).exp().mean((0, 1, 3)),
-        measures.mean_distance(recording[1], layout).mean((0, 1, 3)),
-        *measures.frame_mass(recording[1], layout).mean((0, 1, 3)).unbind(-1),
-    ], dim=1)  # fmt: skip
-    names = ["entropy", "effective tokens", "distance", "mass frame -2", "mass frame -1", "mass frame 0"]
-    found = [[row.measures[name].mean for name in names] for row in report.rows]
-    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-4)
-
-
 def test_by_default_all_layers_are_measured_and_the_first_middle_and_last_drawn(make_world, make_batch):
     report = look(make_world(depth=5), make_batch())
     assert {name.split("/")[1] for name in figures(report)} == {"layer00", "layer02", "layer04"}
@@ -105,22 +84,6 @@ def test_it_is_repeatable_and_leaves_the_model_and_global_randomness_alone(make_
     assert first.scalars != look(world, batch, seed=4).scalars
 
 
-def test_latents_of_an_autoencoder_are_drawn_over_the_frames(make_world, make_batch):
-    autoencoder = diffusers.AutoencoderTiny(
-        encoder_block_out_channels=(8, 8),
-        decoder_block_out_channels=(8, 8),
-        num_encoder_blocks=(1, 1),
-        num_decoder_blocks=(1, 1),
-    )
-    world = make_world(TinyCodec(autoencoder), (32, 48))
-    assert world.cdit.grid == (4, 6)
-    pixels = look(make_world(image_size=(32, 48), patch_size=8), make_batch((32, 48)))
-    latents = look(world, make_batch((32, 48)))
-    assert [latents.images[name][0].size for name in figures(latents)] == [
-        pixels.images[name][0].size for name in figures(latents)
-    ]
-
-
 @pytest.mark.parametrize("frames", [1, 2, 5])
 def test_any_number_of_past_frames(make_world, make_batch, frames):
     report = look(make_world(), make_batch(frames=frames), AttentionConfig(layers=[0], times=[0.5]))
@@ -143,24 +106,17 @@ def test_mistakes_are_named(make_world, make_batch, config, message):
         look(make_world(), make_batch(), config)
 
 
-def test_both_kinds_stand_side_by_side(make_world, make_batch, denoise):
+def test_both_kinds_stand_side_by_side(make_world, make_batch):
     config = AttentionConfig(kinds=["cross", "self"], layers=[1], times=[0.5])
     world, batch = make_world(), make_batch()
     both, cross = look(world, batch, config), look(world, batch, AttentionConfig(layers=[1], times=[0.5]))
-    assert [row.kind for row in both.rows] == ["cross"] * 4 + ["self"] * 4
-    assert "attention/self/layer01/t0.5/sample0" in both.images
     columns, lines = both.table
+    assert [line[0] for line in lines] == ["cross"] * 4 + ["self"] * 4
     older = [line[columns.index("mass frame -1")] for line in lines]
     assert [value is None for value in older] == [False] * 4 + [True] * 4  # the target is one frame
+    assert "attention/self/layer01/t0.5/sample0" in both.images
     assert {name: value for name, value in both.scalars.items() if "/self/" not in name} == cross.scalars
     assert both.page.html() == cross.page.html()
-    assert "cross-attention" in both.summary
-    assert "self-attention" in both.summary
-    with record_attention(world.cdit, [1], "self") as recording:
-        denoise(world, batch, 0.5, 0)
-    expected = measures.entropy(recording[1]).mean((0, 1, 3))
-    found = [both.scalars[f"attention/self/layer01/head{i}/entropy"] for i in range(4)]
-    torch.testing.assert_close(torch.tensor(found), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_no_more_than_one_layer_is_held(make_world, make_batch, monkeypatch):
@@ -179,23 +135,6 @@ def test_no_more_than_one_layer_is_held(make_world, make_batch, monkeypatch):
     config = AttentionConfig(kinds=["cross", "self"], times=[0.3, 0.6], drawn=2)
     look(make_world(), make_batch(), config)
     assert len(given) >= 2 * 3 * 2 * 2  # kinds, layers, times, samples
-
-
-def test_the_page_has_the_numbers_of_the_table(make_world, make_batch):
-    report = look(make_world(), make_batch(), AttentionConfig(layers=[0, 2], times=[0.5]))
-    data = json.loads(re.search(r'<script id="data" type="application/json">(.*?)</script>', report.page.html())[1])
-    assert len(data["table"]) == len(report.rows) == 8
-    columns, lines = report.table
-    for line, row in zip(data["table"], lines, strict=True):
-        cells = dict(zip(columns, row, strict=True))
-        assert [line[name] for name in ("layer", "head", "time", "type", "reason")] == [
-            cells[name] for name in ("layer", "head", "time", "type", "reason")
-        ]
-        assert len(line["measures"]) > 20
-        for name, value in line["measures"].items():
-            expected = cells[name]
-            assert value == (expected if math.isfinite(expected) else None), name
-    assert {"entropy", "edge lift", data["table"][0]["type"]} <= set(data["explanations"])
 
 
 def test_a_model_without_actions_sees_none(make_world, make_batch):
