@@ -163,7 +163,7 @@ def test_which_heads_are_needed(inspect, place):
     assert not Path("out/index.html").exists()
 
 
-def test_needed_heads_are_told_on_samples_that_did_not_choose():
+def test_needed_heads_are_reported_on_samples_that_did_not_choose():
     """On the half that chooses, head 1 is the most needed; on the other, its loss rise is 0.25."""
     heads = [Head(0, "cross", number) for number in range(3)]
     rises = np.array([[0.1, 0.9, -0.1], [0.1, 0.9, -0.1], [0.5, 0.25, 0.75], [0.5, 0.25, 0.75]])
@@ -221,7 +221,7 @@ def test_images_come_in_order_with_the_motion_between_them(place):
     assert not few.condition.known.any()
 
 
-def test_actions_that_a_model_cannot_be_told(place):
+def test_actions_that_a_model_cannot_take(place):
     world = WorldModel.from_pretrained(place / "world")
     arguments = (place / "images", world, [1], 9, "stay*7", None)
     world.description.units.spacing = None

@@ -40,7 +40,7 @@ def layer_attention(weights: Tensor, values: Tensor | None = None) -> LayerAtten
 
 
 def looking_at(places: Tensor, frame: int) -> Tensor:
-    """(N, M + 1) whose expected place is `places` (N, 2); who would look outside looks at the extra key."""
+    """(N, M + 1) whose expected place is `places` (N, 2); patches that would attend outside attend to the extra key."""
     weights = torch.zeros(N, LAYOUT.frames, LAYOUT.rows, LAYOUT.columns)
     extra = torch.ones(N, 1)
     for query, (row, column) in enumerate(places.tolist()):
@@ -113,7 +113,7 @@ def test_heads_built_by_hand_get_their_closed_forms(gathered):
     assert mean["fixed offset"]["offset share"] == pytest.approx(1, rel=1e-4)
     assert mean["newest frame"]["mass frame 0"] == pytest.approx(1, rel=1e-4)
     assert mean["newest frame"]["effective tokens"] == pytest.approx(N, rel=1e-4)
-    for name in HEADS:  # all tokens give the same, so what is moved is what is looked at
+    for name in HEADS:  # all tokens give the same, so value-weighting changes nothing
         assert mean[name]["moved effective tokens"] == pytest.approx(mean[name]["effective tokens"], rel=1e-4)
 
 

@@ -142,10 +142,10 @@ def test_a_model_without_actions_sees_none(make_world, make_batch):
     world, config = make_world(), AttentionConfig(layers=[1], times=[0.5])
     batches = [make_batch(), make_batch()]
     batches[1].condition.action += 3
-    told = [look(world, batch, config).scalars["attention/layer01/head0/entropy"] for batch in batches]
+    with_actions = [look(world, batch, config).scalars["attention/layer01/head0/entropy"] for batch in batches]
     world.description.has_actions = False
     silent = [look(world, batch, config).scalars["attention/layer01/head0/entropy"] for batch in batches]
-    assert told[0] != told[1]
+    assert with_actions[0] != with_actions[1]
     assert silent[0] == silent[1]
 
 

@@ -25,7 +25,7 @@ N, M = 24, 72
 
 
 def shifted(layout: Layout, frame: int, rows: int, columns: int) -> Tensor:
-    """Each patch looks at the one (rows, columns) further in a frame; those at the border see nothing."""
+    """Each patch attends to the one (rows, columns) further in a frame; those at the border to nothing."""
     weights = torch.zeros(layout.patches, layout.frames, layout.rows, layout.columns)
     for query, (row, column) in enumerate(layout.positions().tolist()):
         if 0 <= row + rows < layout.rows and 0 <= column + columns < layout.columns:
@@ -90,7 +90,7 @@ def test_a_ramp_has_its_slope_within_and_half_of_it_at_the_repeated_border():
     torch.testing.assert_close(magnitude, expected)
 
 
-def test_the_gradient_is_of_luma_and_as_long_whichever_way_it_points():
+def test_the_gradient_is_of_luma_and_as_long_in_any_direction():
     ramp = torch.arange(16.0) * 0.03
     slanted = 0.6 * ramp[:, None] + 0.8 * ramp[None]  # length 0.03
     frames = torch.zeros(3, 3, 16, 16)
@@ -133,7 +133,7 @@ def test_lift_is_one_by_chance_four_at_edges_only_and_between_for_a_mixture():
     assert lift(torch.zeros(8, 16)).isnan().all()
 
 
-def test_edges_of_each_frame_and_sample_are_told_apart():
+def test_edges_of_each_frame_and_sample_are_separate():
     edges = torch.zeros(2, 1, 2, 8)
     edges[0, 0, 1, 3] = edges[1, 0, 0, 5] = 2
     weights = torch.zeros(2, 1, 8, 16)
@@ -241,11 +241,11 @@ def test_a_shift_is_a_translation_without_divergence(row, column):
     motion = fit_motion(fields, MOTION_LAYOUT)
     torch.testing.assert_close(motion.translation[1], torch.tensor([row, column]), atol=1e-5, rtol=0)
     assert motion.divergence[1].item() == pytest.approx(0, abs=1e-5)
-    assert motion.translation[0].isnan().all()  # nobody looks at that frame
+    assert motion.translation[0].isnan().all()  # no weight on that frame
     assert motion.divergence[0].isnan()
 
 
-def test_both_at_once_are_told_apart_though_part_of_the_frame_sees_nothing():
+def test_both_at_once_are_separated_though_part_of_the_frame_sees_nothing():
     places = MOTION_LAYOUT.positions() - 0.2 * from_centre(MOTION_LAYOUT) + torch.tensor([0.5, -2.0])
     weights = looking_at(places, MOTION_LAYOUT, 0)
     assert 0 < (weights.sum(-1) == 0).sum() < MOTION_N // 2

@@ -78,7 +78,7 @@ def test_weights_come_back_within_the_stated_bounds(top_k: int, extra: bool, sha
     assert_rows(means, weights.mean(1, keepdim=True), LAYOUT, 24)
 
 
-def test_tokens_further_apart_than_a_byte_tells_are_found():
+def test_tokens_further_apart_than_a_byte_are_found():
     layout = Layout(5, 10, 20)
     weights = torch.zeros(1, 200, 1000)
     weights[0, :, 999] = 0.75
@@ -100,8 +100,8 @@ def test_rows_that_see_nothing_are_zero():
     ("layout", "maps", "sharpness"),
     [(Layout(4, 8, 8), 48, 0.5), (Layout(4, 8, 8), 96, 2.0), (Layout(4, 16, 16), 8, 1.0), (Layout(4, 14, 14), 32, 4.0)],
 )
-def test_what_is_called_affordable_is(layout: Layout, maps: int, sharpness: float):
-    """Independent weights are the worst case: their places and values are as hard to foretell as can be."""
+def test_affordable_weights_fit(layout: Layout, maps: int, sharpness: float):
+    """Independent weights are the worst case: their places and values are the hardest to compress."""
     size = maps * layout.patches * 80
     top_k = affordable_top_k(layout, maps, size)
     assert 1 < top_k < layout.frames * layout.patches

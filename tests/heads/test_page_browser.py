@@ -39,7 +39,7 @@ ENTROPY = {(1, 0): 0.5, (1, 1): 3.0, (3, 0): float("nan"), (3, 1): 2.0}
 
 
 def looked_at(sample: int, time: float, layer: int, row: int, column: int) -> tuple[int, int, int]:
-    """Frame, row and column that head 0 looks at; it depends on everything that can be chosen."""
+    """Frame, row and column that head 0 attends to; depends on everything that can be chosen."""
     return (1 if layer == 1 else 2), (row + sample) % 4, (column + (1 if time == 0.25 else 2)) % 6
 
 
@@ -116,7 +116,7 @@ class Page:
     def __init__(self, driver: webdriver.Chrome, files: Collection[str]):
         self.driver = driver
         self.files = set(files)
-        """Addresses that may be asked for."""
+        """Addresses that may be requested."""
 
     def open(self, address: str) -> None:
         self.driver.get("about:blank")  # so that an address that differs in its hash alone is loaded anew
@@ -124,7 +124,7 @@ class Page:
         self.wait()
 
     def wait(self) -> None:
-        """Until what was asked for is shown."""
+        """Until the page has rendered."""
         self.driver.execute_async_script("window.page.ready.then(() => window.page.update({})).then(arguments[0])")
 
     def run(self, script: str, *arguments: Any) -> Any:
@@ -198,7 +198,7 @@ class Page:
 
 @pytest.fixture
 def page(chromium, addresses) -> Iterator[Page]:
-    """The page with all weights, fresh; in the end, it has said nothing on the console and asked for nothing."""
+    """The page with all weights, fresh; checks that it logged nothing and requested nothing."""
     for kind in ("browser", "performance"):
         chromium.get_log(kind)
     page = Page(chromium, addresses.values())
@@ -219,7 +219,7 @@ def test_a_click_on_a_patch_shows_where_it_looks(page):
     heat = page.heat()
     assert heat[looked_at(0, 0.25, 3, 2, 1)].tolist()[:3] == pytest.approx([252, 255, 164], abs=2)  # inferno's last
     cold = heat[0, 0, 0]
-    assert cold[3] < 50  # what is not looked at stays in sight
+    assert cold[3] < 50  # places without attention stay visible
 
 
 def test_numbers_are_those_of_the_weights(page):
@@ -231,11 +231,11 @@ def test_numbers_are_those_of_the_weights(page):
     assert "stored individually" not in page.text("#status")
 
 
-def test_what_lies_at_the_true_place_is_told(page):
-    # From (1, 3), head 0 of layer 3 looks at (1, 4) and (2, 4) of frame 2. There, the truth is (1.65, 2.6).
+def test_attention_on_true_places_is_reported(page):
+    # From (1, 3), head 0 of layer 3 attends to (1, 4) and (2, 4) of frame 2. The truth there is (1.65, 2.6).
     page.click_patch(1, 3)
     assert "0 % is on the true places" in page.text("#status")
-    # From (0, 0), it looks at (0, 1) and (1, 1). There, the truth is (1.05, 0.5): both are next to it.
+    # From (0, 0), it attends to (0, 1) and (1, 1). The truth there is (1.05, 0.5): both are next to it.
     page.click_patch(0, 0)
     assert "75 % is on the true places" in page.text("#status")
 
@@ -370,7 +370,7 @@ def test_predicted_and_true_frame(page):
 def test_mean_over_all_patches(page):
     page.choose("mean", 1)
     opacity = page.heat()[..., 3]
-    assert opacity[2].min() == opacity[2].max() > opacity[0].max()  # all places of frame 0 are looked at alike
+    assert opacity[2].min() == opacity[2].max() > opacity[0].max()  # equal attention to all places of the frame
     assert page.texts("#past output") == ["0 %", "0 %", "75 %"]
     assert page.text("#peak") == "3.1 %"  # 0.75 / 24
     assert not page.find("#patch").is_displayed()
@@ -378,11 +378,11 @@ def test_mean_over_all_patches(page):
     assert page.brightest() == looked_at(0, 0.25, 3, 1, 1)
 
 
-def test_what_is_not_stored_is_spread_evenly_and_told(page, addresses):
+def test_what_is_not_stored_is_spread_evenly_and_reported(page, addresses):
     page.open(addresses[2])
     page.click_patch(2, 2)
     assert page.brightest() == looked_at(0, 0.25, 3, 2, 2)
-    assert "stored individually" not in page.text("#status")  # head 0 looks at two places
+    assert "stored individually" not in page.text("#status")  # head 0 attends to two places
     page.click('.thumbnail[data-layer="3"][data-head="1"]')
     opacity = page.heat()[..., 3]
     assert opacity.min() == pytest.approx(opacity.max(), abs=1)  # even, though two of 72 are stored
@@ -450,7 +450,7 @@ def test_letters_go_through_what_can_be_chosen(page):
     assert [state[name] for name in ("sample", "time", "layer", "head", "mean", "truth")] == [1, 0, 1, 1, False, True]
 
 
-def test_a_weight_is_told_where_one_points(page):
+def test_hovering_shows_the_weight(page):
     page.click_patch(0, 0)
     frame, row, column = looked_at(0, 0.25, 3, 0, 0)
     box = page.run(

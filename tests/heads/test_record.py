@@ -65,7 +65,7 @@ def test_rows_sum_to_one_and_missing_frames_get_exactly_nothing(make_cdit, make_
 
 
 @torch.no_grad()
-def test_goals_are_told_apart(make_cdit, make_inputs, dialect):
+def test_goals_are_separate(make_cdit, make_inputs, dialect):
     cdit = make_cdit(**dialect)
     inputs = make_inputs(cdit)
     for kind in ("cross", "self"):
