@@ -1,7 +1,7 @@
 """Trains and evaluates the variants of a config, each with several seeds, all measured on the same cases.
 
-Runs `train.py` and `cdit.evaluate` as a person would, one process after the other; what is done already is not done
-again, so that an interrupted ablation continues.
+Runs `train.py` and `cdit.evaluate` as a person would, one process after the other, and skips what is done already, so
+that an interrupted ablation continues.
 """
 
 import json
@@ -20,6 +20,7 @@ import yaml
 import cdit
 from cdit.common.cli import parse_config
 from cdit.common.errors import UserError
+from cdit.common.files import read_json
 from cdit.common.statistics import Estimate, estimates, paired_difference
 from cdit.common.tables import markdown_table
 from cdit.data.config import DataConfig
@@ -75,6 +76,8 @@ def ablate(config: AblationConfig) -> None:
         raise UserError(f"reference is {config.reference!r}, expected one of {', '.join(config.variants)}")
     if not config.seeds:
         raise UserError("seeds is [], expected at least one")
+    if config.slices < 1:
+        raise UserError(f"slices is {config.slices}, expected at least 1")
     runs = [run for name in config.variants for run in runs_of(config, name)]
     if len({run.folder for run in runs}) < len(runs):
         raise UserError("variants and seeds: two runs would share a folder, which is named by letters, digits and seed")
@@ -84,9 +87,13 @@ def ablate(config: AblationConfig) -> None:
         check_folder(run, resolved[run.variant])
         options = evaluation_options(run, config, resolved[run.variant]["data"])
         parse_config(EvaluateConfig, "options of cdit.evaluate", options).validate()
-    for number, run in enumerate(runs, start=1):
-        print(f"\n{config.name}, run {number} of {len(runs)}: {run.variant}, seed {run.seed}", file=sys.stderr)
-        train(run, config)
+    slices = 1 if config.train_seconds is None else config.slices
+    for turn in range(slices):
+        for number in range(len(runs)):
+            run = runs[(turn + number) % len(runs)]  # another one first in each turn
+            place = f"run {number + 1} of {len(runs)}" + (f", slice {turn + 1} of {slices}" if slices > 1 else "")
+            print(f"\n{config.name}, {place}: {run.variant}, seed {run.seed}", file=sys.stderr)
+            train(run, config, (turn + 1) / slices)
     write_cases(config, resolved)
     for run in runs:
         evaluate(run, config, resolved[run.variant]["data"])
@@ -100,6 +107,8 @@ def runs_of(config: AblationConfig, variant: str) -> list[Run]:
     for seed in config.seeds:
         name = f"{re.sub(r'[^a-z0-9]+', '_', variant.lower())}_seed{seed}"
         options = config.train | config.variants[variant] | {"seed": seed, "name": name, "output": config.folder}
+        if config.train_seconds is not None:
+            options["train_seconds"] = config.train_seconds
         runs.append(Run(variant, seed, config.folder / name, ["--config", config.base, *_options(options)]))
     return runs
 
@@ -144,22 +153,41 @@ def check_folder(run: Run, resolved: dict[str, Any]) -> None:
     if not path.is_file():
         return
     asked = resolved | {"seed": run.seed, "name": run.folder.name}
-    changed = [name for name in _differences(yaml.safe_load(path.read_text()), asked) if name != "resume"]
+    changed = _differences(yaml.safe_load(path.read_text()), asked)
+    changed = [name for name in changed if name not in ("resume", "stop_at_seconds")]
     if changed:
         raise UserError(
             f"{run.folder} holds a run of another config (other {', '.join(changed)}): give another name, or delete it"
         )
 
 
-def train(run: Run, config: AblationConfig) -> None:
-    """Trains, or goes on where it was interrupted, unless it is done already.
+def train(run: Run, config: AblationConfig, share: float = 1.0) -> None:
+    """Trains, or continues an interrupted training, unless it is done already.
+
+    Args:
+        run: which.
+        config: of the ablation.
+        share: of the `train_seconds` after which this slice ends.
 
     Raises:
         UserError: the training failed.
     """
-    if (run.folder / "last" / DESCRIPTION).is_file():
-        return
-    _call([*_launcher(config), str(TRAIN), *run.options, "--resume", "auto"], run)
+    command = [*_launcher(config), str(TRAIN), *run.options, "--resume", "auto"]
+    has_world = (run.folder / "last" / DESCRIPTION).is_file()
+    if config.train_seconds is None:
+        done = has_world
+    else:
+        until = share * config.train_seconds
+        done = has_world and _trained(run)["seconds"] >= until
+        command += [] if share == 1 else ["--stop_at_seconds", str(until)]
+    if not done:
+        _call(command, run)
+
+
+def _trained(run: Run) -> dict[str, Any]:
+    """The state of the run's newest checkpoint, with its steps and seconds."""
+    checkpoints = run.folder / "checkpoints"
+    return read_json(checkpoints / (checkpoints / "latest").read_text().strip() / "state.json")
 
 
 def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> None:
@@ -219,8 +247,8 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
     """Writes `results.md` and `results.json` into the ablation's folder, and returns the former.
 
     A variant's numbers are means over its seeds, sample by sample. Intervals are over the trajectories of the test
-    split: they say how far other trajectories might move a mean. What another training might do is to be seen from the
-    seeds, whose differences stand one by one.
+    split: how much a mean might change with other trajectories. How much it might change with another training is
+    seen from the seeds, whose differences are listed one by one.
     """
     found = {
         name: [Results.load(run.folder / EVALUATION).protocols["time"] for run in runs if run.variant == name]
@@ -228,7 +256,7 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
     }
     reference = found[config.reference]
     trajectories = reference[0].trajectories
-    measured = {row.metric for row in reference[0].rows}  # LPIPS may not be to be had
+    measured = {row.metric for row in reference[0].rows}  # LPIPS may not be available
     rows, compared = [], []
     for name, results in found.items():
         for metric in [metric for metric in config.metrics if metric in measured]:
@@ -244,8 +272,13 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
                     change = paired_difference(ours.mean(0), theirs.mean(0), trajectories)[0]
                     seeds = [float(difference) for difference in (ours - theirs).mean(1)]
                     compared.append(Comparison(name, metric, seconds, change, seeds))
+    trained = ""
+    if config.train_seconds is not None:
+        steps = {name: [_trained(run)["step"] for run in runs if run.variant == name] for name in config.variants}
+        reached = "; ".join(f"{name} {', '.join(map(str, found))}" for name, found in steps.items())
+        trained = f"Each run trained for {config.train_seconds:g} s. Steps by seed: {reached}.\n\n"
     text = (
-        f"# {config.name}\n\n{len(trajectories)} samples of {len(set(trajectories))} test trajectories; "
+        f"# {config.name}\n\n{trained}{len(trajectories)} samples of {len(set(trajectories))} test trajectories; "
         f"seeds {', '.join(map(str, config.seeds))}; ± is half the 95 % interval over trajectories.\n\n"
         f"{markdown(rows)}\n{differences_table(compared, config.reference)}"
     )

@@ -25,6 +25,10 @@ class AblationConfig:
     """Options of train.py for all variants."""
     seeds: list[int] = field(default_factory=lambda: [0])
     """Each variant is trained once with each seed."""
+    train_seconds: float | None = None
+    """Train each run for so many seconds instead of so many steps (see train.py)."""
+    slices: int = 10
+    """With train_seconds, the runs take turns so many times, so that what slows the machine down slows all alike."""
     seconds: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0])
     """Horizons that are measured, each predicted in one jump."""
     cases: int = 256

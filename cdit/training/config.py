@@ -119,6 +119,11 @@ class TrainConfig:
     """Optimizer steps of the whole run. If they change when resuming, a cosine schedule follows the new number."""
     stop_at: int | None = None
     """Stop after this step without changing schedules, to train a run in pieces (see resume)."""
+    train_seconds: float | None = None
+    """Train for this time instead of `steps`: seconds without validation, probes and checkpoints, summed over resumes.
+    The learning rate follows its schedule over `steps` by the share of the time that has passed."""
+    stop_at_seconds: float | None = None
+    """Stop after this many seconds of training without changing schedules, to train a run in slices."""
     batch_size: int = 32
     """Contexts (each with data.goals goals) per step, over all processes."""
     micro_batch_size: int | None = None
@@ -194,6 +199,8 @@ class TrainConfig:
             "batch_size": self.batch_size,
             "micro_batch_size": 1 if self.micro_batch_size is None else self.micro_batch_size,
             "stop_at": 1 if self.stop_at is None else self.stop_at,
+            "train_seconds": 1 if self.train_seconds is None else self.train_seconds,
+            "stop_at_seconds": 1 if self.stop_at_seconds is None else self.stop_at_seconds,
             "sampler.steps": self.sampler.steps,
             "optimizer.learning_rate": self.optimizer.learning_rate,
             "optimizer.max_grad_norm": self.optimizer.max_grad_norm,

@@ -216,6 +216,11 @@ def resume_schedule(schedule: LambdaLR, state: dict[str, Any]) -> None:
     own_peaks = schedule.base_lrs
     schedule.load_state_dict(state)
     schedule.base_lrs = own_peaks
+    set_rates(schedule)
+
+
+def set_rates(schedule: LambdaLR) -> None:
+    """Has the optimizer use the learning rates of `schedule.last_epoch`."""
     for group, rate, factor in zip(
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
     ):

@@ -129,6 +129,42 @@ def test_a_launcher_that_is_not_there(tmp_path: Path):
         train(runs_of(config, "One frame")[0], config)
 
 
+def test_runs_of_equal_time_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Slice by slice, each turn beginning with another run; one that is ahead after an interruption is not called."""
+    config = config_of(spec(tmp_path, train_seconds=60.0, slices=3, seeds=[0, 1]))
+    calls: list[tuple[str, float]] = []
+
+    def called(command: list[str], run: ablation.Run) -> None:
+        assert command[command.index("--train_seconds") + 1] == "60.0"
+        until = float(command[command.index("--stop_at_seconds") + 1]) if "--stop_at_seconds" in command else 60.0
+        calls.append((run.folder.name, until))
+        trained(run.folder, until + 0.5)
+
+    def trained(folder: Path, seconds: float) -> None:
+        for path in ("last", "checkpoints/step_00000001"):
+            (folder / path).mkdir(parents=True, exist_ok=True)
+        (folder / "last/world_model.json").write_text("{}")
+        (folder / "checkpoints/latest").write_text("step_00000001\n")
+        state = {"step": round(10 * seconds), "seconds": seconds}
+        (folder / "checkpoints/step_00000001/state.json").write_text(json.dumps(state))
+
+    monkeypatch.setattr(ablation, "_call", called)
+    monkeypatch.setattr(ablation, "resolve", lambda run: {"data": {}})
+    for name in ("check_comparable", "check_folder", "write_cases", "evaluate"):
+        monkeypatch.setattr(ablation, name, lambda *_: None)
+    monkeypatch.setattr(ablation, "evaluation_options", lambda *_: ["--checkpoint", "", "--data", "", "--out", ""])
+    monkeypatch.setattr(ablation, "report", lambda *_: "")
+    names = ["four_frames_seed0", "four_frames_seed1", "one_frame_seed0", "one_frame_seed1"]
+    trained(config.folder / names[1], 41.0)
+    ablate(config)
+    first, second, third = ([name for name, until in calls if until == end] for end in (20.0, 40.0, 60.0))
+    assert first == [names[0], *names[2:]]
+    assert second == [*names[2:], names[0]]
+    assert third == [*names[2:], *names[:2]]
+    assert calls == [*((name, 20.0) for name in first), *((n, 40.0) for n in second), *((n, 60.0) for n in third)]
+    assert [ablation._trained(run)["step"] for run in runs_of(config, "One frame")] == [605, 605]
+
+
 def test_what_is_compared_is_named(tmp_path: Path):
     with pytest.raises(UserError, match="reference is 'five', expected one of Four frames, One frame"):
         ablate(config_of(spec(tmp_path, reference="five")))

@@ -45,9 +45,9 @@ STATE = "state.json"
 CONFIG = "config.yaml"
 LATEST = "latest"
 MAY_DIFFER = re.compile(
-    r"(name|output|resume|allow_changes|steps|stop_at|micro_batch_size|compile|mixed_precision|activation_checkpointing"
-    r"|tracking|project|log_every"
-    r"|deterministic|timeout_minutes|data\.(folder|prepare|splits|follow_links|workers|cache_gb|shard_cache(_gb)?|latents"
+    r"(name|output|resume|allow_changes|steps|stop_at|train_seconds|stop_at_seconds|micro_batch_size|compile"
+    r"|mixed_precision|activation_checkpointing|tracking|project|log_every|deterministic|timeout_minutes"
+    r"|data\.(folder|prepare|splits|follow_links|workers|cache_gb|shard_cache(_gb)?|latents"
     r"|on_error)"
     r"|(validation|probe|checkpoint|sampler)\..*|optimizer\.max_bad_steps)"
 )
@@ -63,6 +63,8 @@ class RunState:
 
     step: int = 0
     """Steps done."""
+    seconds: float = 0.0
+    """Seconds of training, if the config has train_seconds or stop_at_seconds."""
     schedule: dict[str, Any] = field(default_factory=dict)
     """State of the learning-rate schedule."""
     scaler: dict[str, Any] = field(default_factory=dict)

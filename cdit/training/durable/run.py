@@ -25,10 +25,13 @@ from cdit.training.durable.checkpoints import Checkpoints, RunState, find_resume
 from cdit.training.durable.processes import Processes, on_main
 from cdit.training.durable.signals import StopSignals
 from cdit.training.ema import EMA
-from cdit.training.setup import prepare_folder, resume_schedule
+from cdit.training.setup import prepare_folder, resume_schedule, set_rates
 from cdit.training.sharding import bare_networks, whole, whole_world
 from cdit.training.tracking import Tracker
 from cdit.world_model import WorldModel
+
+ENDLESS = 2**40
+"""More steps than any run has."""
 
 
 class DurableRun:
@@ -48,7 +51,9 @@ class DurableRun:
 
     def __init__(self, config: TrainConfig, accelerator: Accelerator, signals: StopSignals):
         self.config, self.accelerator, self.signals = config, accelerator, signals
-        self.last_step = min(config.steps, config.stop_at or config.steps)
+        self._most_steps = config.steps if config.train_seconds is None else ENDLESS
+        self.last_step = min(self._most_steps, config.stop_at or self._most_steps)
+        self._counts_seconds = config.train_seconds is not None or config.stop_at_seconds is not None
         self._processes = Processes(accelerator, timedelta(minutes=config.timeout_minutes))
         self._resume_from = on_main(accelerator, lambda: find_resume(config))
 
@@ -84,14 +89,16 @@ class DurableRun:
             if self._resume_from:
                 self.state = self._checkpoints.load(self._resume_from, self.state.data)
                 resume_schedule(schedule, self.state.schedule)
-            self._batches = iter(self._loader(self.step, config.steps))
+            self._batches = iter(self._loader(self.step, self._most_steps))
             self.tracker = Tracker(accelerator, config, self.state)
             main = accelerator.is_main_process
-            self._bar = tqdm(total=config.steps, initial=self.step, desc=config.name, disable=not main)
+            total = config.steps if config.train_seconds is None else None
+            self._bar = tqdm(total=total, initial=self.step, desc=config.name, disable=not main)
             # Shares of the losses since the last row; the main process counts those from a checkpoint.
             known = [math.nan if loss is None else loss if main else 0.0 for loss in self.state.losses]
             self._losses = list(torch.tensor(known, device=accelerator.device))
             self._timed_from, self._since = self.step, time.perf_counter()
+            self._started = self._since - self.state.seconds
             self.signals.defer()
             yield
             self._bar.close()
@@ -103,13 +110,16 @@ class DurableRun:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all steps of the schedule are completed."""
+        """Whether all steps of the schedule are completed, or all its time has passed."""
+        if self.config.train_seconds is not None:
+            return self.state.seconds >= self.config.train_seconds
         return self.step == self.config.steps
 
     @property
     def is_done(self) -> bool:
-        """Whether the last step of this process, which `stop_at` may set earlier, is completed."""
-        return self.step >= self.last_step
+        """Whether this process is done: `stop_at` and `stop_at_seconds` may end it before the schedule."""
+        stop_at = math.inf if self.config.stop_at_seconds is None else self.config.stop_at_seconds
+        return self.is_finished or self.step >= self.last_step or self.state.seconds >= stop_at
 
     def is_due(self, every: int) -> bool:
         """Whether something done every `every` steps and after the last one is due now; 0: only after the last one."""
@@ -158,12 +168,14 @@ class DurableRun:
     def after_step(self) -> None:
         """Counts the step; logs metrics and writes a checkpoint if they are due."""
         self.state.step += 1
+        if self._counts_seconds:
+            self._count_seconds()
         self._bar.update()
         if self.step % self.config.log_every == 0 or self.is_finished:
             self._log_row()
         self.state.rows = self.tracker.rows  # without those of the next validation, which a resumed run repeats
         self._checkpoints.check()
-        if self.step == self.last_step or self.step % self.config.checkpoint.every == 0:
+        if self.is_done or self.step % self.config.checkpoint.every == 0:
             with self._not_timed():
                 self._save()
 
@@ -214,13 +226,22 @@ class DurableRun:
         row = {
             "train/loss": loss,
             "train/gradient_norm": self._norm.item(),
-            "train/learning_rate": self.schedule.get_last_lr()[0],
+            "train/learning_rate": self.schedule.optimizer.param_groups[0]["lr"],
             "train/samples_per_second": rate,
             "train/bad_steps": self.state.bad_steps,
             "train/skipped_samples": self.state.skipped_samples,
         }
         self.tracker.log(row, self.step)
         self._losses, self._timed_from, self._since = [], self.step, time.perf_counter()
+
+    def _count_seconds(self) -> None:
+        """Counts the main process's time, so that all stop at the same step, and has the learning rate follow it."""
+        own = time.perf_counter() - self._started if self.accelerator.is_main_process else 0.0
+        (self.state.seconds,) = self._processes.sum(own)
+        if self.config.train_seconds is not None:
+            share = min(self.state.seconds / self.config.train_seconds, 1.0)
+            self.schedule.last_epoch = share * self.config.steps
+            set_rates(self.schedule)
 
     def _save(self) -> None:
         self._bad_steps.look(self.state)
@@ -237,4 +258,6 @@ class DurableRun:
     def _not_timed(self) -> Iterator[None]:
         pause = time.perf_counter()
         yield
-        self._since += time.perf_counter() - pause
+        pause = time.perf_counter() - pause
+        self._since += pause
+        self._started += pause
