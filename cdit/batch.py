@@ -13,31 +13,30 @@ from typing_extensions import Self
 
 
 class TensorData:
-    """A dataclass of tensors and further `TensorData` that is moved, indexed and stacked as a whole.
+    """A dataclass of tensors and nested `TensorData` that is moved, indexed and stacked as a whole.
 
-    Fields that hold neither (None, strings) stay as they are; lists of strings are concatenated where samples are
-    stacked.
+    Other fields (None, strings) are left unchanged; lists of strings are concatenated when samples are stacked.
     """
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """The same with every tensor replaced by `function` of it."""
+        """A copy with `function` applied to every tensor."""
         return type(self)(**{f.name: _map(getattr(self, f.name), function) for f in fields(self)})
 
     def to(self, device: torch.device | str) -> Self:
-        """On another device."""
+        """A copy on another device."""
         return self.map(lambda x: x.to(device, non_blocking=True))
 
     def pin_memory(self) -> Self:
-        """In pinned memory; called by torch's `DataLoader`."""
+        """A copy in pinned memory; called by torch's `DataLoader`."""
         return self.map(Tensor.pin_memory)
 
     def __getitem__(self, index: Any) -> Self:
-        """Every tensor indexed along its first dimension."""
+        """Indexes every tensor along its first dimension."""
         return self.map(lambda x: x[index])
 
     @classmethod
     def collate(cls, samples: Sequence[Self]) -> Self:
-        """Samples stacked along a new first dimension."""
+        """Stacks samples along a new first dimension."""
         return cls(**{f.name: _collate([getattr(sample, f.name) for sample in samples]) for f in fields(cls)})
 
     def named_tensors(self, prefix: str = "") -> dict[str, Tensor]:
@@ -50,18 +49,18 @@ class TensorData:
 
 @dataclass
 class Condition(TensorData):
-    """What predictions are conditioned on beside the past frames, in physical units."""
+    """What predictions are conditioned on besides the past frames, in physical units."""
 
     time_shift: Tensor | None = None
     """(B, G) seconds from the last past frame to the goal, negative for the past. None: one frame (1 / fps)."""
     action: Tensor | None = None
     """(B, G, 3) dx, dy in metres and dyaw in radians to the goal, in the frame of the last past one. None: unknown."""
     known: Tensor | None = None
-    """(B, G) bool, which actions are known; what the others hold is not used. None: all."""
+    """(B, G) bool, which actions are known; values of the others are ignored. None: all."""
     spacing: Tensor | None = None
-    """(B,) metres between consecutive frames; used by models that were trained on datasets of different spacings."""
+    """(B,) metres between consecutive frames; used by models trained on datasets of different spacings."""
     extra: dict[str, Tensor] = field(default_factory=dict)
-    """Further conditions by name, (B, G, …), for conditioners of a user's own."""
+    """Further conditions by name, (B, G, …), for user-defined conditioners."""
 
     def shape(self, dims: int) -> tuple[int, ...] | None:
         """The first dimensions, such as (B, G), which all but the spacing share; None where there is nothing else."""
@@ -69,13 +68,13 @@ class Condition(TensorData):
         return None if first is None else tuple(first.shape[:dims])
 
     def select(self, dim: int, index: int) -> "Condition":
-        """The same at one index of a dimension, such as a goal's (1), which goes; the spacing has none of them."""
+        """Selects one index along a dimension, such as that of goals (1), and removes it; the spacing is kept."""
         return replace(replace(self, spacing=None).map(lambda x: x.select(dim, index)), spacing=self.spacing)
 
 
 @dataclass
 class Batch(TensorData):
-    """Windows of a dataset: past frames, goals, and what leads from one to the other."""
+    """Windows of a dataset: past frames, goals, and the conditions that lead to each goal."""
 
     context: Tensor
     """(B, T, 3, H, W) uint8 RGB past frames, oldest first; or their latents' moments (B, T, S, C, h, w)."""
@@ -84,11 +83,11 @@ class Batch(TensorData):
     target: Tensor
     """(B, G, 3, H, W) uint8 goal frames, or their latents' moments."""
     condition: Condition
-    """Of each goal."""
+    """The conditions of each goal."""
     key: Tensor | None = None
     """(B,) int64 key of each sample's random draws (see `KeyedDraws`)."""
     weight: Tensor | None = None
-    """(B,) float32, how much each sample counts; 0 for one that only fills a batch up."""
+    """(B,) float32, weight of each sample; 0 for padding."""
     skipped: list[str] = field(default_factory=list)
     """A message for each sample that could not be read and was replaced by one of weight 0."""
 
@@ -98,18 +97,18 @@ class Batch(TensorData):
 
 @dataclass
 class EncodedBatch(TensorData):
-    """A batch as the network sees it: latents, and normalised conditions (see `WorldModel.encode`)."""
+    """A batch as the network sees it: latents and normalised conditions (see `WorldModel.encode`)."""
 
     context: Tensor
     """(B, T, C, h, w) latents of the past frames."""
     mask: Tensor | None
-    """(B, T) bool; None where all past frames exist, for which there are faster kernels."""
+    """(B, T) bool; None if all past frames exist, for which there are faster kernels."""
     clean: Tensor
     """(B, G, C, h, w) latents of the goals."""
     condition: dict[str, Tensor]
     """For `CDiT.forward`; every tensor (B, G, …)."""
     action_dropout: float = 0.0
-    """Share of goals whose action `dropped` hides."""
+    """Probability with which `dropped` hides the action of a goal."""
 
     def dropped(self, draws: "KeyedDraws") -> dict[str, Tensor]:
         """The condition with the action hidden from some of the goals, for classifier-free guidance in sampling."""
@@ -120,11 +119,11 @@ class EncodedBatch(TensorData):
 
 
 class KeyedDraws:
-    """Random numbers keyed by sample: the same for a sample whatever batch, process or order it is drawn in.
+    """Random numbers keyed by sample, independent of the batch, process and order in which they are drawn.
 
     Args:
         keys: (B,) of the samples.
-        device: of the numbers, which differ from one kind of device to another.
+        device: of the numbers, which differ between types of device.
     """
 
     def __init__(self, keys: Iterable[int] | Tensor, device: torch.device):

@@ -1,4 +1,4 @@
-"""WorldModel: a codec, a CDiT and a sampler that together predict future frames, in metres, radians and seconds."""
+"""WorldModel: a codec, a CDiT and a sampler that predict future frames, in metres, radians and seconds."""
 
 import math
 import shutil
@@ -35,7 +35,7 @@ RECOMPILE_LIMIT = 64
 
 @dataclass
 class Units:
-    """How physical actions and times become the normalised numbers that the network sees.
+    """Normalisation of physical actions and times for the network.
 
     dx and dy are divided by the spacing, then all three are multiplied by a scale, and an offset is added.
     """
@@ -47,22 +47,22 @@ class Units:
     time_scale: float = 1.0
     """Per second."""
     spacing: float | None = 1.0
-    """Metres between consecutive frames. None: the model was trained on datasets of different spacings, each in units
-    of its own, and has to be told the one at hand."""
+    """Metres between consecutive frames. None: the model was trained on datasets of different spacings, each in its
+    own units, and needs the spacing of the current one."""
 
     def normalize(self, action: Tensor, spacing: Tensor | float | None = None) -> Tensor:
         """Actions (B, G, 3) in metres and radians to normalised numbers.
 
         Args:
             action: dx, dy, dyaw.
-            spacing: (B,) or one number, metres; used only where the units have none of their own.
+            spacing: (B,) or one number, metres; used only if the units have none.
 
         Raises:
-            UserError: neither the units nor the call have a spacing.
+            UserError: neither the units nor the call give a spacing.
         """
         spacing = spacing if self.spacing is None else self.spacing
         if spacing is None:
-            raise UserError("this model was trained on datasets of different spacings: give the spacing of this one")
+            raise UserError("this model was trained on datasets of different spacings: pass the spacing of this one")
         unit = action.new_ones(len(action), 1, 3)
         unit[..., :2] = torch.as_tensor(spacing, dtype=action.dtype, device=action.device).reshape(-1, 1, 1)
         scale, offset = action.new_tensor(self.action_scale), action.new_tensor(self.action_offset)
@@ -71,32 +71,32 @@ class Units:
 
 @dataclass
 class WorldDescription:
-    """What a saved world model is, beside its weights."""
+    """The description of a saved world model, besides its weights."""
 
     image_size: tuple[int, int]
     """Height and width of a frame in pixels."""
     fps: float
-    """Frames a second of the past frames, and of a rollout."""
+    """Frames per second of the past frames and of a rollout."""
     crop: Crop = "aspect"
-    """How recorded frames were brought to that size (see cdit.data.frames.crop_and_resize)."""
+    """How recorded frames were resized to it (see cdit.data.frames.crop_and_resize)."""
     has_actions: bool = True
-    """Whether it was trained with actions; without, it knows time shifts alone."""
+    """Whether it was trained with actions; otherwise it is conditioned on time shifts only."""
     action_dropout: float = 0.0
-    """Share of actions hidden in training; guidance on the action needs some."""
+    """Share of actions hidden in training; guidance on the action needs more than 0."""
     min_history: int = 1
-    """Fewest past frames it was trained with."""
+    """Smallest number of past frames it was trained with."""
     units: Units = field(default_factory=Units)
     """Normalisation of actions and times."""
     objective: str = "flow"
-    """What the network was trained for."""
+    """The objective of training."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """What the network of a flow predicts."""
     ddpm: DDPMConfig = field(default_factory=DDPMConfig)
     """What the network of a DDPM predicts."""
     objective_options: dict[str, Any] = field(default_factory=dict)
-    """Options of an objective of a user's own."""
+    """Options of a user-defined objective."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """How frames are sampled where a call does not say."""
+    """How frames are sampled by default."""
     version: int = VERSION
     """Version of this format."""
 
@@ -123,31 +123,31 @@ class WorldDescription:
 
 @dataclass(frozen=True)
 class WorldState:
-    """Past frames of B contexts, encoded, from which a `WorldModel` goes on. Immutable: steps return new ones.
+    """Encoded past frames of B contexts, from which a `WorldModel` continues. Immutable: steps return new states.
 
-    G candidates of a context share what was before they part ways.
+    The G candidates of a context share their common past.
     """
 
     cache: ContextCache
-    """What cross-attention attends to."""
+    """The cached keys and values."""
     batch: int
     """B."""
     fps: float
-    """Frames a second of the steps to come."""
+    """Frames per second of the next steps."""
     spacing: Tensor | float | None = None
     """(B,) or one number, metres between consecutive frames, for models of several datasets (see `Units`)."""
     candidates: int = 1
     """G."""
     latents: Tensor | None = None
-    """(B or B·G, T, C, h, w) of the past frames, where the cache cannot be extended and is made anew at every step."""
+    """(B or B·G, T, C, h, w) of the past frames, if the cache cannot be extended and is rebuilt at every step."""
     mask: Tensor | None = None
-    """(B or B·G, T), True where a past frame exists, likewise; None where all do."""
+    """(B or B·G, T), True where a past frame exists, in the same case; None if all do."""
 
     def fork(self, candidates: int) -> "WorldState":
-        """The same past for several candidates of what follows; nothing is copied.
+        """The same past for several candidates; nothing is copied.
 
         Raises:
-            ValueError: the candidates have parted ways already.
+            ValueError: the state already has several candidates.
         """
         if self.candidates != 1:
             raise ValueError(f"a state of {self.candidates} candidates cannot be forked again")
@@ -158,9 +158,9 @@ class WorldModel(nn.Module):
     """Predicts frames from past frames and conditions.
 
     Frames are (…, 3, H, W) in [-1, 1]; conditions (`cdit.batch.Condition`) are in metres, radians and seconds. The
-    world alone normalises them, and drops actions where the model was trained without.
+    world alone normalises them, and drops actions if the model was trained without.
 
-    One frame after the other, in latents, which can be scored without decoding:
+    Step by step, in latents, which can be scored without decoding:
 
         state = world.begin(context).fork(candidates)
         state, sampled = world.step(state, Condition(action=actions))
@@ -178,7 +178,7 @@ class WorldModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.cdit.parameters()).device
 
     @property
@@ -187,17 +187,17 @@ class WorldModel(nn.Module):
         return (self.cdit.config.in_channels, *self.cdit.config.image_size)
 
     def compile(self) -> None:
-        """Compiles the network for sampling: on a GPU also to CUDA graphs, which save launches.
+        """Compiles the network for sampling, on a GPU with CUDA graphs.
 
-        The first calls, and the first of every new shape, take a while. `cdit` itself stays as it is, for training and
-        for recording.
+        The first calls, and the first of every new shape, take a while. `cdit` itself is unchanged, for training and
+        recording.
         """
         on_cuda = self.device.type == "cuda"
         forward = torch.compile(self.cdit.forward, fullgraph=True, mode="reduce-overhead" if on_cuda else "default")
 
         def network(*args: Tensor | ContextCache | Mapping[str, Tensor]) -> Tensor:
             torch.compiler.cudagraph_mark_step_begin()
-            # Rollouts change shapes until the window has slid, and more so with masks, guidance and other goals.
+            # Shapes change in rollouts until the window is full, and with masks, guidance and numbers of goals.
             with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
                 return forward(*args).clone()  # the next call's graph writes to the same memory
 
@@ -216,10 +216,10 @@ class WorldModel(nn.Module):
         Args:
             context: (B, T, 3, H, W) consecutive frames at the model's frames a second, oldest first.
             mask: (B, T), True where a frame exists.
-            spacing: (B,) or one number, metres between consecutive frames; used only by models that were trained on
-                datasets of different spacings (see `Units`).
-            fps: steps a second, by default the model's. At fewer, frames that lie further apart join the past, as in
-                the published protocol.
+            spacing: (B,) or one number, metres between consecutive frames; used only by models trained on datasets
+                of different spacings (see `Units`).
+            fps: steps per second, by default the model's. With fewer, frames further apart join the past, as in the
+                published protocol.
         """
         longest = self.cdit.config.max_context
         latents = self.codec.encode(context[:, -longest:].to(self.device))
@@ -275,27 +275,27 @@ class WorldModel(nn.Module):
         generator: torch.Generator | None = None,
         reencode: bool = False,
     ) -> tuple[WorldState, Tensor]:
-        """Samples the next frame of each candidate, and returns the state with it, and its latents (B, G, C, h, w).
+        """Samples the next frame of each candidate; returns the new state, and the latents (B, G, C, h, w).
 
         Args:
             state: the past of B contexts with G candidates.
             condition: (B, G, …); actions are the motion during the step, in the local frame at its start.
             sampler: see `sample`.
             generator: of the noise.
-            reencode: whether the frame joins the past decoded and encoded again, as in the published protocol. By
-                default it joins as it was sampled (pixels are clipped to [-1, 1]).
+            reencode: whether the frame is decoded and encoded again before it joins the past, as in the published
+                protocol. By default the sampled latents join it (pixels are clipped to [-1, 1]).
         """
         sampled = self.sample(state, condition, sampler, generator)
         return self.advance(state, sampled, self.decode(sampled) if reencode else None), sampled
 
     @torch.no_grad()
     def advance(self, state: WorldState, sampled: Tensor, frames: Tensor | None = None) -> WorldState:
-        """The state with the next frame of each candidate.
+        """The state after appending the next frame of each candidate.
 
         Args:
             state: the past.
             sampled: (B, G, C, h, w) latents of the frames.
-            frames: (B, G, 3, H, W), to encode in place of the latents.
+            frames: (B, G, 3, H, W), to encode instead of using the latents.
 
         Raises:
             ValueError: the state has another number of candidates.
@@ -336,10 +336,10 @@ class WorldModel(nn.Module):
             progress: whether to show a progress bar.
 
         Raises:
-            ValueError: a mask is given beside a state, which has its own.
+            ValueError: a mask is given with a state, which has its own.
         """
         if isinstance(context, WorldState) and mask is not None:
-            raise ValueError("mask: expected none beside a state, which has its own")
+            raise ValueError("mask: expected none with a state, which has its own")
         state = context if isinstance(context, WorldState) else self.begin(context, mask)
         return self.decode(self.sample(state, condition, sampler, generator, progress))
 
@@ -363,13 +363,13 @@ class WorldModel(nn.Module):
             condition: (B, G, L, …) of G candidates and L steps; the action of a step is the motion during it, in the
                 local frame at its start. None: actions are unknown, and G is that of the state, or 1.
             mask: (B, T), True where a past frame exists; with frames only.
-            length: L, where the condition has no steps.
-            fps: steps a second, by default the model's (see `begin`); with frames only.
+            length: L, if the condition has no steps.
+            fps: steps per second, by default the model's (see `begin`); with frames only.
             sampler: see `sample`.
             generator: of the noise.
             progress: whether to show a progress bar over the L steps.
             reencode: see `step`.
-            last_only: whether only the last frames are decoded and returned, (B, G, 1, 3, H, W), as for planning.
+            last_only: whether to decode and return only the last frames, (B, G, 1, 3, H, W), for planning.
 
         Raises:
             ValueError: there is no length; a mask or fps is given beside a state; or the state has candidates, but
@@ -378,11 +378,11 @@ class WorldModel(nn.Module):
         condition = condition or Condition()
         shape = condition.shape(3)
         if shape is None and length is None:
-            raise ValueError("length: expected a number of steps where the condition has none")
+            raise ValueError("length: expected a number of steps, since the condition has none")
         length = shape[2] if shape else length
         if isinstance(context, WorldState):
             if mask is not None or fps is not None:
-                raise ValueError("mask, fps: expected none beside a state, which has its own")
+                raise ValueError("mask, fps: expected none with a state, which has its own")
             state = context
         else:
             state = self.begin(context, mask, condition.spacing, fps)
@@ -405,7 +405,7 @@ class WorldModel(nn.Module):
             batch: of frames or of latents' moments, with keys.
             action_dropout: share of goals whose action `EncodedBatch.dropped` hides.
         """
-        # Asked on the CPU, where the answer costs no synchronisation; without masks faster kernels can be used.
+        # Checked on the CPU, which needs no synchronisation; without masks faster kernels can be used.
         mask = None if batch.mask.all() else batch.mask.to(self.device)
         past = batch.context.shape[1]
         recorded = torch.cat([x.to(self.device, non_blocking=True) for x in (batch.context, batch.target)], dim=1)
@@ -421,7 +421,7 @@ class WorldModel(nn.Module):
         return EncodedBatch(latents[:, :past], mask, latents[:, past:], condition, action_dropout)
 
     def network_condition(self, condition: Condition) -> dict[str, Tensor]:
-        """Normalised conditions by name, as `CDiT.forward` takes them; no action for a model trained without.
+        """Normalised conditions by name, as `CDiT.forward` takes them; without actions for a model trained without.
 
         Args:
             condition: with a time shift.
@@ -437,7 +437,7 @@ class WorldModel(nn.Module):
         return named | {"action": action, "action_known": known}
 
     def _complete(self, condition: Condition, state: WorldState) -> Condition:
-        """On the world's device, with time shift and spacing of the state where it has none."""
+        """The condition on the world's device, with time shift and spacing from the state if it has none."""
         condition = condition.to(self.device)
         if condition.time_shift is None:
             shape = condition.shape(2) or (state.batch, state.candidates)
@@ -448,15 +448,15 @@ class WorldModel(nn.Module):
     def save_pretrained(self, folder: Path | str) -> None:
         """Writes what `from_pretrained` reads: world_model.json, cdit/ and, where the codec has weights, codec/.
 
-        An older model in the folder is replaced when the new one is written in full.
+        Replaces an older model in the folder once the new one is complete.
 
         Raises:
-            UserError: the disk is full, or cannot be written to.
+            UserError: the disk is full or not writable.
         """
         folder = Path(folder)
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            for leftover in folder.glob(".partial_*"):  # of a process that was killed
+            for leftover in folder.glob(".partial_*"):  # left by a killed process
                 shutil.rmtree(leftover)
             with TemporaryDirectory(prefix=".partial_", dir=folder) as partial:
                 self._write(folder, Path(partial))
@@ -466,7 +466,7 @@ class WorldModel(nn.Module):
         self.codec.save(partial / "codec")
         description = {"codec": self.codec.kind, **asdict(self.description)}
         write_json(partial / DESCRIPTION, description)
-        (folder / DESCRIPTION).unlink(missing_ok=True)  # without it the folder is no world model, until all is there
+        (folder / DESCRIPTION).unlink(missing_ok=True)  # until all is there, the folder is not a world model
         for name in ("cdit", "codec"):
             shutil.rmtree(folder / name, ignore_errors=True)
             if (partial / name).is_dir():
@@ -481,7 +481,7 @@ class WorldModel(nn.Module):
             folder: the world model's, the run's, or the name of a world that ships with the package (`cdit.worlds`).
 
         Raises:
-            UserError: the folder holds no world model, or a broken one.
+            UserError: the folder holds no world model, or a damaged one.
         """
         folder = resolve(folder)
         candidates = [folder, folder / "best", folder / "last"]
@@ -497,10 +497,10 @@ class WorldModel(nn.Module):
             with torch.device("meta"):
                 expected = CDiT.from_config(CDiT.load_config(found / "cdit", local_files_only=True)).state_dict()
             if shapes != {name: tuple(weight.shape) for name, weight in expected.items()}:
-                raise UserError("the weights in cdit/ are not those of its config.json")
+                raise UserError("the weights in cdit/ do not match its config.json")
             options = {"low_cpu_mem_usage": False, "use_safetensors": True}
             cdit = CDiT.from_pretrained(found / "cdit", torch_dtype=torch.float32, **options)
             codec = load_codec(CodecConfig(kind, str(found / "codec")))
             return cls(cdit, codec, description).eval()
-        except Exception as error:  # the libraries that read these files raise as they please
+        except Exception as error:  # the libraries that read these files raise many types
             raise UserError(f"{found}: not a readable world model ({error})") from error

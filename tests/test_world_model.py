@@ -544,10 +544,10 @@ def test_a_goal_without_a_time_is_one_frame_ahead():
 def test_what_contradicts_is_an_error():
     world, (context, _, seconds) = build(), inputs()
     state, mask = world.begin(context), torch.ones(2, 3, dtype=torch.bool)
-    with pytest.raises(ValueError, match="mask: expected none beside a state"):
+    with pytest.raises(ValueError, match="mask: expected none with a state"):
         world.predict(state, Condition(seconds), mask)
     for beside in ({"mask": mask}, {"fps": 2.0}):
-        with pytest.raises(ValueError, match="expected none beside a state"):
+        with pytest.raises(ValueError, match="expected none with a state"):
             world.rollout(state, length=1, **beside)
     for condition in (None, Condition(), Condition(spacing=torch.ones(2))):
         with pytest.raises(ValueError, match="length: expected a number of steps"):

@@ -15,11 +15,11 @@ from cdit.common.errors import UserError
 from cdit.common.weights import weight_shapes
 
 UNSEEN_IN_WEIGHTS = ("act_fn", "norm_num_groups")
-"""Settings that change what an encoder computes, and not the names and shapes of its weights."""
+"""Settings that change what an encoder computes but not the names and shapes of its weights."""
 
 
 class AutoencoderCodec(Codec):
-    """A frozen autoencoder of diffusers, its latents shifted and scaled to unit variance as its config says."""
+    """A frozen autoencoder of diffusers, with latents shifted and scaled to unit variance according to its config."""
 
     autoencoder_class: type[nn.Module]
 
@@ -46,7 +46,7 @@ class AutoencoderCodec(Codec):
         return frames.clamp(-1, 1).unflatten(0, latents.shape[:-3])
 
     def fingerprint(self) -> str:
-        """Hexadecimal SHA-256 of what `moments` depends on: the encoder's weights and settings."""
+        """Hexadecimal SHA-256 of the encoder's weights and settings, on which `moments` depends."""
         settings = {name: self.autoencoder.config.get(name) for name in UNSEEN_IN_WEIGHTS}
         digest = hashlib.sha256(f"{self.kind} {settings}".encode())
         for name, weights in sorted(self.autoencoder.state_dict().items()):
@@ -56,7 +56,7 @@ class AutoencoderCodec(Codec):
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Writes the autoencoder by its `save_pretrained`."""
+        """Writes the autoencoder with its `save_pretrained`."""
         self.autoencoder.save_pretrained(folder)
 
     @classmethod
@@ -64,7 +64,7 @@ class AutoencoderCodec(Codec):
         """The autoencoder of a hub name or local folder.
 
         Raises:
-            UserError: its weights are not available, or its config has numbers that they cannot be of.
+            UserError: its weights are not available, or do not match its config.
         """
         try:
             if Path(name).is_dir():
@@ -80,7 +80,7 @@ class AutoencoderCodec(Codec):
 
 @CODECS.register("kl")
 class KLCodec(AutoencoderCodec):
-    """Latents of an AutoencoderKL, drawn from its posterior where noise is given."""
+    """Latents of an AutoencoderKL, drawn from its posterior if noise is given."""
 
     kind = "kl"
     samples = True
@@ -116,11 +116,10 @@ def sizes(config: Any) -> tuple[int, int]:
 def latent_shape(codec: CodecConfig, image_size: tuple[int, int]) -> tuple[int, int, int]:
     """(C, h, w) of the latents of frames of a size, without an autoencoder's weights.
 
-    Of an autoencoder only the config is read: from a folder, the hub's cache, or the hub. Those used by default are
-    known.
+    Reads only the config of an autoencoder, from a folder, the hub's cache, or the hub; not for default autoencoders.
 
     Raises:
-        UserError: the config is not available, or the frames' size is no multiple of the downscaling.
+        UserError: the config is not available, or the frame size is not a multiple of the downscaling.
     """
     kind = CODECS.get(codec.kind)
     if not issubclass(kind, AutoencoderCodec):

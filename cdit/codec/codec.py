@@ -25,12 +25,12 @@ class Codec(nn.Module, ABC):
     """C."""
     downscale: int = 1
     lossless: bool = False
-    """Whether `decode` restores the frames exactly."""
+    """Whether `decode` reconstructs frames exactly."""
     samples: bool = False
     """Whether `encode` draws latents from a posterior."""
     moments: Callable[[Tensor], Tensor] | None = None
-    """Frames to what `draw` makes latents of, (…, S, C, h, w) with S = 2 where there is a posterior (its mean and
-    standard deviation) and S = 1 elsewhere, which `cdit.data.encode` keeps on disk. None: nothing is worth keeping."""
+    """Frames to moments (…, S, C, h, w), from which `draw` makes latents: S = 2 for the mean and standard deviation of
+    a posterior, otherwise S = 1. `cdit.data.encode` stores them on disk. None: not worth storing."""
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -39,7 +39,7 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def encode(self, frames: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Frames to latents; where there is a posterior, drawn with standard-normal noise, else its mean."""
+        """Frames to latents. If there is a posterior, draws from it with standard-normal noise, or returns its mean."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
@@ -51,7 +51,7 @@ class Codec(nn.Module, ABC):
         """The codec of a hub name, or of a folder that `save` wrote.
 
         Raises:
-            UserError: there is none.
+            UserError: there are no such weights.
         """
 
     def draw(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -60,21 +60,21 @@ class Codec(nn.Module, ABC):
         return latents if noise is None or not self.samples else latents + moments.select(-4, 1) * noise
 
     def as_past(self, sampled: Tensor) -> Tensor:
-        """Sampled latents as they join those of the past frames in a rollout."""
+        """Sampled latents in the form in which they join the past frames in a rollout."""
         return sampled
 
     def fingerprint(self) -> str:
-        """A string that differs where `moments` differ."""
+        """A string that changes whenever `moments` change."""
         return self.kind
 
     def save(self, folder: Path) -> None:
-        """Writes to a folder what `load` needs; by default nothing."""
+        """Writes what `load` needs to a folder; by default nothing."""
 
     def latent_shape(self, image_size: tuple[int, int]) -> tuple[int, int, int]:
         """(C, h, w) of the latents of frames of that height and width.
 
         Raises:
-            UserError: the frames' size is no multiple of the downscaling.
+            UserError: the frame size is not a multiple of the downscaling.
         """
         return shape_of_latents(self.channels, self.downscale, image_size)
 
@@ -84,7 +84,7 @@ CODECS: Registry[type[Codec]] = Registry("codec.kind", Codec)
 
 @CODECS.register("pixels")
 class PixelCodec(Codec):
-    """Frames as they are."""
+    """Raw pixels."""
 
     kind = "pixels"
     channels = 3

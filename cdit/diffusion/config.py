@@ -1,4 +1,4 @@
-"""The sections of a config about diffusion, and which schedulers go with which objective. Imports no torch."""
+"""The diffusion sections of a config, and the schedulers of each objective. Imports no torch."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -27,7 +27,7 @@ _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 _DDPM = {"beta_start": BETAS[0], "beta_end": BETAS[1], "prediction_type": "epsilon"}
 
 # DDIM (Song et al. 2020) is DPM-Solver++ of first order; diffusers' own DDIMScheduler steps to t - ⌊1000 / steps⌋,
-# which is not where its next timestep is, unless the number of steps divides 1000.
+# which differs from its next timestep unless the number of steps divides 1000.
 SCHEDULERS: dict[str, dict[str, Scheduler | None]] = {
     "flow": {
         "euler": Scheduler("FlowMatchEulerDiscreteScheduler", {}),
@@ -42,7 +42,7 @@ SCHEDULERS: dict[str, dict[str, Scheduler | None]] = {
         "unipc": Scheduler("UniPCMultistepScheduler", _DDPM),
     },
 }
-"""Schedulers by objective and name; None: sampling that the objective does by itself."""
+"""Schedulers by objective and name; None: implemented by the objective itself."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class SamplerConfig:
 
 @dataclass
 class SamplerOptions:
-    """How frames are sampled; by default as the model's own config says."""
+    """How frames are sampled; by default as in the model's config."""
 
     scheduler: str | None = None
     """For a flow euler, heun (two network calls a step), dpm (DPM-Solver++ 2M) or unipc; for a DDPM ddpm (ancestral
@@ -75,7 +75,7 @@ class SamplerOptions:
     """Scale of classifier-free guidance on the action; 1: off. Needs a model trained with action_dropout."""
 
     def over(self, description: "WorldDescription") -> SamplerConfig:
-        """The model's sampler, with these options in place of its own where they are given.
+        """The model's sampler, with the options that are given here replaced.
 
         Raises:
             UserError: a value is out of range.
@@ -107,7 +107,7 @@ class FlowConfig:
     time_std: float = 1.0
     """Standard deviation of the logit of the diffusion time."""
     min_time: float = 0.05
-    """Conversions never divide by a t or 1 - t smaller than this; they are exact where both are larger."""
+    """Conversions never divide by a t or 1 - t smaller than this; they are exact if both are larger."""
 
 
 @dataclass
@@ -119,18 +119,18 @@ class DDPMConfig:
 
 
 def check_sampler(objective: str, sampler: SamplerConfig) -> None:
-    """Checks that an objective's frames can be sampled with this config.
+    """Checks that an objective supports this sampler.
 
     Raises:
-        UserError: they cannot; the message names the values that are possible.
+        UserError: it does not; the message lists the possible values.
     """
-    if objective not in SCHEDULERS:  # one of a user's own, which `WorldModel` asks for its schedulers
+    if objective not in SCHEDULERS:  # user-defined: `WorldModel` checks its schedulers
         return
     possible = SCHEDULERS[objective]
     if sampler.scheduler not in possible:
         expected = f"expected one of {', '.join(possible)} for a {objective}"
         raise UserError(f"sampler.scheduler is {sampler.scheduler}, {expected}")
-    # A DDPM knows whole timesteps: a step that stays at one divides by zero. The solvers' last step leads from 1 to 0.
+    # A DDPM has integer timesteps: a step between equal ones divides by zero. The solvers' last step goes from 1 to 0.
     most = TIMESTEPS if sampler.scheduler == "ddpm" else TIMESTEPS - 1
     if objective == "ddpm" and sampler.steps > most:
         raise UserError(f"sampler.steps is {sampler.steps}, expected at most {most} with {sampler.scheduler}")

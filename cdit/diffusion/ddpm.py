@@ -1,7 +1,7 @@
 """DDPM with learned-range variance (Ho et al. 2020, arXiv 2006.11239; Nichol & Dhariwal 2021, arXiv 2102.09672).
 
 1000 linear betas from 1e-4 to 0.02; a noisy frame is x_t = √ᾱ_t·x0 + √(1 - ᾱ_t)·ε; the network predicts ε and, in
-further channels, where between log β̃_t and log β_t the logarithm of the reverse step's variance lies. This is the
+further channels, the position of the logarithm of the reverse step's variance between log β̃_t and log β_t. This is the
 objective of DiT and of Navigation World Models. Tensors are (…, C, H, W) with diffusion times (…) in [0, 1), time t
 standing for the index ⌊1000·t⌋ that the network is conditioned on.
 """
@@ -41,7 +41,7 @@ class Chain:
         return self.at("signal", index, clean) * clean + self.at("noise", index, clean) * noise
 
     def clean(self, noise: Tensor, noisy: Tensor, index: Tensor) -> Tensor:
-        """The clean frame that a noise (predicted or true) means, not clipped."""
+        """The clean frame implied by a noise (predicted or true), not clipped."""
         return noisy / self.at("signal", index, noisy) - self.at("noise_over_signal", index, noisy) * noise
 
     def mean(self, clean: Tensor, noisy: Tensor, index: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Chain:
     def at(self, name: str, index: Tensor, frames: Tensor) -> Tensor:
         """A coefficient at each frame's index, in the frames' type and on their device, shaped to multiply them."""
         key = (name, frames.device, frames.dtype)
-        if key not in self._copies:  # copied once: a copy at every training step would make it wait for the device
+        if key not in self._copies:  # copied once: a copy at every training step would synchronise with the device
             self._copies[key] = getattr(self, name).to(frames.dtype).to(frames.device)
         return spread(self._copies[key][index], frames)
 
@@ -89,7 +89,7 @@ class DDPM(DenoisingObjective):
     def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Mean squared error of the noise, plus the variational bound in bits per dimension, of each frame: (…).
 
-        The bound, L_vlb of Nichol & Dhariwal taken at one t, teaches the variance only: in it the noise is detached.
+        The bound, L_vlb of Nichol & Dhariwal taken at one t, trains the variance only: the noise is detached in it.
         For t > 0 it is the divergence of the reverse step from the posterior, for t = 0 the negative log-likelihood of
         the clean frame in bins of width 2/255. Computed in the type of the noise.
         """
@@ -153,7 +153,7 @@ class DDPM(DenoisingObjective):
         """
         visited = torch.linspace(0, TIMESTEPS - 1, steps, dtype=torch.float64).round().long()
         if steps == 1:
-            visited += TIMESTEPS - 1  # the noise is at that end
+            visited += TIMESTEPS - 1  # where the noise is
         chain = Chain(self.chain.alpha_bar[visited])
         x = noise
         for i in tqdm(reversed(range(steps)), total=steps, desc="denoising", disable=not progress, leave=False):

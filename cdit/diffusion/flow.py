@@ -28,7 +28,7 @@ class Flow(DenoisingObjective):
         """Diffusion times in (0, 1), uniform or logit-normal."""
         if self.config.time_distribution == "uniform":
             return draws.rand(*shape)
-        # Sample by sample: vectorised, the last bit of a sigmoid would depend on its place in the batch.
+        # Sample by sample: vectorised, the last bit of a sigmoid would depend on its position in the batch.
         logits = draws.randn(*shape) * self.config.time_std + self.config.time_mean
         return torch.stack([logit.sigmoid() for logit in logits])
 
@@ -60,7 +60,7 @@ class Flow(DenoisingObjective):
     def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
         """Squared error of the chosen quantity, averaged over each frame: (…), in float32.
 
-        Prediction and truth pass through the same conversion: where the clamp acts, it weights their difference.
+        Prediction and truth go through the same conversion, so the clamp only weights their difference.
         """
         noisy = self.add_noise(clean, noise, time)
         truth = {"clean": clean, "velocity": noise - clean, "noise": noise}[self.config.prediction]
@@ -70,9 +70,9 @@ class Flow(DenoisingObjective):
         return error.square().mean(dim=(-3, -2, -1))
 
     def velocity(self, prediction: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
-        """The velocity that the network's prediction means, for sampling, where t > 0.
+        """The velocity implied by the network's prediction, for sampling, where t > 0.
 
-        Not clamped for a clean frame: the last step, however small its t, has to end at the predicted frame.
+        Not clamped for a clean frame: the last step has to end at the predicted frame, however small its t.
         """
         if self.config.prediction == "clean":
             return (noisy - prediction.float()) / spread(time, noisy)

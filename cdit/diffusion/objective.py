@@ -1,4 +1,4 @@
-"""What an objective is: how the network is trained, and how frames are sampled with it."""
+"""The interface of objectives: how the network is trained, and how frames are sampled with it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
@@ -14,7 +14,7 @@ from cdit.diffusion.sampling import Predict
 
 
 class Settings(Protocol):
-    """What an objective is built from: the fields of a `TrainConfig` or a `WorldDescription`."""
+    """The settings of an objective: fields of a `TrainConfig` or a `WorldDescription`."""
 
     objective: str
     flow: FlowConfig
@@ -52,9 +52,9 @@ class Objective(ABC):
         Args:
             network: the CDiT in training (or its average in validation), wrapped for distributed training. It may be
                 called any number of times.
-            batch: of B contexts with G goals.
+            batch: B contexts with G goals each.
             draws: the samples' random numbers.
-            time: (B, G) diffusion times in [0, 1] to take in place of random ones, in validation.
+            time: (B, G) diffusion times in [0, 1] to use instead of random ones, in validation.
         """
 
     def after_step(self, cdit: nn.Module) -> None:  # noqa: B027
@@ -81,11 +81,11 @@ class Objective(ABC):
 
     @abstractmethod
     def guide(self, unknown: Tensor, known: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance: from the prediction without the action past that with it."""
+        """Classifier-free guidance: extrapolates from the prediction without the action to that with it."""
 
 
 class DenoisingObjective(Objective):
-    """Adds noise to the goals at random diffusion times, and compares the network's prediction with what it was for."""
+    """Adds noise to the goals at random diffusion times, and compares the network's prediction with its target."""
 
     def loss(self, network: nn.Module, batch: EncodedBatch, draws: KeyedDraws, time: Tensor | None = None) -> Tensor:
         """The error of one prediction of each goal; see `Objective.loss`."""
@@ -103,7 +103,7 @@ class DenoisingObjective(Objective):
 
     @abstractmethod
     def timestep(self, time: Tensor) -> Tensor:
-        """What the network is conditioned on for a diffusion time: 0 to 1000."""
+        """The timestep, 0 to 1000, that the network is conditioned on at a diffusion time."""
 
     @abstractmethod
     def add_noise(self, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:

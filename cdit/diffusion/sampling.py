@@ -1,4 +1,4 @@
-"""From noise to a frame with a scheduler of diffusers: what all objectives have in common."""
+"""From noise to a frame with a scheduler of diffusers, for all objectives."""
 
 from collections.abc import Callable
 
@@ -16,15 +16,15 @@ def denoise(
     noise: Tensor,
     progress: bool = False,
 ) -> Tensor:
-    """Runs a scheduler, its timesteps set, from noise to a clean frame.
+    """Runs a scheduler, whose timesteps are set, from noise to a clean frame.
 
     Args:
         scheduler: of diffusers.
-        output: what the scheduler steps with, of noisy sample, scalar timestep and scalar sigma.
+        output: the model output for the scheduler, from noisy sample, scalar timestep and scalar sigma.
         noise: (…, C, H, W), standard normal.
         progress: whether to show a progress bar over the steps.
     """
-    scheduler.set_begin_index(0)  # else looked up by the timestep, which rounding can make ambiguous
+    scheduler.set_begin_index(0)  # otherwise looked up by the timestep, which rounding can make ambiguous
     x = noise
     pairs = list(zip(scheduler.timesteps.to(x.device), scheduler.sigmas[:-1].to(x.device), strict=True))
     for timestep, sigma in tqdm(pairs, desc="denoising", disable=not progress, leave=False):
@@ -33,5 +33,5 @@ def denoise(
 
 
 def spread(value: Tensor, frames: Tensor) -> Tensor:
-    """One number for each frame (…) shaped to multiply frames (…, C, H, W)."""
+    """Reshapes one number per frame (…) to multiply frames (…, C, H, W)."""
     return value.reshape(*value.shape, *(1,) * (frames.ndim - value.ndim))

@@ -3,8 +3,8 @@
     python -m cdit.model describe --config configs/quickstart.yaml
     python -m cdit.model scale --config configs/nwm_cdit_xl.yaml
 
-Autoencoders are assumed to have 4 latent channels and to shrink frames 8 times, like those of Stable Diffusion, unless
-codec.name is a folder with a config.json.
+Autoencoders are assumed to have 4 latent channels and to downscale frames 8 times, like those of Stable Diffusion,
+unless codec.name is a folder with a config.json.
 """
 
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 @dataclass
 class ScaleConfig(TrainConfig):
-    """A training run, and the machines to run it on."""
+    """A training run, and the hardware it runs on."""
 
     hardware: Hardware = field(default_factory=Hardware)
     """The machines."""
@@ -56,7 +56,7 @@ def main() -> None:
             config.activation_checkpointing,
             config.optimizer.name,
         )
-        line += f", {config.batch_size} contexts a step" + (", activations checkpointed" * trained.checkpointing)
+        line += f", {config.batch_size} contexts per step" + (", activations checkpointed" * trained.checkpointing)
         print(line, tables(trained, config.hardware), sep="\n\n")
 
 

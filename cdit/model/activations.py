@@ -1,10 +1,10 @@
-"""Bytes that a training step keeps for its backward pass, derived on paper from the network's own code.
+"""Bytes that a training step keeps for its backward pass, derived from the code of the network.
 
 Under bfloat16 autocast on a GPU linear maps and attention compute in bfloat16 (2 bytes), LayerNorm in float32 (4), and
-`addcmul` in the wider of its inputs. An operation keeps what its gradient is made of: a linear map its input, rounded
+`addcmul` in the wider of its inputs. An operation keeps what its gradient needs: a linear map its input, rounded
 to bfloat16; LayerNorm its input and, for the scale that follows, its output; the fused attention q, k, v, its output
 and a float32 per head and query (Dao et al. 2022, arXiv 2205.14135, algorithm 2); GELU its input; a gate what it
-multiplies. Kept views keep the whole that they are a view of. So, in bytes per token and unit of width, with a residual
+multiplies. A kept view keeps the tensor it is a view of. Hence, in bytes per token and unit of width, with a residual
 stream of s bytes (2 with rotary positions; 4 with learned ones, whose float32 table is added to it):
 
     self-attention   8 LayerNorm + 4 inputs of Q and of K, V + 2 q + 4 k, v + 2 output + s, rotated 2 k + 2 output
@@ -12,7 +12,7 @@ stream of s bytes (2 with rotary positions; 4 with learned ones, whose float32 t
     MLP              8 LayerNorm + 2 input + 2·ratio before GELU + 2·ratio after it + s
     context          2 input of K, V + 4 k, v, rotated 2 k; with an extra key and value 2 + 2 k + 2 v either way
 
-(what is rotated is another tensor, and lies head by head, so that the output has to be copied for W_O), and with
+(rotated tensors are separate and stored head by head, so the output has to be copied for W_O), and with
 
     steered queries  2 q before its rotation + 2 angles + 2 their cosines and sines in cross-attention
     context_norm     none: the input of K, V is the tokens themselves where they are bfloat16 (rotary positions); keys:
@@ -20,8 +20,8 @@ stream of s bytes (2 with rotary positions; 4 with learned ones, whose float32 t
                      2 k + 2 v
     output_channels  per pixel, not per token: 2 (channels + those of the noisy frame) + 4·2 channels
 
-Not counted, as they do not grow with the batch or hardly weigh: rounded copies of the weights, angles of rotation,
-what lies before the first block but the context's norm. Compiled, a step keeps less: what is cheap is computed again.
+Not counted, because they do not grow with the batch or are small: rounded copies of the weights, angles of rotation,
+everything before the first block except the context's norm. A compiled step keeps less: it recomputes what is cheap.
 """
 
 import math
@@ -34,7 +34,7 @@ def block_bytes(cdit: CDiT, context_frames: int, goals: int) -> int:
     """What one block keeps for one context and its goals, without checkpointing.
 
     Raises:
-        UserError: the arithmetic does not know the network's options.
+        UserError: the formulas do not cover the network's options.
     """
     config = cdit.config
     unknown = {"norm": "pre", "qk_norm": False, "dropout": 0.0, "context_depth": 0}
@@ -64,13 +64,13 @@ def block_bytes(cdit: CDiT, context_frames: int, goals: int) -> int:
 
 
 def activation_bytes(cdit: CDiT, context_frames: int, goals: int, checkpointing: bool) -> int:
-    """What all of the network keeps for one context and its goals.
+    """What the whole network keeps for one context and its goals.
 
-    With checkpointing, blocks keep their input, and share the context's tokens; the one whose gradient is being
-    computed has its insides made again.
+    With checkpointing, blocks keep their input and share the context's tokens; the block whose gradient is being
+    computed is recomputed.
 
     Raises:
-        UserError: the arithmetic does not know the network's options.
+        UserError: the formulas do not cover the network's options.
     """
     config = cdit.config
     block, depth = block_bytes(cdit, context_frames, goals), len(cdit.blocks)
@@ -86,9 +86,9 @@ def activation_bytes(cdit: CDiT, context_frames: int, goals: int, checkpointing:
 
 
 def backward_bytes(cdit: CDiT, goals: int) -> int:
-    """What the backward pass holds beside, for one context and its goals, where it holds most.
+    """The peak of what the backward pass holds in addition, for one context and its goals.
 
-    That is in a block's MLP: the gradients of the stream, of the branch's output and of both sides of GELU.
+    It is reached in a block's MLP: the gradients of the stream, of the branch's output and of both sides of GELU.
     """
     width = cdit.config.hidden_size
     return _targets(cdit, goals) * ((_stream(cdit) + 2) * width + 2 * 2 * int(width * cdit.config.mlp_ratio))
@@ -103,21 +103,21 @@ def _targets(cdit: CDiT, goals: int) -> int:
 
 
 def _context_tokens(cdit: CDiT, context_frames: int, goals: int) -> int:
-    """Tokens that keys and values are made of: those that follow the condition are each goal's own."""
+    """Tokens from which keys and values are computed; if these follow the condition, each goal has its own."""
     return _patches(cdit) * context_frames * (goals if cdit.config.context_modulation else 1)
 
 
 def _token(cdit: CDiT) -> int:
-    """Bytes of a number of the context's tokens."""
+    """Bytes per number of the context's tokens."""
     return 4 if cdit.config.context_norm == "both" or cdit.config.position == "learned" else 2
 
 
 def _convolution_bytes(cdit: CDiT) -> int:
-    """What the convolutions on the output keep for one target: their inputs, and those of the SiLUs between them."""
+    """What the output convolutions keep for one target: their inputs, and those of the SiLUs between them."""
     features, pixels = cdit.config.output_channels, math.prod(cdit.config.image_size)
     return 2 * (features + cdit.config.in_channels + 4 * features) * pixels if features else 0
 
 
 def _stream(cdit: CDiT) -> int:
-    """Bytes of a number of the residual stream."""
+    """Bytes per number of the residual stream."""
     return 2 if cdit.config.position == "rotary" else 4

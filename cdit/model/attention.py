@@ -1,10 +1,10 @@
 """Scaled dot-product attention and multi-head attention (Vaswani et al. 2017, "Attention Is All You Need").
 
 Shape suffixes: B batch, H heads, N query tokens, M key tokens, D width, K width of one head (D / H).
-A mask is boolean, broadcastable to (B, H, N, M), True where a query may look at a key.
+A mask is boolean, broadcastable to (B, H, N, M), True where a query may attend to a key.
 
-Keys may come in parts that differ in how many queries share them: a part of S rows serves B queries, B / S consecutive
-ones each row. Nothing is copied for it: `joint_attention` looks at each part by itself and merges the results.
+Keys may come in parts that are shared by different numbers of queries: a part with S rows serves B queries, B / S
+consecutive ones per row. Nothing is copied: `joint_attention` attends to each part separately and merges the results.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,18 +19,18 @@ from cdit.model.rotary import Rotation, rotate
 
 
 class KeysValues(NamedTuple):
-    """What a query can look at: keys and values of all heads, each (B, H, M, K)."""
+    """What queries attend to: keys and values of all heads, each (B, H, M, K)."""
 
     k_BHMK: Tensor
     v_BHMK: Tensor
 
 
 class Part(NamedTuple):
-    """Some of the keys of an attention, S rows of them, and where they may be looked at."""
+    """Some of the keys and values of an attention, in S rows, with their mask."""
 
     kv: KeysValues
     mask: Tensor | None = None
-    """None: everywhere. One of several parts has the same mask for all queries, (S, 1, 1, M)."""
+    """None: no mask. With several parts, the mask of each is the same for all queries, (S, 1, 1, M)."""
 
     @property
     def rows(self) -> int:
@@ -48,7 +48,7 @@ def attention_scores(q_BHNK: Tensor, k_BHMK: Tensor, mask: Tensor | None = None)
 def attention_weights(q_BHNK: Tensor, k_BHMK: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q·kᵀ / √K) in float32, (B, H, N, M).
 
-    Masked scores are -inf before the softmax, so their weights are exactly 0; a row without any key is all zeros.
+    Masked scores are -inf before the softmax, so their weights are exactly 0; rows without any key are zeros.
     """
     weights_BHNM = attention_scores(q_BHNK, k_BHMK, mask).softmax(-1)
     return weights_BHNM if mask is None else torch.where(mask.any(-1, keepdim=True), weights_BHNM, 0.0)
@@ -66,14 +66,14 @@ def scaled_dot_product_attention(q_BHNK: Tensor, kv: KeysValues, mask: Tensor | 
 
 
 def joint_attention(q_BHNK: Tensor, parts: Sequence[Part]) -> Tensor:
-    """`scaled_dot_product_attention` to the keys of all parts together, (B, H, N, K): one softmax runs over them all.
+    """`scaled_dot_product_attention` with one softmax over the keys of all parts, (B, H, N, K).
 
     The outputs of the parts are averaged by their shares of the softmax's denominator (online softmax: Milakov &
     Gimelshein 2018, arXiv 1805.02867; Dao et al. 2022, arXiv 2205.14135).
 
     Args:
         q_BHNK: queries.
-        parts: keys and values; the rows of each divide B·N evenly, consecutive queries sharing a row.
+        parts: keys and values; the number of rows of each divides B, and consecutive queries share a row.
     """
     if len(parts) == 1:
         return scaled_dot_product_attention(q_BHNK, *parts[0])
@@ -89,7 +89,7 @@ def joint_attention(q_BHNK: Tensor, parts: Sequence[Part]) -> Tensor:
 def attention_and_logsumexp(q_BHNK: Tensor, kv: KeysValues, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`scaled_dot_product_attention`, and the logarithm of its softmax's denominator, (B, H, N), in float32 or wider.
 
-    Without any key the logarithm is the type's lowest number, which gives such a row no weight among others.
+    For a row without any key the logarithm is the lowest number of the dtype, so that it gets no weight when merged.
     """
     if mask is None:
         return _fused_with_logsumexp(q_BHNK, *kv, None)
@@ -100,7 +100,7 @@ def attention_and_logsumexp(q_BHNK: Tensor, kv: KeysValues, mask: Tensor | None 
 
 
 def concatenated(parts: Sequence[Part]) -> Part:
-    """All keys as one part, which has a copy of shared ones for every row of the largest part."""
+    """All keys as one part, with a copy of shared keys for every row of the largest part."""
     if len(parts) == 1:
         return parts[0]
     rows = max(part.rows for part in parts)
@@ -112,7 +112,7 @@ def concatenated(parts: Sequence[Part]) -> Part:
 
 
 def side_by_side(tensors: Sequence[Tensor], rows: int, dim: int) -> Tensor:
-    """Concatenated along a dimension, with as many copies of each row as make `rows` of them, consecutive ones."""
+    """Concatenates along a dimension, after repeating rows consecutively to `rows` of them."""
     tensors = [_repeated(x, rows) for x in tensors]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dim)
 
@@ -122,12 +122,12 @@ def _repeated(x: Tensor, rows: int) -> Tensor:
 
 
 def fold_queries(x_BHNK: Tensor, rows: int) -> Tensor:
-    """The same queries (or their angles) in so many rows, consecutive ones together: (rows, H, B·N / rows, K)."""
+    """The same queries (or their angles) in fewer rows, consecutive ones together: (rows, H, B·N / rows, K)."""
     return x_BHNK.transpose(1, 2).reshape(rows, -1, x_BHNK.shape[1], x_BHNK.shape[3]).transpose(1, 2)
 
 
 def _never_empty(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """The mask with rows that have no key opened, about which the fused kernels disagree, and which these rows are."""
+    """The mask with rows without any key unmasked (fused kernels disagree about them), and which rows these are."""
     empty = ~mask.any(-1, keepdim=True)
     return mask | empty, empty
 
@@ -147,7 +147,7 @@ def _fused(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask: Tensor | None) 
 
 def _fused_with_logsumexp(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     keys = k_BHMK.shape[2]
-    # torch's kernel takes heads of aligned width, and has no gradient of the logarithm.
+    # torch's kernel needs heads of aligned width, and has no gradient for the logarithm.
     if q_BHNK.is_cuda and q_BHNK.dtype != torch.float64 and q_BHNK.shape[3] % 8 == 0 and not torch.is_grad_enabled():
         bias = None
         if mask is not None:
@@ -157,7 +157,7 @@ def _fused_with_logsumexp(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask: 
         out_BHNK, sum_BHN, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
             q_BHNK, k_BHMK, v_BHMK, bias, compute_log_sumexp=True
         )
-        return out_BHNK, sum_BHN[..., : q_BHNK.shape[2]]  # which it pads
+        return out_BHNK, sum_BHN[..., : q_BHNK.shape[2]]  # which are padded
     scores_BHNM = (q_BHNK * q_BHNK.shape[3] ** -0.5) @ k_BHMK.transpose(-1, -2)
     scores_BHNM = scores_BHNM.to(torch.promote_types(scores_BHNM.dtype, torch.float32))
     if mask is not None:
@@ -167,9 +167,9 @@ def _fused_with_logsumexp(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask: 
 
 @dataclass
 class Observation:
-    """What an observer of a `MultiHeadAttention` is shown at each call: the very tensors the kernel is given.
+    """What an observer of a `MultiHeadAttention` receives at each call: the tensors passed to the kernel.
 
-    Keys that came in parts are shown as one, concatenated.
+    Keys in several parts are concatenated.
     """
 
     q_BHNK: Tensor
@@ -177,11 +177,11 @@ class Observation:
     mask: Tensor | None
 
     def scores(self) -> Tensor:
-        """What the softmax is taken of in this call, (B, H, N, M), float32; -inf where masked."""
+        """The input of the softmax in this call, (B, H, N, M), float32; -inf where masked."""
         return attention_scores(self.q_BHNK, self.kv.k_BHMK, self.mask)
 
     def weights(self) -> Tensor:
-        """The attention weights of this call, (B, H, N, M), float32; the extra key, where there is one, comes last."""
+        """The attention weights of this call, (B, H, N, M), float32; the extra key, if any, comes last."""
         return attention_weights(self.q_BHNK, self.kv.k_BHMK, self.mask)
 
 
@@ -193,10 +193,10 @@ class MultiHeadAttention(nn.Module):
         heads: h; must divide D.
         qk_norm: normalise q and k per head by RMSNorm before rotation (Dehghani et al. 2023, ViT-22B).
         extra_kv: one learned key and value without projection or position, appended by `project_kv`: a sink for
-            queries with nothing to find (`add_bias_kv` of `torch.nn.MultiheadAttention`).
+            queries that match nothing (`add_bias_kv` of `torch.nn.MultiheadAttention`).
 
     `observer`, when set, is called with an `Observation` at every `attend`. The output still comes from the fused
-    kernel, so watching changes nothing.
+    kernel, so observing changes nothing.
     """
 
     def __init__(self, width: int, heads: int, qk_norm: bool = False, extra_kv: bool = False):
@@ -227,9 +227,9 @@ class MultiHeadAttention(nn.Module):
     ) -> KeysValues:
         """Keys (rotated to their positions) and values of a context, the extra key and value last.
 
-        With `key_norm`, keys are made of the normalised context, values of the context as it is. Where queries are
-        rotated, `extra_rotation` of a place that moves with them, (1, K / 2), keeps the extra key's scores from
-        following the queries' coordinates: only differences may matter.
+        With `key_norm`, keys are computed from the normalised context, values from the unnormalised one. If queries are
+        rotated, `extra_rotation`, (1, K / 2), of a position that moves with them makes the extra key's scores
+        independent of the queries' absolute coordinates.
         """
         if key_norm is None:
             k_BMD, v_BMD = self.kv(context_BMD).chunk(2, dim=-1)
@@ -241,14 +241,14 @@ class MultiHeadAttention(nn.Module):
         kv = KeysValues(rotate(k_BHMK, rotation), self._split(v_BMD))
         if self.extra_k is None:
             return kv
-        # Here, not at each attention: then every block would copy the cache at every step. As a part of its own it
-        # would not be copied, but the fused kernels do not tell the logarithm that merging takes.
+        # Appended here: at each attention every block would copy the cache at every step. A separate part would avoid
+        # the copy, but not all fused kernels return the logarithm that merging needs.
         extra = (rotate(self.extra_k, extra_rotation), self.extra_v)
         extra = (e.to(x.dtype).expand(len(x), -1, -1, -1) for x, e in zip(kv, extra, strict=True))
         return KeysValues(*(torch.cat(pair, dim=2) for pair in zip(kv, extra, strict=True)))
 
     def attend(self, q_BHNK: Tensor, parts: Sequence[Part]) -> Tensor:
-        """Attention of projected queries to projected keys (see `joint_attention`), mixed by W_O: (B, N, D)."""
+        """Attention from projected queries to projected keys (see `joint_attention`), mixed by W_O: (B, N, D)."""
         out_BHNK = joint_attention(q_BHNK, parts)
         if self.observer is not None:
             self.observer(Observation(q_BHNK, *concatenated(parts)))

@@ -18,7 +18,7 @@ from cdit.model.attention import KeysValues, MultiHeadAttention, Part, fold_quer
 from cdit.model.rotary import Rotation, axial_rotation, corner
 
 REACH = 4.0
-"""Patches by which an output of 1 of a `Steering` moves the place a head looks at."""
+"""Number of patches by which an output of 1 of `Steering` moves where a head attends."""
 
 
 @dataclass
@@ -31,11 +31,11 @@ class Modulation:
 
 
 class ContextTokens(NamedTuple):
-    """Context tokens, for a block to make its keys and values of."""
+    """Context tokens from which a block computes its keys and values."""
 
     tokens_SMD: Tensor
     mask: Tensor | None
-    """(S, 1, 1, M), and one for the extra key, True where a token exists; None where all do."""
+    """(S, 1, 1, M), and one for the extra key, True where a token exists; None if all do."""
     rotation: Rotation | None
 
 
@@ -45,7 +45,7 @@ def modulate(x_BND: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def layer_norm(width: int) -> nn.LayerNorm:
-    """LayerNorm without parameters: AdaLN, or the projection that follows, takes their part."""
+    """LayerNorm without parameters, because AdaLN or the next projection makes them redundant."""
     return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
@@ -55,11 +55,11 @@ def feed_forward(width: int, ratio: float) -> Mlp:
 
 
 class Steering(nn.Module):
-    """Moves and scales the coordinates at which each head looks, as the condition says.
+    """Shifts and scales the coordinates at which each head attends, depending on the condition.
 
     (row, column) becomes centre + ((row, column) − centre)·2^tanh(z) + 4·o, with o and z in R² of each head from a
-    linear map of the condition. A turn of the camera shifts what was seen, a walk scales it: queries start from where
-    things were. Keys are not touched.
+    linear map of the condition. A turn of the camera shifts the picture, a step forward scales it: queries start
+    from where things were. Keys do not change.
 
     Args:
         width: D.
@@ -94,13 +94,13 @@ class Block(nn.Module):
         mlp_ratio: hidden width of the MLP over D.
         qk_norm: see `MultiHeadAttention`; for both attentions.
         extra_kv: see `MultiHeadAttention`; for cross-attention.
-        context_modulation: the context is shifted and scaled by the condition before K and V are made of it.
+        context_modulation: the context is shifted and scaled by the condition before K and V are computed.
         norm: pre: x + gate·branch(mod(norm(x))); post: x + gate·norm(branch(mod(x))), the residual post-norm of
-            Swin V2 (Liu et al. 2022), where closed gates still make the block the identity.
+            Swin V2 (Liu et al. 2022), with which a block with closed gates is still the identity.
         dropout: share of each branch's output zeroed in training.
-        steering_grid: rows and columns of patches, where the condition moves the places that cross-attention's queries
-            look at (see `Steering`); None where it does not.
-        key_norm: keys are made of normalised context tokens, values of the tokens as they are.
+        steering_grid: rows and columns of patches, if the condition moves where the queries of cross-attention attend
+            (see `Steering`); None otherwise.
+        key_norm: keys are computed from normalised context tokens, values from unnormalised ones.
     """
 
     def __init__(
@@ -140,9 +140,9 @@ class Block(nn.Module):
 
         Args:
             x_BND: target tokens.
-            condition_BD: what AdaLN follows.
-            context: this block's keys and values of the past frames, in parts of which each has an S of its own and the
-                last the largest; or the tokens to make them of, with `context_modulation` of S = B.
+            condition_BD: the input of AdaLN.
+            context: this block's keys and values of the past frames, in parts that each have their own S, the last the
+                largest; or the tokens to compute them from, with `context_modulation` and S = B.
             rotation: of the target's tokens.
             position_N3: (frame, row, column) of the target's tokens, for `Steering`.
         """
@@ -151,7 +151,7 @@ class Block(nn.Module):
         parts = context
         if isinstance(context, ContextTokens):
             tokens_SMD = modulate(context.tokens_SMD, *chunks[9:]) if chunks[9:] else context.tokens_SMD
-            # Not by `project_kv`, after which sharded weights would be scattered again.
+            # Not by `project_kv`, after which sharded weights would be released.
             kv = self.cross_attn.project_kv(tokens_SMD, context.rotation, self.key_norm, corner(rotation))
             parts = [Part(kv, context.mask)]
 
@@ -159,7 +159,7 @@ class Block(nn.Module):
             return self.self_attn(x, rotation=rotation)
 
         def cross_attention(x: Tensor) -> Tensor:
-            # Targets that share a context become more queries of it, so that its keys are not copied.
+            # Targets that share a context become further queries to it, so that its keys are not copied.
             folded = x.reshape(parts[-1].rows, -1, x.shape[-1])
             repeats = folded.shape[1] // x.shape[1]
             if self.steering is None:
@@ -177,9 +177,9 @@ class Block(nn.Module):
     def project_kv(
         self, tokens_SMD: Tensor, rotation: Rotation | None = None, extra_rotation: Rotation | None = None
     ) -> KeysValues:
-        """Keys and values that `forward` takes, of context tokens (modulated ones, with `context_modulation`).
+        """Keys and values for `forward` from context tokens (modulated ones, with `context_modulation`).
 
-        `extra_rotation`, where the extra key stands: the first token of the target.
+        `extra_rotation` is that of the position of the extra key: the first token of the target.
         """
         return self.cross_attn.project_kv(tokens_SMD, rotation, self.key_norm, extra_rotation)
 
@@ -192,7 +192,7 @@ class Block(nn.Module):
 
 
 class ContextBlock(nn.Module):
-    """An encoder block over a past frame: self-attention, then an MLP, pre-norm. Knows nothing of the target."""
+    """An encoder block over a past frame: self-attention, then an MLP, pre-norm. Independent of the target."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False):
         super().__init__()
@@ -222,9 +222,10 @@ class FinalLayer(nn.Module):
 
 
 class OutputConvolutions(nn.Module):
-    """Three 3×3 convolutions over features of the output's pixels, beside the noisy frame.
+    """Three 3×3 convolutions over the output features of each pixel, concatenated with the noisy frame.
 
-    A linear map gives every patch by itself, so that neighbours do not agree at their border; these see both sides.
+    A linear map predicts every patch separately, so neighbours may disagree at their border; convolutions see both
+    sides.
 
     Args:
         features: F, per pixel or latent cell.

@@ -31,11 +31,11 @@ class EncodedFrames:
     """Consecutive past frames of S contexts, or of S candidates for what follows them, encoded."""
 
     keys_values: list[KeysValues]
-    """Per block, (S, H, M, K) each, and the extra ones. Empty where every block makes its own, from `tokens_SMD`."""
+    """Per block, (S, H, M, K) each, with the extra ones. Empty if blocks compute their own from `tokens_SMD`."""
     tokens_SMD: Tensor | None
-    """Tokens where K and V follow the condition, or are used once only, else None."""
+    """Tokens, if K and V follow the condition or are used only once; otherwise None."""
     mask_ST: Tensor | None
-    """True where a frame exists; None where all do."""
+    """True where a frame exists; None if all do."""
     frame_T: Tensor
     """Frame coordinates, oldest first."""
     patches: int
@@ -47,7 +47,7 @@ class EncodedFrames:
         return len(self.keys_values[0].k_BHMK if self.tokens_SMD is None else self.tokens_SMD)
 
     def newest(self, frames: int) -> "EncodedFrames":
-        """The last of the frames, in the same memory, without the extra key: it follows the newest frame of all."""
+        """The last frames, in the same memory, without the extra key, which belongs after the newest frame."""
         first, end = ((len(self.frame_T) - before) * self.patches for before in (frames, 0))
         return replace(
             self,
@@ -58,7 +58,7 @@ class EncodedFrames:
         )
 
     def followed_by(self, new: "EncodedFrames") -> "EncodedFrames":
-        """These frames and then those, which all exist."""
+        """These frames followed by new ones, which all exist."""
         pairs = zip(self.keys_values, new.keys_values, strict=True)
         return replace(
             self,
@@ -71,13 +71,13 @@ class EncodedFrames:
 
 @dataclass
 class ContextCache:
-    """Past frames, encoded: what cross-attention looks at, reused at every denoising step and for every goal.
+    """Encoded past frames: what cross-attention attends to, reused at every denoising step and for every goal.
 
-    Candidates that part ways after the same past share it: their own frames are a part that follows.
+    Candidates share their common past; their own frames are a separate part that follows it.
     """
 
     parts: list[EncodedFrames]
-    """Oldest first. The rows of each divide those of the next, consecutive ones sharing a row."""
+    """Oldest first. The number of rows of each part divides that of the next, and consecutive rows share one."""
 
     @property
     def rows(self) -> int:
@@ -86,11 +86,11 @@ class ContextCache:
 
     @property
     def frame_T(self) -> Tensor:
-        """Frame coordinates, consecutive, oldest first. The target stands at the last plus one."""
+        """Frame coordinates, consecutive, oldest first. The coordinate of the target is the last plus one."""
         return torch.cat([part.frame_T for part in self.parts])
 
     def newest(self, frames: int) -> list[EncodedFrames]:
-        """The parts that hold the last of the frames; what leaves is not copied, nor what stays."""
+        """The parts that hold the last frames; nothing is copied."""
         parts: list[EncodedFrames] = []
         for part in reversed(self.parts):
             if frames > 0:
@@ -102,19 +102,19 @@ class ContextCache:
 class CDiT(ModelMixin, ConfigMixin):
     """Predicts the target of a denoising objective from a noisy frame, past frames and further conditions.
 
-    After `enable_gradient_checkpointing()` a block leaves only its input in memory, and makes the rest, its keys and
-    values of the context among it, once more in the backward pass (Chen et al. 2016, arXiv 1604.06174).
+    After `enable_gradient_checkpointing()` a block keeps only its input in memory and recomputes the rest, including
+    its keys and values of the context, in the backward pass (Chen et al. 2016, arXiv 1604.06174).
 
     Args:
         image_size: (height, width) of what is denoised, in pixels or latent cells; multiples of patch_size.
         in_channels: C.
-        max_context: the most past frames that can be given.
+        max_context: the largest number of past frames.
         learn_variance: twice the output channels, the second half for the variance (Nichol & Dhariwal 2021).
 
     The other arguments are the fields of `cdit.model.ModelConfig`.
 
     Raises:
-        UserError: sizes that do not divide, naming the fields.
+        UserError: sizes are not divisible; the message names the fields.
     """
 
     _supports_gradient_checkpointing = True
@@ -218,7 +218,7 @@ class CDiT(ModelMixin, ConfigMixin):
         for block in self.blocks:
             nn.init.zeros_(block.ada_ln.weight)  # gates closed: every block starts as the identity
             if block.steering is not None:
-                nn.init.zeros_(block.steering.linear.weight)  # queries look at their own place
+                nn.init.zeros_(block.steering.linear.weight)  # queries attend to their own position
             if block.cross_attn.extra_k is not None:
                 nn.init.xavier_normal_(block.cross_attn.extra_k.view(1, 1, -1))
                 nn.init.xavier_normal_(block.cross_attn.extra_v.view(1, 1, -1))
@@ -228,7 +228,7 @@ class CDiT(ModelMixin, ConfigMixin):
         nn.init.zeros_(last.bias)
 
     def _shrink_weights(self) -> None:
-        """Where the NWM release starts from smaller weights: conditions, and queries, keys and values."""
+        """The smaller initial weights of the NWM release: for conditions, and for queries, keys and values."""
         for module in self.modules():
             if isinstance(module, ScalarEmbedding):
                 nn.init.normal_(module.mlp.fc1.weight, std=0.02)
@@ -243,7 +243,7 @@ class CDiT(ModelMixin, ConfigMixin):
 
         Args:
             frames: (B, T, C, H, W), consecutive, oldest first; T from 1 to max_context.
-            mask: (B, T), True where a frame exists; None where all do. What a missing frame holds is not looked at.
+            mask: (B, T), True where a frame exists; None if all do. The content of missing frames is ignored.
 
         Raises:
             ValueError: more frames than max_context.
@@ -251,16 +251,15 @@ class CDiT(ModelMixin, ConfigMixin):
         return ContextCache([self._with_keys_values(self._encode(frames, mask))])
 
     def push_context(self, cache: ContextCache, frame: Tensor) -> ContextCache:
-        """The cache of a window slid by one frame: the new frame joins; the oldest leaves when the window is full.
+        """The cache of the window slid by one frame: appends the new frame, and drops the oldest if the window is full.
 
         Args:
             cache: of B pasts.
             frame: (B, C, H, W), the frame after the last one; or (B·G, C, H, W), those of G candidates for each past.
-                Candidates share what came before, which is not copied, and have the rest of the new cache each to
-                itself.
+                Candidates share the frames before, which are not copied; the new frame is stored per candidate.
 
         Raises:
-            ValueError: positions are learned per slot, so that every past frame would have to be encoded anew.
+            ValueError: positions are learned per slot, so every past frame would have to be encoded again.
         """
         if not self.can_push:
             raise ValueError("a context with learned positions cannot be pushed: encode the new window")
@@ -271,7 +270,7 @@ class CDiT(ModelMixin, ConfigMixin):
         return ContextCache([*shared, last])
 
     def _encode(self, frames: Tensor, mask: Tensor | None = None, end: Tensor | int = 0) -> EncodedFrames:
-        """Past frames, the last of them at coordinate `end`, as tokens for blocks to make their own keys and values."""
+        """Past frames, the last one at coordinate `end`, as tokens from which blocks compute keys and values."""
         batch, count = frames.shape[:2]
         if count > self.config.max_context:
             raise ValueError(f"{count} past frames, but max_context is {self.config.max_context}")
@@ -288,18 +287,18 @@ class CDiT(ModelMixin, ConfigMixin):
         return EncodedFrames([], tokens_SMD=x, mask_ST=mask, frame_T=frame_T, patches=self.grid[0] * self.grid[1])
 
     def _with_keys_values(self, frames: EncodedFrames) -> EncodedFrames:
-        """Tokens replaced by the keys and values of every block, unless these follow the condition."""
+        """Replaces tokens by the keys and values of every block, unless these follow the condition."""
         if self.config.context_modulation:
             return frames
         rotation, target = self._rotation(frames.frame_T), self._rotation(frames.frame_T[-1:] + 1)
         made = [block.project_kv(frames.tokens_SMD, rotation, corner(target)) for block in self.blocks]
-        # Values are half of a projection whose other half, keys before their rotation, would stay with them.
+        # Values are a view of a projection whose other half, unrotated keys, would stay in memory with them.
         keys_values = [KeysValues(*(x.contiguous() for x in kv)) for kv in made]
         return replace(frames, keys_values=keys_values, tokens_SMD=None)
 
     @property
     def can_push(self) -> bool:
-        """Whether `push_context` works: with rotary positions, which know differences only."""
+        """Whether `push_context` works: with rotary positions, which depend on differences only."""
         return self.pos_embed is None
 
     def forward(
@@ -310,7 +309,7 @@ class CDiT(ModelMixin, ConfigMixin):
         context: Tensor | ContextCache,
         context_mask: Tensor | None = None,
     ) -> Tensor:
-        """Predicts in the shape of the sample (twice the channels where variance is learned).
+        """Predicts in the shape of the sample (twice the channels if variance is learned).
 
         Args:
             sample: (B, C, H, W) noisy targets, or (B, G, C, H, W) for several goals of one context; for a cache of
@@ -318,8 +317,8 @@ class CDiT(ModelMixin, ConfigMixin):
             timestep: (B[, G]) diffusion time, 0 (clean) to 1000 (noise).
             condition: normalised conditions by name, for the conditioners: `time_shift` (B[, G]) from the last past
                 frame to the target, negative for the past; `action` (B[, G], 3) dx, dy, dyaw in the frame of the last
-                past frame, absent where all are unknown, and `action_known` (B[, G]), False where one is.
-            context: (B, T, C, H, W) past frames, oldest first, or what `encode_context` made of them.
+                past frame, absent if all are unknown, and `action_known` (B[, G]), False where unknown.
+            context: (B, T, C, H, W) past frames, oldest first, or the result of `encode_context`.
             context_mask: (B, T), True where a past frame exists; with frames only.
         """
         if isinstance(context, Tensor):
@@ -342,13 +341,13 @@ class CDiT(ModelMixin, ConfigMixin):
         return x.reshape(*sample.shape[:-3], -1, *sample.shape[-2:])
 
     def _for_blocks(self, context: ContextCache, targets: int) -> list[list[Part]] | list[ContextTokens]:
-        """What each block looks at."""
+        """What each block attends to."""
         parts = context.parts
         if parts[0].tokens_SMD is None:
             masks = [self._token_mask(part.mask_ST, last=part is parts[-1]) for part in parts]
             per_block = zip(*(part.keys_values for part in parts), strict=True)
             return [[Part(kv, mask) for kv, mask in zip(block, masks, strict=True)] for block in per_block]
-        # Keys and values that follow the condition are each target's own.
+        # If keys and values follow the condition, each target has its own.
         rows = targets if self.config.context_modulation else context.rows
         tokens = side_by_side([part.tokens_SMD for part in parts], rows, dim=1)
         mask = None
@@ -361,7 +360,7 @@ class CDiT(ModelMixin, ConfigMixin):
         return [ContextTokens(tokens, mask, self._rotation(context.frame_T))] * len(self.blocks)
 
     def _token_mask(self, mask_ST: Tensor | None, last: bool = True) -> Tensor | None:
-        """(S, 1, 1, M) of (S, T), and the extra key where this part is the last."""
+        """(S, 1, 1, M) of (S, T), with the extra key if this part is the last."""
         if mask_ST is None:
             return None
         mask_SM = mask_ST.repeat_interleave(self.grid[0] * self.grid[1], 1)
@@ -372,7 +371,7 @@ class CDiT(ModelMixin, ConfigMixin):
         return self._gradient_checkpointing_func(block, *inputs) if checkpointing else block(*inputs)
 
     def _rotation(self, frame_T: Tensor) -> Rotation | None:
-        """Rotation of the tokens of frames at these coordinates, T·P of them; None where positions are learned."""
+        """Rotation of the tokens of frames at these coordinates, T·P of them; None if positions are learned."""
         if self.pos_embed is not None:
             return None
         return axial_rotation(self._position(frame_T), self.config.hidden_size // self.config.num_heads)

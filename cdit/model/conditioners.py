@@ -15,8 +15,8 @@ from cdit.common.registry import Registry
 FREQUENCIES = 256  # width of the sinusoidal features of a scalar
 
 CONDITIONERS: Registry[type[nn.Module]] = Registry("model.extra_conditioners", nn.Module)
-"""Conditioners of a user's own. A class is built with the width D, and maps the normalised conditions, a mapping from
-names to tensors (…, any) with the leading dimensions of the targets, to (B, D), or to (1, D) for all of them."""
+"""User-defined conditioners. A class is built with the width D. It maps the normalised conditions, a mapping from names
+to tensors (…, any) with the leading dimensions of the targets, to (B, D), or to (1, D) for all of them."""
 
 
 class ScalarEmbedding(nn.Module):
@@ -53,10 +53,10 @@ class TimeShiftConditioner(nn.Module):
 
 
 class ActionConditioner(nn.Module):
-    """Embeds `action` (dx, dy, dyaw), each number by itself, concatenated; an unknown action is a learned vector.
+    """Embeds `action` (dx, dy, dyaw), each number separately, and concatenates them; an unknown action is a learned
+    vector.
 
-    Actions are unknown where `action_known` is False (their numbers are not used), and all are where there is no
-    `action`.
+    Actions are unknown where `action_known` is False (their values are ignored); all are if there is no `action`.
     """
 
     def __init__(self, width: int, scale: float = 1.0):

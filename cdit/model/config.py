@@ -1,4 +1,4 @@
-"""The size and the dialect of a CDiT, as a person writes them in a YAML file."""
+"""The size and the dialect of a CDiT, as a section of a YAML config. Imports no torch."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -14,10 +14,10 @@ PRESETS = {
 
 @dataclass
 class ModelConfig:
-    """A preset of the DiT family, with any field of it overridden."""
+    """A preset of the DiT family, any field of which can be overridden."""
 
     preset: Literal["tiny", "S", "B", "L", "XL"] = "S"
-    """Gives hidden_size, depth and num_heads where they are not given."""
+    """Sets hidden_size, depth and num_heads unless they are given."""
     hidden_size: int | None = None
     """Width of a token."""
     depth: int | None = None
@@ -29,29 +29,29 @@ class ModelConfig:
     mlp_ratio: float = 4.0
     """Hidden width of the MLP over hidden_size."""
     context_depth: int = 0
-    """Encoder blocks over each past frame, paid once per frame and not per denoising step."""
+    """Number of encoder blocks over each past frame, computed once per frame, not at each denoising step."""
     context_modulation: bool = False
-    """Whether keys and values follow diffusion time and action (as published); they can then not be reused."""
+    """Whether keys and values depend on diffusion time and action (as published), so that they cannot be reused."""
     position: Literal["rotary", "learned"] = "rotary"
     """Axial rotary positions in both attentions, or a learned table with one entry per frame slot and patch."""
     steered_queries: bool = False
-    """Whether the condition moves and scales the rotary coordinates at which each head of cross-attention looks."""
+    """Whether the condition shifts and scales the rotary coordinates at which each head of cross-attention attends."""
     context_norm: Literal["both", "keys", "none"] = "both"
-    """What of the past frames' tokens is normalised before it is projected: keys and values, keys alone, or neither."""
+    """Whether tokens of past frames are normalised before projection: for keys and values, for keys only, or for none."""
     extra_kv: bool = False
-    """Whether cross-attention has one learned extra key and value, a sink for patches with nothing to find."""
+    """Whether cross-attention has one learned extra key and value, a sink for patches that match nothing."""
     qk_norm: bool = False
     """Whether queries and keys are normalised per head."""
     norm: Literal["pre", "post"] = "pre"
     """Norm before each branch, or after it (residual post-norm of Swin V2)."""
     output_channels: int = 0
-    """Channels per pixel (or latent cell) of three 3×3 convolutions that follow the last linear map; 0: none."""
+    """Channels per pixel (or latent cell) of three 3×3 convolutions after the last linear map; 0: none."""
     dropout: float = 0.0
-    """Share of each branch's output zeroed in training."""
+    """Probability of zeroing an output of a branch in training."""
     use_action: bool = True
     """Whether the model is conditioned on the action."""
     use_time_shift: bool = True
-    """Whether the model is conditioned on how far ahead (or back) the target is."""
+    """Whether the model is conditioned on the time shift to the target."""
     extra_conditioners: dict[str, str] = field(default_factory=dict)
     """Further conditioners by name: each a registered one, or `my_module:Class` (see docs/extending.md)."""
     embedding_scale: float = 30.0
@@ -61,7 +61,7 @@ class ModelConfig:
     shift, and narrower queries, keys and values."""
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of `CDiT` that this config settles: all but the frame's size and the context's length."""
+        """The arguments of `CDiT` that this config determines: all but frame size, channels and context length."""
         arguments = asdict(self)
         preset = PRESETS[arguments.pop("preset")]
         return arguments | {key: value if arguments[key] is None else arguments[key] for key, value in preset.items()}

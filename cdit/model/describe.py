@@ -1,4 +1,4 @@
-"""Parameters, tokens and FLOPs of a network, without memory for its weights where it is on the meta device."""
+"""Parameters, tokens and FLOPs of a network, which may be on the meta device."""
 
 import re
 from collections import Counter
@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cdit.model.cdit import CDiT
 
-# The first pattern that a parameter's name matches says which part of the network it belongs to.
+# The first pattern that matches a parameter's name decides to which part of the network it belongs.
 PARTS = {
     r"patch_embed": "patch embedding",
     r"pos_embed": "position table",
@@ -33,12 +33,12 @@ PARTS = {
 }
 
 HIDDEN_MATRIX = re.compile(r"(objective\.\w+\.)?(context_)?blocks\.\d+\.(\w*attn\.(q|kv|out)|mlp\.fc[12])\.weight")
-"""Names of the matrices of attentions and MLPs, which Muon takes; `kv` holds two, one below the other."""
+"""Names of the matrices of attentions and MLPs, which Muon takes; `kv` stacks two."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A number of the description."""
+    """One number of the description."""
 
     group: str
     """parameters, tokens or FLOPs."""
@@ -49,7 +49,7 @@ class Row:
 
 
 def parameters(cdit: CDiT) -> dict[str, int]:
-    """Parameters of each part, in the order in which the network has them; K and V, made by one map, are halved."""
+    """Parameters of each part, in the order of the network; those of K and V, one linear map, are split in half."""
     count: Counter[str] = Counter()
     for name, parameter in cdit.named_parameters():
         match = next(m for m in (re.search(pattern, name) for pattern in PARTS) if m)
@@ -63,9 +63,9 @@ def parameters(cdit: CDiT) -> dict[str, int]:
 
 
 def counted_flops(call: Callable[[], object]) -> int:
-    """FLOPs (2 per multiply-add) of the matrix products and convolutions of a call, attention's included.
+    """FLOPs (2 per multiply-add) of the matrix products and convolutions of a call, including attention.
 
-    Attention is computed as two products: torch's counter knows some fused kernels and not others.
+    Attention is computed as two products, because torch's counter supports only some fused kernels.
     """
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         call()
@@ -75,10 +75,10 @@ def counted_flops(call: Callable[[], object]) -> int:
 def flops(cdit: CDiT, context_frames: int, goals: int) -> dict[str, int]:
     """FLOPs (2 per multiply-add) for one context: encoding it, and the forward of its goals.
 
-    Where K and V follow the condition there is little to encode beforehand, and the forward makes them.
+    If K and V follow the condition, there is little to encode beforehand, and the forward pass computes them.
 
     Args:
-        cdit: a network; its weights are not touched when it is on the meta device.
+        cdit: a network, which may be on the meta device.
         context_frames: past frames.
         goals: targets, all of the one context.
     """
@@ -114,7 +114,7 @@ def describe(cdit: CDiT, context_frames: int, goals: int) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """The rows as aligned text, shares of all parameters beside each."""
+    """The rows as aligned text, with the share of all parameters beside each."""
     total = next(row.value for row in rows if (row.group, row.name) == ("parameters", "total"))
     width = max(len(row.name) for row in rows)
     lines = []

@@ -1,11 +1,11 @@
-"""The GPUs that `python -m cdit.model scale` does its arithmetic for. Imports no torch."""
+"""The GPUs for which `python -m cdit.model scale` estimates. Imports no torch."""
 
 from dataclasses import dataclass, field
 
 
 @dataclass
 class Hardware:
-    """Machines; rates are what training is assumed to reach of the figures in a data sheet."""
+    """GPUs and their connections; rates are what training is assumed to reach of those in a data sheet."""
 
     gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256, 512])
     """Numbers of GPUs to compare."""

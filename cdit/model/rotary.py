@@ -1,8 +1,8 @@
 """Axial rotary positions (RoFormer, Su et al. 2021; axial form as in Heo et al. 2024, arXiv 2403.13298).
 
-A token stands at (frame, row, column). The pairs of a head's channels are shared out among the three axes; each pair is
-turned by its axis' coordinate times a frequency. The product q·k then depends on coordinate differences alone, so
-keys that were rotated once stay valid while the window slides: later queries simply stand further on.
+A token has the position (frame, row, column). The channel pairs of a head are divided among the three axes; each pair
+is rotated by the coordinate of its axis times a frequency. The product q·k then depends on coordinate differences
+alone, so keys that were rotated once stay valid while the window slides: later queries have larger coordinates.
 """
 
 from typing import NamedTuple
@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Frequencies run from 1 to 1/THETA radians a patch: wavelengths of 6 to 63 patches, as wide as the grids here. With the
-# 10000 that is usual for texts of thousands of tokens, most channels would hardly turn.
+# Frequencies run from 1 to 1/THETA radians a patch: wavelengths of 6 to 63 patches, similar to the grids here. With the
+# 10000 that is common for texts of thousands of tokens, most channels would hardly rotate.
 THETA = 10.0
 
 
@@ -44,7 +44,7 @@ def corner(rotation: Rotation | None) -> Rotation | None:
 
 
 def rotate(x_BHNK: Tensor, rotation: Rotation | None) -> Tensor:
-    """Turns channel pair (i, i + K/2) of every token by its i-th angle; None leaves x as it is."""
+    """Rotates channel pair (i, i + K/2) of every token by its i-th angle; None leaves x unchanged."""
     if rotation is None:
         return x_BHNK
     cos, sin = rotation.cos.to(x_BHNK.dtype), rotation.sin.to(x_BHNK.dtype)

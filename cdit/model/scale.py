@@ -1,9 +1,9 @@
-"""What a training run needs of memory and of the links between GPUs: arithmetic, not measurement.
+"""Memory and communication of a training run: calculated, not measured.
 
 Weights, gradients, AdamW's two moments and the average are float32 (Muon keeps one momentum of the matrices it takes);
-autocast computes with bfloat16 copies. N is the number of parameters, P that of GPUs. Replicated (DDP) every GPU has
-everything, and a second set of gradients in the buckets that are sent. Sharded (FSDP2) it has a P-th, and for as long
-as they compute the weights of a block or two.
+autocast computes with bfloat16 copies. N is the number of parameters, P that of GPUs. Replicated (DDP), every GPU holds
+everything, and a second set of gradients in the buckets that are sent. Sharded (FSDP2), it holds 1/P of that, plus the
+weights of a block or two while they compute.
 """
 
 import math
@@ -17,7 +17,7 @@ from cdit.model.describe import HIDDEN_MATRIX, flops
 from cdit.model.hardware import Hardware
 
 BUCKET = 25 * 2**20
-"""Bytes that DDP sends together, torch's `bucket_cap_mb`."""
+"""Bytes per message of DDP, torch's `bucket_cap_mb`."""
 Mode = Literal["DDP", "FSDP2"]
 
 
@@ -29,9 +29,9 @@ class Run:
     context_frames: int
     goals: int
     batch_size: int
-    """Contexts a step, over all GPUs."""
+    """Contexts per step, over all GPUs."""
     micro_batch_size: int | None
-    """Contexts a GPU takes at once; None: its whole share."""
+    """Contexts per GPU and forward pass; None: its whole share."""
     checkpointing: bool
     """Whether activations are checkpointed."""
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -63,17 +63,17 @@ class Run:
         return sum(p.numel() for p in self.cdit.blocks[0].parameters())
 
     def micro_batches(self, gpus: int) -> tuple[int, int]:
-        """How many micro-batches a GPU takes in a step, and contexts in each, the last ones padded."""
+        """Micro-batches per GPU and step, and contexts in each; the last ones are padded."""
         share = math.ceil(self.batch_size / gpus)
         count = math.ceil(share / (self.micro_batch_size or share))
         return count, math.ceil(share / count)
 
 
 def state_bytes(run: Run, gpus: int, mode: Mode) -> dict[str, float]:
-    """Bytes on each GPU that do not depend on the batch, by what they are for.
+    """Bytes on each GPU that do not depend on the batch, by purpose.
 
-    Sharded, two blocks are gathered at a time, the second while the first computes, in bfloat16, and the gradients of
-    one are there whole, in bfloat16 and in the float32 that is sent; the outermost part (embeddings, final layer) is
+    If sharded, two blocks are gathered at a time in bfloat16, the second while the first computes, and the gradients of
+    one block are complete, in bfloat16 and in the float32 that is sent; the outermost part (embeddings, final layer) is
     gathered in float32.
     """
     share = 1 / gpus if mode == "FSDP2" else 1.0
@@ -95,13 +95,13 @@ def moment_bytes(run: Run) -> int:
 
 
 def muon_flops(run: Run, iterations: int = 5) -> int:
-    """FLOPs of orthogonalising all matrices, m × n with m ≤ n: x·xᵀ, its square, and their sum times x, each time."""
+    """FLOPs of orthogonalising all matrices, m × n with m ≤ n: each iteration takes x·xᵀ, its square, their sum times x."""
     shapes = [sorted(shape) for shape in run.matrices]
     return iterations * sum(2 * m * m * (2 * n + m) for m, n in shapes)
 
 
 def largest_micro_batch(run: Run, gpus: int, mode: Mode, checkpointing: bool, memory: float) -> int:
-    """How many contexts at once fit a GPU of so many bytes; 0 if not even one does."""
+    """How many contexts fit on a GPU of this many bytes at once; 0 if not even one does."""
     free = memory - sum(state_bytes(run, gpus, mode).values())
     each = activation_bytes(run.cdit, run.context_frames, run.goals, checkpointing) + backward_bytes(
         run.cdit, run.goals
@@ -110,11 +110,11 @@ def largest_micro_batch(run: Run, gpus: int, mode: Mode, checkpointing: bool, me
 
 
 def all_reduce_seconds(size: float, gpus: int, messages: int, hardware: Hardware) -> float:
-    """Summing `size` bytes over all GPUs, in so many messages.
+    """Seconds to sum `size` bytes over all GPUs, in this many messages.
 
     By rings, 2(P-1) hops and 2(P-1)/P of the bytes over each link (Patarasuk & Yuan 2009, doi
     10.1016/j.jpdc.2008.09.002), or by trees, 2·log₂P hops and twice the bytes (Sanders et al. 2009, doi
-    10.1016/j.parco.2009.09.001): NCCL takes what is faster.
+    10.1016/j.parco.2009.09.001): NCCL uses the faster one.
     """
     rate, hop = link_rate(gpus, hardware), messages * hardware.latency_us * 1e-6
     ring = 2 * (gpus - 1) * hop + 2 * (gpus - 1) / gpus * size / rate
@@ -123,7 +123,7 @@ def all_reduce_seconds(size: float, gpus: int, messages: int, hardware: Hardware
 
 
 def gather_seconds(size: float, gpus: int, messages: int, hardware: Hardware) -> float:
-    """Gathering `size` bytes on every GPU, or reducing and scattering them, by rings: P-1 hops, (P-1)/P of the bytes.
+    """Seconds to gather `size` bytes on every GPU, or to reduce-scatter them, by rings: P-1 hops, (P-1)/P of the bytes.
 
     Thakur, Rabenseifner & Gropp 2005, doi 10.1177/1094342005051521.
     """
@@ -131,10 +131,10 @@ def gather_seconds(size: float, gpus: int, messages: int, hardware: Hardware) ->
 
 
 def link_rate(gpus: int, hardware: Hardware) -> float:
-    """Bytes a second over the slowest link of a ring.
+    """Bytes per second over the slowest link of a ring.
 
-    Between nodes as many rings run side by side as a node has GPUs, each over the adapter of another GPU, so that
-    those of a node carry the traffic together.
+    Between nodes as many rings run in parallel as a node has GPUs, each over the adapter of another GPU, so that the
+    adapters of a node share the traffic.
     """
     within = hardware.gpu_link_gb_s * 1e9
     if gpus <= hardware.gpus_per_node:
@@ -149,9 +149,9 @@ class Step:
     compute: float
     """Forward and backward passes."""
     communication: float
-    """All that is sent."""
+    """All communication."""
     exposed: float
-    """What of it cannot be hidden behind the compute it is sent beside."""
+    """The part of it that does not overlap with computation."""
 
     @property
     def efficiency(self) -> float:
@@ -160,13 +160,13 @@ class Step:
 
 
 def step(run: Run, gpus: int, mode: Mode, hardware: Hardware) -> Step:
-    """What a step takes: AdamW, data loading and what comes before the first overlap left out.
+    """The time of a step, without AdamW, data loading and everything before the first overlap.
 
-    A backward pass is two forward passes, three with checkpointing. DDP sends 4 bytes a parameter once a step, beside
-    the last micro-batch's backward pass. FSDP2 does at each micro-batch: it gathers the blocks, 2 bytes a parameter,
-    beside the forward and again beside the backward pass, and there reduces 4 bytes a parameter, block by block. Muon
-    orthogonalises every matrix on every GPU; where they are sharded, it first gathers the updates, 2 bytes a parameter,
-    while nothing computes.
+    A backward pass is two forward passes, three with checkpointing. DDP sends 4 bytes per parameter once per step,
+    during the backward pass of the last micro-batch. FSDP2 communicates in each micro-batch: it gathers the blocks, 2
+    bytes per parameter, during the forward and again during the backward pass, where it also reduces 4 bytes per
+    parameter, block by block. Muon orthogonalises every matrix on every GPU; if they are sharded, it first gathers the
+    updates, 2 bytes per parameter, without overlap.
     """
     count, size = run.micro_batches(gpus)
     forward = (
@@ -190,11 +190,11 @@ def step(run: Run, gpus: int, mode: Mode, hardware: Hardware) -> Step:
 
 
 def checkpoint_interval(seconds: float, hours_between_failures: float) -> tuple[float, float]:
-    """The interval between checkpoints that loses least, in seconds, and the share of time that is then lost.
+    """The best interval between checkpoints, in seconds, and the share of time lost with it.
 
     √(2·δ·M) with a checkpoint that stops the loop for δ and a failure every M (Young 1974, doi 10.1145/361147.361115;
-    the first term of Daly 2006, doi 10.1016/j.future.2004.11.016). Lost are δ per interval and half of one per failure;
-    what a restart takes comes on top, however often checkpoints are written.
+    the first term of Daly 2006, doi 10.1016/j.future.2004.11.016). Lost are δ per interval and half an interval
+    per failure, in addition to the restart itself, which does not depend on the interval.
     """
     between = 3600 * hours_between_failures
     interval = math.sqrt(2 * seconds * between)
@@ -202,7 +202,7 @@ def checkpoint_interval(seconds: float, hours_between_failures: float) -> tuple[
 
 
 def tables(run: Run, hardware: Hardware) -> str:
-    """All of it, as Markdown."""
+    """All estimates as Markdown."""
     return "\n\n".join((_memory(run), _presets(run, hardware), _scaling(run, hardware), _checkpoints(run, hardware)))
 
 
