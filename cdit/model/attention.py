@@ -73,7 +73,7 @@ def joint_attention(q_BHNK: Tensor, parts: Sequence[Part]) -> Tensor:
 
     Args:
         q_BHNK: queries.
-        parts: keys and values; the number of rows of each divides B, and consecutive queries share a row.
+        parts: keys and values; the number of rows of each divides B·N; consecutive queries share a row.
     """
     if len(parts) == 1:
         return scaled_dot_product_attention(q_BHNK, *parts[0])
@@ -122,7 +122,7 @@ def _repeated(x: Tensor, rows: int) -> Tensor:
 
 
 def fold_queries(x_BHNK: Tensor, rows: int) -> Tensor:
-    """The same queries (or their angles) in fewer rows, consecutive ones together: (rows, H, B·N / rows, K)."""
+    """The same queries (or their angles) regrouped into `rows` rows of consecutive ones: (rows, H, B·N / rows, K)."""
     return x_BHNK.transpose(1, 2).reshape(rows, -1, x_BHNK.shape[1], x_BHNK.shape[3]).transpose(1, 2)
 
 

@@ -95,7 +95,7 @@ def moment_bytes(run: Run) -> int:
 
 
 def muon_flops(run: Run, iterations: int = 5) -> int:
-    """FLOPs of orthogonalising all matrices, m × n with m ≤ n: each iteration takes x·xᵀ, its square, their sum times x."""
+    """FLOPs of orthogonalising all matrices, m × n with m ≤ n: x·xᵀ, its square, their sum times x, each iteration."""
     shapes = [sorted(shape) for shape in run.matrices]
     return iterations * sum(2 * m * m * (2 * n + m) for m, n in shapes)
 
