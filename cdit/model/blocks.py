@@ -241,5 +241,7 @@ class OutputConvolutions(nn.Module):
 
     def forward(self, features_BFHW: Tensor, noisy_BCHW: Tensor) -> Tensor:
         """(B, F, H, W) and (B, C, H, W) to (B, out_channels, H, W)."""
-        x_BFHW = F.silu(self.conv1(torch.cat((features_BFHW, noisy_BCHW.to(features_BFHW.dtype)), dim=1)))
+        # Convolutions are faster with channels last in memory, as features come.
+        noisy_BCHW = noisy_BCHW.to(features_BFHW.dtype, memory_format=torch.channels_last)
+        x_BFHW = F.silu(self.conv1(torch.cat((features_BFHW, noisy_BCHW), dim=1)))
         return self.conv3(F.silu(self.conv2(x_BFHW)))

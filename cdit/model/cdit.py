@@ -338,7 +338,7 @@ class CDiT(ModelMixin, ConfigMixin):
         x = self._unpatchify(self.final_layer(x, pooled))
         if self.output_convolutions is not None:
             x = self.output_convolutions(x, sample.flatten(0, -4))
-        return x.reshape(*sample.shape[:-3], -1, *sample.shape[-2:])
+        return x.contiguous().view(*sample.shape[:-3], -1, *sample.shape[-2:])
 
     def _for_blocks(self, context: ContextCache, targets: int) -> list[list[Part]] | list[ContextTokens]:
         """What each block attends to."""
@@ -382,7 +382,7 @@ class CDiT(ModelMixin, ConfigMixin):
         return torch.stack(torch.meshgrid(frame_T, rows, columns, indexing="ij"), dim=-1).flatten(0, 2).float()
 
     def _unpatchify(self, x: Tensor) -> Tensor:
-        """(B·G, P, p·p·C), each patch laid out (row, column, channel), to (B·G, C, H, W)."""
+        """(B·G, P, p·p·C), each patch laid out (row, column, channel), to (B·G, C, H, W), channels last in memory."""
         p = self.config.patch_size
-        x = x.reshape(len(x), *self.grid, p, p, -1)
-        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, self.grid[0] * p, self.grid[1] * p)
+        x = x.reshape(len(x), *self.grid, p, p, -1).transpose(2, 3)
+        return x.reshape(len(x), self.grid[0] * p, self.grid[1] * p, -1).permute(0, 3, 1, 2)
