@@ -1,4 +1,4 @@
-"""What is predicted from where: (trajectory, current time), from an index file of NWM or spread over a split."""
+"""The cases of an evaluation, each a trajectory and a time in it, from an index file of NWM or spread over a split."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,28 +17,28 @@ class Case(NamedTuple):
     """One context."""
 
     window: int
-    """Its window in the dataset."""
+    """Index of its window in the dataset."""
     trajectory: int
     """Index of its trajectory in the dataset."""
     name: str
     """Name of its trajectory."""
     now: int
-    """The current time, that of the last context frame."""
+    """Index of the last context frame."""
 
 
 def read_index(path: Path | str, dataset: WindowDataset, reach: int, min_history: int = 1) -> list[Case]:
     """The cases of an index file of NWM: a pickled list of (trajectory, time, min_offset, max_offset).
 
-    The two offsets are checked and of no further use: the protocol says what is predicted.
+    The two offsets are only checked: the protocol determines what is predicted.
 
     Args:
-        path: the file; nothing in it is run.
+        path: the file. No code from it is run.
         dataset: windows of the split that the file is for.
         reach: how many frames the protocol needs after the current one.
         min_history: how many frames up to the current one the model needs.
 
     Raises:
-        DataError: naming the file and the first entry that cannot be used.
+        DataError: an entry cannot be used; the message names the file and the first such entry.
     """
     entries = safe_pickle.load(path)
     if not isinstance(entries, list | tuple) or not entries:
@@ -48,7 +48,7 @@ def read_index(path: Path | str, dataset: WindowDataset, reach: int, min_history
     cases = []
     for number, entry in enumerate(entries):
         where = f"{path}: entry {number} (from 0)"
-        if not _is_entry(entry):  # not shown: a list that holds itself many times over prints without end
+        if not _is_entry(entry):  # not printed: a list that contains itself many times over has no end
             raise DataError(f"{where}: expected (trajectory, time, min_offset, max_offset), a name and whole numbers")
         name, now, low, high = entry[0], *map(int, entry[1:])
         if name not in trajectories:

@@ -1,4 +1,4 @@
-"""An evaluation from its config to its pages, and the parts it is built of, which studies use as well."""
+"""Runs an evaluation, from its config to its pages. Studies are built from the same parts."""
 
 import os
 import sys
@@ -44,14 +44,14 @@ def evaluate(config: EvaluateConfig) -> None:
     sampler, weights = config.sampler.over(world.description), weights_hash(world)
     dataset = windows_for(world, config.data, config.split, config.splits, config.follow_links, config.spacing)
     studies = build_studies(config, world, dataset)
-    with waiting(), accelerator.local_main_process_first():  # so that the others find downloads done
+    with waiting(), accelerator.local_main_process_first():  # which downloads weights for all
         judge = build_judge(config, world, studies, accelerator.device)
     parts = []
     for study in studies:
         depends_on = made_of(study, config, dataset, judge, sampler, weights)
         parts.append(Parts(Path(config.out, "parts", study.protocol.name), depends_on, len(study.batches)))
 
-    # Batches are shared out whole, so that each is computed once and is the same whoever computes it.
+    # Processes share whole batches, whose results do not depend on the process.
     missing = [find_missing(parts, config.overwrite)] if is_main else [None]
     with waiting():
         broadcast_object_list(missing)
@@ -119,7 +119,7 @@ def waiting() -> Iterator[None]:
 
 
 def find_missing(parts: Sequence[Parts], overwrite: bool) -> list[tuple[int, int]] | UserError:
-    """Number of the part and of the batch for each that is to be computed, or what is wrong with what is there."""
+    """(index of the part, batch) of each batch to compute, or an error if the parts belong to another evaluation."""
     try:
         for part in parts:
             part.clear() if overwrite else part.check()
@@ -166,9 +166,9 @@ def build_judge(config: EvaluateConfig, world: WorldModel, studies: Sequence[Stu
         truncate=config.nwm_compat,
     )
     for protocol in (study.protocol for study in studies if study.protocol.name != "time"):
-        if judge.films and not judge.sees(protocol):
+        if judge.videos and not judge.sees(protocol):
             print(
-                f"FVD is left out of {protocol.name}: {config.fvd_network} needs videos of {judge.films.min_frames} "
+                f"FVD is left out of {protocol.name}: {config.fvd_network} needs videos of {judge.videos.min_frames} "
                 f"frames, not {len(protocol.offsets)}",
                 file=sys.stderr,
             )
@@ -187,7 +187,7 @@ def made_of(
         "cases": [(case.name, case.now) for case in study.cases],
         "sampler": asdict(sampler),
         "metrics": judge.names,
-        "networks": [config.fid_network if judge.images else None, config.fvd_network if judge.films else None],
+        "networks": [config.fid_network if judge.images else None, config.fvd_network if judge.videos else None],
         "nwm_compat": config.nwm_compat,
         "mixed_precision": config.mixed_precision,
         "batch_size": study.batch_size,

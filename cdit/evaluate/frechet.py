@@ -1,13 +1,12 @@
-"""FID and FVD: how far the distribution of predicted frames, or films, lies from that of the true ones.
+"""FID and FVD: the distance between the distributions of predicted and true frames, or videos.
 
-A network turns frames or films into features; the Fréchet distance compares the normal distributions that fit them. It
-belongs to all samples together, depends on how many they are, and says little of fewer than several times the number of
-features (2048 for the Inception network).
+A network turns frames or videos into features; the Fréchet distance compares normal distributions fitted to them. It
+is one number for all samples, depends on how many there are, and means little with fewer than several times the number
+of features (2048 for the Inception network).
 
-The default networks are those the literature uses. Their weights are downloaded at first use, by the packages that hold
-them, to torch's hub folder ($TORCH_HOME/hub/checkpoints), where they can be put by hand as well. Any other network does
-that `MODULE:FUNCTION` names: a function without arguments that returns an nn.Module, which may say in `min_frames` how
-long films have to be.
+The default networks are those of the literature. Their packages download the weights at first use to torch's hub folder
+($TORCH_HOME/hub/checkpoints), where they can be placed by hand too. `MODULE:FUNCTION` names any other network: a
+function without arguments that returns an nn.Module, whose attribute `min_frames` is the shortest video it takes.
 """
 
 import importlib
@@ -26,7 +25,7 @@ from cdit.evaluate.metrics import require
 
 
 class Inception(nn.Module):
-    """Inception v3 as FID was defined with (Heusel et al. 2017, arXiv 1706.08500), by torch-fidelity.
+    """Inception v3, with which FID was defined (Heusel et al. 2017, arXiv 1706.08500), by torch-fidelity.
 
     Frames (N, 3, H, W) in [-1, 1] to features (N, 2048).
     """
@@ -42,9 +41,9 @@ class Inception(nn.Module):
 
 
 class I3D(nn.Module):
-    """I3D trained on Kinetics-400, as FVD was defined with (Unterthiner et al. 2018, arXiv 1812.01717), by cd-fvd.
+    """I3D trained on Kinetics-400, with which FVD was defined (Unterthiner et al. 2018, arXiv 1812.01717), by cd-fvd.
 
-    Films (N, T, 3, H, W) in [-1, 1] to its logits (N, 400).
+    Videos (N, T, 3, H, W) in [-1, 1] to its logits (N, 400).
     """
 
     min_frames = 9
@@ -56,10 +55,10 @@ class I3D(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         self.net = module.load_i3d_model("cpu", str(folder / "i3d_pretrained_400.pt"))
 
-    def forward(self, films: Tensor) -> Tensor:
+    def forward(self, videos: Tensor) -> Tensor:
         """The logits."""
-        frames = F.interpolate(films.flatten(0, 1), (224, 224), mode="bilinear")
-        return self.net(frames.unflatten(0, films.shape[:2]).transpose(1, 2))
+        frames = F.interpolate(videos.flatten(0, 1), (224, 224), mode="bilinear")
+        return self.net(frames.unflatten(0, videos.shape[:2]).transpose(1, 2))
 
 
 NETWORKS = {"inception": Inception, "i3d": I3D}
@@ -70,10 +69,10 @@ class Features(nn.Module):
 
     Args:
         name: a key of `NETWORKS`, or `MODULE:FUNCTION`.
-        field: what names it in the config, for messages.
+        field: its field in the config, for error messages.
 
     Raises:
-        UserError: there is no such network, or its package or weights are missing.
+        UserError: the network, its package or its weights do not exist.
     """
 
     def __init__(self, name: str, field: str):
@@ -82,7 +81,7 @@ class Features(nn.Module):
         try:
             with redirect_stdout(sys.stderr):
                 self.net = self._find(name)()
-        except OSError as error:  # not reached, cut short
+        except OSError as error:  # not reachable, incomplete
             where = Path(torch.hub.get_dir()) / "checkpoints"
             raise UserError(f"{field}: no weights for {name} ({error}); connect once, or fill {where}") from error
         if not isinstance(self.net, nn.Module):
@@ -103,10 +102,10 @@ class Features(nn.Module):
 
     @torch.no_grad()
     def forward(self, frames: Tensor) -> Tensor:
-        """Features (N, F) on the CPU of N frames or films.
+        """Features (N, F) on the CPU of N frames or videos.
 
         Raises:
-            UserError: the network gave something else.
+            UserError: the network returned another shape.
         """
         with torch.autocast(frames.device.type, enabled=False):
             features = self.net(frames.float())

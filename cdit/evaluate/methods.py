@@ -1,4 +1,4 @@
-"""What is compared: the model, what it has to beat, and what it cannot beat."""
+"""The methods compared: the model, baselines it has to beat, and bounds it cannot beat."""
 
 from collections.abc import Callable, Iterator, Mapping
 

@@ -1,4 +1,4 @@
-"""How alike two frames are: PSNR, SSIM, LPIPS and DreamSim, one number for each frame.
+"""Similarity of two frames: PSNR, SSIM, LPIPS and DreamSim, one number for each frame.
 
 Every metric takes predictions and truths (N, 3, H, W) in [-1, 1] and returns (N,) float32 on their device.
 """
@@ -27,10 +27,10 @@ Metric = Callable[[Tensor, Tensor], Tensor]
 
 BACKBONE_VARIABLE = "CDIT_LPIPS_BACKBONE"
 MAX_PSNR = 100.0
-"""What identical frames score, in dB, so that means stay finite; half a step of 8 bits everywhere scores 54."""
+"""Score of identical frames in dB, so that means stay finite; an error of half an 8-bit step everywhere scores 54."""
 
 MIN_SIDE = {"ssim": 6, "lpips": 32}
-"""How many pixels a side of a frame must have."""
+"""Shortest side in pixels that a frame may have."""
 
 HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False, "dreamsim": False, "fid": False, "fvd": False}
 
@@ -45,11 +45,11 @@ def ssim(prediction: Tensor, truth: Tensor) -> Tensor:
     """Structural similarity (Wang et al. 2004) in [-1, 1], 1 for identical frames; higher is better.
 
     Window (Gaussian, 11 pixels, σ 1.5) and constants of the paper on intensities in [0, 1], averaged over channels and
-    the whole frame, its border mirrored (torchmetrics'; others leave the border out). At least 6 pixels a side.
+    the whole frame with a mirrored border (as in torchmetrics; others crop the border). At least 6 pixels a side.
     """
-    # Its luminance term compares means, so that intensities have to begin at 0.
+    # The luminance term compares means, so intensities have to start at 0.
     prediction, truth = (prediction.float() + 1) / 2, (truth.float() + 1) / 2
-    with torch.autocast(prediction.device.type, enabled=False):  # variances come out of differences of its convolutions
+    with torch.autocast(prediction.device.type, enabled=False):  # variances are small differences of convolutions
         return structural_similarity_index_measure(prediction, truth, data_range=1.0, reduction="none").reshape(-1)
 
 
@@ -59,7 +59,7 @@ class Lpips(nn.Module):
     Frames have at least 32 pixels a side.
 
     Args:
-        backbone: the weights of torchvision's AlexNet (`features.0.weight` …; others are not looked at).
+        backbone: the weights of torchvision's AlexNet (`features.0.weight` …; others are ignored).
     """
 
     def __init__(self, backbone: dict[str, Tensor]):
@@ -78,17 +78,17 @@ class Lpips(nn.Module):
 
 
 def load_lpips(device: torch.device | str = "cpu", timeout: float = 10.0) -> Lpips | None:
-    """LPIPS, or None after one line on stderr that says how to get its AlexNet weights.
+    """LPIPS, or None with a line on stderr on how to get the weights of its AlexNet.
 
-    They come from the safetensors file that the environment variable `CDIT_LPIPS_BACKBONE` names, else from
-    torchvision's download, which torch keeps in its cache.
+    They are read from the safetensors file that the environment variable `CDIT_LPIPS_BACKBONE` names, by default from
+    torch's cache, to which torchvision downloads them.
 
     Args:
         device: where to compute.
-        timeout: how long the download's server may stay silent, in seconds.
+        timeout: seconds without an answer after which the download is given up.
 
     Raises:
-        UserError: `CDIT_LPIPS_BACKBONE` is set, but not to a file with these weights.
+        UserError: `CDIT_LPIPS_BACKBONE` is not a file with these weights.
     """
     file = os.environ.get(BACKBONE_VARIABLE)
     if file:
@@ -104,7 +104,7 @@ def load_lpips(device: torch.device | str = "cpu", timeout: float = 10.0) -> Lpi
     try:
         weights = AlexNet_Weights.DEFAULT.get_state_dict(progress=False, check_hash=True, weights_only=True)
         return Lpips(weights).to(device)
-    except (OSError, RuntimeError, HTTPException) as error:  # not reached, not whole, cut short
+    except (OSError, RuntimeError, HTTPException) as error:  # not reachable, damaged, incomplete
         print(
             f"LPIPS is left out: AlexNet could not be downloaded ({error}). Connect once, or set {BACKBONE_VARIABLE} "
             "to a safetensors file with torchvision's features.0.weight … features.10.bias.",
@@ -118,7 +118,7 @@ def load_lpips(device: torch.device | str = "cpu", timeout: float = 10.0) -> Lpi
 class DreamSim(nn.Module):
     """DreamSim (Fu et al. 2023, arXiv 2306.09344), its ensemble: perceptual distance from 0; lower is better.
 
-    The package's own network and weights, which it downloads at first use to torch's hub folder, `dreamsim/` in it.
+    The package downloads its weights at first use to `dreamsim/` in torch's hub folder.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
@@ -129,12 +129,12 @@ class DreamSim(nn.Module):
         try:
             with redirect_stdout(sys.stderr):
                 self.net, _ = dreamsim.dreamsim(device=str(device), cache_dir=str(folder))
-        except OSError as error:  # not reached, cut short
+        except OSError as error:  # not reachable, incomplete
             raise UserError(f"metrics: no weights for dreamsim ({error}); connect once, or fill {folder}") from error
 
     @torch.no_grad()
     def forward(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        """Distances (N,) of frames (N, 3, H, W) in [-1, 1], brought to the 224×224 pixels that it was trained on."""
+        """Distances (N,) of frames (N, 3, H, W) in [-1, 1], resized to the 224×224 pixels that it was trained on."""
         first, second = (
             F.interpolate((frames.float() + 1) / 2, (224, 224), mode="bicubic", antialias=True).clamp(0, 1)
             for frames in (prediction, truth)
@@ -152,7 +152,7 @@ def require(module: str, package: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"this metric needs a package that is not here ({error}): pip install {package}") from error
+        raise UserError(f"this metric needs a package ({error}): pip install {package}") from error
 
 
 def load_metrics(
@@ -160,12 +160,12 @@ def load_metrics(
     image_size: tuple[int, int] | None = None,
     names: Sequence[str] = ("psnr", "ssim", "lpips"),
 ) -> dict[str, Metric]:
-    """The metrics by name; lpips is left out where its weights are not to be had.
+    """The metrics by name; lpips is left out if its weights are not available.
 
     Args:
         device: where to compute.
-        image_size: height and width of the frames; what they are too small for is left out with one line on stderr.
-        names: which, of psnr, ssim, lpips and dreamsim; others are not looked at.
+        image_size: height and width of the frames; metrics that need larger ones are left out, with a line on stderr.
+        names: some of psnr, ssim, lpips and dreamsim; others are ignored.
 
     Raises:
         UserError: a package or its weights are missing.
@@ -185,6 +185,6 @@ def load_metrics(
 
 
 def score(metrics: Mapping[str, Metric], prediction: Tensor, truth: Tensor) -> dict[str, Tensor]:
-    """What each metric says of frames (B, G, 3, H, W) in [-1, 1]: (B, G) float32 on the CPU."""
+    """Every metric of frames (B, G, 3, H, W) in [-1, 1]: (B, G) float32 on the CPU."""
     flat = prediction.flatten(0, 1), truth.flatten(0, 1)
     return {name: metric(*flat).unflatten(0, truth.shape[:2]).float().cpu() for name, metric in metrics.items()}

@@ -1,4 +1,4 @@
-"""What a person looks at after an evaluation: tables as Markdown, and a page of tables and pictures."""
+"""The pages of an evaluation: tables as Markdown, and a web page of tables and pictures."""
 
 from collections.abc import Mapping
 from html import escape
@@ -59,7 +59,7 @@ def draw_rollouts(protocol: Rollout, found: Mapping[str, Tensor], folder: Path) 
 
 
 def write_markdown(results: Results, path: Path) -> str:
-    """Writes the tables, with what they are of, and returns the text."""
+    """Writes the tables of all protocols, and returns the text."""
     parts = [_about(results.about)]
     for result in results.protocols.values():
         parts += [f"## {result.name}", describe_samples(result), markdown(result.rows).rstrip()]
@@ -74,7 +74,7 @@ def write_page(results: Results, pictures: Mapping[str, Mapping[str, Path]], pat
     Args:
         results: of all protocols.
         pictures: of each protocol, files by caption.
-        path: of the page; pictures are linked from its folder.
+        path: of the page, to which the links to pictures are relative.
     """
     title = f"Evaluation of {results.about['checkpoint']}"
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="note">{escape(_about(results.about))}</p>']
@@ -101,7 +101,7 @@ def describe_samples(result: ProtocolResult) -> str:
     if any(row.low is not None for row in result.rows):
         text += "; ± is half the width of the 95 % interval (bootstrap over trajectories)"
     if any(row.metric in FRECHET for row in result.rows):
-        text += f"; FID and FVD of these {len(result.cases)} samples compare with those of as many only"
+        text += f"; FID and FVD of these {len(result.cases)} samples only compare with those of as many samples"
     return text + "."
 
 

@@ -1,19 +1,18 @@
-"""Results of batches on disk, each whole or not at all, so that an interrupted evaluation continues."""
+"""Results of finished batches on disk, from which an interrupted evaluation continues."""
 
 import hashlib
 import json
-import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cdit.common.errors import UserError
-from cdit.common.files import read_json
+from cdit.common.files import read_json, write_whole
 from cdit.evaluate.study import joined
 from cdit.world_model import WorldModel
 
@@ -21,30 +20,30 @@ FINGERPRINT = "made_of.json"
 
 
 class Parts:
-    """The batches of one protocol: `<folder>/<batch>.safetensors`, and in made_of.json what they depend on.
+    """The batches of one protocol: `<folder>/<batch>.safetensors`, and made_of.json with what they depend on.
 
     Args:
-        folder: where they are.
+        folder: of these files.
         made_of: everything the results depend on, as JSON values.
         count: number of batches.
     """
 
     def __init__(self, folder: Path, made_of: dict[str, Any], count: int):
         self.folder, self.count = folder, count
-        self.made_of = json.loads(json.dumps(made_of))  # as it will be read
+        self.made_of = json.loads(json.dumps(made_of))  # as it is read back
 
     def check(self) -> None:
-        """Looks whether what is there, if anything, is of this evaluation.
+        """Checks that files in the folder, if there are any, belong to this evaluation.
 
         Raises:
-            UserError: it is of another, which can be overwritten.
+            UserError: they belong to another one.
         """
         path = self.folder / FINGERPRINT
         if not path.is_file():
             return
         before = read_json(path)
         if not isinstance(before, dict):
-            raise UserError(f"{path}: not what an evaluation writes: give another out, or --overwrite true")
+            raise UserError(f"{path}: not written by an evaluation: give another out, or --overwrite true")
         changed = [key for key in self.made_of | before if before.get(key) != self.made_of.get(key)]
         if changed:
             raise UserError(
@@ -53,32 +52,32 @@ class Parts:
             )
 
     def clear(self) -> None:
-        """Removes all there is."""
+        """Deletes the folder."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def begin(self) -> None:
-        """Writes what the parts are made of, before the first of them.
+        """Makes the folder, with made_of.json.
 
         Raises:
-            UserError: the folder cannot be made, or written to.
+            UserError: the folder cannot be made or written to.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._replace(FINGERPRINT, lambda partial: partial.write_text(json.dumps(self.made_of, indent=2) + "\n"))
+            write_whole(self.folder / FINGERPRINT, json.dumps(self.made_of, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"out: {self.folder} cannot be written to ({error.strerror})") from error
 
     def missing(self) -> list[int]:
-        """The batches that are still to be computed."""
+        """The batches that have no results yet."""
         return [batch for batch in range(self.count) if not (self.folder / _name(batch)).is_file()]
 
     def write(self, batch: int, tensors: dict[str, Tensor]) -> None:
-        """Puts a batch's results there."""
-        whole = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # safetensors shares no memory
-        self._replace(_name(batch), lambda partial: save_file(whole, partial))
+        """Writes the results of a batch."""
+        whole = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # shares no memory
+        write_whole(self.folder / _name(batch), save(whole))
 
     def read(self) -> dict[str, Tensor]:
-        """The results of all batches one after the other, by name.
+        """The results of all batches, concatenated by name.
 
         Raises:
             UserError: a file is damaged.
@@ -88,17 +87,14 @@ class Parts:
             try:
                 parts.append(load_file(self.folder / _name(batch)))
             except Exception as error:  # safetensors has errors of its own
-                raise UserError(f"{self.folder / _name(batch)}: damaged ({error}): delete it and go on") from error
+                raise UserError(
+                    f"{self.folder / _name(batch)}: damaged ({error}): delete it and run the command again"
+                ) from error
         return joined(parts)
-
-    def _replace(self, name: str, write: Any) -> None:
-        partial = self.folder / f".{name}.partial"
-        write(partial)
-        os.replace(partial, self.folder / name)
 
 
 def weights_hash(world: WorldModel) -> str:
-    """Hexadecimal SHA-256 of all weights, the codec's included, and of what is saved beside them."""
+    """Hexadecimal SHA-256 of all weights, those of the codec included, and of the configs saved with them."""
     digest = hashlib.sha256(json.dumps([asdict(world.description), dict(world.cdit.config)], default=str).encode())
     for name, tensor in sorted(world.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,7 +1,7 @@
-"""What is predicted, and with which actions: each horizon in one jump, or frame by frame.
+"""The protocols: which frames are predicted, with which actions.
 
-These are the protocols of Navigation World Models (arXiv 2412.03572): *time*, 1, 2, 4, 8 and 16 s ahead directly, and
-*rollout*, autoregressive at 1 and 4 frames a second.
+They follow Navigation World Models (arXiv 2412.03572): *time* predicts 1, 2, 4, 8 and 16 s ahead in one jump, *rollout*
+autoregressively at 1 and 4 frames a second.
 """
 
 from abc import ABC, abstractmethod
@@ -25,20 +25,20 @@ from cdit.world_model import Units, WorldModel
 
 @dataclass(frozen=True)
 class Protocol(ABC):
-    """What is predicted from each context, and which of it is measured."""
+    """Which frames are predicted from each context, and which of them are measured."""
 
     name: str
-    """For files and tables."""
+    """Its name in files and tables."""
     seconds: list[float]
     """The horizons that are measured."""
     fps: float
     """The model's frames a second."""
     offsets: list[int]
-    """Frames ahead of everything that is predicted (G of them)."""
+    """How many frames ahead each of the G predicted frames is."""
 
     @property
     def measured(self) -> list[int]:
-        """Which of the `offsets` the horizons are."""
+        """Indices of the horizons in `offsets`."""
         return [self.offsets.index(round(seconds * self.fps)) for seconds in self.seconds]
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""What an evaluation found: rows with intervals, and the values of every sample for comparisons to come."""
+"""Results of an evaluation: means with intervals, and the values of every sample for later comparisons."""
 
 import json
 from collections.abc import Sequence
@@ -22,22 +22,21 @@ from cdit.evaluate.tables import Row
 
 RESULTS = "results.json"
 MAX_BYTES = 2**30
-"""Largest results.json: it has a value for every sample."""
+"""Largest results.json, which has a value for every sample."""
 FRECHET = ("fid", "fvd")
 
 
 @dataclass(frozen=True)
 class ProtocolResult:
-    """What was found by one protocol."""
+    """Results of one protocol."""
 
     name: str
-    """Of the protocol."""
     fps: float
     """The model's frames a second."""
     cases: list[tuple[str, int]]
     """(trajectory, time) of each sample."""
     rows: list[Row]
-    """Method by method, then metric by metric, then horizon by horizon; at last the differences between methods."""
+    """Method by method, then metric by metric, then horizon by horizon; the differences between methods last."""
 
     @property
     def trajectories(self) -> list[str]:
@@ -58,15 +57,15 @@ class ProtocolResult:
 
 @dataclass(frozen=True)
 class Results:
-    """What results.json holds."""
+    """The contents of results.json."""
 
     about: dict[str, Any]
-    """What was evaluated, with what, and how."""
+    """Checkpoint, sampler, config and versions."""
     protocols: dict[str, ProtocolResult] = field(default_factory=dict)
     """By name."""
 
     def save(self, folder: Path) -> None:
-        """Writes `<folder>/results.json`, whole or not at all."""
+        """Writes `<folder>/results.json` atomically."""
         protocols = {
             name: {
                 "fps": result.fps,
@@ -87,7 +86,7 @@ class Results:
         """Reads what `save` wrote.
 
         Raises:
-            UserError: there is no such file, or it is none of ours.
+            UserError: there is no such file, or it has another format.
         """
         path = Path(folder) / RESULTS
         try:
@@ -102,7 +101,7 @@ class Results:
                 for name, found in about.pop("protocols").items()
             }
         except Exception as error:  # any value may be of any type
-            raise UserError(f"{path}: no results of cdit.evaluate ({error})") from error
+            raise UserError(f"{path}: not results of cdit.evaluate ({error})") from error
         return cls(about, protocols)
 
 
@@ -124,7 +123,7 @@ def summarize(protocol: Protocol, cases: Sequence[Case], found: dict[str, Tensor
             values = found[f"{method}/{metric}"]
             if metric in FRECHET and len(cases) < 2:
                 continue  # one sample has no distribution
-            if metric == "fvd":  # of the whole film
+            if metric == "fvd":  # of whole videos
                 rows.append(Row(method, *max(horizons), metric, frechet_distance(found["truth/fvd"], values)))
             elif metric == "fid":
                 for at, *pair in zip(horizons, found["truth/fid"].unbind(1), values.unbind(1), strict=True):

@@ -1,4 +1,4 @@
-"""One protocol on its cases, batch by batch: predictions of every method, and what the metrics say of them."""
+"""The engine: computes one protocol on its cases, batch by batch, for every method and metric."""
 
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,41 +23,41 @@ from cdit.world_model import WorldModel
 
 @dataclass(frozen=True)
 class Judge:
-    """What is measured, of frames in 8 bits as files and people have them."""
+    """What is measured. Frames are rounded to 8 bits first, as in files and on screens."""
 
     metrics: Mapping[str, Metric]
-    """What is measured of each frame, by name."""
+    """Metrics of frames by name."""
     images: Features | None = None
     """The network of fid."""
-    films: Features | None = None
+    videos: Features | None = None
     """The network of fvd."""
     truncate: bool = False
     """Whether predictions become 8-bit pictures by truncation (the NWM release), not by rounding."""
 
     @property
     def names(self) -> list[str]:
-        """Of all metrics."""
-        return [*self.metrics, *(["fid"] if self.images else []), *(["fvd"] if self.films else [])]
+        """Names of all metrics."""
+        return [*self.metrics, *(["fid"] if self.images else []), *(["fvd"] if self.videos else [])]
 
     def eight_bits(self, frames: Tensor) -> Tensor:
         """Frames in [-1, 1] as uint8."""
         if not self.truncate:
             return to_uint8(frames)
-        # What is a whole number but for rounding of floats stays that.
+        # Tolerates the rounding errors of floats, so that 8-bit values stay what they are.
         return ((frames.float() + 1) * 127.5 + 1e-3).floor().clamp(0, 255).byte()
 
     def sees(self, protocol: Protocol) -> bool:
-        """Whether what a protocol predicts is a film, and long enough for the network of fvd."""
-        return isinstance(protocol, Rollout) and len(protocol.offsets) >= self.films.min_frames
+        """Whether a protocol predicts videos that are long enough for the network of fvd."""
+        return isinstance(protocol, Rollout) and len(protocol.offsets) >= self.videos.min_frames
 
     def features(self, frames: Tensor, protocol: Protocol) -> dict[str, Tensor]:
-        """Features of frames (B, G, 3, H, W) in [-1, 1]: fid (B, S, F), of each horizon; fvd (B, F), of rollouts."""
+        """Features of frames (B, G, 3, H, W) in [-1, 1]: fid (B, S, F) of each horizon, fvd (B, F) of rollouts."""
         found = {}
         if self.images:
             chosen = frames[:, protocol.measured]
             found["fid"] = self.images(chosen.flatten(0, 1)).unflatten(0, chosen.shape[:2])
-        if self.films and self.sees(protocol):
-            found["fvd"] = self.films(frames)
+        if self.videos and self.sees(protocol):
+            found["fvd"] = self.videos(frames)
         return found
 
 
@@ -68,7 +68,7 @@ class Study:
     protocol: Protocol
     cases: Sequence[Case]
     batch_size: int
-    """Cases in a batch. Whoever computes it, a batch is always of the same cases and noise."""
+    """Cases per batch. The noise of a batch depends on its index only, not on the process."""
     pictures: int
     """Number of cases that are shown, evenly spread over all."""
     seed: int

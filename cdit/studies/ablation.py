@@ -44,7 +44,7 @@ class Run:
     seed: int
     folder: Path
     options: list[str]
-    """Of train.py."""
+    """Options of train.py."""
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,15 @@ def runs_of(config: AblationConfig, variant: str) -> list[Run]:
 
 
 def resolve(run: Run) -> dict[str, Any]:
-    """The run's whole training config, as train.py understands it.
+    """The whole training config of a run, as train.py resolves it.
 
     Raises:
-        UserError: it does not.
+        UserError: train.py rejects it.
     """
     command = [sys.executable, str(TRAIN), *run.options, "--print_config"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        raise UserError(f"variant {run.variant!r}: train.py refuses it\n{done.stderr.strip()}")
+        raise UserError(f"variant {run.variant!r}: train.py rejects it\n{done.stderr.strip()}")
     return yaml.safe_load(done.stdout)
 
 
@@ -130,7 +130,7 @@ def check_comparable(config: AblationConfig, resolved: dict[str, dict[str, Any]]
     """Checks that all variants can be measured on the same cases.
 
     Raises:
-        UserError: they are of different datasets, or of several.
+        UserError: they use different datasets, or a mix.
     """
     datasets = [values["data"] for values in resolved.values()]
     if any(data["mix"] for data in datasets):
@@ -140,14 +140,14 @@ def check_comparable(config: AblationConfig, resolved: dict[str, dict[str, Any]]
 
 
 def check_folder(run: Run, resolved: dict[str, Any]) -> None:
-    """Checks that what a run's folder holds, if anything, was trained with the config that is asked for.
+    """Checks that a run that the folder holds, if there is one, was trained with this config.
 
     Args:
-        run: which.
-        resolved: the config of the run's variant, with any seed.
+        run: the run.
+        resolved: config of its variant, with any seed.
 
     Raises:
-        UserError: it was not; the message names the fields.
+        UserError: it was not; the message names the fields that differ.
     """
     path = run.folder / "config.yaml"
     if not path.is_file():
@@ -165,7 +165,7 @@ def train(run: Run, config: AblationConfig, share: float = 1.0) -> None:
     """Trains, or continues an interrupted training, unless it is done already.
 
     Args:
-        run: which.
+        run: the run.
         config: of the ablation.
         share: of the `train_seconds` after which this slice ends.
 
@@ -191,9 +191,9 @@ def _trained(run: Run) -> dict[str, Any]:
 
 
 def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> None:
-    """Writes the cases that all are measured on, as an index file of NWM.
+    """Writes the cases on which all runs are measured, as an index file of NWM.
 
-    They have as many past frames as the variant that looks at most of them.
+    Each has as many past frames as the variant with the longest context.
 
     Raises:
         UserError: no trajectory is long enough.
@@ -235,7 +235,7 @@ def evaluation_options(run: Run, config: AblationConfig, data: dict[str, Any]) -
 
 
 def evaluate(run: Run, config: AblationConfig, data: dict[str, Any]) -> None:
-    """Measures a trained run on the cases; what is measured already is not measured again.
+    """Measures a trained run on the cases; finished batches are not computed again.
 
     Raises:
         UserError: the evaluation failed.
@@ -308,7 +308,7 @@ def differences_table(compared: list[Comparison], reference: str) -> str:
 
 
 def _differences(saved: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> list[str]:
-    """Names of the saved fields that are asked to be something else."""
+    """Names of the saved fields that have other values in `asked`."""
     found = []
     for name, value in saved.items():
         if isinstance(value, dict):

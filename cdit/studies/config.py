@@ -28,7 +28,7 @@ class AblationConfig:
     train_seconds: float | None = None
     """Train each run for so many seconds instead of so many steps (see train.py)."""
     slices: int = 10
-    """With train_seconds, the runs take turns so many times, so that what slows the machine down slows all alike."""
+    """Number of turns that the runs take with train_seconds, so that what slows the machine down slows all alike."""
     seconds: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0])
     """Horizons that are measured, each predicted in one jump."""
     cases: int = 256
@@ -105,7 +105,7 @@ class StepsConfig(OutputOptions, DataOptions, CheckpointOptions):
 
 @dataclass(kw_only=True)
 class TurningConfig(DataOptions, CheckpointOptions):
-    """Which model is asked to turn, and where."""
+    """The model, and the turns it predicts."""
 
     contexts: int = 128
     """Number of contexts, evenly spread over the split."""

@@ -34,7 +34,7 @@ from cdit.world_model import WorldDescription, WorldModel
 
 SHIFTS = (0.5, 1.0, 2.0, 3.0)
 REFERENCE = {"flow": "euler", "ddpm": "ddim"}
-"""Of each objective a scheduler that draws nothing on its way: its frames follow from the first noise."""
+"""A scheduler for each objective that adds no noise on its way, so that frames depend on the initial noise only."""
 
 
 def compare_steps(config: StepsConfig) -> None:
@@ -111,7 +111,7 @@ def measure(
     samplers: Sequence[SamplerConfig],
     bar: tqdm,
 ) -> dict[str, Tensor]:
-    """What is found of a batch of B cases by each of the samplers, the first being the reference.
+    """Measures a batch of B cases with each sampler, the first of which is the reference.
 
     Returns:
         For sampler i of the list `i/lpips`, `i/psnr` (to the truth) and `i/lpips_to_reference`, (B, S) for S horizons,
@@ -134,7 +134,7 @@ def measure(
 
 @contextmanager
 def counting(network: nn.Module) -> Iterator[list[None]]:
-    """Inside, the list grows by an element with every call of the network."""
+    """Inside the `with`, the list gets an element for every call of the network."""
     calls: list[None] = []
     hook = network.register_forward_hook(lambda *_: calls.append(None))
     try:

@@ -1,4 +1,4 @@
-"""What a study of few-step sampling says: the recommended setting, tables and a picture."""
+"""The report of a study of few-step sampling: the recommended setting, tables and a picture."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +23,7 @@ DASHES = ("-", "--", ":", "-.")
 
 @dataclass(frozen=True)
 class Setting:
-    """What one sampler reaches; intervals are over trajectories."""
+    """Results of one sampler; intervals are over trajectories."""
 
     sampler: SamplerConfig
     calls: int
@@ -31,7 +31,7 @@ class Setting:
     lpips: Estimate
     """LPIPS to the truth."""
     behind: Estimate
-    """The same less that of the best setting, case by case."""
+    """Its difference to the LPIPS of the best setting, case by case."""
     psnr: Estimate
     """PSNR to the truth, in dB."""
     lpips_to_reference: Estimate
@@ -47,7 +47,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Findings:
-    """What all settings reach."""
+    """Results of all settings."""
 
     cases: int
     trajectories: int
@@ -66,15 +66,16 @@ class Findings:
 
     @property
     def enough(self) -> Setting:
-        """Of the settings whose LPIPS to the truth is not told apart from the best one's, that of fewest calls."""
+        """The setting of fewest calls whose LPIPS to the truth is statistically indistinguishable from the best one."""
         as_good = [setting for setting in self.settings if setting.behind.low <= 0]
         return min(as_good, key=lambda setting: (setting.calls, setting.lpips.mean))
 
     @property
     def recommended(self) -> Setting:
-        """The lowest LPIPS to the truth that these calls are enough for.
+        """The setting of lowest LPIPS to the truth with at most as many calls as `enough`.
 
-        Another setting than `enough` where one is nearer to the best, but so steadily behind it that this can be told.
+        It differs from `enough` if it is nearer to the best, but consistently enough behind it for a significant
+        difference.
         """
         as_few = [setting for setting in self.settings if setting.calls <= self.enough.calls]
         return min(as_few, key=lambda setting: setting.lpips.mean)
@@ -91,9 +92,9 @@ def summarize(
 
     Args:
         samplers: the settings, the reference first.
-        found: what `measure` found of all N cases.
-        trajectories: N names, two different ones at least.
-        seed: of the bootstrap.
+        found: results of `measure` for all N cases.
+        trajectories: names of the N cases' trajectories, at least two of them different.
+        seed: seed of the bootstrap.
     """
     lpips, psnr, to_reference = (
         np.stack([found[f"{i}/{name}"].double().mean(1).numpy() for i in range(len(samplers))], axis=1)
@@ -135,13 +136,13 @@ def write(findings: Findings, about: Mapping[str, Any], folder: Path) -> str:
 
 
 def conclusion(findings: Findings) -> str:
-    """Which setting is the best, how few calls do, and which setting is recommended, in a few sentences."""
+    """The best setting, the fewest calls that are enough, and the recommended setting, in a few sentences."""
     best, enough, chosen = findings.best, findings.enough, findings.recommended
     nearest = max(findings.settings, key=lambda setting: setting.psnr.mean)
     return (
         f"Nearest to the truth by LPIPS: {best.name} ({_calls(best)}), {best.lpips.mean:.3f}; "
         f"by PSNR: {nearest.name} ({_calls(nearest)}), {nearest.psnr.mean:.2f} dB.\n\n"
-        f"The fewest calls with which LPIPS is not told apart from the best: {enough.calls} "
+        f"The fewest calls whose LPIPS is indistinguishable from the best: {enough.calls} "
         f"({enough.name}, {_behind(enough, 4)}).\n\n"
         f"Recommended, the lowest LPIPS of as few calls: **{chosen.name}** ({_calls(chosen)}, "
         f"{findings.share(chosen):.1%} of the reference's; {_behind(chosen, 4)})."
@@ -156,7 +157,7 @@ def tables(findings: Findings) -> str:
         groups.setdefault((setting.sampler.scheduler, setting.sampler.steps), {})[setting.sampler.shift] = setting
     measures: dict[str, Callable[[Setting], str]] = {
         "LPIPS to the truth ↓": lambda setting: _plus_minus(setting.lpips, 3),
-        "LPIPS to the truth less the best": lambda setting: _behind(setting, 3),
+        "LPIPS to the truth minus the best": lambda setting: _behind(setting, 3),
         "PSNR to the truth ↑": lambda setting: _plus_minus(setting.psnr, 2),
         "LPIPS to the reference ↓": lambda setting: _plus_minus(setting.lpips_to_reference, 3),
     }

@@ -28,15 +28,15 @@ from cdit.studies.image_flow import measured_turn
 from cdit.world_model import WorldModel
 
 PURE_TURN = 0.12
-"""True pairs of frames count as pure turns if the camera moved by less than this many metres between them."""
+"""Metres; true pairs of frames count as pure turns if the camera moved by less than this between them."""
 
 
 @dataclass
 class Turn:
-    """Asked-for turns of one size, and what was measured."""
+    """Turns of one size, and what was measured."""
 
     name: str
-    """What the table calls it."""
+    """Its name in the table."""
     asked: Tensor
     """(N,) radians, counter-clockwise."""
     measured: Tensor
@@ -44,7 +44,7 @@ class Turn:
 
     @property
     def right_sign(self) -> float:
-        """Share of the frames in which the picture moved to the right side."""
+        """Share of the frames in which the picture moved in the right direction."""
         return float((self.measured.sign() == self.asked.sign()).float().mean())
 
 

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from cdit.common.errors import UserError
-from cdit.evaluate import parts as module
 from cdit.evaluate.parts import Parts
 
 
@@ -25,11 +24,10 @@ def test_a_batch_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytes
     parts = Parts(tmp_path, {}, 1)
     parts.begin()
 
-    def full_disk(tensors: dict, path: Path) -> None:
-        path.write_bytes(b"half")
+    def full_disk(handle: int) -> None:
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full_disk)
+    monkeypatch.setattr("os.fsync", full_disk)
     with pytest.raises(OSError, match="No space"):
         parts.write(0, {"a": torch.zeros(1)})
     assert parts.missing() == [0]

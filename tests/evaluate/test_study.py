@@ -253,7 +253,7 @@ def test_features_of_horizons_and_films(dataset: WindowDataset, tmp_path: Path, 
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "my_networks", raising=False)
     network = Features("my_networks:Means", "fid_network")
-    judge = Judge(METRICS, images=network, films=network)
+    judge = Judge(METRICS, images=network, videos=network)
     assert judge.names == ["psnr", "ssim", "fid", "fvd"]
     this = study(PROTOCOLS[2], dataset)
     found = compute(this, Knowing(dataset), dataset, judge)

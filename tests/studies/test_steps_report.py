@@ -43,7 +43,7 @@ def findings() -> Findings:
 
 def test_the_fewest_calls_that_are_not_told_apart_from_the_best(findings: Findings):
     # Four steps are worse by 0.01, which only pairs can tell: the interval of a mean is ± 0.06. With eight calls two
-    # settings are not told apart from the best; a third one is, but nearer to it than they are.
+    # settings are indistinguishable from the best; a third one is not, but nearer to it than they are.
     assert findings.best.name == "8 steps of heun"
     assert findings.enough.name == "8 steps of euler"
     assert findings.recommended.name == "8 steps of unipc"
@@ -57,7 +57,7 @@ def test_the_fewest_calls_that_are_not_told_apart_from_the_best(findings: Findin
         assert one.behind.high == pytest.approx(mean + half, abs=0.3 * half + 1e-9)
     assert by_name["4 steps of euler"].lpips.low < findings.best.lpips.mean
     text = conclusion(findings)
-    assert "not told apart from the best: 8 (8 steps of euler, +0.0004 [" in text
+    assert "indistinguishable from the best: 8 (8 steps of euler, +0.0004 [" in text
     assert "**8 steps of unipc** (8 network calls, 8.0% of the reference's; +0.0002 [+0.000" in text
     assert "by PSNR: 100 steps of euler (100 network calls)" in text
 
