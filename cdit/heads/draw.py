@@ -74,31 +74,22 @@ def layer_figure(scene: Scene, weights: Tensor, layout: Layout, title: str) -> I
         title: of the figure.
     """
     row, column = scene.patch
-    groups = [weights[:, row * layout.columns + column], weights.mean(1)]
+    groups = [group.float().cpu() for group in (weights[:, row * layout.columns + column], weights.mean(1))]
     size = cell_size(*scene.target.shape[-2:])
-    frames = _frames(scene, size)
     target = frame_image(scene.target, size)
     outline(target, scene.patch, layout, thick=True)
-    blank, missing = Image.new("RGB", (1, 1), PAPER), missing_frame(size)
-    plain = [missing if frame is None else frame for frame in frames]
-    cells, labels = [[target, *plain, blank, *plain, blank]], [("frames",)]
+    blank, frames = Image.new("RGB", (1, 1), PAPER), _frames(scene, size)
+    cells, labels = [[target, *frames, blank, *frames, blank]], [("frames",)]
     for head in range(len(weights)):
-        shown, peaks = [target], []
+        cells.append([target])
         for group in groups:
-            maps = frame_maps(group[head].float().cpu(), layout)
-            peaks.append(float(maps.max()))
-            shown += [
-                missing
-                if frame is None
-                else _over(frame, heat / max(peaks[-1], 1e-30), scene, layout, group is groups[0])
-                for frame, heat in zip(frames, maps, strict=True)
-            ]
+            maps = frame_maps(group[head], layout)
             masses = dict(zip(scene.names, maps.sum((-2, -1)).tolist(), strict=True))
             if group.shape[-1] > layout.frames * layout.patches:
                 masses["extra"] = float(extra_share(group[head], layout))
-            shown.append(_bars(masses, size[1]))
-        cells.append(shown)
-        labels.append((f"head {head}", f"patch max {peaks[0]:.2g}", f"mean max {peaks[1]:.2g}"))
+            cells[-1] += [*_overlays(scene, maps, size, outlined=group is groups[0]), _bars(masses, size[1])]
+        patch, mean = (float(frame_maps(group[head], layout).max()) for group in groups)
+        labels.append((f"head {head}", f"patch max {patch:.2g}", f"mean max {mean:.2g}"))
     names = [name if scene.itself else f"frame {name}" for name in scene.names]
     headings = [f"attention of patch ({row}, {column})", f"mean over all {layout.patches} target patches"]
     columns = ["target", *(2 * [*names, "attention mass"])]
@@ -110,12 +101,10 @@ def layer_figure(scene: Scene, weights: Tensor, layout: Layout, title: str) -> I
 def thumbnails(scene: Scene, weights: Tensor, layout: Layout, height: int = 44) -> list[Image.Image]:
     """For each head, the attention of the chosen patch over the frames, side by side; see `layer_figure`."""
     size = (round(height * scene.target.shape[-1] / scene.target.shape[-2]), height)
-    frames = _frames(scene, size)
     found = []
     for maps in frame_maps(weights[:, scene.patch[0] * layout.columns + scene.patch[1]].float().cpu(), layout):
-        strip = Image.new("RGB", (len(frames) * (size[0] + 2) - 2, height), PAPER)
-        for i, (frame, heat) in enumerate(zip(frames, maps / max(float(maps.max()), 1e-30), strict=True)):
-            cell = missing_frame(size) if frame is None else _over(frame, heat, scene, layout)
+        strip = Image.new("RGB", (len(maps) * (size[0] + 2) - 2, height), PAPER)
+        for i, cell in enumerate(_overlays(scene, maps, size)):
             strip.paste(cell, (i * (size[0] + 2), 0))
         found.append(strip)
     return found
@@ -137,16 +126,11 @@ def examples_figure(
     size = cell_size(*predicted.shape[-2:])
     target = frame_image(predicted, size)
     outline(target, scene.patch, layout, thick=True)
-    cells = []
-    for map_ in maps:
-        cells.append([target])
-        for i, heat in enumerate(map_ / max(float(map_.max()), 1e-30)):
-            cell = missing_frame(size)
-            if scene.mask[i]:
-                cell = _over(frame_image(scene.context[i], size), heat, scene, layout)
-                if places is not None and bool(places[i].isfinite().all()):
-                    _ring(cell, float(places[i, 1]) / layout.columns, float(places[i, 0]) / layout.rows)
-            cells[-1].append(cell)
+    cells = [[target, *_overlays(scene, each, size)] for each in maps]
+    for i in range(layout.frames if places is not None else 0):
+        if scene.mask[i] and bool(places[i].isfinite().all()):
+            for row_cells in cells:
+                _ring(row_cells[1 + i], float(places[i, 1]) / layout.columns, float(places[i, 0]) / layout.rows)
     labels = [(row.type.name, f"layer {row.layer}, head {row.head}", row.type.reason) for row in rows]
     rings = "" if places is None else " Rings: the true place of what it shows."
     return sheet(
@@ -198,16 +182,20 @@ def outline(image: Image.Image, patch: tuple[int, int], layout: Layout, thick: b
     draw.rectangle((left - far, top - far, right + far - 1, bottom + far - 1), outline=PATCH, width=far)
 
 
-def _frames(scene: Scene, size: tuple[int, int]) -> list[Image.Image | None]:
+def _frames(scene: Scene, size: tuple[int, int]) -> list[Image.Image]:
     pairs = zip(scene.context, scene.mask, strict=True)
-    return [frame_image(frame, size) if exists else None for frame, exists in pairs]
+    return [frame_image(frame, size) if exists else missing_frame(size) for frame, exists in pairs]
 
 
-def _over(frame: Image.Image, heat: Tensor, scene: Scene, layout: Layout, outlined: bool = True) -> Image.Image:
-    image = heat_overlay(frame, heat)
-    if outlined:
-        outline(image, scene.patch, layout)
-    return image
+def _overlays(scene: Scene, maps: Tensor, size: tuple[int, int], outlined: bool = True) -> list[Image.Image]:
+    """Maps (T, rows, columns) over the frames, scaled to their largest weight."""
+    cells = _frames(scene, size)
+    for i, heat in enumerate(maps / max(float(maps.max()), 1e-30)):
+        if scene.mask[i]:
+            cells[i] = heat_overlay(cells[i], heat)
+            if outlined:
+                outline(cells[i], scene.patch, Layout(*maps.shape))
+    return cells
 
 
 def _ring(image: Image.Image, across: float, down: float) -> None:
