@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cdit.common.errors import UserError
@@ -51,7 +50,7 @@ class ProtocolResult:
         """
         for row in self.rows:
             if (row.method, row.metric, row.seconds) == (method, metric, seconds) and row.values is not None:
-                return row.values.double().numpy()
+                return np.array(row.values)
         raise KeyError(f"{self.name}: no values of {metric} for {method} at {seconds:g} s")
 
 
@@ -72,10 +71,7 @@ class Results:
                 "samples": len(result.cases),
                 "trajectories": len(set(result.trajectories)),
                 "cases": result.cases,
-                "rows": [
-                    row._asdict() | {"values": None if row.values is None else row.values.tolist()}
-                    for row in result.rows
-                ],
+                "rows": [row._asdict() for row in result.rows],
             }
             for name, result in self.protocols.items()
         }
@@ -131,7 +127,7 @@ def summarize(protocol: Protocol, cases: Sequence[Case], found: dict[str, Tensor
             else:
                 means = estimates(values.double().numpy(), names, seed)
                 for at, value, mean in zip(horizons, values.unbind(1), means, strict=True):
-                    rows.append(Row(method, *at, metric, mean.mean, value, mean.low, mean.high))
+                    rows.append(Row(method, *at, metric, mean.mean, value.tolist(), mean.low, mean.high))
     for method in DIFFERENCES:
         pair = method.split("-")
         for metric in (name for name in HIGHER_IS_BETTER if name not in FRECHET):
@@ -169,4 +165,4 @@ def difference(
 
 def _row(values: dict[str, Any]) -> Row:
     row = Row(**values)
-    return row if row.values is None else row._replace(values=torch.tensor(row.values))
+    return row if row.values is None else row._replace(values=[float(value) for value in row.values])

@@ -3,8 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from torch import Tensor
-
 from cdit.common.tables import html_table, markdown_table
 from cdit.evaluate.methods import DIFFERENCES, METHODS
 from cdit.evaluate.metrics import HIGHER_IS_BETTER
@@ -22,8 +20,8 @@ class Row(NamedTuple):
     metric: str
     mean: float
     """Mean over the samples; for fid and fvd the distance of all samples together."""
-    values: Tensor | None = None
-    """(B,) float32 on the CPU, in the order of the samples; fid, fvd and differences have none."""
+    values: list[float] | None = None
+    """One for each sample, in their order; fid, fvd and differences have none."""
     low: float | None = None
     """Lower end of the 95 % interval of the mean, if there is one."""
     high: float | None = None

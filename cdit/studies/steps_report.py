@@ -192,7 +192,7 @@ def picture(findings: Findings) -> Figure:
             side.plot(
                 [setting.calls for setting in line],
                 [getattr(setting, measure).mean for setting in line],
-                color=COLOURS[scheduler],
+                color=COLOURS.get(scheduler, "#6e7781"),
                 linestyle=DASHES[shifts.index(shift) % len(DASHES)],
                 marker="o",
                 markersize=3,
