@@ -1,1 +1,1 @@
-"""What training, sampling and planning cost here, and against what else: `python -m cdit.benchmark`."""
+"""Speed of training, sampling and planning, relative to peers: `python -m cdit.benchmark`."""

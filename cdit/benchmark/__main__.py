@@ -1,18 +1,18 @@
-"""Measures how fast this is on your machine, beside what else people run.
+"""Measures speed on your machine, side by side with peers.
 
     python -m cdit.benchmark                      # train and sample
-    python -m cdit.benchmark plan rollout data    # any modes, one after the other
+    python -m cdit.benchmark plan rollout data    # any modes, in this order
 
-Modes: train, sample, rollout, plan, data (does the loader keep up?), scale (what one more past frame costs), profile
-(where a training step's time goes); and for choices made in this package attention, context, checkpoints, probes,
+Modes: train, sample, rollout, plan, data (does the loader keep up?), scale (the cost of one more past frame), profile
+(where the time of a training step goes); and for choices made in this package attention, context, checkpoints, probes,
 latents.
 
-Contenders: ours; ours-nwm, the published network and its DDPM in our code; NWM-as-published, the same network and its
-use written as plainly as it was published; DiT-concat, a DiT over past and predicted frames together. All have the same
-width, depth, heads and patches, and random weights.
+Contenders: ours; ours-nwm, the published network and its DDPM in our code; NWM-as-published, a plain implementation of
+the same network and its use; DiT-concat, a DiT over past and predicted frames together. All have the same width, depth,
+heads and patches, and random weights.
 
-Prints Markdown tables. Only ratios carry over to other machines: alternatives run in turn, round after round, and a
-number is the median over rounds, with its middle half in brackets.
+Prints Markdown tables. Only ratios carry over to other machines: alternatives run in turn, round after round, and each
+number is the median over rounds with its interquartile range in parentheses.
 """
 
 from cdit.benchmark.config import BenchmarkConfig

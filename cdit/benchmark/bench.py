@@ -1,4 +1,4 @@
-"""What all modes share: the config, the device, comparisons, and what came of them."""
+"""What all modes share: config, device, comparisons and results."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ MODES: dict[ModeName, str] = {mode: module for module, modes in MODULES.items() 
 
 @dataclass
 class Bench:
-    """A benchmark under way."""
+    """A running benchmark."""
 
     config: BenchmarkConfig
     figures: dict[str, Figure] = field(default_factory=dict)
@@ -59,12 +59,12 @@ class Bench:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where the calls run."""
+        """The device of the calls."""
         return find_device(self.config.device)
 
     @property
     def watch(self) -> Stopwatch:
-        """For calls on the device."""
+        """A stopwatch for calls on the device."""
         return Stopwatch(self.device, self.config.rounds, self.config.min_seconds)
 
     def contender(self, name: str, **changes: Any) -> Contender:
@@ -72,7 +72,7 @@ class Bench:
         return CONTENDERS[name](replace(self.config, **changes), self.device)
 
     def contenders(self, **changes: Any) -> list[Contender]:
-        """All that take part."""
+        """All contenders of the config."""
         return [self.contender(name, **changes) for name in self.config.contenders]
 
     def batch(self, contexts: int | None = None, goals: int | None = None, past: int | None = None) -> EncodedBatch:
@@ -88,14 +88,14 @@ class Bench:
 
     @property
     def measured_steps(self) -> int:
-        """The most denoising steps of a sampling that are run."""
+        """The largest number of denoising steps that is run."""
         return self.config.measured_steps or (TIMESTEPS if self.device.type == "cuda" else 8)
 
     @property
     def about_steps(self) -> str:
         """A note on what `sampling_times` did."""
         most = self.measured_steps
-        return f"Of more than {most} denoising steps 1 and {most} were run, each further one added in proportion."
+        return f"Times of more than {most} denoising steps are extrapolated from 1 and {most}."
 
     def sampling_times(
         self,
@@ -103,12 +103,12 @@ class Bench:
         call: Callable[[Contender, SamplerConfig], object],
         steps: Sequence[int] = (),
     ) -> dict[tuple[str, int], np.ndarray]:
-        """Seconds (rounds,) of a call by contender and number of denoising steps; of long ones only some are run.
+        """Seconds (rounds,) of a call by contender and number of denoising steps; long ones are extrapolated.
 
         Args:
-            contenders: who takes part.
-            call: what is timed.
-            steps: numbers of steps beside each contender's default.
+            contenders: to time.
+            call: to time.
+            steps: numbers of steps, in addition to each contender's default.
         """
         most = self.measured_steps
         wanted = [(c, n) for c in contenders for n in (c.sampler.steps, *steps)]
@@ -128,12 +128,12 @@ class Bench:
     def rates(
         self, title: str, contenders: Sequence[Contender], frames: int, call: Callable[[Contender, SamplerConfig], Any]
     ) -> Table:
-        """Frames per second of a call that predicts so many frames, at each contender's default number of steps."""
+        """Frames per second of a call that predicts this many frames, at each contender's default number of steps."""
         times = self.sampling_times(contenders, call)
         first = times[contenders[0].name, contenders[0].sampler.steps]
         rows: list[Row] = []
         for c in contenders:
             seconds = times[c.name, c.sampler.steps]
             row = {"": c.name, "steps": c.sampler.steps, "frames/s": frames / median(seconds)}
-            rows.append(row | {"time / that of the first": Spread.of(seconds / first)})
+            rows.append(row | {"time / first": Spread.of(seconds / first)})
         return Table(title, rows, self.about_steps)

@@ -1,4 +1,4 @@
-"""Choices made in this package: attention kernels, what the structure of the network saves, checkpoints, probes."""
+"""Choices made in this package: attention kernels, context caching, checkpoints, probes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -126,7 +126,7 @@ def observers(cdit: CDiT) -> Iterator[None]:
 
 
 def checkpoints(bench: Bench) -> Iterator[Table]:
-    """Training steps with a checkpoint among them: none, one that a thread writes, one that the steps wait for."""
+    """Training steps without a checkpoint, with one that a thread writes, and with one that the steps wait for."""
     config, ours = bench.config, bench.contender("ours")
     accelerator = Accelerator(cpu=bench.device.type == "cpu", mixed_precision="no")
     step = ours.training_step(bench.batch())
@@ -158,7 +158,7 @@ def checkpoints(bench: Bench) -> Iterator[Table]:
 
 
 def probes(bench: Bench) -> Iterator[Table]:
-    """A probe of attention with its figures and files, beside the training steps from one probe to the next.
+    """A probe of attention with its figures and files, compared with the training steps between two probes.
 
     Raises:
         UserError: frames are not RGB.

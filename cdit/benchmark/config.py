@@ -26,14 +26,14 @@ Precision = Literal["no", "bf16"]
 
 @dataclass
 class PlanConfig:
-    """Planning: many action sequences tried from one context."""
+    """Planning: many action sequences from one context."""
 
     candidates: int = 120
     """Action sequences."""
     horizon: int = 8
-    """Frames predicted for each, one after the other."""
+    """Frames predicted for each candidate."""
     measured: int | None = None
-    """Candidates that are run; the cost of the others is in proportion. By default all on a GPU, 4 on a CPU."""
+    """Candidates to run; the cost of all is extrapolated. By default all on a GPU, 4 on a CPU."""
 
 
 @dataclass
@@ -77,7 +77,7 @@ class BenchmarkConfig:
     """What to measure; by default CDiT-S/2 on the latents of 224-pixel frames."""
 
     modes: list[ModeName] = field(default_factory=lambda: ["train", "sample"])
-    """What to measure, one after the other."""
+    """What to measure, in this order."""
     out: str | None = None
     """Folder for results.json, tables.md and plots."""
     device: str = "auto"
@@ -85,11 +85,11 @@ class BenchmarkConfig:
     rounds: int = 5
     """Rounds, in each of which all alternatives are timed in turn."""
     min_seconds: float = 0.02
-    """Shorter calls are repeated within a round to take at least this long."""
+    """Shorter calls are repeated within a round to take at least this many seconds."""
     contenders: list[ContenderName] = field(
         default_factory=lambda: ["ours", "ours-nwm", "NWM-as-published", "DiT-concat"]
     )
-    """Who takes part; all are in memory at the same time, and ratios are to the first."""
+    """Contenders; all are in memory at the same time, and ratios are relative to the first."""
     mixed_precision: Precision = "bf16"
     """Autocast precision; weights are float32."""
     compile: bool = False
@@ -107,14 +107,14 @@ class BenchmarkConfig:
     steps: list[int] = field(default_factory=lambda: [1, 4, 8, 25, 50, 250])
     """Numbers of denoising steps at which sampling is timed."""
     measured_steps: int | None = None
-    """Denoising steps to run of a longer sampling; the others, which cost the same, are added in proportion. By default
-    all on a GPU, 8 on a CPU."""
+    """Largest number of denoising steps to run; longer samplings are extrapolated. By default unlimited on a GPU, 8 on
+    a CPU."""
     rollout_length: int = 2
     """Frames of a rollout."""
     probe_every: int = 1000
-    """Training steps between two probes of attention, whose share of the training time is measured (probe.every)."""
+    """Training steps between two probes of attention (probe.every), whose share of the training time is measured."""
     checkpoint_every: int = 20
-    """Training steps between two checkpoints, whose cost is measured (checkpoint.every)."""
+    """Training steps between two checkpoints (checkpoint.every), whose cost is measured."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network; the peers have its width, depth, heads and patches."""
     codec: CodecSize = field(default_factory=CodecSize)
@@ -130,7 +130,7 @@ class BenchmarkConfig:
         """Checks the values.
 
         Raises:
-            UserError: one is out of its range; the message names the field.
+            UserError: a value is out of its range; the message names the field.
         """
         limits: dict[str, int | list[int] | None] = {
             "rounds": self.rounds,

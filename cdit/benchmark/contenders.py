@@ -1,4 +1,4 @@
-"""Who is timed: our networks as this package trains and samples them, and the peers as plainly as published.
+"""Contenders: our networks as this package trains and samples them, and plain implementations of peers.
 
 Every contender trains and samples in latents, which are random. Batches are `EncodedBatch`es of B contexts of T frames
 with G goals each.
@@ -27,10 +27,10 @@ from cdit.training.setup import build_optimizer
 from cdit.world_model import WorldDescription, WorldModel
 
 PIXELS = PixelCodec()
-"""Takes latents for frames."""
+"""Treats latents as frames."""
 PUBLISHED = SamplerConfig("ddpm", 250)
 NWM = {"position": "learned", "context_modulation": True, "extra_kv": True, "init": "published"}
-"""What makes the published network of ours."""
+"""Options that turn our network into the published one."""
 
 
 def random_batch(
@@ -40,7 +40,7 @@ def random_batch(
     goals: int | None = None,
     past: int | None = None,
 ) -> EncodedBatch:
-    """Of the config's numbers of contexts, goals and past frames, where none are given."""
+    """A random batch, by default with the config's numbers of contexts, goals and past frames."""
     contexts, goals, past = contexts or config.batch_size, goals or config.goals, past or config.context_frames
     frame = (config.channels, *config.image_size)
 
@@ -79,7 +79,7 @@ class Contender(ABC):
     def __post_init__(self) -> None:
         torch.manual_seed(0)
         self.network, self.objective = self.build()
-        for p in self.network.parameters():  # closed gates would multiply zeros
+        for p in self.network.parameters():  # closed gates would multiply by zero
             nn.init.normal_(p, std=0.02)
         self.network.to(self.device)
 
@@ -91,15 +91,15 @@ class Contender(ABC):
     def predict(
         self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Tensor], past: Tensor | ContextCache, mask=None
     ) -> Tensor:
-        """The network's output (B, G, C', H, W), from past frames or from what `encoded` made of them."""
+        """The network's output (B, G, C', H, W), from past frames or from the result of `encoded`."""
 
     @abstractmethod
     def encoded(self, past: Tensor) -> Tensor | ContextCache:
-        """What can be made of past frames (B, T, C, H, W) once for all denoising steps."""
+        """What can be computed from past frames (B, T, C, H, W) once for all denoising steps."""
 
     @abstractmethod
     def build_optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
-        """The optimizer, and what takes its step into the average of the weights."""
+        """The optimizer, and the function that updates the average of the weights."""
 
     @abstractmethod
     def sample(self, batch: EncodedBatch, sampler: SamplerConfig) -> Tensor:
@@ -111,11 +111,11 @@ class Contender(ABC):
 
     @cached_property
     def optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
-        """What `build_optimizer` made, once."""
+        """The result of `build_optimizer`, cached."""
         return self.build_optimizer()
 
     def autocast(self, precision: Precision | None = None) -> torch.autocast | nullcontext:
-        """A precision, by default the config's."""
+        """Autocast at a precision, by default the config's."""
         wanted = (precision or self.config.mixed_precision) == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16) if wanted else nullcontext()
 
@@ -125,9 +125,9 @@ class Contender(ABC):
         """A step: loss, gradients, their norm clipped, the optimizer, the average of the weights.
 
         Args:
-            batch: what is trained on.
+            batch: to train on.
             precision: of products; by default the config's.
-            network: in place of `self.predict`.
+            network: instead of `self.predict`.
         """
         optimizer, average = self.optimizer
         network = self.predict if network is None else network
@@ -158,7 +158,7 @@ class Contender(ABC):
         return wrapped
 
     def denoising(self, batch: EncodedBatch) -> Callable[[], object]:
-        """One denoising step of the batch's goals; what can be made of the past before is not part of it."""
+        """One denoising step of the batch's goals, excluding what can be computed from the past beforehand."""
         timestep = torch.full(batch.clean.shape[:2], 500.0, device=self.device)
         past = self.inference(lambda: self.encoded(batch.context))()
         return self.inference(lambda: self.predict(batch.clean, timestep, batch.condition, past))
@@ -196,12 +196,12 @@ class Ours(Contender):
         return torch.compile(self.network, fullgraph=True)
 
     def build_optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
-        """As `train.py` has them."""
+        """As in `train.py`."""
         optimizer, _ = build_optimizer({"model": self.network}, OptimizerConfig(warmup_steps=0), steps=1)
         return optimizer, EMA(self.network, EMAConfig()).step
 
     def world(self, codec: Codec) -> WorldModel:
-        """The network with what makes frames of its output, one for each codec; compiled if the config says so."""
+        """A world model with the network, one for each codec; compiled if the config says so."""
         if codec not in self._worlds:
             size = tuple(side * codec.downscale for side in self.config.image_size)
             name = "flow" if isinstance(self.objective, Flow) else "ddpm"
@@ -228,7 +228,7 @@ class Ours(Contender):
 
 
 class OursNWM(Ours):
-    """The published network and its DDPM, by our code: what its dialect allows to share is shared."""
+    """The published network and its DDPM in our code, which shares what the dialect allows."""
 
     name = "ours-nwm"
     sampler = PUBLISHED
@@ -279,7 +279,7 @@ class Published(Contender):
 
     @torch.no_grad()
     def sample(self, batch: EncodedBatch, sampler: SamplerConfig) -> Tensor:
-        """With the scheduler's loop around `predict`."""
+        """The loop of the scheduler around `predict`."""
         self.network.eval()
 
         def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
@@ -290,7 +290,7 @@ class Published(Contender):
 
     @torch.no_grad()
     def rollout(self, codec: Codec, frames: Tensor, actions: Tensor, sampler: SamplerConfig) -> Tensor:
-        """Past frames are encoded anew for every candidate and at every step."""
+        """Past frames are encoded again for every candidate and at every step."""
         shape = actions.shape[:2]
         past = frames.repeat_interleave(shape[1], 0)  # (B·G, T, …): every candidate has frames of its own
         predicted = []

@@ -1,4 +1,4 @@
-"""Reading a dataset: does the loader keep up with training, and what do latents on disk save?"""
+"""Reading of a dataset: whether the loader keeps up with training, and what latents on disk save."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -38,7 +38,7 @@ def data(bench: Bench) -> Iterator[Table]:
     seconds = {key: values / (1 if key == name else config.data.batches) for key, values in seconds.items()}
     frames = config.batch_size * (config.context_frames + config.goals)
     rows: list[Row] = [
-        {"": key, "frames/s": frames / median(s), "rate / that of training": Spread.of(seconds[name] / s)}
+        {"": key, "frames/s": frames / median(s), "rate / training": Spread.of(seconds[name] / s)}
         for key, s in seconds.items()
     ]
     recorded, size = (

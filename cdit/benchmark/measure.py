@@ -18,7 +18,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and middle half of a number over rounds."""
+    """Median and interquartile range over rounds."""
 
     low: float
     median: float
@@ -40,12 +40,12 @@ Row = dict[str, Cell]
 
 @dataclass
 class Table:
-    """Rows of named cells; all have the columns of the first one."""
+    """Rows of named cells, all with the columns of the first."""
 
     title: str
     rows: list[Row]
     note: str = ""
-    """What a reader has to know to read it rightly."""
+    """A note for readers."""
 
     def __str__(self) -> str:
         columns = list(self.rows[0])
@@ -55,11 +55,11 @@ class Table:
 
 @dataclass
 class Stopwatch:
-    """Times alternatives in turn, round after round, so that what slows the machine down slows all of them."""
+    """Times alternatives in turn, round after round, so that other load on the machine affects all of them equally."""
 
     device: torch.device
     rounds: int
-    """Rounds in which every alternative is timed once."""
+    """Number of rounds; each times every alternative once."""
     min_seconds: float
     """Shorter calls are repeated within a round to take at least this long."""
 
@@ -73,7 +73,7 @@ class Stopwatch:
             repeats[name] = 1 + int(self.min_seconds / first)
         seconds: dict[str, list[float]] = {name: [] for name in alternatives}
         names = list(alternatives)
-        for i in range(self.rounds):  # another one first in each round: a call finds the caches of its predecessor
+        for i in range(self.rounds):  # a different one first each time: a call inherits the caches of its predecessor
             for name in names[i % len(names) :] + names[: i % len(names)]:
                 seconds[name].append(self._seconds(alternatives[name], repeats[name]))
         return {name: np.array(values) for name, values in seconds.items()}
@@ -92,21 +92,21 @@ class Stopwatch:
 
 
 def median(values: np.ndarray) -> float:
-    """As a table's cell."""
+    """The text of a table cell."""
     return float(np.median(values))
 
 
 def product(device: torch.device, dtype: torch.dtype) -> tuple[Call, int]:
-    """A product of two large square matrices, which comes near the device's peak rate, and its FLOPs."""
+    """A product of two large square matrices, which comes close to the device's peak rate, and its FLOPs."""
     side = 2048 if device.type == "cpu" else 8192
     a, b, out = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
     return lambda: torch.mm(a, b, out=out), 2 * side**3
 
 
 def peak_bytes(device: torch.device, call: Call) -> int | None:
-    """The most memory in use during a call beyond that before it; None if neither CUDA nor Linux can tell.
+    """Peak memory during a call minus that before it; None if it cannot be measured.
 
-    On a GPU, what torch allocates. On a CPU, pages of the process, after it has given back free ones.
+    On a GPU, memory that torch allocates. On a CPU under Linux, pages of the process, after releasing free ones.
     """
     gc.collect()
     if device.type == "cuda":

@@ -1,9 +1,9 @@
-"""What users would otherwise run, written as plainly as it was published, with the widths of the CDiT it is beside.
+"""Plain implementations of what users would otherwise run, with the width of the CDiT they are compared with.
 
 `PublishedCDiT` is the network of Navigation World Models (Bar et al. 2025, arXiv 2412.03572) with torch's and timm's
-modules: keys and values of the past follow the condition and are made anew in every block, call and goal.
+modules: keys and values of the past follow the condition and are recomputed in every block, call and goal.
 `ConcatDiT` is a DiT (Peebles & Xie 2023, arXiv 2212.09748) whose self-attention runs over the tokens of the past frames
-and of the target together. Modules have the names they have in the published checkpoints.
+and of the target together. Modules are named as in the published checkpoints.
 
 Shape suffixes: B samples (a goal with its own copy of the past), T past frames, C channels, N tokens, D width.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 
 class Embedder(nn.Module):
-    """Sines and cosines of a number, and an MLP."""
+    """Sinusoidal features of a number, and an MLP."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -31,7 +31,7 @@ class Embedder(nn.Module):
 
 
 class ActionEmbedder(nn.Module):
-    """One embedder for each of dx, dy and dyaw, side by side."""
+    """One embedder for each of dx, dy and dyaw, concatenated."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -50,7 +50,7 @@ def modulate(x_BND: Tensor, shift_BD: Tensor, scale_BD: Tensor) -> Tensor:
 
 
 def norm(width: int) -> nn.LayerNorm:
-    """LayerNorm without parameters of its own."""
+    """LayerNorm without parameters."""
     return nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
@@ -107,11 +107,11 @@ class FinalLayer(nn.Module):
 
 
 class Peer(nn.Module):
-    """What both have in common: embeddings, blocks, and the way from tokens back to a frame.
+    """What both have in common: embeddings, blocks, and the final layer from tokens to a frame.
 
     Args:
         size: (height, width) of what is denoised.
-        channels: of what is denoised; twice as many come out, the second half for the variance.
+        channels: of what is denoised; the output has twice as many, the second half for the variance.
         frames: past frames.
         patch: side of a patch.
         width: of a token.

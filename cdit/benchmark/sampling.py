@@ -1,4 +1,4 @@
-"""Predicted frames: one, many at once, one after the other, and many sequences of actions from one context."""
+"""Sampling: one frame, many at once, rollouts, and many action sequences from one context."""
 
 from collections.abc import Iterator
 
@@ -25,7 +25,7 @@ def sample(bench: Bench) -> Iterator[Table]:
 
 
 def latencies(bench: Bench, contenders: list[Contender]) -> Table:
-    """Times and ratios at equal numbers of steps, and at the number that each takes by default."""
+    """Times and ratios at equal numbers of steps, and at each contender's default."""
     batch = bench.batch(1, 1)
     seconds = bench.sampling_times(contenders, lambda c, sampler: c.sample(batch, sampler), bench.config.steps)
     first, *others = contenders
@@ -40,7 +40,7 @@ def latencies(bench: Bench, contenders: list[Contender]) -> Table:
 
 
 def samplers(bench: Bench, contender: Contender) -> Table:
-    """Our schedulers at the same number of steps, guidance, and one goal of each context in place of several."""
+    """Our schedulers at the same number of steps, guidance, and one goal per context instead of several."""
     steps, usual = contender.sampler.steps, contender.sampler.scheduler
     many, single = bench.batch(), bench.batch(goals=1)
     cases = {name: (many, SamplerConfig(name, steps)) for name in contender.objective.schedulers}
@@ -51,7 +51,7 @@ def samplers(bench: Bench, contender: Contender) -> Table:
     )
     rates = {name: batch.clean.shape[:2].numel() / seconds[name] for name, (batch, _) in cases.items()}
     rows: list[Row] = [
-        {"": name, "frames/s": median(rate), f"rate / that of {usual}": Spread.of(rate / rates[usual])}
+        {"": name, "frames/s": median(rate), f"rate / {usual}": Spread.of(rate / rates[usual])}
         for name, rate in rates.items()
     ]
     return Table(f"Samplers of {contender.name} in {steps} steps", rows)
@@ -103,16 +103,16 @@ def plan(bench: Bench) -> Iterator[Table]:
             "": c.name,
             "steps": c.sampler.steps,
             "denoising [s]": median(own),
-            "/ that of the first": Spread.of(own / fastest),
+            "/ first": Spread.of(own / fastest),
             f"in {first.sampler.steps} steps [s]": median(equal),
-            "/ that of the first ": Spread.of(equal / fastest),
+            "/ first ": Spread.of(equal / fastest),
             "autoencoder [s]": median(coding(c)),
             "candidates/s": size.candidates / median(own + coding(c)),
-            "all / that of the first": Spread.of((own + coding(c)) / (fastest + coding(first))),
+            "total / first": Spread.of((own + coding(c)) / (fastest + coding(first))),
         })  # fmt: skip
     note = (
-        f"Denoising was run for {measured} of {size.candidates} candidates, the autoencoder for one frame: "
-        f"what all take is in proportion. {bench.about_steps}"
+        f"Times are extrapolated from denoising {measured} of {size.candidates} candidates and from one frame through "
+        f"the autoencoder. {bench.about_steps}"
     )
     yield Table(f"Planning: {size.candidates} candidates of {size.horizon} frames from one context", rows, note)
     if any(c.name == "ours" for c in contenders):
@@ -121,7 +121,7 @@ def plan(bench: Bench) -> Iterator[Table]:
 
 @torch.no_grad()
 def memory(bench: Bench) -> Table:
-    """Keys and values held for candidates that have each predicted a frame: of the real frames, and of their own."""
+    """Memory of keys and values for candidates that have each predicted a frame: of real and of predicted frames."""
     config = bench.config
     cdit = bench.contender("ours").network.eval()
     past = cdit.encode_context(bench.batch(1, 1).context)
@@ -139,6 +139,6 @@ def memory(bench: Bench) -> Table:
 
 
 def stored(parts: list[EncodedFrames]) -> int:
-    """Bytes of memory behind keys and values, what is shared counted once."""
+    """Bytes of keys and values, with shared memory counted once."""
     tensors = [x for part in parts for keys_values in part.keys_values for x in keys_values]
     return sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())

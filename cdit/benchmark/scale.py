@@ -1,4 +1,4 @@
-"""What one more past frame, a larger frame, one more context or one more candidate costs."""
+"""The cost of one more past frame, a larger frame, one more context or one more candidate."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -13,7 +13,7 @@ from cdit.benchmark.measure import Call, Row, Spread, Table, median
 from cdit.model.describe import counted_flops
 
 Series = dict[str, Callable[[int], Call]]
-"""By name, what is timed at a size."""
+"""What is timed at a size, by name."""
 
 
 def scale(bench: Bench) -> Iterator[Table]:
@@ -70,7 +70,7 @@ def points(title: str, unit: str, seconds: dict[str, np.ndarray], sizes: list[in
 
 
 def fits(seconds: dict[str, np.ndarray], flops: dict[str, np.ndarray], past: list[int]) -> Table:
-    """a + b·T + c·T² through the times, round by round, and through the FLOPs, which are such a polynomial exactly."""
+    """Fits a + b·T + c·T² to the times, round by round, and to the FLOPs, which are exactly such a polynomial."""
     rows: list[Row] = []
     for name, values in seconds.items():
         time, work = polyfit(past, 1000 * values, 2), polyfit(past, flops[name] / 1e9, 2)  # (3, rounds) and (3,)

@@ -27,8 +27,8 @@ KINDS = {
     "other element-wise operations and sums": r"aten::\w+",
     "compiled kernels": r".*(fused_|triton_|Compiled).*",
 }
-"""Kinds of operations by their names; the first that fits counts."""
-REST = "dispatch and all else"
+"""Kinds of operations by their names; the first match counts."""
+REST = "dispatch and everything else"
 
 
 def train(bench: Bench) -> Iterator[Table]:
@@ -56,10 +56,10 @@ def train(bench: Bench) -> Iterator[Table]:
             "": name,
             "step [s]": median(time),
             "samples/s": config.batch_size * config.goals / median(time),
-            "step / that of the first": Spread.of(time / seconds[first]),
+            "step / first": Spread.of(time / seconds[first]),
             "TFLOP": work / 1e12,
             "TFLOP/s": median(work / time) / 1e12,
-            "of the rate of products [%]": Spread.of(100 * work / time / ceiling),
+            "% of matrix-product rate": Spread.of(100 * work / time / ceiling),
             "peak memory [GB]": None if peak is None else peak / 1e9,
         })  # fmt: skip
     measured = ", ".join(
@@ -96,7 +96,7 @@ def training_steps(bench: Bench, contenders: list[Contender], batch: EncodedBatc
 
 
 def two_steps(bench: Bench, name: str, batch: EncodedBatch) -> None:
-    """What a training needs memory for."""
+    """A training set-up whose memory is measured."""
     step = bench.contender(name).training_step(batch)
     step()
     step()

@@ -31,7 +31,7 @@ class Command(NamedTuple):
     config_class: type
     """The dataclass of its options."""
     help: str
-    """What it does, in a line."""
+    """What it does, in one line."""
     default_file: Path | None = None
     """See `parse_config`."""
     positional: bool = False
@@ -240,6 +240,6 @@ def run(main: Callable[[], Any]) -> None:
 
 def _end(message: str, code: int) -> NoReturn:
     for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()  # or the message ends up behind it and the bar is drawn again below
+        bar.close()  # otherwise the bar is drawn over the message
     print(message, file=sys.stderr)
     sys.exit(code)

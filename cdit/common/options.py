@@ -44,7 +44,7 @@ class OutputOptions:
 
 @dataclass(kw_only=True)
 class TrackingOptions:
-    """Where results are shown, beside the files."""
+    """Where results are logged, in addition to the files."""
 
     tracking: Literal["none", "wandb"] = "none"
     """Whether to log to Weights & Biases too (offline if nobody is logged in)."""
@@ -53,7 +53,7 @@ class TrackingOptions:
 
 
 def names(text: str | None) -> list[str] | None:
-    """Names that are separated by commas."""
+    """Names separated by commas."""
     return None if text is None else [name.strip() for name in text.split(",") if name.strip()]
 
 

@@ -1,4 +1,4 @@
-"""Where the surface points of one frame lie in others, known from the poses and the walls of the map."""
+"""Where surface points of one frame appear in others, from the poses and the walls of the map."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,36 +16,36 @@ from cdit.doom.geometry import MapGeometry
 from cdit.doom.raycast import Surface, View, cast, standing_height
 
 TOLERANCE = 0.05
-"""A point is hidden if the ray towards it ends more than this many metres before it."""
+"""A point is occluded if the ray towards it ends more than this many metres before it."""
 
 
 class Sight(IntEnum):
     """How a past frame shows the point that a target patch shows."""
 
     UNKNOWN = 0
-    """No static surface point: sky, the void, what may have moved, what is behind a grating; or no such past frame."""
+    """No static surface point: sky, the void, moving surfaces, behind a grating; or the past frame does not exist."""
     OUTSIDE = 1
-    """Behind the camera, or outside of its frame."""
+    """Behind the camera, or outside its frame."""
     HIDDEN = 2
-    """Within the frame, behind something else."""
+    """Within the frame, but occluded."""
     VISIBLE = 3
 
 
 @dataclass(frozen=True)
 class Correspondence:
-    """For N target patches and T past frames; with more dimensions before them, where so asked."""
+    """For N target patches and T past frames, with any leading dimensions."""
 
     place: np.ndarray
-    """(…, N, T, 2) float64: row and column in the past frame in patches, the patch (r, c) being [r, r+1) × [c, c+1);
-    of visible and hidden points, else NaN."""
+    """(…, N, T, 2) float64: row and column in the past frame in patches, where patch (r, c) is [r, r+1) × [c, c+1);
+    NaN unless visible or occluded."""
     sight: np.ndarray
     """(…, N, T) int8 of `Sight`."""
     surface: np.ndarray
     """(…, N) int8 of `cdit.doom.raycast.Surface`: what is at the centre of the target patch."""
     uncertain: np.ndarray
-    """(…, N) bool: it belongs to a door, a lift or the like, or is behind a grating."""
+    """(…, N) bool: part of a door, a lift or the like, or behind a grating."""
     point: np.ndarray
-    """(…, N, 3) float64: where it is, in metres; NaN in the void."""
+    """(…, N, 3) float64: its position in metres; NaN in the void."""
     depth: np.ndarray
     """(…, N, T) float64: its depth along the optical axis of the past frame in metres, negative behind the camera."""
 
@@ -63,14 +63,14 @@ def correspondences(
     past: np.ndarray,
     past_yaw: np.ndarray,
 ) -> Correspondence:
-    """Follows the centre of each target patch to the surface it shows, and looks for that point in the past frames.
+    """Casts a ray through the centre of each target patch, and locates the surface point it hits in the past frames.
 
     Args:
         geometry: the map.
-        view: of all the frames.
+        view: of all frames.
         target: (…, 3) eye of the target's camera in metres.
         target_yaw: (…,) its heading in radians.
-        past: (…, T, 3) eyes of the past frames; NaN where there is no such frame.
+        past: (…, T, 3) eyes of the past frames; NaN if a frame does not exist.
         past_yaw: (…, T) their headings.
     """
     rays = view.centre_rays(target_yaw)
@@ -102,13 +102,13 @@ class WindowCorrespondence:
         grid: rows and columns of patches.
 
     Raises:
-        DataError: the dataset's camera or the map of a trajectory is not known.
+        DataError: the dataset's camera or the map of a trajectory is unknown.
     """
 
     def __init__(self, dataset: WindowDataset, grid: tuple[int, int]):
         if dataset.info.camera is None:
             folders = ", ".join(source.folder for source in dataset.config.sources)
-            raise DataError(f"{folders}: dataset.json has no camera (or cameras differ), so true places are not known")
+            raise DataError(f"{folders}: dataset.json has no camera (or cameras differ), so true places are unknown")
         for trajectory in dataset.trajectories:
             map_file(trajectory)
         self.dataset = dataset
@@ -134,7 +134,7 @@ class WindowCorrespondence:
     def _eyes(
         self, trajectory: Trajectory, geometry: MapGeometry, times: Sequence[int]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(P, 3) eyes and (P,) headings at `times`; where no heights were recorded, those of somebody who stands."""
+        """(P, 3) eyes and (P,) headings at `times`; without recorded heights, those of a standing player."""
         position, recorded = trajectory.position[times], _eye_heights(trajectory.folder / "eye.npz")
         if recorded is None:
             height = standing_height(geometry, position) + self.dataset.info.camera.eye_height
@@ -144,17 +144,17 @@ class WindowCorrespondence:
 
 
 def map_file(trajectory: Trajectory) -> Path:
-    """Where the geometry of the map is that a trajectory was recorded on.
+    """The geometry file of the map that a trajectory was recorded on.
 
     Raises:
-        DataError: it is not there: the dataset is not one of Doom.
+        DataError: it does not exist: the dataset is not from Doom.
     """
     map_name, _, number = trajectory.name.rpartition("_")
     path = trajectory.dataset / "maps" / f"{map_name}.npz"
     if not (number.isdigit() and path.is_file()):
         raise DataError(
             f"{trajectory.folder}: no walls of its map in {trajectory.dataset / 'maps'}, where data/doom/prepare.py "
-            "writes them; true places are known in datasets of Doom alone"
+            "writes them; true places are known only in datasets from Doom"
         )
     return path
 
@@ -164,7 +164,7 @@ _geometry = lru_cache(maxsize=8)(MapGeometry.load)
 
 @lru_cache(maxsize=64)
 def _eye_heights(path: Path) -> np.ndarray | None:
-    """(T,) metres; None if there is no such file, as in datasets recorded before there was."""
+    """(T,) metres; None if the file does not exist, as in older datasets."""
     if not path.is_file():
         return None
     arrays = list(read_arrays(path).values())

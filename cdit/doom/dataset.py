@@ -1,4 +1,4 @@
-"""Recording a whole dataset: several processes, resumable, the same whatever their number."""
+"""Recording of a dataset by several processes: resumable, with a result that does not depend on their number."""
 
 import json
 import multiprocessing
@@ -22,19 +22,19 @@ from cdit.doom.maps import MAPS, file_name
 from cdit.doom.record import record
 
 RECORDER_VERSION = 2
-"""Grows when the same options no longer give the same recording."""
+"""Incremented when the same options no longer give the same recording."""
 
 WAYPOINT_SPACING = 0.3
-"""Metres between consecutive frames at the explorer's usual 1.2 m/s: a constant, so that all recordings agree."""
+"""Metres between consecutive frames at the explorer's typical 1.2 m/s; constant, so that all recordings agree."""
 
 
 CLAIM = "recording.json"
-"""What `dataset.json` will be, while the recording is not whole."""
+"""Name of `dataset.json` while the recording is incomplete."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One trajectory to record: everything that its content depends on."""
+    """One trajectory to record, with everything that its content depends on."""
 
     map_name: str
     number: int
@@ -52,13 +52,13 @@ class Job:
 
 
 def record_dataset(folder: Path, info: DatasetInfo, jobs: list[Job], workers: int) -> None:
-    """Records what is missing of a dataset; `dataset.json` is written last, so where it stands the dataset is whole.
+    """Records the missing parts of a dataset; `dataset.json` is written last and marks it as complete.
 
     Args:
         folder: the dataset.
         info: its description; `info.source` must hold all options that the frames depend on.
         jobs: all trajectories.
-        workers: processes that record.
+        workers: number of recording processes.
 
     Raises:
         UserError: the folder holds another recording, or ViZDoom is not installed.
@@ -79,7 +79,7 @@ def record_dataset(folder: Path, info: DatasetInfo, jobs: list[Job], workers: in
 
 
 def _claim(folder: Path, info: DatasetInfo) -> None:
-    """Marks a folder as this recording's; refuses one that was begun with other options."""
+    """Marks a folder as belonging to this recording; rejects one that was started with other options."""
     name = DESCRIPTION if (folder / DESCRIPTION).is_file() else CLAIM
     marked = folder / name
     try:
@@ -99,11 +99,11 @@ def _claim(folder: Path, info: DatasetInfo) -> None:
 
 
 def _record_all(folder: Path, jobs: list[Job], workers: int) -> Iterator[tuple[Job, int]]:
-    """Records jobs in processes of their own; yields each with its number of frames as it is finished."""
+    """Records jobs in separate processes; yields each with its number of frames when finished."""
     context = multiprocessing.get_context("spawn")
     stop = context.Event()
     with ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=(stop,)) as pool:
-        # Ctrl-C is for this process alone: what it starts inherits that it is ignored, and is told by `stop`.
+        # Only this process handles Ctrl-C: its children inherit that it is ignored, and are stopped by `stop`.
         on_interrupt = signal.signal(signal.SIGINT, signal.SIG_IGN)
         futures = {pool.submit(_record_job, folder, job): job for job in jobs}
         signal.signal(signal.SIGINT, on_interrupt)
@@ -116,7 +116,7 @@ def _record_all(folder: Path, jobs: list[Job], workers: int) -> Iterator[tuple[J
 
 
 class _Stopped(Exception):
-    """The recording is being ended from outside."""
+    """The recording is being stopped from outside."""
 
 
 _stop: Event
@@ -145,7 +145,7 @@ def _record_job(folder: Path, job: Job) -> int:
 
 
 def _restore_maps(folder: Path, jobs: list[Job]) -> None:
-    """Writes the geometry of maps whose file is gone though their trajectories are there."""
+    """Writes missing geometry files of maps whose trajectories exist."""
     for map_name, size in {job.map_name: job.size for job in jobs}.items():
         path = map_path(folder, map_name)
         if not path.is_file():
@@ -154,12 +154,12 @@ def _restore_maps(folder: Path, jobs: list[Job]) -> None:
 
 
 def map_path(folder: Path, map_name: str) -> Path:
-    """Where the geometry of a map stands in a dataset."""
+    """The geometry file of a map in a dataset."""
     return folder / "maps" / f"{file_name(map_name)}.npz"
 
 
 def _engine_for(folder: Path, job: Job) -> tuple[Engine, MapGeometry]:
-    """The worker's open engine, changed to another map where the job needs one."""
+    """The worker's open engine, switched to another map if the job needs it."""
     global _open
     if _open is None or _open[0].map_name != job.map_name:
         _close_engine()

@@ -1,4 +1,4 @@
-"""ViZDoom as a camera that walks: frames, depth and poses in metres and radians; no monsters, HUD, weapon or damage."""
+"""ViZDoom as a walking camera: frames, depth and poses in metres and radians; no monsters, HUD, weapon or damage."""
 
 import math
 import os
@@ -28,7 +28,7 @@ UNITS_PER_METRE = 32.0
 PIXEL_STRETCH = 1.2
 """The renderer draws a vertical map unit 1.2 times as tall as a horizontal one (on a 4:3 screen of square pixels, as
 320x200 did on the monitors of 1993). The picture is exactly that of a pinhole camera in a world with 32 / 1.2 vertical
-units a metre, so that is what we call a metre of height."""
+units per metre, which defines the metre of height here."""
 HEIGHT_UNITS_PER_METRE = UNITS_PER_METRE / PIXEL_STRETCH
 EYE_HEIGHT = 41 / HEIGHT_UNITS_PER_METRE
 
@@ -36,13 +36,13 @@ RENDER_WIDTH, RENDER_HEIGHT = 512, 384
 RENDER_FOV = math.radians(90)
 
 DEPTH_UNITS_PER_LEVEL, DEPTH_UNITS_AT_ZERO = 7.13, 14.5
-"""The 8-bit depth buffer in map units: a straight line through walls at known distances, off by 6 units at most."""
+"""The 8-bit depth buffer in map units: a linear fit to walls at known distances, with errors up to 6 units."""
 
 # Doom adds thrust * move to the velocity every tic and keeps 29/32 of it, so a steady speed is thrust * move * 32 / 3.
 UNITS_PER_TIC_OF_MOVE_1 = 2048 / 65536 * 32 / 3
 
 SETTLING_TICS = 20
-"""Enough for a warped player to stand on the floor and for the start's freeze to pass."""
+"""Enough for a warped player to land on the floor and for the freeze at the start to pass."""
 
 PACIFIST_PATCH = """Patch File for DeHackEd v3.0
 Doom version = 19
@@ -51,12 +51,12 @@ Patch format = 6
 Thing 1 (Player)
 Bits = SOLID+SHOOTABLE+DROPOFF+NOTDMATCH
 """
-"""The player without the flag PICKUP: items stay where they are, so nothing flashes and no episode ends by one."""
+"""The player without the flag PICKUP: items stay in place, so none makes the screen flash or ends an episode."""
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the camera sees and where it is, both of the same instant."""
+    """What the camera sees, and its pose at the same time."""
 
     frame: np.ndarray
     """(size, size, 3) uint8 RGB."""
@@ -67,7 +67,7 @@ class Observation:
     yaw: float
     """Heading in radians, in [0, 2 pi): 0 along +x, growing counter-clockwise."""
     eye: float
-    """Height of the camera in metres of the world: lifts, steps being climbed and ledges being jumped from included."""
+    """Height of the camera in metres, including lifts, steps being climbed and ledges being jumped from."""
 
 
 def engine_version() -> str:
@@ -119,7 +119,7 @@ class Engine:
         self._scratch.cleanup()
 
     def reset(self, seed: int, x: float | None = None, y: float | None = None, yaw: float | None = None) -> Observation:
-        """Starts the map anew; everything that follows depends on `seed` and the steps alone.
+        """Restarts the map; everything that follows depends only on `seed` and the steps.
 
         Args:
             seed: of the engine's own randomness (flickering lights, random spawns), below 2^31.
@@ -142,8 +142,9 @@ class Engine:
         """Moves for one recorded frame, 1 / FPS seconds on average (8 or 9 tics of 1/35 s).
 
         Args:
-            forward: speed along the heading in m/s, reached with a lag of about 0.3 s as Doom's players have weight.
-            left: speed to the left in m/s, likewise.
+            forward: speed along the heading in m/s, reached with a lag of about 0.3 s because Doom's players have
+                inertia.
+            left: speed to the left in m/s, with the same lag.
             turn: yaw rate in rad/s, counter-clockwise, held from the first tic on (to 0.3 %, the engine rounds angles).
             use: whether to press "use", which opens doors and works switches.
 
@@ -172,11 +173,11 @@ class Engine:
         )
 
     def sectors(self) -> list:
-        """The map's sectors as they stand now (`vizdoom.Sector`, in map units)."""
+        """The current sectors of the map (`vizdoom.Sector`, in map units)."""
         return self._game.get_state().sectors
 
     def wad_map(self) -> WadMap:
-        """The map's lines and sectors as its file has them, the sectors in the order of `sectors`."""
+        """The lines and sectors of the map file, the sectors in the order of `sectors`."""
         map_file = find_map(self.map_name)
         return read_wad_map(Path(vizdoom.__file__).parent / map_file.path, map_file.code)
 
@@ -185,7 +186,7 @@ class Engine:
         self._move_owed = np.zeros(2)
 
     def _whole_moves(self, speed: np.ndarray) -> list[int]:
-        """The engine takes whole numbers only: carry the remainder over, so that the mean is exact."""
+        """The engine accepts integers only: carries the remainder over, so that the mean is exact."""
         self._move_owed += speed * UNITS_PER_METRE / TICS_PER_SECOND / UNITS_PER_TIC_OF_MOVE_1
         moves = np.round(self._move_owed)
         self._move_owed -= moves
@@ -231,7 +232,7 @@ class Engine:
         patch = scratch / "pacifist.deh"
         patch.write_text(PACIFIST_PATCH)
         game.add_game_args(f"-nomonsters +sv_cheats 1 +movebob 0 +stillbob 0 -deh {patch}")
-        with _working_directory(scratch):  # where the engine makes a folder for itself, and fails when it just appears
+        with _working_directory(scratch):  # where the engine creates a folder, and fails if it appears at the same time
             game.init()
         return game
 

@@ -18,22 +18,22 @@ CLEARANCE = 24 / UNITS_PER_METRE
 
 @dataclass(frozen=True)
 class MapGeometry:
-    """Wall lines and the sectors they border, as they stand when the map starts (doors closed, lifts at rest).
+    """Wall lines and the sectors they border at the start of the map (doors closed, lifts at rest).
 
-    A line between two sectors appears twice, once for each of them; one within a sector once. Heights are in the metres
-    of the recorded camera (see `cdit.doom.engine.PIXEL_STRETCH`).
+    A line between two sectors appears twice, once for each of them; one within a sector once. Heights are in the
+    metres of the recorded camera (see `cdit.doom.engine.PIXEL_STRETCH`).
     """
 
     segments: np.ndarray
-    """(N, 4) float64: x1, y1, x2, y2 in metres; the sector is to the right of the way from (x1, y1) to (x2, y2)."""
+    """(N, 4) float64: x1, y1, x2, y2 in metres; the sector is on the right, seen from (x1, y1) to (x2, y2)."""
     blocking: np.ndarray
-    """(N,) bool: nobody passes this line, whatever the heights on both sides."""
+    """(N,) bool: the line is impassable, whatever the heights on both sides."""
     sector: np.ndarray
     """(N,) int64: index of the sector that this line borders."""
     beyond: np.ndarray
-    """(N,) int64: index of the sector on the other side, -1 where there is none."""
+    """(N,) int64: index of the sector on the other side, -1 if there is none."""
     grating: np.ndarray
-    """(N,) bool: between the two is something that one may see through: gratings, fences, vines."""
+    """(N,) bool: between the two is a partly transparent texture: gratings, fences, vines."""
     floor: np.ndarray
     """(S,) float64: floor heights of the sectors in metres."""
     ceiling: np.ndarray
@@ -41,11 +41,11 @@ class MapGeometry:
     sky: np.ndarray
     """(S,) bool: the ceiling is open sky."""
     moving: np.ndarray
-    """(S,) bool: the floor or the ceiling may move, as those of doors and lifts do."""
+    """(S,) bool: the floor or the ceiling may move, as in doors and lifts."""
 
     @classmethod
     def of(cls, engine: Engine) -> "MapGeometry":
-        """Reads the map that an engine has open."""
+        """Reads the map that is open in an engine."""
         sectors, wad = engine.sectors(), engine.wad_map()
         right, left = wad.sides.T
         has_left = (left != NOWHERE) & (left != right)
@@ -66,7 +66,7 @@ class MapGeometry:
         """Reads what `save` wrote.
 
         Raises:
-            DataError: there is no such file, or it is another one's or an older version's.
+            DataError: the file is missing, not a geometry, or of an older version.
         """
         try:
             saved = read_arrays(path)
@@ -74,11 +74,11 @@ class MapGeometry:
         except (DataError, KeyError) as error:
             raise DataError(
                 f"{path}: not a map's geometry ({error}); delete the folder {path.parent} and run the recipe of the "
-                "dataset again, which writes the maps anew and leaves the frames alone"
+                "dataset again, which rewrites the maps and keeps the frames"
             ) from error
 
     def save(self, path: Path) -> None:
-        """Writes an `.npz` with one array per field, whole or not at all."""
+        """Writes an `.npz` with one array per field, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{os.getpid()}.{path.name}")
         np.savez_compressed(partial, **asdict(self))
@@ -86,7 +86,7 @@ class MapGeometry:
 
     @property
     def has_doors(self) -> bool:
-        """Whether there are sectors too low to pass, as closed doors are."""
+        """Whether there are sectors too low to pass, such as closed doors."""
         return bool((self.ceiling - self.floor < PLAYER_HEIGHT).any())
 
     def sectors_at(self, points: np.ndarray) -> np.ndarray:
@@ -109,14 +109,16 @@ class MapGeometry:
         return None if sector < 0 else sector
 
     def is_free(self, point: np.ndarray) -> bool:
-        """Whether somebody can stand at a (2,) point in metres: in a sector high enough, clear of blocking walls."""
+        """Whether a player can stand at a (2,) point in metres: in a sector that is high enough, clear of blocking
+        walls.
+        """
         sector = self.sector_at(point)
         if sector is None or self.ceiling[sector] - self.floor[sector] < PLAYER_HEIGHT:
             return False
         return distance_to_segments(point, self.segments[self.blocking]).min(initial=np.inf) > CLEARANCE
 
     def random_free_point(self, rng: np.random.Generator) -> np.ndarray:
-        """A (2,) point in metres, uniform over the places where somebody can stand."""
+        """A (2,) point in metres, uniform over the places where a player can stand."""
         corners = self.segments.reshape(-1, 2)
         while True:
             point = rng.uniform(corners.min(0), corners.max(0))

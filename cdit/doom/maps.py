@@ -7,10 +7,10 @@ from cdit.common.errors import UserError
 
 @dataclass(frozen=True)
 class MapFile:
-    """Where the engine finds a map."""
+    """The location of a map for the engine."""
 
     game: str
-    """WAD of the `vizdoom` package with the game's textures, and the map itself where `scenario` is None."""
+    """WAD of the `vizdoom` package with the game's textures, and the map itself if `scenario` is None."""
     code: str
     """The engine's name of the map."""
     scenario: str | None = None
@@ -33,18 +33,18 @@ def find_map(name: str) -> MapFile:
     """The file of a map, such as "my_way_home", "freedoom1/E1M1" or "freedoom2/MAP01".
 
     Raises:
-        UserError: there is no such map; the message lists those there are.
+        UserError: there is no such map; the message lists all maps.
     """
     if name not in MAPS:
-        raise UserError(f"unknown Doom map {name!r}; there are: {', '.join(MAPS)}")
+        raise UserError(f"unknown Doom map {name!r}; expected one of {', '.join(MAPS)}")
     return MAPS[name]
 
 
 def find_maps(names: list[str] | str) -> list[str]:
-    """The maps named: a list, or a text separated by commas; "freedoom1" and "freedoom2" stand for all maps of a game.
+    """Maps by name: a list, or a comma-separated string; "freedoom1" and "freedoom2" stand for all maps of a game.
 
     Raises:
-        UserError: there is no such map; the message lists those there are.
+        UserError: there is no such map; the message lists all maps.
     """
     found = []
     for name in names.split(",") if isinstance(names, str) else names:

@@ -1,4 +1,4 @@
-"""A policy that explores: it walks on, steers into the open, turns at varied speeds and does not stare at walls."""
+"""A policy that explores: it walks, steers into open space, turns at varied speeds and avoids facing walls."""
 
 import math
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ import numpy as np
 from cdit.doom.engine import FPS, Observation
 
 DOOR_FRAMES = 6
-"""Doors take 1.8 s to rise; after 1.5 s one sees through."""
+"""Doors take 1.8 s to rise; after 1.5 s one can see through."""
 REACH = 6.0
-"""Free distances beyond this many metres attract alike."""
+"""Free distances beyond this many metres attract equally."""
 
 
 @dataclass(frozen=True)
 class Command:
-    """What to do for one recorded frame; the arguments of `cdit.doom.engine.Engine.step`."""
+    """The command for one recorded frame: the arguments of `cdit.doom.engine.Engine.step`."""
 
     forward: float
     """m/s."""
@@ -32,7 +32,7 @@ class PolicyConfig:
     """How the explorer walks."""
 
     speed: tuple[float, float] = (1.0, 1.8)
-    """Walking speeds in m/s, drawn anew every few seconds."""
+    """Walking speeds in m/s, redrawn every few seconds."""
     strafe: float = 0.35
     """Typical sideways speed in m/s while strafing."""
     strafe_share: float = 0.2
@@ -44,7 +44,7 @@ class PolicyConfig:
     look_speed: tuple[float, float] = (math.radians(30), math.radians(80))
     """Yaw rates in rad/s while looking around, drawn each time."""
     evade_speed: tuple[float, float] = (math.radians(55), math.radians(90))
-    """Yaw rates in rad/s of turns away from what is near, drawn each time: brisk, as walls are dull."""
+    """Yaw rates in rad/s of turns away from obstacles, drawn each time; fast, because walls are uninformative."""
     turn_acceleration: float = math.radians(200)
     """Bound on the change of the yaw rate in rad/s^2."""
     near: float = 1.6
@@ -52,23 +52,23 @@ class PolicyConfig:
     clear: float = 2.8
     """Free distance ahead in metres at which such a turn may end."""
     door_share: float = 0.0
-    """Chance that the explorer takes what is in its way for a door: it presses "use" and waits whether it opens."""
+    """Probability of trying to open an obstacle as a door: the explorer presses "use" and waits."""
 
 
 @dataclass
 class Stretch:
-    """What the explorer is about for some frames."""
+    """A stretch of frames with one goal."""
 
     frames: int
     """Frames left."""
     speed: float = 0.0
-    """Forward speed in m/s where there is room."""
+    """Forward speed in m/s if there is space."""
     strafe: float = 0.0
-    """Speed to the left in m/s where there is room."""
+    """Speed to the left in m/s if there is space."""
     turn: float | None = None
-    """Yaw rate in rad/s; None steers into the open."""
+    """Yaw rate in rad/s; None steers into open space."""
     evades: bool = False
-    """Whether it goes on until the way ahead is clear."""
+    """Whether it continues until the way ahead is clear."""
     use: bool = False
     """Whether it begins by pressing "use"."""
 
@@ -106,14 +106,14 @@ class ExploringPolicy:
         return Command(self._forward, stretch.strafe * room, self._turn, use)
 
     def _choose_stretch(self, position: np.ndarray, angles: np.ndarray, free: np.ndarray, ahead: float) -> Stretch:
-        """Goes on with the present stretch, or begins another."""
+        """Continues the current stretch, or begins another."""
         now = self._stretch
         if now.frames > 0 and now.turn is not None:
             return now
         if self._is_stuck(position) or (ahead < self.config.near and not now.evades):
             return self._evasion(angles, free)
         overtime = max(0, -now.frames)
-        clear = max(self.config.near, self.config.clear - 0.1 * overtime)  # in a small dead end, less must do
+        clear = max(self.config.near, self.config.clear - 0.1 * overtime)  # in a small dead end, less must suffice
         if now.frames > 0 or (now.evades and ahead < clear):
             return now
         return self._walk()
@@ -127,7 +127,7 @@ class ExploringPolicy:
         return Stretch(int(rng.integers(6, 24)), speed=rng.uniform(*config.speed), strafe=strafe)
 
     def _evasion(self, angles: np.ndarray, free: np.ndarray) -> Stretch:
-        """A turn to the side that seems more open, until the way is clear; or an attempt to open a door."""
+        """A turn to the more open side until the way is clear, or an attempt to open a door."""
         config, rng = self.config, self._rng
         if rng.random() < config.door_share:
             return Stretch(DOOR_FRAMES, turn=0.0, use=True)
@@ -136,7 +136,7 @@ class ExploringPolicy:
         return Stretch(int(rng.integers(2, 6)), speed=rng.uniform(*config.speed), turn=turn, evades=True)
 
     def _is_stuck(self, position: np.ndarray) -> bool:
-        """Whether it has wanted to walk for two frames and got nowhere."""
+        """Whether it tried to walk for two frames without moving."""
         if self._last_position is not None:
             speed = float(np.linalg.norm(position - self._last_position)) * FPS
             self._frames_stuck = self._frames_stuck + 1 if speed < 0.3 * (self._forward - 0.3) else 0
@@ -147,12 +147,12 @@ class ExploringPolicy:
         return True
 
     def _wobbling_turn(self, angles: np.ndarray, free: np.ndarray) -> float:
-        """The yaw rate that leads into the open, with slow noise (an Ornstein-Uhlenbeck process) on top."""
+        """The yaw rate that leads into open space, plus slow noise (an Ornstein-Uhlenbeck process)."""
         self._wobble = 0.7 * self._wobble + self.config.wobble * math.sqrt(1 - 0.7**2) * self._rng.normal()
         return 1.2 * open_direction(angles, free) + self._wobble
 
     def _approach(self, turn: float) -> float:
-        """The next yaw rate on the way to a wanted one."""
+        """The next yaw rate on the way to a target rate."""
         limit, change = self.config.evade_speed[1], self.config.turn_acceleration / FPS
         return float(np.clip(np.clip(turn, -limit, limit), self._turn - change, self._turn + change))
 
@@ -174,9 +174,9 @@ def free_distance(depth: np.ndarray, half_width: float) -> tuple[np.ndarray, np.
 
 
 def open_direction(angles: np.ndarray, free: np.ndarray) -> float:
-    """The direction in radians towards the open: the mean angle, weighted by the square of the free distance.
+    """The direction in radians towards open space: the mean angle, weighted by the square of the free distance.
 
-    Each direction counts as its neighbours allow, for one has width, and distances beyond `REACH` count the same.
+    Each direction is limited by its neighbours, because the player has width; distances beyond `REACH` count equally.
     """
     window = max(1, len(free) // 8)
     padded = np.pad(np.minimum(free, REACH), window, mode="edge")

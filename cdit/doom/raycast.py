@@ -1,14 +1,14 @@
-"""Rays through a map: which wall, floor or ceiling a camera sees, where, and how far away.
+"""Ray casting in a map: which wall, floor or ceiling a camera sees, where, and at what distance.
 
 Doom's maps are prisms: sectors with a flat floor and a flat ceiling, bordered by vertical lines. So a ray is followed
-in the plane, from line to line: where it comes to one below the floor of the sector before it, it has met that floor,
-above its ceiling the ceiling; otherwise it meets the line's lower wall if it is below the floor behind, the upper wall
-if above the ceiling behind, and goes on if neither. Each line decides that by itself; the nearest that stops the ray is
-what is seen.
+in the plane, from line to line. If it reaches a line below the floor of the sector before it, it has hit that floor; if
+above its ceiling, the ceiling. Otherwise it hits the line's lower wall if it is below the floor behind, the upper wall
+if above the ceiling behind, and continues if neither. Each line is tested independently; the nearest one that stops the
+ray is what the camera sees.
 
-Not known here, as `MapGeometry` does not hold it: things (lamps, barrels, trees); the holes of gratings, fences and
-vines; and what doors and lifts did since the map started. Rays that have to do with the last two are marked
-(`Hits.uncertain`), but for views through an open door, which to us is closed.
+`MapGeometry` does not contain things (lamps, barrels, trees), the holes of gratings, fences and vines, or movements of
+doors and lifts since the start of the map. Rays that involve the last two are marked (`Hits.uncertain`), except for
+views through an open door, which is closed in the geometry.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ from cdit.doom.geometry import MapGeometry
 
 PLAYER_RADIUS = 16 / UNITS_PER_METRE
 STEP_HEIGHT = 24 / HEIGHT_UNITS_PER_METRE
-"""The highest step that one walks up."""
+"""The highest step that a player can climb."""
 PAIRS_AT_A_TIME = 2**22
-"""Rays times lines that are looked at together: 32 MB an array, of which there are two."""
+"""Rays times lines per chunk: 32 MB for each of two arrays."""
 
 
 class Surface(IntEnum):
-    """What a ray meets."""
+    """What a ray hits."""
 
     NOTHING = 0
     """The void: the ray leaves the map."""
@@ -38,28 +38,28 @@ class Surface(IntEnum):
     FLOOR = 2
     CEILING = 3
     SKY = 4
-    """Open sky; its distance is to where the map ends there, and no point of it counts as a surface."""
+    """Open sky; its distance is that of the map's boundary there, and its points do not count as surfaces."""
 
 
 @dataclass(frozen=True)
 class Hits:
-    """What R rays meet first."""
+    """The first hits of R rays."""
 
     surface: np.ndarray
     """(R,) int8 of `Surface`."""
     distance: np.ndarray
-    """(R,) float64: in lengths of the direction, which are metres for directions of length 1; inf for NOTHING."""
+    """(R,) float64: in multiples of the direction's length, metres for unit directions; inf for NOTHING."""
     point: np.ndarray
     """(R, 3) float64: x, y, z in metres; NaN for NOTHING."""
     sector: np.ndarray
     """(R,) int64: the sector in which the ray ends; -1 for NOTHING."""
     uncertain: np.ndarray
-    """(R,) bool: the surface may have moved since the map started, or a grating is before it."""
+    """(R,) bool: the surface may have moved since the start of the map, or a grating is in front of it."""
 
 
 @dataclass(frozen=True)
 class View:
-    """How a frame shows what is before the camera: a pinhole camera with a level axis, and a grid of patches."""
+    """The projection of a frame: a pinhole camera with a horizontal axis, and a grid of patches."""
 
     half_width: float
     """Tangent of half the horizontal field of view."""
@@ -74,8 +74,8 @@ class View:
 
         Args:
             camera: of the recorded frames.
-            image_size: (height, width) of the frames after it.
-            crop: how they were made.
+            image_size: (height, width) of the resulting frames.
+            crop: the crop that was used.
             grid: rows and columns of patches.
 
         Raises:
@@ -98,15 +98,15 @@ class View:
         return np.stack(np.broadcast_arrays(cos - left * sin, sin + left * cos, up), axis=-1)
 
     def project(self, offset: np.ndarray, yaw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Where points lie in the frame of a camera.
+        """Projects points into the frame of a camera.
 
         Args:
             offset: (…, 3) from the eye to the points, in metres along the axes of the world.
             yaw: (…,) of the cameras.
 
         Returns:
-            Row and column in patches, (…, 2), with the patch (r, c) from r to r + 1 and c to c + 1, NaN for what is not
-            before the camera; and the depth along the optical axis in metres, (…,).
+            Row and column in patches, (…, 2), with patch (r, c) from r to r + 1 and c to c + 1, NaN for points behind
+            the camera; and the depth along the optical axis in metres, (…,).
         """
         cos, sin = np.cos(yaw), np.sin(yaw)
         depth = offset[..., 0] * cos + offset[..., 1] * sin
@@ -122,7 +122,7 @@ class View:
 
 
 def cast(geometry: MapGeometry, origin: np.ndarray, direction: np.ndarray) -> Hits:
-    """Follows R rays to the first surface each.
+    """Follows each of R rays to its first surface.
 
     Args:
         geometry: the map.
@@ -143,9 +143,10 @@ def cast(geometry: MapGeometry, origin: np.ndarray, direction: np.ndarray) -> Hi
 
 
 def standing_height(geometry: MapGeometry, position: np.ndarray) -> np.ndarray:
-    """The floor under players who stand at (P, 2) positions in metres: (P,) metres, NaN in the void.
+    """The floor under players at (P, 2) positions in metres: (P,) metres, NaN in the void.
 
-    It is the highest under their square of 32 by 32 map units that is no more than a step above that under its middle.
+    It is the highest floor under their square of 32 by 32 map units that is at most one step above that under its
+    centre.
     """
     height = np.full(len(position), np.nan)
     segments, lower = geometry.segments, np.minimum
@@ -154,7 +155,7 @@ def standing_height(geometry: MapGeometry, position: np.ndarray) -> np.ndarray:
             continue
         ends = segments.reshape(-1, 2, 2) - point
         inside = (lower(*ends.swapaxes(0, 1)) < PLAYER_RADIUS) & (-lower(*-ends.swapaxes(0, 1)) > -PLAYER_RADIUS)
-        # The line cuts the square if the square's corners are not all on one side of it.
+        # The line intersects the square if the square's corners are not all on one side of it.
         (dx, dy), (x, y) = (ends[:, 1] - ends[:, 0]).T, ends[:, 0].T
         touched = geometry.sector[inside.all(1) & (abs(dy * x - dx * y) < PLAYER_RADIUS * (abs(dx) + abs(dy)))]
         floors = geometry.floor[touched]
@@ -165,7 +166,7 @@ def standing_height(geometry: MapGeometry, position: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Walls:
-    """The lines, each as seen from the sector to its right, and so those within a sector twice."""
+    """The lines, each seen from the sector on its right; those within a sector appear twice."""
 
     segments: np.ndarray
     sector: np.ndarray
@@ -185,7 +186,7 @@ def _cast(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Distance, surface, sector and uncertain of a chunk of rays."""
     rays = len(origin)
-    # The cross product of a ray with the way from its origin to a point, for all rays and points at once.
+    # The cross product of a ray with the vector from its origin to a point, for all rays and points at once.
     (dx, dy, _), (x, y, _) = direction.T, origin.T
     left_of = np.stack((dx, -dy, dy * x - dx * y), axis=1)
     x1, y1, x2, y2 = walls.segments.T

@@ -1,4 +1,4 @@
-"""Recording one trajectory: where to start, when to cut, what to keep."""
+"""Recording of one trajectory: where to start, when to stop, what to keep."""
 
 import math
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from cdit.doom.geometry import MapGeometry
 from cdit.doom.policy import ExploringPolicy, PolicyConfig
 
 MAX_STEP = 3.0 / FPS
-"""Nobody walks farther than this between two frames, in metres: it was a teleport."""
+"""Moving farther than this between two frames, in metres, means a teleport."""
 MAX_TURN_ERROR = math.radians(3)
-"""A heading that differs by more from the commanded turn, in radians: it was a teleport."""
+"""A heading that differs by more than this from the commanded turn, in radians, means a teleport."""
 STILL_FRAMES, STILL_RADIUS = 40, 1.0
-"""Staying within this many metres for this many frames means being locked in or stuck."""
+"""Staying within this many metres for this many frames means being stuck."""
 VOID_DEPTH, VOID_SHARE = 20.0, 0.25
-"""So much of the picture's lowest quarter deeper than this many metres: sky below, outside of what was built."""
+"""If this share of the lowest quarter of the picture is deeper than this many metres, the camera is outside the map."""
 DOOR_SHARE = 0.2
 """The policy's `door_share` on maps with doors."""
 ATTEMPTS = 200
@@ -50,18 +50,18 @@ def record(
 ) -> Recording:
     """Walks from a random place for `length` frames, or until a teleport, death, the map's exit, its edge, or stuck.
 
-    Walks shorter than `min_length` frames are thrown away and another place is tried.
+    Walks shorter than `min_length` frames are discarded, and another place is tried.
 
     Args:
         engine: an open map.
         geometry: the same map's walls.
-        rng: source of everything random; the result depends on it, the map and the lengths alone.
-        length: frames wanted.
-        min_length: frames required.
+        rng: source of all randomness; the result depends only on it, the map and the lengths.
+        length: requested number of frames.
+        min_length: required number of frames.
         tick: called before every frame; what it raises ends the recording.
 
     Raises:
-        UserError: no place of the map allowed a walk of `min_length` frames.
+        UserError: no place in the map allows a walk of `min_length` frames.
     """
     for _ in range(ATTEMPTS):
         seen = _walk(engine, geometry, rng, length, tick)
@@ -96,7 +96,7 @@ def _walk(
 
 
 def is_discontinuous(before: Observation, after: Observation, turn: float) -> bool:
-    """Whether the camera was moved by something else than walking at a yaw rate of `turn` rad/s."""
+    """Whether the camera was moved by anything other than walking at a yaw rate of `turn` rad/s."""
     tic_error = abs(turn) / FPS / 8
     yaw_error = math.remainder(after.yaw - before.yaw - turn / FPS, 2 * math.pi)
     moved = np.linalg.norm(after.position - before.position)
@@ -104,12 +104,12 @@ def is_discontinuous(before: Observation, after: Observation, turn: float) -> bo
 
 
 def sees_void(seen: Observation) -> bool:
-    """Whether there is sky where the floor should be: the camera is somewhere outside, where nobody was meant to go."""
+    """Whether there is sky where the floor should be: the camera is outside the map."""
     return bool((seen.depth[-len(seen.depth) // 4 :] > VOID_DEPTH).mean() > VOID_SHARE)
 
 
 def is_still(seen: list[Observation]) -> bool:
-    """Whether the last frames are all from about the same place."""
+    """Whether the last frames are all from about the same position."""
     if len(seen) <= STILL_FRAMES:
         return False
     recent = np.stack([s.position for s in seen[-STILL_FRAMES:]])

@@ -1,6 +1,6 @@
-"""A map as its WAD file has it: which sectors lie on both sides of a line, where the sky is, and what may move.
+"""Reads from a WAD file which sectors are on both sides of a line, where the sky is, and what may move.
 
-The engine tells none of these. Formats: https://doomwiki.org/wiki/WAD and https://doomwiki.org/wiki/UDMF.
+The engine exposes none of these. Formats: https://doomwiki.org/wiki/WAD and https://doomwiki.org/wiki/UDMF.
 """
 
 import re
@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 
 SKY = "F_SKY1"
-"""What a ceiling of open sky has for a texture."""
+"""The ceiling texture of open sky."""
 NOWHERE = -1
-"""In place of a sector, where there is none."""
+"""Marks a missing sector."""
 BLOCKING_FLAG = 1
 MIDDLE = 2
-"""Index of the middle one of a side's textures, which hangs between two sectors."""
+"""Index of the middle texture of a side, between two sectors."""
 
 KEEP_HEIGHTS = {0, 11, 51, 52, 124, 39, 97, 125, 126, 12, 13, 17, 35, 79, 80, 81, 104, 138, 139, 48, 85}
 """Line specials of Doom that move no floor or ceiling: none, exits, teleports, lights, scrolling textures."""
@@ -46,13 +46,13 @@ class WadMap:
     lines: np.ndarray
     """(L, 4) float64: x1, y1, x2, y2 in map units."""
     sides: np.ndarray
-    """(L, 2) int64: the sectors to the right and to the left of the way from (x1, y1) to (x2, y2), or `NOWHERE`."""
+    """(L, 2) int64: the sectors on the right and left of the direction from (x1, y1) to (x2, y2), or `NOWHERE`."""
     blocking: np.ndarray
-    """(L,) bool: nobody passes this line, whatever the heights on both sides."""
+    """(L,) bool: the line is impassable, whatever the heights on both sides."""
     grating: np.ndarray
-    """(L,) bool: between two sectors, with a texture that one may see through: gratings, fences, vines."""
+    """(L,) bool: between two sectors, with a partly transparent texture: gratings, fences, vines."""
     sky: np.ndarray
-    """(S,) bool: open sky in place of a ceiling."""
+    """(S,) bool: open sky instead of a ceiling."""
     moving: np.ndarray
     """(S,) bool: the floor or ceiling may move: doors, lifts, crushers; of stairs that rise, the first step."""
 
@@ -61,7 +61,7 @@ def read_wad_map(path: Path, code: str) -> WadMap:
     """Reads the map `code` (such as "E1M1") of a WAD file, in the format of Doom or in UDMF."""
     lumps = list(_lumps(path.read_bytes()))
     start = [name for name, _ in lumps].index(code) + 1
-    map_lumps = dict(reversed(lumps[start : start + 10]))  # of lumps of the same name the first is this map's
+    map_lumps = dict(reversed(lumps[start : start + 10]))  # the first lump of each name belongs to this map
     return _from_text(map_lumps["TEXTMAP"]) if lumps[start][0] == "TEXTMAP" else _from_binary(map_lumps)
 
 
@@ -84,7 +84,7 @@ def _from_binary(lumps: dict[str, bytes]) -> WadMap:
     moves = ~np.isin(lines["special"], list(KEEP_HEIGHTS))
     moving = np.isin(sectors["special"], DOOR_SECTORS)
     moving |= np.isin(sectors["tag"], lines["tag"][moves & (lines["tag"] != 0)])
-    behind = sides[moves & (lines["tag"] == 0), 1]  # a door that is opened by hand is behind its line
+    behind = sides[moves & (lines["tag"] == 0), 1]  # a manual door is behind its line
     moving[behind[behind != NOWHERE]] = True
     return WadMap(
         lines=vertices[lines["ends"]].reshape(-1, 4),

@@ -3,19 +3,19 @@
 from cdit.world_model import Units
 
 FARTHEST = 128
-"""Frames of time shift that are 1 to the network."""
+"""Time shift in frames that the network sees as 1."""
 LOWEST, HIGHEST = (-2.5, -4.0), (5.0, 4.0)
-"""Displacements forward and to the left, in spacings, that become -1 and 1. Nothing is clipped."""
+"""Displacements forward and to the left, in spacings, that map to -1 and 1. Nothing is clipped."""
 
 
 def normalization(fps: float = 4.0, spacing: float | None = None) -> Units:
-    """The published units: displacements mapped from `LOWEST`…`HIGHEST` spacings to -1…1, yaw in radians as it is.
+    """The published units: displacements mapped from `LOWEST`…`HIGHEST` spacings to -1…1, yaw in radians unchanged.
 
     Standing still is -1/3 forward, not 0.
 
     Args:
-        fps: frames a second; 4 in the published recipe.
-        spacing: metres between frames; None for a model of several datasets, each in units of its own.
+        fps: frames per second; 4 in the published recipe.
+        spacing: metres between frames; None for a model of several datasets, each in its own units.
     """
     widths = [high - low for low, high in zip(LOWEST, HIGHEST, strict=True)]
     return Units(

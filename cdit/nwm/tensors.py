@@ -1,6 +1,7 @@
-"""Tensors of a published Navigation World Models (NWM) network, and those of the CDiT that computes the same.
+"""Converts tensors between a published Navigation World Models (NWM) network and the equivalent CDiT.
 
-The networks differ in names, in how tensors are cut, and in that the published one knows no unknown action.
+The networks differ in names, in how tensors are split, and in that the published one has no embedding of an unknown
+action.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,14 +32,14 @@ DIALECT = {
 HEADS = {
     (preset["hidden_size"], preset["depth"]): preset["num_heads"] for name, preset in PRESETS.items() if name != "tiny"
 }
-"""Heads of the published networks by (width, depth): a checkpoint does not say."""
+"""Heads of the published networks by (width, depth), which checkpoints do not store."""
 
 MAX_BLOCKS = 1000
 UNKNOWN_ACTION = "conditioners.action.unknown"
 
 
 class Match(NamedTuple):
-    """A published tensor, what it is called here, and the way from one to the other."""
+    """A published tensor, its name here, and the conversion in both directions."""
 
     published: str
     ours: tuple[str, ...]
@@ -47,7 +48,7 @@ class Match(NamedTuple):
 
 
 def from_nwm(tensors: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]:
-    """The state dict of the CDiT that has a published network's tensors; the unknown action is zeros.
+    """The state dict of a CDiT from a published network's tensors; the embedding of an unknown action is zeros.
 
     Args:
         tensors: complete, in the published shapes.
@@ -60,7 +61,7 @@ def from_nwm(tensors: Mapping[str, Tensor], num_heads: int) -> dict[str, Tensor]
 
 
 def to_nwm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `from_nwm`, bit by bit, but for the unknown action, which is dropped."""
+    """The exact inverse of `from_nwm`, except that the embedding of an unknown action is dropped."""
     num_heads = len(state["blocks.0.cross_attn.extra_k"])
     return {
         match.published: match.join([state[name] for name in match.ours])
@@ -72,7 +73,7 @@ def cdit_arguments(tensors: Mapping[str, Tensor], num_heads: int | None = None) 
     """The arguments of the `CDiT` for a published network's tensors, read from their shapes.
 
     Args:
-        tensors: of which the patch convolution, the position table and the blocks' names are looked at.
+        tensors: only the patch convolution, the position table and the names of the blocks are used.
         num_heads: heads of each attention; by default those of the published network of that width and depth.
 
     Raises:
@@ -95,7 +96,7 @@ def cdit_arguments(tensors: Mapping[str, Tensor], num_heads: int | None = None) 
     if num_heads is None and (width, depth) not in HEADS:
         raise UserError(
             f"none of the published networks has width {width} and {depth} blocks: give num_heads, "
-            "which its tensors do not say"
+            "which its tensors do not determine"
         )
     if num_heads is not None and num_heads < 1:
         raise UserError(f"num_heads is {num_heads}, expected at least 1")
@@ -112,7 +113,7 @@ def cdit_arguments(tensors: Mapping[str, Tensor], num_heads: int | None = None) 
 
 
 def differences(cdit: CDiT) -> list[str]:
-    """What makes a network another than the published one, a setting each."""
+    """The settings in which a network differs from the published one."""
     different = [
         f"{name} is {cdit.config[name]}, not {value}" for name, value in DIALECT.items() if cdit.config[name] != value
     ]
@@ -123,7 +124,7 @@ def differences(cdit: CDiT) -> list[str]:
 
 
 def count_blocks(names: Iterable[str]) -> int:
-    """The number of blocks that have tensors of these names (in both ways of naming)."""
+    """The number of blocks with tensors of these names (in either naming scheme)."""
     return len({name.split(".")[1] for name in names if name.startswith("blocks.")})
 
 

@@ -1,4 +1,4 @@
-"""A world model of a published network: what its checkpoint does not hold is added here."""
+"""A world model of a published network, with everything that its checkpoint lacks."""
 
 from cdit.codec import AutoencoderCodec
 from cdit.common.errors import UserError
@@ -14,12 +14,12 @@ def published_world(cdit: CDiT, codec: AutoencoderCodec, spacing: float | None =
     """A world model of a published network and the autoencoder it was trained with.
 
     Args:
-        cdit: of `load_checkpoint`.
+        cdit: from `load_checkpoint`.
         codec: of the latents.
         spacing: see `normalization`.
 
     Raises:
-        UserError: the autoencoder's latents have another number of channels than the network takes.
+        UserError: the number of latent channels of the autoencoder does not match the network.
     """
     if codec.channels != cdit.config.in_channels:
         raise UserError(

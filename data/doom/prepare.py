@@ -63,7 +63,7 @@ def main() -> None:
     unknown = find_maps(config.unknown_maps)
     maps = [name for name in find_maps(config.maps) if name not in unknown]
     if not maps:
-        raise UserError("maps: all of them are unknown_maps, too; none is left to train on")
+        raise UserError("maps: all of them are also unknown_maps; none is left to train on")
     jobs = [job for name in maps for job in jobs_of(config, name, config.frames, "train", "test")]
     jobs += [job for name in unknown for job in jobs_of(config, name, config.unknown_frames, "unknown", "unknown")]
     info = DatasetInfo(
@@ -107,17 +107,17 @@ def jobs_of(config: Config, map_name: str, frames: int, split: str, last_split: 
 
 
 def as_list(maps: list[str] | str) -> list[str]:
-    """The names as given, in either way to give them."""
+    """The names as given, in either format."""
     return maps.split(",") if isinstance(maps, str) else maps
 
 
 def named_maps(maps: list[str] | str) -> set[str]:
-    """The maps named one by one, not by their game."""
+    """The maps named individually, not by their game."""
     return {name for name in as_list(maps) if find_maps([name]) == [name]}
 
 
 def check(config: Config) -> None:
-    """Refuses values that make no sense.
+    """Checks the values.
 
     Raises:
         UserError: names the field.
