@@ -20,6 +20,7 @@ COMMANDS = [
     ["-m", "cdit.data.shard"],
     ["-m", "cdit.data.shard", "convert"],
     ["-m", "cdit.evaluate"],
+    ["-m", "cdit.heads"],
     ["-m", "cdit.studies"],
     ["-m", "cdit.studies", "ablate"],
     ["-m", "cdit.studies", "steps"],
