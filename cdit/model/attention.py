@@ -162,7 +162,9 @@ def _fused_with_logsumexp(q_BHNK: Tensor, k_BHMK: Tensor, v_BHMK: Tensor, mask: 
     scores_BHNM = scores_BHNM.to(torch.promote_types(scores_BHNM.dtype, torch.float32))
     if mask is not None:
         scores_BHNM = scores_BHNM.masked_fill(~mask, -torch.inf)
-    return scores_BHNM.softmax(-1).to(v_BHMK.dtype) @ v_BHMK, scores_BHNM.logsumexp(-1)
+    weights_BHNM = scores_BHNM.softmax(-1)
+    # The largest weight is exp(largest score - logarithm), so the exponentials need not be summed a second time.
+    return weights_BHNM.to(v_BHMK.dtype) @ v_BHMK, scores_BHNM.amax(-1) - weights_BHNM.amax(-1).log()
 
 
 @dataclass

@@ -37,7 +37,7 @@ class ModelConfig:
     steered_queries: bool = False
     """Whether the condition shifts and scales the rotary coordinates at which each head of cross-attention attends."""
     context_norm: Literal["both", "keys", "none"] = "both"
-    """Whether tokens of past frames are normalised before projection: for keys and values, for keys only, or for none."""
+    """Whether tokens of past frames are normalised before projection: for keys and values, keys only, or neither."""
     extra_kv: bool = False
     """Whether cross-attention has one learned extra key and value, a sink for patches that match nothing."""
     qk_norm: bool = False
