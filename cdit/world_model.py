@@ -214,7 +214,7 @@ class WorldModel(nn.Module):
         """Encodes past frames, of which the last max_context are used.
 
         Args:
-            context: (B, T, 3, H, W) consecutive frames at the model's frames a second, oldest first.
+            context: (B, T, 3, H, W) consecutive frames at the model's frame rate, oldest first.
             mask: (B, T), True where a frame exists.
             spacing: (B,) or one number, metres between consecutive frames; used only by models trained on datasets
                 of different spacings (see `Units`).

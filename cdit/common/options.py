@@ -47,7 +47,7 @@ class TrackingOptions:
     """Where results are logged, in addition to the files."""
 
     tracking: Literal["none", "wandb"] = "none"
-    """Whether to log to Weights & Biases too (offline if nobody is logged in)."""
+    """Whether to log to Weights & Biases too (offline if you are not logged in)."""
     project: str = "cdit"
     """Name of the Weights & Biases project."""
 

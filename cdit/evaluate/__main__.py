@@ -1,4 +1,4 @@
-"""Measures a world model's predictions on a dataset, beside baselines.
+"""Measures a world model's predictions on a dataset, next to baselines.
 
     python -m cdit.evaluate --checkpoint RUN --data FOLDER --out OUT
 

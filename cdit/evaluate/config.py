@@ -28,7 +28,7 @@ class RolloutConfig:
     seconds: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0, 8.0, 16.0])
     """The horizons that are measured; rollouts end with the last one."""
     fps: list[float] = field(default_factory=lambda: [1.0, 4.0])
-    """Steps a second, one rollout for each; they must divide the model's frames a second."""
+    """Steps per second, one rollout for each; they must divide the model's frames per second."""
     samples: int = 64
     """Number of contexts, evenly spread over the split."""
     index: str | None = None

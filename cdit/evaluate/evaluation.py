@@ -197,7 +197,7 @@ def made_of(
 
 
 def describe(config: EvaluateConfig, sampler: SamplerConfig, weights: str, device: torch.device) -> dict[str, Any]:
-    """What results.json holds beside the numbers."""
+    """The part of results.json besides the numbers."""
     return {
         "checkpoint": config.checkpoint,
         "weights": weights,

@@ -1,7 +1,7 @@
 """The protocols: which frames are predicted, with which actions.
 
 They follow Navigation World Models (arXiv 2412.03572): *time* predicts 1, 2, 4, 8 and 16 s ahead in one jump, *rollout*
-autoregressively at 1 and 4 frames a second.
+autoregressively at 1 and 4 frames per second.
 """
 
 from abc import ABC, abstractmethod
@@ -32,7 +32,7 @@ class Protocol(ABC):
     seconds: list[float]
     """The horizons that are measured."""
     fps: float
-    """The model's frames a second."""
+    """The model's frames per second."""
     offsets: list[int]
     """How many frames ahead each of the G predicted frames is."""
 
@@ -119,14 +119,14 @@ def direct(seconds: Sequence[float], fps: float) -> Direct:
 
 
 def rollout(seconds: Sequence[float], rate: float, fps: float, release: tuple[Units, float] | None = None) -> Rollout:
-    """The protocol *rollout* at a rate in frames a second, up to the last of the horizons.
+    """The protocol *rollout* at a rate in frames per second, up to the last of the horizons.
 
     Raises:
         UserError: the rate does not divide the model's, or a horizon lies between two steps.
     """
     stride = round(fps / rate)
     if stride < 1 or abs(stride * rate - fps) > 1e-6:
-        raise UserError(f"rollout.fps is {rate:g}, expected what divides the model's {fps:g} frames a second evenly")
+        raise UserError(f"rollout.fps is {rate:g}, expected a divisor of the model's {fps:g} frames per second")
     steps = max(_frames(horizon, rate, "rollout.seconds") for horizon in seconds)
     offsets = [stride * step for step in range(1, steps + 1)]
     return Rollout(f"rollout_{rate:g}fps", list(seconds), fps, offsets, stride, release)

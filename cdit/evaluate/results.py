@@ -31,7 +31,7 @@ class ProtocolResult:
 
     name: str
     fps: float
-    """The model's frames a second."""
+    """The model's frames per second."""
     cases: list[tuple[str, int]]
     """(trajectory, time) of each sample."""
     rows: list[Row]

@@ -37,7 +37,7 @@ def attention_of(cdit: CDiT, layer: int, kind: Kind) -> MultiHeadAttention:
 class LayerAttention:
     """One call of one layer's attention, with a dimension for goals; G is 1 if targets were passed without goals.
 
-    Each method computes its result anew, so that nothing outlives the caller's reference.
+    Each method recomputes its result, so that nothing outlives the caller's reference.
     """
 
     def __init__(self, layer: int, attention: MultiHeadAttention, observation: Observation, patches: int, goals: int):

@@ -137,7 +137,7 @@ def predicted_turns(
 
 
 def turning_table(turns: list[Turn], focal: float) -> str:
-    """Share of right signs, and the shift at the picture's centre beside f·tan(Δyaw).
+    """Share of correct signs, and the shift at the centre of the picture relative to f·tan(Δyaw).
 
     Args:
         turns: the rows.
