@@ -12,25 +12,15 @@ HEAVY = ("torch", "diffusers", "matplotlib", "wandb")
 COMMANDS = [
     ["train.py"],
     ["sample.py"],
-    ["-m", "cdit.benchmark"],
     ["data/doom/prepare.py"],
-    ["-m", "cdit.data.check"],
-    ["-m", "cdit.data.encode"],
-    ["-m", "cdit.data.from_video"],
-    ["-m", "cdit.data.shard"],
+    *(["-m", f"cdit.{path.parent.name}"] for path in sorted(ROOT.glob("cdit/*/__main__.py"))),
+    *(["-m", f"cdit.data.{name}"] for name in ("check", "encode", "from_video", "shard")),
     ["-m", "cdit.data.shard", "convert"],
-    ["-m", "cdit.evaluate"],
-    ["-m", "cdit.heads"],
-    ["-m", "cdit.studies"],
+    ["-m", "cdit.model", "scale"],
+    ["-m", "cdit.nwm", "convert"],
     ["-m", "cdit.studies", "ablate"],
     ["-m", "cdit.studies", "steps"],
     ["-m", "cdit.studies", "turning"],
-    ["-m", "cdit.model"],
-    ["-m", "cdit.model", "describe"],
-    ["-m", "cdit.model", "scale"],
-    ["-m", "cdit.nwm"],
-    ["-m", "cdit.nwm", "convert"],
-    ["-m", "cdit.nwm", "export"],
 ]
 
 
@@ -57,3 +47,11 @@ def test_unknown_options_import_nothing_heavy(command: list[str]):
     code, output, modules = imported(*command, "--no_such_option")
     assert code == 2, output
     assert not modules & set(HEAVY)
+
+
+def test_no_module_beside_a_command_hides_one_of_the_standard_library():
+    """`python cdit/room/command.py` puts the folder first on the path."""
+    modules = [path for path in ROOT.glob("cdit/**/*.py") if path.stem not in ("__init__", "__main__")]
+    commands = {path.parent for path in ROOT.glob("cdit/**/*.py") if '__name__ == "__main__"' in path.read_text()}
+    assert commands
+    assert not [path for path in modules if path.parent in commands and path.stem in sys.stdlib_module_names]
