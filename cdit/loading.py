@@ -7,6 +7,7 @@ import torch
 from tqdm import tqdm
 
 from cdit.common.errors import UserError
+from cdit.common.options import DataOptions
 from cdit.data.config import DataConfig
 from cdit.data.layout import DatasetInfo
 from cdit.data.windows import WindowDataset
@@ -37,56 +38,44 @@ def load_world(checkpoint: str, device: str) -> WorldModel:
     return WorldModel.from_pretrained(checkpoint).to(chosen)
 
 
-def windows_for(
-    world: WorldModel,
-    folder: str,
-    split: str,
-    splits: str | None = None,
-    follow_links: bool = False,
-    spacing: float | None = None,
-    acting: bool = False,
-) -> WindowDataset:
+def windows_for(world: WorldModel, options: DataOptions, acting: bool = False) -> WindowDataset:
     """The windows of a split in the format of the model: frame size, crop, context length, frames per second.
+
+    Prints a note on stderr if the frame rate of the dataset differs.
 
     Args:
         world: the model.
-        folder: the dataset.
-        split: name of the split.
-        splits: folder with <split>/traj_names.txt; by default <folder>/splits.
-        follow_links: whether links within the dataset's folder may lead out of it.
-        spacing: metres between consecutive frames; by default the one in dataset.json.
+        options: the dataset and its split.
         acting: whether the model is conditioned on given actions even if the dataset has none.
-
-    Prints a note on stderr if the frame rate of the dataset differs.
 
     Raises:
         UserError: the dataset cannot be used, or the model needs a spacing and none is given.
     """
     description = world.description
     config = DataConfig(
-        folder=folder,
-        splits=splits,
-        follow_links=follow_links,
+        folder=options.data,
+        splits=options.splits,
+        follow_links=options.follow_links,
         image_size=tuple(description.image_size),
         crop=description.crop,
         context_frames=world.cdit.config.max_context,
         fps=description.fps,
-        spacing=spacing,
+        spacing=options.spacing,
         workers=0,
     )
-    recorded = DatasetInfo.load(Path(folder))
+    recorded = DatasetInfo.load(Path(options.data))
     if recorded is not None and abs(recorded.fps - description.fps) > 1e-6:
         tqdm.write(
-            f"{folder}: dataset.json says {recorded.fps:g} frames per second, but the model expects "
+            f"{options.data}: dataset.json says {recorded.fps:g} frames per second, but the model expects "
             f"{description.fps:g}; frames are used as they are",
             file=sys.stderr,
         )
-    dataset = WindowDataset(config, split)
-    known = spacing or (recorded is not None and recorded.metric_waypoint_spacing)
+    dataset = WindowDataset(config, options.split)
+    known = options.spacing or (recorded is not None and recorded.metric_waypoint_spacing)
     if description.units.spacing is None and not known and (acting or dataset.info.has_actions):
         raise UserError(
-            f"spacing: the model was trained on datasets of different spacings, and {folder}/dataset.json gives none: "
-            "pass --spacing, the metres between consecutive frames"
+            "spacing: the model was trained on datasets of different spacings, and "
+            f"{options.data}/dataset.json gives none: pass --spacing, the metres between consecutive frames"
         )
     return dataset
 

@@ -88,6 +88,14 @@ def test_tiny_latents_are_the_encoders_scaled(tmp_path):
     assert (codec.channels, codec.downscale) == (6, 4)
 
 
+@pytest.mark.parametrize(("kind", "name"), [("kl", "stabilityai/sd-vae-ft-ema"), ("tiny", "madebyollin/taesd")])
+def test_each_kind_has_weights_of_its_own(kind, name, monkeypatch):
+    """Not those of the other architecture, which cannot be loaded."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match=name):
+        load_codec(CodecConfig(kind))
+
+
 @pytest.mark.parametrize(("kind", "save", "channels"), [("kl", save_kl, 5), ("tiny", save_tiny, 6)])
 def test_leading_dimensions_pass_through(kind, save, channels, tmp_path):
     save(tmp_path)

@@ -1,6 +1,7 @@
 """Options that mean the same in every command, for its dataclass to inherit."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from cdit.common.errors import UserError
@@ -65,7 +66,9 @@ def check_options(options: object) -> None:
     """
     for name in ("checkpoint", "data", "splits"):
         path = getattr(options, name, None)
-        if path is not None and "://" not in path and not resolve(path).exists():
+        if path is None or "://" in path:
+            continue
+        if not (resolve(path) if name == "checkpoint" else Path(path)).exists():
             raise UserError(f"{name} is {path}, which does not exist")
     spacing = getattr(options, "spacing", None)
     if spacing is not None and spacing <= 0:

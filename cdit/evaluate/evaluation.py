@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig) -> None:
     is_main = accelerator.is_main_process
     world = load_world(config.checkpoint, str(accelerator.device))
     sampler, weights = config.sampler.over(world.description), weights_hash(world)
-    dataset = windows_for(world, config.data, config.split, config.splits, config.follow_links, config.spacing)
+    dataset = windows_for(world, config)
     studies = build_studies(config, world, dataset)
     with waiting(), accelerator.local_main_process_first():  # which downloads weights for all
         judge = build_judge(config, world, studies, accelerator.device)

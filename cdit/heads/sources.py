@@ -60,7 +60,7 @@ def open_source(config: HeadsConfig, world: WorldModel) -> Source:
     if config.frames is not None:
         offsets = config.offsets or [1]
         return images_source(Path(config.frames), world, offsets, config.samples, config.actions, config.spacing)
-    dataset = windows_for(world, config.data, config.split, config.splits, config.follow_links, config.spacing)
+    dataset = windows_for(world, config)
     named = f"split {config.split!r} of {config.data}"
     return windows_source(dataset, world.cdit.grid, config.offsets or [1, 4, 8], config.samples, named)
 

@@ -86,9 +86,7 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
     if config.actions is not None:
         info = DatasetInfo.load(Path(config.data))
         given = read_actions(config.actions, _step(config, world, info and info.metric_waypoint_spacing))
-    dataset = windows_for(
-        world, config.data, config.split, config.splits, config.follow_links, config.spacing, acting=given is not None
-    )
+    dataset = windows_for(world, config, acting=given is not None)
     recorded = config.length if given is None else 0  # frames of the trajectory that are needed after the context
     windows = spread(dataset.windows_with([recorded]), config.samples)
     if not windows:

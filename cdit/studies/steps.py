@@ -47,7 +47,7 @@ def compare_steps(config: StepsConfig) -> None:
     evaluation.validate()
     world = load_world(config.checkpoint, config.device)
     samplers = settings(config, world.description)
-    dataset = windows_for(world, config.data, config.split, config.splits, config.follow_links, config.spacing)
+    dataset = windows_for(world, config)
     (study,) = build_studies(evaluation, world, dataset)
     if len({case.trajectory for case in study.cases}) < 2:
         raise UserError("time: the cases are of one trajectory, expected more: intervals are over trajectories")

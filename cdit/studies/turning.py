@@ -6,7 +6,7 @@ between which the camera hardly changed its place show how precise the measureme
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -60,7 +60,7 @@ def measure_turning(config: TurningConfig) -> None:
     if not world.description.has_actions:
         raise UserError(f"{config.checkpoint}: was trained without actions")
     # Turns on the spot are the same in any unit of length.
-    dataset = windows_for(world, config.data, config.split, config.splits, config.follow_links, config.spacing or 1.0)
+    dataset = windows_for(world, replace(config, spacing=config.spacing or 1.0))
     if dataset.info.camera is None:
         raise UserError(f"{config.data}/dataset.json: has no camera, which relates turns to pixels")
     focal = focal_lengths(dataset.info.camera, dataset.config.image_size, dataset.config.crop)
