@@ -123,9 +123,7 @@ def _parser(
         usage=f"{program} {shown} [options]".replace("  ", " "),
         description=_filled(description),
         formatter_class=_Formatter,
-        epilog="An option that takes {true,false} stands for true without a value."
-        if any(_bools(config_class))
-        else None,
+        epilog="Without a value, an option of {true,false} means true." if any(_bools(config_class)) else None,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     parser.add_class_arguments(config_class, as_positional=positional, fail_untyped=True, skip={listed} - {None})
