@@ -173,8 +173,8 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Checkpoints."""
     tracking: Literal["wandb", "none"] = "wandb"
-    """Whether to log to Weights & Biases (offline if you are not logged in), in addition to metrics.jsonl and pictures in
-    the folder of the run."""
+    """Whether to log to Weights & Biases (offline if you are not logged in), in addition to metrics.jsonl and pictures
+    in the folder of the run."""
     project: str = "cdit"
     """Name of the Weights & Biases project."""
     log_every: int = 20
