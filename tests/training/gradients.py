@@ -24,6 +24,7 @@ from cdit.training import setup
 from cdit.training.config import TrainConfig
 from cdit.training.durable.run import DurableRun
 from cdit.training.durable.signals import StopSignals
+from cdit.training.tracking import Tracker
 from cdit.training.validation import Validation
 from cdit.world_model import WorldModel
 
@@ -107,7 +108,8 @@ def main(config_file: str, out: str, *cases: str) -> None:
             "validation.samples": windows, **STANDING,
         }  # fmt: skip
         config = parse_config(TrainConfig, "", ["--config", config_file, *options(values)])
-        with watched() as found, StopSignals() as signals:
+        # The end of a run is that of its processes' group, which the next one needs.
+        with watched() as found, patch.object(Tracker, "finish"), StopSignals() as signals:
             train.train(config, signals)
         assert found["parts"] == micro_batches
         torch.save(found, Path(out) / f"{config.name}_{PartialState().process_index}.pt")
