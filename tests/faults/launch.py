@@ -225,7 +225,7 @@ class Phases:
     def _audit(self, event: str, _: tuple) -> None:
         if event not in FILE_OPERATIONS:
             return
-        for phase in [phase for phase in self.since if self.threads[phase] == threading.get_ident()]:
+        for phase in [phase for phase in list(self.since) if self.threads[phase] == threading.get_ident()]:
             self.operations[phase] += 1
             for fault in self._due(phase):
                 if fault.operation == self.operations[phase]:
