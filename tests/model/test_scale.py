@@ -198,7 +198,7 @@ def test_the_command_line(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["cdit.model", *arguments])
     main()
     out = capsys.readouterr().out
-    assert "128 contexts a step" in out
+    assert "128 contexts" in out
     tables = [block.splitlines() for block in out.split("\n\n") if block.startswith("|")]
     assert len(tables) == 4
     for table in tables:
