@@ -80,9 +80,9 @@ def launch(folder: Path, name: str, *options: str) -> subprocess.Popen:
 )
 def test_processes_start(tmp_path: Path, name, options, expected):
     process = launch(tmp_path, name, *options)
-    said, _ = process.communicate(timeout=60)
+    printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert sorted(said.splitlines()) == expected
+    assert sorted(printed.splitlines()) == expected
 
 
 @pytest.mark.slow

@@ -36,7 +36,7 @@ def linedef(
 
 @pytest.fixture
 def binary(tmp_path: Path) -> WadMap:
-    """Of no sensible shape; what the lines are is said beside them. Another map follows."""
+    """Not a sensible shape; comments explain the lines. Another map follows."""
     lines = [
         linedef(0, 1, 0, flags=1),  # a wall
         linedef(1, 2, 1, 2),  # open

@@ -342,13 +342,13 @@ def test_a_lost_process_is_not_waited_for(walks: Path, checkpoint: Path, tmp_pat
         for rank in "01"
     ]
     try:
-        _, said = processes[0].communicate(timeout=300)
+        _, output = processes[0].communicate(timeout=300)
     finally:
         for process in processes:
             process.kill()
             process.communicate()
-    assert processes[0].returncode == 75, said
-    assert "stopped: another process does not answer (" in said
+    assert processes[0].returncode == 75, output
+    assert "stopped: another process does not answer (" in output
 
 
 @pytest.mark.slow

@@ -166,9 +166,9 @@ def test_without_weights_lpips_is_left_out_with_one_line(monkeypatch: pytest.Mon
     monkeypatch.delenv("CDIT_LPIPS_BACKBONE", raising=False)
     monkeypatch.setattr(type(metrics.AlexNet_Weights.DEFAULT), "get_state_dict", fail)
     assert list(load_metrics()) == ["psnr", "ssim"]
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    assert "CDIT_LPIPS_BACKBONE" in said
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == 1
+    assert "CDIT_LPIPS_BACKBONE" in printed
 
 
 @pytest.mark.parametrize(
@@ -180,10 +180,10 @@ def test_what_frames_are_too_small_for_is_left_out(
     monkeypatch.setattr(metrics, "load_lpips", lambda device: Lpips.__new__(Lpips))
     found = load_metrics(image_size=size)
     assert list(found) == left
-    said = capsys.readouterr().err
-    assert said.count("\n") == (len(left) < 3)
-    assert ("LPIPS needs 32" in said) is ("lpips" not in left)
-    assert ("SSIM needs 6" in said) is ("ssim" not in left)
+    printed = capsys.readouterr().err
+    assert printed.count("\n") == (len(left) < 3)
+    assert ("LPIPS needs 32" in printed) is ("lpips" not in left)
+    assert ("SSIM needs 6" in printed) is ("ssim" not in left)
     a, b = frames(0, size=size), frames(1, size=size)
     for name in set(left) - {"lpips"}:
         assert found[name](a, b).isfinite().all()

@@ -29,7 +29,7 @@ class Ended:
 
     code: int
     """Its exit code; negative: the signal that ended it."""
-    said: str
+    printed: str
     """What it wrote to stdout and stderr, without progress bars."""
     after_signal_s: float | None
     """How long after the last signal that it sent itself."""
@@ -37,7 +37,7 @@ class Ended:
     @property
     def message(self) -> str:
         """The last line, which says why a run ended."""
-        return (self.said.strip().splitlines() or [""])[-1]
+        return (self.printed.strip().splitlines() or [""])[-1]
 
 
 @dataclass
@@ -120,9 +120,11 @@ class Trainer:
             time.sleep(0.01)
         assert_nothing_is_left(pid, mark)
         ended = time.time()
-        said = [line.rpartition("\r")[2] for line in log.read_text(errors="replace").replace("\x1b[A", "").split("\n")]
-        sent = [float(line.rpartition(" ")[2]) for line in said if "signal sent at" in line]
-        return Ended(code, "\n".join(said), ended - sent[-1] if sent else None)
+        printed = [
+            line.rpartition("\r")[2] for line in log.read_text(errors="replace").replace("\x1b[A", "").split("\n")
+        ]
+        sent = [float(line.rpartition(" ")[2]) for line in printed if "signal sent at" in line]
+        return Ended(code, "\n".join(printed), ended - sent[-1] if sent else None)
 
     def reference(
         self, *arguments: object, processes: int | None = None, environment: dict[str, str] | None = None
@@ -132,7 +134,7 @@ class Trainer:
         if key not in self.references:
             output = self.folder / f"reference_{len(self.references)}"
             ended = self.run(output, *arguments, processes=processes, environment=environment)
-            assert ended.code == 0, ended.said
+            assert ended.code == 0, ended.printed
             self.references[key] = output / "run"
         return self.references[key]
 
@@ -221,7 +223,7 @@ def survive(
     code: int | Sequence[int],
     faults: Sequence[dict[str, Any]] = (),
     says: str = "",
-    mend: Callable[[], object] = lambda: None,
+    repair: Callable[[], object] = lambda: None,
     reference: Path | None = None,
     again: dict[str, Any] | None = None,
     within_s: float | None = None,
@@ -238,7 +240,7 @@ def survive(
         code: with what the disturbed run has to end, or one of several.
         faults: what is to go wrong.
         says: what has to stand in its last line.
-        mend: called before it is resumed.
+        repair: called before it is resumed.
         reference: the undisturbed run, by default the one of the config itself.
         again: options of the resumed run, where they are others.
         within_s: the longest time from the signal, that the fault is, to the end.
@@ -247,16 +249,16 @@ def survive(
     table.injected(fault)
     ended = trainer.run(output, *arguments, faults=faults, **options)
     codes = [code] if isinstance(code, int) else code
-    assert ended.code in codes, (ended.code, ended.said)
+    assert ended.code in codes, (ended.code, ended.printed)
     if ended.code in (2, 75) and not options:
-        assert ended.message.startswith("error: " if ended.code == 2 else "stopped: "), ended.said
-        assert "Traceback" not in ended.said, ended.said
-    assert says in ended.message, ended.said
+        assert ended.message.startswith("error: " if ended.code == 2 else "stopped: "), ended.printed
+        assert "Traceback" not in ended.printed, ended.printed
+    assert says in ended.message, ended.printed
     sound = [problem(folder) for folder in checkpoints(output / "run")]
     assert not any(sound), sound
-    mend()
+    repair()
     resumed = trainer.run(output, *arguments, **(options if again is None else again))
-    assert resumed.code == 0, resumed.said
+    assert resumed.code == 0, resumed.printed
     bits = differing_bits(output / "run", reference or trainer.reference())
     note = f"exit {ended.code}"
     if ended.after_signal_s is not None:

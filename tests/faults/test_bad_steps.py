@@ -47,8 +47,8 @@ def test_the_batch_of_a_bad_step_is_kept(trainer: Trainer, undisturbed: Path):
         kept = load_file(undisturbed / f"bad_steps/step_{step:08d}_process_0.safetensors")
         assert set(kept) == set(tensors)
         assert all(torch.equal(kept[name], value) for name, value in tensors.items())
-        said = json.loads((undisturbed / f"bad_steps/step_{step:08d}_process_0.json").read_text())
-        assert (said["step"], said["loss"]) == (step, loss)
+        printed = json.loads((undisturbed / f"bad_steps/step_{step:08d}_process_0.json").read_text())
+        assert (printed["step"], printed["loss"]) == (step, loss)
 
 
 @pytest.mark.parametrize("entry", [6, pytest.param(9, marks=pytest.mark.faults("all"))])

@@ -89,8 +89,8 @@ def test_a_damaged_checkpoint_is_named_kept_and_left(
     table.injected(name)
     before = {path.name: path.read_bytes() for path in newest.iterdir()}
     ended = trainer.run(tmp_path)
-    assert ended.code == 0, ended.said
-    (line,) = [line for line in ended.said.splitlines() if "is damaged" in line]
+    assert ended.code == 0, ended.printed
+    (line,) = [line for line in ended.printed.splitlines() if "is damaged" in line]
     assert str(newest) in line
     assert (file if damage not in (lie, lead_out) else "") in line
     kept = newest.with_name("step_00000009.damaged")
@@ -101,7 +101,7 @@ def test_a_damaged_checkpoint_is_named_kept_and_left(
 
 
 def test_all_damaged(trainer: Trainer, stopped: Path, tmp_path: Path):
-    """Nothing to go on from: said, and nothing trained over what may still be saved."""
+    """Nothing to continue from: an error, and no training over what may still be rescued."""
     run = shutil.copytree(stopped / "run", tmp_path / "run", symlinks=True)
     for folder in checkpoints(run):
         flip(folder / "model.safetensors")

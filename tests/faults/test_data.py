@@ -52,13 +52,13 @@ def test_the_run_stops_at_a_bad_frame(
         faults=[{"act": "shell", "argument": spoil(how)(frame), "phase": "step", "entry": 2}],
         code=2,
         says=str(frame),
-        mend=lambda: shutil.copy(kept, frame),
+        repair=lambda: shutil.copy(kept, frame),
     )
 
 
 @pytest.mark.parametrize("how", ["cut short", pytest.param("deleted", marks=pytest.mark.faults("all"))])
 def test_the_run_leaves_out_a_bad_frame(trainer: Trainer, table: Table, data: Path, tmp_path: Path, how: str):
-    """Counted and named; killed and resumed, it is the run that is told to leave out the same and is not killed."""
+    """Counted and named; a run that is killed and resumed equals an uninterrupted one that skips the same samples."""
     frame = data / FRAME
     arguments = ("--data.folder", data, *NO_CACHE, "--data.on_error", "skip")
     fault = {"act": "shell", "argument": spoil(how)(frame), "phase": "step", "entry": 4}
@@ -66,21 +66,21 @@ def test_the_run_leaves_out_a_bad_frame(trainer: Trainer, table: Table, data: Pa
     sound = tmp_path / "kept.jpg"
     shutil.copy(frame, sound)
     undisturbed = trainer.run(tmp_path / "whole", *arguments, faults=[fault])
-    assert undisturbed.code == 0, undisturbed.said
+    assert undisturbed.code == 0, undisturbed.printed
     shutil.copy(sound, frame)
     name = f"frame {how}: skip, and killed"
     table.injected(name)
     ended = trainer.run(tmp_path, *arguments, faults=[fault, kill])
     assert ended.code < 0
     resumed = trainer.run(tmp_path, *arguments)
-    assert resumed.code == 0, resumed.said
+    assert resumed.code == 0, resumed.printed
     bits = differing_bits(tmp_path / "run", tmp_path / "whole" / "run")
     table.recovered(name, bits, note="SIGKILL")
     assert bits == 0
-    counts = [line.count("skipped: ") for line in (undisturbed.said, ended.said, resumed.said)]
+    counts = [line.count("skipped: ") for line in (undisturbed.printed, ended.printed, resumed.printed)]
     assert counts[0] > 1
     assert counts[2] >= 1
-    assert str(frame) in undisturbed.said
+    assert str(frame) in undisturbed.printed
     last_row = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     counted = [yaml.safe_load(row)["train/skipped_samples"] for row in last_row if "train/loss" in row]
     assert counted[-1] == counts[0]

@@ -39,7 +39,7 @@ def test_full_disk(trainer: Trainer, table: Table, disk: Path, phase: str, entry
         faults=[{"act": "fill", "argument": str(disk), "phase": phase, "entry": entry}],
         code=2,
         says=str(disk / "run"),
-        mend=(disk / "filler").unlink,
+        repair=(disk / "filler").unlink,
     )
 
 
@@ -80,10 +80,10 @@ def test_read_only_on_the_way(trainer: Trainer, table: Table, disk: Path, phase:
         faults=[{"act": "shell", "argument": f"mount -o remount,ro {disk}", "phase": phase, "entry": entry}],
         code=2,
         says=str(disk),
-        mend=remount(disk, "rw"),
+        repair=remount(disk, "rw"),
     )
 
 
 def test_read_only_from_the_start(trainer: Trainer, table: Table, disk: Path):
     remount(disk, "ro")()
-    survive(trainer, table, "read-only output folder", disk, code=2, says="is not writable", mend=remount(disk, "rw"))
+    survive(trainer, table, "read-only output folder", disk, code=2, says="is not writable", repair=remount(disk, "rw"))

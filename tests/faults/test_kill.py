@@ -19,7 +19,7 @@ def undisturbed(trainer: Trainer) -> dict[str, list[dict]]:
     """How long each phase took, every time it was entered, and how many operations on files it had."""
     log = trainer.folder / "phases.log"
     ended = trainer.run(trainer.folder / "timed", environment={"PHASES_LOG": str(log)})
-    assert ended.code == 0, ended.said
+    assert ended.code == 0, ended.printed
     assert differing_bits(trainer.folder / "timed" / "run", trainer.reference()) == 0
     entries: dict[str, list[dict]] = {phase: [] for phase in PHASES}
     for line in log.read_text().splitlines():
@@ -43,7 +43,7 @@ def disturb(trainer: Trainer, output: Path, table: Table, faults: list[tuple[str
             table.injected(name)
             open_faults.append(name)
             continue
-        assert ended.code == 0, ended.said
+        assert ended.code == 0, ended.printed
         if fault is not None:  # the run was over before
             assert open_faults, f"never happens: {fault}"
             faults.insert(0, (name, fault))

@@ -16,7 +16,7 @@ from harness import LAUNCH, Table, Trainer, assert_nothing_is_left, differing_bi
 pytestmark = pytest.mark.faults("all")
 PORT = 29_533
 BOUND_S = 60.0
-"""In which both have said so and end after the cable is cut; timeout_minutes of the config is 0.5."""
+"""Seconds until both report it and end after the cable is cut; timeout_minutes of the config is 0.5."""
 WAIT_S = 40.0
 
 
@@ -47,7 +47,7 @@ class Network:
     def cut(self) -> None:
         ip("-n", self.names[1], "link", "set", self.devices[1], "down")
 
-    def mend(self) -> None:
+    def repair(self) -> None:
         ip("-n", self.names[1], "link", "set", self.devices[1], "up")
 
     def remove(self) -> None:
@@ -90,7 +90,7 @@ class Machines:
             cut_at: when this file is there, the cable is cut.
 
         Returns:
-            The exit codes of the launchers, what was said, and how long after the cut both had said why they stop.
+            The exit codes of the launchers, what was printed, and how long after the cut both reported why they stop.
         """
         started, logs = [], []
         self.count += 1
@@ -150,8 +150,8 @@ class Machines:
 
 
 def test_two_machines_train_as_two_processes(trainer: Trainer, table: Table, network: Network, tmp_path: Path):
-    codes, said, _ = Machines(trainer, network, tmp_path).run()
-    assert codes == [0, 0], said
+    codes, printed, _ = Machines(trainer, network, tmp_path).run()
+    assert codes == [0, 0], printed
     bits = differing_bits(tmp_path / "run", trainer.reference(processes=2))
     table.injected("2 nodes, as 2 processes of one", 0)
     table.recovered("2 nodes, as 2 processes of one", bits, times=0, note="undisturbed")
@@ -160,7 +160,7 @@ def test_two_machines_train_as_two_processes(trainer: Trainer, table: Table, net
 
 @pytest.mark.parametrize("phase", ["step", "write"])
 def test_the_cable_is_cut(trainer: Trainer, table: Table, network: Network, tmp_path: Path, phase: str):
-    """Both ends notice and say so, and nothing of them is left; when it is mended, the run goes on."""
+    """Both ends notice, report it and leave no process behind; once it is repaired, the run continues."""
     name = f"link between 2 nodes cut: {phase}"
     entry = {"step": 8, "write": 2}[phase]
     reached = tmp_path / "reached"
@@ -169,14 +169,14 @@ def test_the_cable_is_cut(trainer: Trainer, table: Table, network: Network, tmp_
     fault = f'[{{"act": "shell", "argument": "{shell}", "phase": "{phase}", "entry": {entry}, "rank": %d}}]'
     machines = Machines(trainer, network, tmp_path)
     table.injected(name)
-    codes, said, took = machines.run((fault % 0, fault % 1), cut_at=reached)
+    codes, printed, took = machines.run((fault % 0, fault % 1), cut_at=reached)
     assert all(code != 0 for code in codes), codes
     assert 0 < took < BOUND_S
-    for text in said:
+    for text in printed:
         assert "another process is gone or does not respond" in text, text
-    network.mend()
-    codes, said, _ = machines.run()
-    assert codes == [0, 0], said
+    network.repair()
+    codes, printed, _ = machines.run()
+    assert codes == [0, 0], printed
     bits = differing_bits(tmp_path / "run", trainer.reference(processes=2))
     table.recovered(name, bits, note=f"both stop in {took:.0f} s")
     assert bits == 0

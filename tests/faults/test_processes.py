@@ -38,7 +38,7 @@ def test_one_of_two_hangs(trainer: Trainer, table: Table, together: Path, tmp_pa
         trainer, table, f"rank {rank} of 2 hangs", tmp_path, faults=[fault], code=1, reference=together,
         within_s=BOUND_S + 30, **TWO,
     )  # fmt: skip
-    assert "another process is gone or does not respond" in ended.said
+    assert "another process is gone or does not respond" in ended.printed
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
@@ -48,7 +48,7 @@ def test_a_signal_to_one_of_two(trainer: Trainer, table: Table, together: Path, 
     fault = {"act": "send", "argument": number, "phase": "step", "entry": 5, "rank": rank}
     name = f"{signal.Signals(number).name} to one of 2 processes"
     ended = survive(trainer, table, name, tmp_path, faults=[fault], code=1, reference=together, within_s=BOUND_S, **TWO)
-    assert "stopped: at step 5, which is saved" in ended.said
+    assert "stopped: at step 5, which is saved" in ended.printed
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -66,7 +66,7 @@ def test_processes_come_and_go(trainer: Trainer, table: Table, tmp_path: Path):
     table.injected(name, 2)
     for stop_at, processes in ((3, 2), (6, None), (None, 2)):
         ended = trainer.run(tmp_path, *exact, *(("--stop_at", stop_at) if stop_at else ()), processes=processes)
-        assert ended.code == 0, ended.said
+        assert ended.code == 0, ended.printed
     run = tmp_path / "run"
     distance = largest_distance(run, trainer.reference(*exact))
     table.recovered(name, 0, times=2, note=f"weights within {distance:.0e} of those of 1 process")

@@ -22,7 +22,7 @@ def test_a_signal(trainer: Trainer, table: Table, tmp_path: Path, number: int, p
     fault = {"act": "send", "argument": number, "phase": phase, "entry": entry}
     ended = survive(trainer, table, f"{name} to the process", tmp_path, faults=[fault], code=75, within_s=SOON_S)
     assert "--resume auto" in ended.message
-    assert f"{name}: stopping after this step" in ended.said
+    assert f"{name}: stopping after this step" in ended.printed
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -64,7 +64,7 @@ def test_a_signal_under_accelerate(trainer: Trainer, table: Table, tmp_path: Pat
     ended = survive(
         trainer, table, name, tmp_path, faults=[fault], code=codes, launcher=LAUNCHER, again={}, within_s=2 * SOON_S
     )
-    assert "done: " in ended.said or ("stopped: " in ended.said and ended.code)
+    assert "done: " in ended.printed or ("stopped: " in ended.printed and ended.code)
 
 
 @ALL
@@ -79,4 +79,4 @@ def test_the_launcher_is_killed(trainer: Trainer, table: Table, tmp_path: Path, 
         trainer, table, name, tmp_path, faults=[fault], code=-signal.SIGKILL, reference=reference,
         again=how if processes else {}, **how,
     )  # fmt: skip
-    assert "SIGTERM: stopping after this step" in ended.said
+    assert "SIGTERM: stopping after this step" in ended.printed

@@ -21,8 +21,8 @@ def test_the_run_goes_on_without_wandb(
     table.injected(name)
     options = ("--tracking", "wandb", "--probe.every", "0")
     ended = trainer.run(tmp_path, *options, faults=faults, environment=environment)
-    assert ended.code == 0, ended.said
-    assert "W&B" in ended.said
+    assert ended.code == 0, ended.printed
+    assert "W&B" in ended.printed
     assert list((tmp_path / "run" / "wandb").iterdir())
     bits = differing_bits(tmp_path / "run", trainer.reference("--probe.every", "0"))
     table.recovered(name, bits, note="trains on")

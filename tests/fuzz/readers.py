@@ -191,12 +191,12 @@ def _config(folder: Path) -> Reader:
     path = folder / "it.yaml"
 
     def read() -> Config:
-        with contextlib.redirect_stderr(io.StringIO()) as said:
+        with contextlib.redirect_stderr(io.StringIO()) as printed:
             try:
                 return parse_config(Config, "A config.", ["--config", str(path)])
             except SystemExit as stop:  # which is how a command line ends
-                if stop.code == 2 and "it.yaml" in said.getvalue():
-                    raise UserError(said.getvalue()[-1000:]) from stop
+                if stop.code == 2 and "it.yaml" in printed.getvalue():
+                    raise UserError(printed.getvalue()[-1000:]) from stop
                 raise
 
     names = [*value, *value["part"], "folder", "fps", "class_path", "init_args"]

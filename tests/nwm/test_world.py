@@ -88,19 +88,24 @@ def test_convert_writes_a_world_model(checkpoint, codec, command, tmp_path, caps
     command("convert", checkpoint, tmp_path / "world", "--codec", codec, "--num_heads", "3")
     assert "2 blocks of width 48, 4 past frames of 16×16 pixels" in capsys.readouterr().out
     world = WorldModel.from_pretrained(tmp_path / "world")
-    said = world.description
-    assert (tuple(said.image_size), said.fps, said.crop, said.min_history) == ((16, 16), 4.0, "4:3", 4)
-    assert (said.objective, said.ddpm.learn_variance) == ("ddpm", True)
-    assert said.sampler == SamplerConfig(scheduler="ddpm", steps=250)
-    assert said.has_actions
-    assert said.units == replace(normalization(), spacing=None)
+    description = world.description
+    assert (tuple(description.image_size), description.fps, description.crop, description.min_history) == (
+        (16, 16),
+        4.0,
+        "4:3",
+        4,
+    )
+    assert (description.objective, description.ddpm.learn_variance) == ("ddpm", True)
+    assert description.sampler == SamplerConfig(scheduler="ddpm", steps=250)
+    assert description.has_actions
+    assert description.units == replace(normalization(), spacing=None)
     assert torch.equal(world.cdit.pos_embed, read(Path(checkpoint))["ema"]["pos_embed"])
     reference = diffusers.AutoencoderKL.from_pretrained(codec).state_dict()
     assert all(torch.equal(x, reference[name]) for name, x in world.codec.autoencoder.state_dict().items())
 
     context = torch.rand(2, 4, 3, 16, 16) * 2 - 1
     actions, seconds = torch.randn(2, 3, 3), torch.tensor([[0.25, 4.0, -2.0]] * 2)
-    few = replace(said.sampler, steps=3)
+    few = replace(description.sampler, steps=3)
     draws = [
         world.predict(context, actions, seconds, spacing=s, sampler=few, generator=torch.Generator().manual_seed(0))
         for s in (0.25, 0.25, 0.72)
@@ -227,8 +232,8 @@ def test_other_models_are_not_exported(command, tmp_path):
 
 def test_a_flow_in_the_published_network_is_not_exported(checkpoint, codec, command, tmp_path):
     command("convert", checkpoint, tmp_path / "it", "--codec", codec, "--num_heads", "3")
-    said = json.loads((tmp_path / "it" / "world_model.json").read_text())
-    said |= {"objective": "flow", "sampler": {"scheduler": "euler", "steps": 4}}
-    (tmp_path / "it" / "world_model.json").write_text(json.dumps(said))
+    description = json.loads((tmp_path / "it" / "world_model.json").read_text())
+    description |= {"objective": "flow", "sampler": {"scheduler": "euler", "steps": 4}}
+    (tmp_path / "it" / "world_model.json").write_text(json.dumps(description))
     with pytest.raises(UserError, match=r"it: not a model of NWM: objective is flow, not ddpm$"):
         command("export", tmp_path / "it", tmp_path / "it.pth.tar")

@@ -132,8 +132,8 @@ def compare(
             run(main)
         except SystemExit as end:
             code = end.code
-        said = capsys.readouterr()
-        return SimpleNamespace(code=code, out=said.out, err=said.err)
+        printed = capsys.readouterr()
+        return SimpleNamespace(code=code, out=printed.out, err=printed.err)
 
     return call
 

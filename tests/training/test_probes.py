@@ -161,7 +161,7 @@ class Recorder:
         self.shown += media()
 
     def print(self, text: str) -> None:
-        """Not looked at."""
+        """Not used."""
 
 
 def test_nothing_is_tracked_twice(

@@ -77,9 +77,14 @@ def test_what_the_description_says_of_a_ddpm_in_published_units(
     options = ["--objective", "ddpm", "--units", "nwm", "--sampler.scheduler", "ddim", "--action_dropout", "0.3"]
     crop = ["--data.crop", "4:3", "--data.min_history", "2"]
     world = build_world(config(*options, *crop), train_set)
-    said = world.description
-    assert (said.objective, said.crop, said.min_history, said.action_dropout) == ("ddpm", "4:3", 2, 0.3)
-    assert said.sampler.scheduler == "ddim"
+    description = world.description
+    assert (description.objective, description.crop, description.min_history, description.action_dropout) == (
+        "ddpm",
+        "4:3",
+        2,
+        0.3,
+    )
+    assert description.sampler.scheduler == "ddim"
     assert world.cdit.out_channels == 6
     # Five frames a second, 0.2 m apart: a second ahead is 5/128, 5 spacings forward are 1.
     known = world.network_condition(Condition(torch.tensor([[1.0]]), torch.tensor([[[1.0, 0.8, 0.5]]])))

@@ -99,7 +99,7 @@ def test_what_failed_is_not_requeued_for_the_others_that_it_stopped(cluster, cod
 
 @pytest.mark.parametrize("whole_group", [False, True], ids=["tasks", "script_too"])
 def test_a_signal_stops_the_tasks_and_requeues_the_job(cluster, whole_group):
-    """As at the time limit, where the tasks are told, and where a cluster tells the script as well."""
+    """As at the time limit, when the tasks are signalled, and on clusters that signal the script as well."""
     cluster["CODE"] = "wait"
     job = subprocess.Popen(["bash", SCRIPT], env=cluster, start_new_session=True, stdout=subprocess.PIPE)
     try:

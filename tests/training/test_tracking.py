@@ -39,13 +39,13 @@ def test_without_a_login_the_run_is_kept_offline(
     """Nothing is asked, and one line says how to see it."""
     done, run = offline
     assert "WANDB_API_KEY" not in environment
-    said = done.stdout + done.stderr
-    lines = [line for line in re.split(r"[\n\r]", said) if "wandb" in line.lower() or "W&B" in line]
+    printed = done.stdout + done.stderr
+    lines = [line for line in re.split(r"[\n\r]", printed) if "wandb" in line.lower() or "W&B" in line]
     assert len(lines) == 1, lines
     folder = re.search(r"wandb sync ([^`]+)`", lines[0]).group(1)
     assert (home / folder).resolve() == wandb_run(run).resolve()  # as seen from where it was started
     assert list(wandb_run(run).glob("*.wandb"))
-    assert "?" not in said.replace("?it/s", "").replace("?, ", "").replace("<?", "")
+    assert "?" not in printed.replace("?it/s", "").replace("?, ", "").replace("<?", "")
     assert not (home / "wandb").exists()
 
 

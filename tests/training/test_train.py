@@ -137,7 +137,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(train: Run, whole: Path, stopped
 
 
 def test_a_killed_run_goes_on_from_its_newest_checkpoint(train: Run, whole: Path, stopped: Path, rows: Rows):
-    """Rows after that checkpoint are written anew; a checkpoint half-written is not looked at."""
+    """Rows after that checkpoint are written again; a partial checkpoint is ignored."""
     partial = stopped / "checkpoints" / ".step_00000003.partial"
     (stopped / "checkpoints" / "step_00000003").rename(partial)
     (partial / "state.json").unlink()
@@ -361,8 +361,8 @@ def test_the_newest_sound_checkpoint_is_taken(
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
     run = train(stopped.parent, "--model.dropout", "0.2", "--resume", "auto")
-    said = capsys.readouterr().err
-    assert f"{weights.parent} is damaged: model.safetensors does not have its checksum" in said
+    printed = capsys.readouterr().err
+    assert f"{weights.parent} is damaged: model.safetensors does not have its checksum" in printed
     assert (run / "checkpoints/step_00000003.damaged/model.safetensors").read_bytes() == bytes(content)
     assert rows(run) == rows(whole)
     for file in ("average.safetensors", "model.safetensors", "optimizer.safetensors"):

@@ -259,9 +259,9 @@ def test_damage_is_found_and_an_older_checkpoint_taken(
         if damage != "missing":
             path.write_bytes({"truncated": content[:-1], "empty": b"", "flipped": content}[damage])
     assert find("auto", run).name == "step_00000001"
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 2
-    for line, step in zip(said, (3, 2), strict=True):
+    printed = capsys.readouterr().err.splitlines()
+    assert len(printed) == 2
+    for line, step in zip(printed, (3, 2), strict=True):
         assert line.startswith(f"{run}/checkpoints/step_{step:08d} is damaged: {file} ")
     assert entries(run) == {"step_00000001", "step_00000002.damaged", "step_00000003.damaged", "latest"}
     with pytest.raises(UserError, match="cannot be continued from"):
@@ -450,7 +450,7 @@ def test_a_field_younger_than_the_checkpoint_was_its_default(config: Callable[..
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "said"),
+    ("before", "now", "printed"),
     [
         ("{decay: 0.5}", "{decay: 0.9}", "objective_options.decay is 0.9, was 0.5"),
         ("{}", "{decay: 0.9}", "objective_options.decay is 0.9, was None"),
@@ -458,11 +458,11 @@ def test_a_field_younger_than_the_checkpoint_was_its_default(config: Callable[..
     ],
 )
 def test_options_of_a_users_own_are_compared(
-    config: Callable[..., TrainConfig], tmp_path: Path, before: str, now: str, said: str
+    config: Callable[..., TrainConfig], tmp_path: Path, before: str, now: str, printed: str
 ):
     config("--objective_options", before).save(tmp_path / "config.yaml")
     check_config(config("--objective_options", before), tmp_path)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=printed):
         check_config(config("--objective_options", now), tmp_path)
 
 
