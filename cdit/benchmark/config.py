@@ -7,19 +7,9 @@ from cdit.common.errors import UserError
 from cdit.model import ModelConfig
 
 ModeName = Literal[
-    "train",
-    "sample",
-    "rollout",
-    "plan",
-    "data",
-    "scale",
-    "profile",
-    "attention",
-    "context",
-    "checkpoints",
-    "probes",
+    "train", "sample", "rollout", "plan", "data", "scale", "profile", "attention", "context", "checkpoints", "probes",
     "latents",
-]
+]  # fmt: skip
 ContenderName = Literal["ours", "ours-nwm", "NWM-as-published", "DiT-concat"]
 Precision = Literal["no", "bf16"]
 

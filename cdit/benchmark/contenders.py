@@ -4,7 +4,6 @@ Every contender trains and samples in latents, which are random. Batches are `En
 with G goals each.
 """
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -66,8 +65,13 @@ def random_codec(config: BenchmarkConfig) -> KLCodec:
 
 
 @dataclass
-class Contender(ABC):
-    """A network, its objective, and how it is trained and sampled."""
+class Contender:
+    """A network, its objective, and how it is trained and sampled.
+
+    Subclasses implement `build` (network and objective), `predict` with the arguments of `CDiT.forward`, `encoded` (past
+    frames, encoded once for all denoising steps), `build_optimizer`, `sample` (frames at the goals of a batch) and
+    `rollout` (frames (B, G, L, …) of G action sequences (B, G, L, 3) from past frames that the codec encodes).
+    """
 
     config: BenchmarkConfig
     device: torch.device
@@ -82,32 +86,6 @@ class Contender(ABC):
         for p in self.network.parameters():  # closed gates would multiply by zero
             nn.init.normal_(p, std=0.02)
         self.network.to(self.device)
-
-    @abstractmethod
-    def build(self) -> tuple[nn.Module, Flow | DDPM]:
-        """Network and objective."""
-
-    @abstractmethod
-    def predict(
-        self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Tensor], past: Tensor | ContextCache, mask=None
-    ) -> Tensor:
-        """The network's output (B, G, C', H, W), from past frames or from the result of `encoded`."""
-
-    @abstractmethod
-    def encoded(self, past: Tensor) -> Tensor | ContextCache:
-        """What can be computed from past frames (B, T, C, H, W) once for all denoising steps."""
-
-    @abstractmethod
-    def build_optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
-        """The optimizer, and the function that updates the average of the weights."""
-
-    @abstractmethod
-    def sample(self, batch: EncodedBatch, sampler: SamplerConfig) -> Tensor:
-        """Frames at the goals, (B, G, C, H, W)."""
-
-    @abstractmethod
-    def rollout(self, codec: Codec, frames: Tensor, actions: Tensor, sampler: SamplerConfig) -> Tensor:
-        """Frames (B, G, L, …) of G action sequences (B, G, L, 3), from past frames (B, T, …) that the codec encodes."""
 
     @cached_property
     def optimizer(self) -> tuple[torch.optim.Optimizer, Callable[[], None]]:
