@@ -171,9 +171,7 @@ class WorldModel(nn.Module):
         super().__init__()
         self.cdit, self.codec, self.description = cdit, codec, description
         self.objective = make_objective(description)
-        if description.sampler.scheduler not in self.objective.schedulers:
-            expected = ", ".join(self.objective.schedulers)
-            raise UserError(f"sampler.scheduler is {description.sampler.scheduler}, expected one of {expected}")
+        self._check(description.sampler)
         self._compiled: Callable[..., Tensor] | None = None
 
     @property
@@ -245,8 +243,12 @@ class WorldModel(nn.Module):
             sampler: scheduler, steps and guidance; by default those of the description.
             generator: of the noise.
             progress: whether to show a progress bar over the denoising steps.
+
+        Raises:
+            UserError: the objective has no such scheduler.
         """
         sampler = sampler or self.description.sampler
+        self._check(sampler)
         known = self.network_condition(self._complete(condition or Condition(), state))
         network, goals, device = self._compiled or self.cdit, known["time_shift"].shape, self.device
         guided = sampler.guidance != 1 and "action" in known and bool(known["action_known"].any())
@@ -435,6 +437,11 @@ class WorldModel(nn.Module):
             known = torch.ones(condition.action.shape[:-1], dtype=torch.bool, device=condition.action.device)
         action = units.normalize(condition.action, condition.spacing)
         return named | {"action": action, "action_known": known}
+
+    def _check(self, sampler: SamplerConfig) -> None:
+        possible = self.objective.schedulers
+        if sampler.scheduler not in possible:
+            raise UserError(f"sampler.scheduler is {sampler.scheduler}, expected one of {', '.join(possible)}")
 
     def _complete(self, condition: Condition, state: WorldState) -> Condition:
         """The condition on the world's device, with time shift and spacing from the state if it has none."""

@@ -555,6 +555,8 @@ def test_what_contradicts_is_an_error():
     for beside in ({"mask": mask}, {"fps": 2.0}):
         with pytest.raises(ValueError, match="expected none with a state"):
             world.rollout(state, length=1, **beside)
+    with pytest.raises(UserError, match=r"sampler\.scheduler is ddim, expected one of euler, heun, dpm, unipc"):
+        world.predict(context, Condition(seconds), sampler=SamplerConfig("ddim"))
     for condition in (None, Condition(), Condition(spacing=torch.ones(2))):
         with pytest.raises(ValueError, match="length: expected a number of steps"):
             world.rollout(context, condition)
