@@ -1,3 +1,4 @@
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -5,6 +6,8 @@ import numpy as np
 import pytest
 
 from cdit.data.layout import DatasetInfo, write_split, write_trajectory
+
+sys.path.append(str(Path(__file__).parent))
 
 LENGTHS = {"train": {"a": 20, "b": 13}, "test": {"c": 12}}
 

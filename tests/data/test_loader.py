@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from walks import same
 
 from cdit.batch import Batch
 from cdit.common.errors import DataError, Interrupted

@@ -1,19 +1,15 @@
 """Several datasets in one: every window once, each with its own spacing, poses and frames."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
+from walks import same
 
 from cdit.common.errors import DataError, UserError
 from cdit.data.config import DataConfig
 from cdit.data.layout import Camera, DatasetInfo
 from cdit.data.sources import Source
 from cdit.data.windows import WindowDataset, WindowKey
-
-sys.path.append(str(Path(__file__).parent))
-from walks import same
 
 
 def windows_of(*sources: Source, **values) -> WindowDataset:
