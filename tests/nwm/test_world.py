@@ -12,6 +12,7 @@ import pytest
 import torch
 from published import TINY, published, write_checkpoint
 
+from cdit.batch import Condition
 from cdit.codec import PixelCodec
 from cdit.common.cli import run
 from cdit.common.errors import UserError
@@ -65,20 +66,20 @@ def test_actions_are_normalised_as_published(spacing):
     """-2.5 … 5 spacings forward and ±4 to the left become ±1; yaw stays; nothing is clipped."""
     motion = torch.tensor([[[-2.5, -4, -3.0], [5, 4, 3], [0, 0, 0], [64, 1, 0.5]]]) * torch.tensor([spacing] * 2 + [1])
     seconds = torch.tensor([[-16.0, 16.0, 0.25, 1.0]])
-    action, time = normalization().normalize(motion, seconds, spacing)
+    units = normalization()
+    action, time = units.normalize(motion, spacing), seconds * units.time_scale
     expected = torch.tensor([[[-1, -1, -3], [1, 1, 3], [-1 / 3, 0, 0], [16 + 11 / 15, 0.25, 0.5]]])
     torch.testing.assert_close(action, expected)
     torch.testing.assert_close(time, torch.tensor([[-0.5, 0.5, 1 / 128, 4 / 128]]))
-    torch.testing.assert_close(normalization(spacing=spacing).normalize(motion, seconds)[0], expected)
+    torch.testing.assert_close(normalization(spacing=spacing).normalize(motion), expected)
     with pytest.raises(UserError, match="give the spacing"):
-        normalization().normalize(motion, seconds)
+        normalization().normalize(motion)
 
 
 def test_time_is_in_frames_whatever_the_rate():
     """A frame ahead is 1/128, at 4 or at 10 frames a second."""
     for fps in (4.0, 10.0):
-        _, time = normalization(fps, spacing=1.0).normalize(torch.zeros(1, 1, 3), torch.tensor([[1 / fps]]))
-        torch.testing.assert_close(time, torch.tensor([[1 / 128]]))
+        assert normalization(fps).time_scale / fps == pytest.approx(1 / 128)
 
 
 # --- there ---
@@ -107,7 +108,12 @@ def test_convert_writes_a_world_model(checkpoint, codec, command, tmp_path, caps
     actions, seconds = torch.randn(2, 3, 3), torch.tensor([[0.25, 4.0, -2.0]] * 2)
     few = replace(description.sampler, steps=3)
     draws = [
-        world.predict(context, actions, seconds, spacing=s, sampler=few, generator=torch.Generator().manual_seed(0))
+        world.predict(
+            context,
+            Condition(seconds, actions, spacing=torch.full((2,), s)),
+            sampler=few,
+            generator=torch.Generator().manual_seed(0),
+        )
         for s in (0.25, 0.25, 0.72)
     ]
     assert draws[0].shape == (2, 3, 3, 16, 16)
@@ -115,7 +121,7 @@ def test_convert_writes_a_world_model(checkpoint, codec, command, tmp_path, caps
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
     with pytest.raises(UserError, match="spacing"):
-        world.predict(context, actions, seconds, sampler=few)
+        world.predict(context, Condition(seconds, actions), sampler=few)
 
 
 @torch.no_grad()
@@ -126,9 +132,8 @@ def test_the_converted_network_is_told_published_numbers(checkpoint, codec, comm
     context = torch.rand(1, 4, 3, 16, 16) * 2 - 1
     seen = []
     hook = world.cdit.register_forward_hook(lambda _, args, kwargs, out: seen.append((args, out)), with_kwargs=True)
-    world.predict(
-        context, torch.tensor([[[0.5, -0.25, 0.3]]]), torch.tensor([[-2.0]]), sampler=SamplerConfig("ddpm", 2)
-    )
+    condition = Condition(torch.tensor([[-2.0]]), torch.tensor([[[0.5, -0.25, 0.3]]]))
+    world.predict(context, condition, sampler=SamplerConfig("ddpm", 2))
     hook.remove()
     latents = world.codec.encode(context)
     action, shift = torch.tensor([[2 * 2 / 7.5 - 1 / 3, -1 / 4, 0.3]]), torch.tensor([-8 / 128])
