@@ -61,10 +61,12 @@ def windows_for(world: WorldModel, options: DataOptions, acting: bool = False) -
         context_frames=world.cdit.config.max_context,
         fps=description.fps,
         spacing=options.spacing,
+        source=options.source,
         workers=0,
     )
     recorded = DatasetInfo.load(Path(options.data))
-    if recorded is not None and abs(recorded.fps - description.fps) > 1e-6:
+    is_sampled = options.source == "video"  # at the model's frame rate
+    if recorded is not None and not is_sampled and abs(recorded.fps - description.fps) > 1e-6:
         tqdm.write(
             f"{options.data}: dataset.json says {recorded.fps:g} frames per second, but the model expects "
             f"{description.fps:g}; frames are used as they are",

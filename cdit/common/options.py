@@ -30,6 +30,9 @@ class DataOptions:
     """Folder with <split>/traj_names.txt; by default <data>/splits."""
     follow_links: bool = False
     """Whether links within the dataset folder may lead out of it."""
+    source: str = "auto"
+    """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), or a
+    source of your own, `my_module:Class`."""
     spacing: float | None = None
     """Metres between consecutive frames, which models trained on several datasets ask for; by default the one in
     dataset.json."""

@@ -19,7 +19,7 @@ class Source:
     """One dataset of a mix."""
 
     folder: str
-    """The dataset folder; or a folder or URL of shards."""
+    """The dataset: a folder, or the URL of shards."""
     splits: str | None = None
     """Folder with <split>/traj_names.txt, where that is not <folder>/splits."""
     fps: float | None = None
@@ -28,6 +28,9 @@ class Source:
     """Metres between consecutive frames; by default what dataset.json says, or 1."""
     follow_links: bool = False
     """Whether links within the folder may lead out of it."""
+    source: str = "auto"
+    """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), or a
+    source of your own, `my_module:function`."""
 
 
 @dataclass
@@ -70,6 +73,9 @@ class DataConfig:
     """Metres between consecutive frames, the unit of normalised actions; by default what dataset.json says, or 1."""
     follow_links: bool = False
     """Whether links within the folder may lead out of it; the folder may be a link in any case."""
+    source: str = "auto"
+    """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), or a
+    source of your own, `my_module:function` (see docs/data.md)."""
     cache_gb: float = 4.0
     """Memory for decoded frames in GB, for each process and split; taken as it fills."""
     workers: int = 2
@@ -118,11 +124,12 @@ class DataConfig:
                 raise UserError(f"data.{name} is {getattr(self, name)}, expected {expected}")
         if (self.folder is None) == (not self.mix):
             raise UserError("give either data.folder, a dataset folder, or data.mix, several")
-        alone = [name for name in ("prepare", "splits", "fps", "spacing", "follow_links") if getattr(self, name)]
+        names = ("prepare", "splits", "fps", "spacing", "follow_links", "source")
+        alone = [name for name in names if getattr(self, name) != getattr(DataConfig, name)]
         if self.mix and alone:
-            raise UserError(f"data.{alone[0]} goes with data.folder; with data.mix give it there, for each dataset")
+            raise UserError(f"data.{alone[0]} belongs to data.folder; in a data.mix, set it for each dataset")
 
     @property
     def sources(self) -> list[Source]:
         """The datasets: those of the mix, or the one."""
-        return self.mix or [Source(self.folder, self.splits, self.fps, self.spacing, self.follow_links)]
+        return self.mix or [Source(self.folder, self.splits, self.fps, self.spacing, self.follow_links, self.source)]

@@ -20,8 +20,9 @@ from cdit.data.encode import EncodeConfig
 from cdit.data.frames import FrameStore
 from cdit.data.latents import Encoding, LatentCache
 from cdit.data.loader import Reporting, WindowLoader
-from cdit.data.sources import Source, read_trajectories
-from cdit.data.trajectory import Trajectory
+from cdit.data.shards import is_sharded
+from cdit.data.source import TrajectorySource
+from cdit.data.sources import Source, open_source
 
 PATIENCE = timedelta(hours=24)
 """How long a process waits for those that have more to encode."""
@@ -60,7 +61,7 @@ def encode(config: EncodeConfig) -> None:
 
 
 def _encode(
-    trajectories: Sequence[Trajectory],
+    trajectories: Sequence[TrajectorySource],
     cache: LatentCache,
     codec: Codec,
     config: EncodeConfig,
@@ -107,7 +108,7 @@ def verify(config: EncodeConfig) -> None:
 class _Batches(Dataset):
     """Consecutive frames of one trajectory after another, as training sees them."""
 
-    def __init__(self, trajectories: Sequence[Trajectory], config: DataConfig, size: int):
+    def __init__(self, trajectories: Sequence[TrajectorySource], config: DataConfig, size: int):
         self.frames = FrameStore(trajectories, config.image_size, config.crop, cache_gb=0)
         self.spans = [
             (index, start, min(start + size, len(trajectory)))
@@ -143,9 +144,11 @@ class Rounding:
         return relative
 
 
-def _trajectories(source: Source, splits: Sequence[str] | None) -> list[Trajectory]:
+def _trajectories(source: Source, splits: Sequence[str] | None) -> list[TrajectorySource]:
     """The trajectories of some or all splits, each once."""
+    if is_sharded(source.folder):
+        raise DataError(f"{source.folder}: holds shards; encode the dataset that they were made from")
     lists = Path(source.splits or Path(source.folder, "splits")).glob("*/traj_names.txt")
     splits = splits or sorted(path.parent.name for path in lists) or ["train"]
-    found = {trajectory.name: trajectory for split in splits for trajectory in read_trajectories(source, split)}
+    found = {trajectory.name: trajectory for split in splits for trajectory in open_source(source, split)[0]}
     return list(found.values())

@@ -1,4 +1,4 @@
-"""Frames as the model takes them: decoded, cropped, resized, and kept in memory that the loader's workers share."""
+"""Frames as the model takes them: decoded, cropped, resized, and cached in memory that loader workers share."""
 
 import io
 import mmap
@@ -17,17 +17,17 @@ from cdit.common.errors import DataError
 from cdit.common.files import read_bytes
 from cdit.data.config import MAX_PIXELS, Crop
 from cdit.data.layout import Camera
-from cdit.data.trajectory import Trajectory
+from cdit.data.source import TrajectorySource
 
 MAX_BYTES = 4 * MAX_PIXELS
 """Largest image file."""
 
 
 class Member(Protocol):
-    """An image file within another file; as text, it names both."""
+    """An image file within another file; `str` names both."""
 
     def read(self) -> bytes:
-        """Its contents."""
+        """The bytes of the image file."""
 
 
 def decode(path: Path | Member) -> Tensor:
@@ -99,20 +99,33 @@ def focal_lengths(camera: Camera, image_size: tuple[int, int], crop: Crop) -> tu
     return camera.focal_length * width / cropped_width, camera.focal_length * height / cropped_height
 
 
-class FrameStore:
-    """The frames of some trajectories, each decoded when first asked for and then kept while there is room.
+def stack(images: Sequence[Tensor], origin: object) -> Tensor:
+    """Images as one tensor (N, 3, H, W).
 
-    The memory is shared with the processes forked from this one, and with spawned ones the store is handed to: what one
-    worker decoded, all of them have. Frames beyond the room are decoded whenever they are asked for.
+    Raises:
+        DataError: they have different sizes.
+    """
+    if len({image.shape for image in images}) > 1:
+        raise DataError(f"{origin}: frames of different sizes")
+    return torch.stack(list(images))
+
+
+class FrameStore:
+    """The frames of some trajectories, each decoded when first needed and then cached while there is room.
+
+    The cache is shared with processes forked from this one, and with spawned ones that the store is passed to. Frames
+    beyond the room are decoded each time.
 
     Args:
         trajectories: whose frames.
-        image_size: (height, width) of the frames given out.
+        image_size: (height, width) of the frames returned.
         crop: see `crop_and_resize`.
-        cache_gb: room for decoded frames in GB (10⁹ bytes); taken as it fills.
+        cache_gb: room for decoded frames in GB (10⁹ bytes), allocated as it fills.
     """
 
-    def __init__(self, trajectories: Sequence[Trajectory], image_size: tuple[int, int], crop: Crop, cache_gb: float):
+    def __init__(
+        self, trajectories: Sequence[TrajectorySource], image_size: tuple[int, int], crop: Crop, cache_gb: float
+    ):
         self.trajectories = trajectories
         self.image_size = image_size
         self.crop = crop
@@ -128,24 +141,22 @@ class FrameStore:
         Raises:
             DataError: a frame cannot be decoded.
         """
-        frames = {time: self._frame(trajectory, time) for time in set(times)}
+        start = int(self.starts[trajectory])
+        cached = {time: start + time < self.capacity and bool(self.filled[start + time]) for time in times}
+        frames = {time: self.cache[start + time] for time in cached if cached[time]}
+        if missing := sorted(cached.keys() - frames.keys()):
+            for time, image in zip(missing, self.trajectories[trajectory].frames(missing), strict=True):
+                frames[time] = crop_and_resize(image, self.image_size, self.crop)
+                if start + time < self.capacity:
+                    self.cache[start + time] = frames[time]
+                    self.filled[start + time] = 1  # last, as another process may be looking
         return torch.stack([frames[time] for time in times])
-
-    def _frame(self, trajectory: int, time: int) -> Tensor:
-        slot = int(self.starts[trajectory]) + time
-        if slot < self.capacity and self.filled[slot]:
-            return self.cache[slot]
-        frame = crop_and_resize(decode(self.trajectories[trajectory].frame(time)), self.image_size, self.crop)
-        if slot < self.capacity:
-            self.cache[slot] = frame
-            self.filled[slot] = 1  # only now: another process may be looking
-        return frame
 
 
 def _shared_bytes(size: int) -> Tensor:
     """Zeros (size,) uint8 in memory shared over fork.
 
     An anonymous map takes memory as it is written, and none of /dev/shm, which is small in containers. Torch moves the
-    tensor to shared memory of its own when it is handed to a spawned process.
+    tensor to its own shared memory if it is passed to a spawned process.
     """
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8) if size else torch.zeros(0, dtype=torch.uint8)

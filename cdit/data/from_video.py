@@ -21,11 +21,9 @@ from tqdm import tqdm
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import DataError, UserError
 from cdit.common.files import check_name
-from cdit.data.config import MAX_PIXELS
 from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
+from cdit.data.video import duration, frame_time, open_video, video_errors
 
-FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,m4v,h264,hevc"
-"""What is read, by FFmpeg's names of demuxers."""
 LONGEST_GAP = 60
 """Most seconds from one frame to the next; each second is written as `fps` images."""
 MIN_FRAMES = 16
@@ -126,35 +124,20 @@ def _frame_counts(videos: Sequence[Path], options: VideoOptions) -> list[int]:
     for video in videos:
         try:
             check_name(video.stem, video)
-            with _opened(video) as container:
-                if not container.streams.video:
-                    raise DataError(f"{video}: no video stream")
+            with video_errors(video), open_video(video) as container:
                 stream = container.streams.video[0]
-                if stream.duration is not None:
-                    duration = float(stream.duration * stream.time_base)
-                elif container.duration is not None:
-                    duration = container.duration / av.time_base
-                else:
-                    raise DataError(f"{video}: states no duration; `ffmpeg -i {video} -c copy NEW.mp4` adds one")
+                seconds = duration(container, video)
                 if stream.average_rate is not None and stream.average_rate < options.fps:
                     rate = float(stream.average_rate)
                     raise DataError(f"{video}: {rate:g} frames a second, fewer than --fps {options.fps:g}")
-            counts.append(int(duration * options.fps))
+            counts.append(int(seconds * options.fps))
             if counts[-1] < least:
                 raise DataError(f"{video}: too short, {counts[-1]} frames at --fps {options.fps:g}, expected {least}")
-        except (av.error.FFmpegError, DataError) as error:
-            problems.append(str(error) if isinstance(error, DataError) else f"{video}: not a readable video ({error})")
+        except DataError as error:
+            problems.append(str(error))
     if problems:
         raise DataError("\n  ".join(["videos cannot be used", *problems]))
     return counts
-
-
-def _opened(video: Path) -> av.container.InputContainer:
-    """The file, as one of the `FORMATS`: others, such as lists of files, have FFmpeg open what they name."""
-    container = av.open(str(video), options={"format_whitelist": FORMATS})
-    for stream in container.streams.video:
-        stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
-    return container
 
 
 def _convert_video(video: Path, out: Path, options: VideoOptions, count: int, cut: float) -> list[tuple[str, int]]:
@@ -198,14 +181,12 @@ def _sample(video: Path, fps: Fraction) -> Iterator[av.VideoFrame]:
     """The frames that the video shows at 0, 1/fps, 2/fps, … seconds from its first frame."""
     taken = 0
     try:
-        with _opened(video) as container:
+        with open_video(video) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
             shown = None
             for frame in container.decode(stream):
-                if frame.pts is None:
-                    raise DataError(f"{video}: frames without time stamps")
-                time = frame.pts * frame.time_base
+                time = frame_time(frame, video)
                 if shown is None:
                     start = last = time
                 if abs(time - last) > LONGEST_GAP:

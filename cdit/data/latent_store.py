@@ -10,8 +10,8 @@ from tqdm import tqdm
 
 from cdit.common.errors import DataError
 from cdit.data.latents import TENSOR, Encoding, LatentCache, opened
-from cdit.data.shards import LatentMember, ShardTrajectory
-from cdit.data.trajectory import Trajectory
+from cdit.data.shards import LatentMember
+from cdit.data.source import TrajectorySource
 
 
 class LatentStore:
@@ -38,7 +38,7 @@ class LatentStore:
             return torch.stack([latents[time] for time in times]).float()
 
 
-def open_latents(trajectories: Sequence[Trajectory | ShardTrajectory], encoding: Encoding) -> LatentStore | None:
+def open_latents(trajectories: Sequence[TrajectorySource], encoding: Encoding) -> LatentStore | None:
     """The latents of all the trajectories, or None if any of their datasets has none.
 
     Files are opened and asked what they are; their numbers are not read. Those in shards are taken at the index's word.
@@ -46,11 +46,11 @@ def open_latents(trajectories: Sequence[Trajectory | ShardTrajectory], encoding:
     Raises:
         DataError: a dataset's latents have another encoding, or lack trajectories.
     """
-    datasets: dict[Path, list[Trajectory | ShardTrajectory]] = {}
+    datasets: dict[Path | None, list[TrajectorySource]] = {}
     for trajectory in trajectories:
         datasets.setdefault(trajectory.dataset, []).append(trajectory)
-    files: dict[Path, list[Path | LatentMember] | None] = {
-        folder: _in_shards(found, encoding) if isinstance(found[0], ShardTrajectory) else _in_cache(found, encoding)
+    files: dict[Path | None, list[Path | LatentMember] | None] = {
+        folder: _in_shards(found, encoding) if found[0].shard else _in_cache(found, encoding)
         for folder, found in datasets.items()
     }
     without = [str(folder) for folder, found in files.items() if found is None]
@@ -62,9 +62,9 @@ def open_latents(trajectories: Sequence[Trajectory | ShardTrajectory], encoding:
     return LatentStore([next(in_turn[trajectory.dataset]) for trajectory in trajectories])
 
 
-def _in_cache(trajectories: Sequence[Trajectory], encoding: Encoding) -> list[Path] | None:
+def _in_cache(trajectories: Sequence[TrajectorySource], encoding: Encoding) -> list[Path] | None:
     """The files of trajectories of one folder; None where it has no latent cache."""
-    cache = LatentCache.open(trajectories[0].dataset)
+    cache = trajectories[0].dataset and LatentCache.open(trajectories[0].dataset)
     if cache is None:
         return None
     cache.expect(encoding)
@@ -78,7 +78,7 @@ def _in_cache(trajectories: Sequence[Trajectory], encoding: Encoding) -> list[Pa
     return [cache.file(trajectory) for trajectory in trajectories]
 
 
-def _in_shards(trajectories: Sequence[ShardTrajectory], encoding: Encoding) -> list[LatentMember] | None:
+def _in_shards(trajectories: Sequence[TrajectorySource], encoding: Encoding) -> list[LatentMember] | None:
     """The members of trajectories of one sharded split; None where its shards hold frames alone."""
     shard = trajectories[0].shard
     if shard.split.latents is None:

@@ -26,7 +26,7 @@ from cdit.common.errors import DataError
 from cdit.common.files import parse_json, read_json, write_json, write_whole
 from cdit.data.config import Crop, Precision
 from cdit.data.layout import LATENTS
-from cdit.data.trajectory import Trajectory
+from cdit.data.source import TrajectorySource
 
 FORMAT_VERSION = 1
 DESCRIPTION = "latents.json"
@@ -122,11 +122,11 @@ class LatentCache:
                 "`python -m cdit.data.encode` with this config, or train on the images with --data.latents no"
             )
 
-    def file(self, trajectory: Trajectory) -> Path:
+    def file(self, trajectory: TrajectorySource) -> Path:
         """Where a trajectory's latents stand."""
         return self.folder / f"{trajectory.name}.safetensors"
 
-    def write(self, trajectory: Trajectory, latents: Tensor) -> None:
+    def write(self, trajectory: TrajectorySource, latents: Tensor) -> None:
         """Writes a trajectory's latents (T, S, C, h, w), whole or not at all."""
         latents = latents.to("cpu", self.info.dtype).contiguous()
         final = self.file(trajectory)
@@ -134,7 +134,7 @@ class LatentCache:
         shard = json.dumps({**self._belongs(trajectory), "sha256": _sha256(latents)})
         write_whole(final, save({TENSOR: latents}, {METADATA: shard}))
 
-    def problem(self, trajectory: Trajectory, checksum: bool = False) -> str | None:
+    def problem(self, trajectory: TrajectorySource, checksum: bool = False) -> str | None:
         """What is wrong with a trajectory's latents; None if nothing is.
 
         Args:
@@ -163,7 +163,7 @@ class LatentCache:
             return f"{path}: {shape[0]} frames, but the trajectory has {len(trajectory)}"
         return None if found == recorded else f"{path}: damaged (its numbers do not have its checksum)"
 
-    def _belongs(self, trajectory: Trajectory) -> dict[str, Any]:
+    def _belongs(self, trajectory: TrajectorySource) -> dict[str, Any]:
         """What a file says it belongs to."""
         encoding = self.info.encoding
         return {

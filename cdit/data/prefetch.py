@@ -1,4 +1,4 @@
-"""Fetches the shards of batches to come while others are trained on."""
+"""Fetches remote shards ahead of the batches that need them."""
 
 from collections import deque
 from collections.abc import Iterator
@@ -8,8 +8,7 @@ from threading import Thread
 
 from cdit.common.errors import Interrupted, UserError
 from cdit.data.sampler import KeyedBatchSampler
-from cdit.data.shards import Shard, ShardTrajectory
-from cdit.data.trajectory import Trajectory
+from cdit.data.shards import Shard
 from cdit.data.windows import WindowDataset, WindowKey
 
 AHEAD = 256
@@ -18,15 +17,15 @@ THREADS = 4
 
 
 def fetching_ahead(sampler: KeyedBatchSampler, dataset: WindowDataset) -> "KeyedBatchSampler | FetchingAhead":
-    """The sampler's batches; where the dataset has shards that are afar, these are fetched ahead of them."""
-    is_afar = any(_shard_afar(trajectory) for trajectory in dataset.trajectories)
-    return FetchingAhead(sampler, dataset) if is_afar else sampler
+    """The sampler's batches; if the dataset has remote shards, these are fetched ahead of them."""
+    is_remote = any(trajectory.shard and trajectory.shard.is_remote for trajectory in dataset.trajectories)
+    return FetchingAhead(sampler, dataset) if is_remote else sampler
 
 
 class FetchingAhead:
-    """A sampler's batches, unchanged; the shards that they need are fetched from the time they are `AHEAD` batches off.
+    """A sampler's batches, unchanged; threads fetch the shards that a batch needs `AHEAD` batches before it.
 
-    Whatever goes wrong is left to who reads the shard: it will meet it again.
+    Errors are ignored here: whoever reads the shard meets them again.
     """
 
     def __init__(self, sampler: KeyedBatchSampler, dataset: WindowDataset):
@@ -45,8 +44,9 @@ class FetchingAhead:
             for number, keys in enumerate(self.sampler):
                 for key in keys:
                     trajectory, _ = self.dataset.locate(key.window)
-                    if shard := _shard_afar(self.dataset.trajectories[trajectory]):
-                        # What was not needed for so long may have been let go of.
+                    shard = self.dataset.trajectories[trajectory].shard
+                    if shard and shard.is_remote:
+                        # What was not needed for so long may have been evicted.
                         if number - last_needed.get(str(shard), -AHEAD) >= AHEAD:
                             wanted.put(shard)
                         last_needed[str(shard)] = number
@@ -59,13 +59,7 @@ class FetchingAhead:
                 wanted.put(None)
 
 
-def _shard_afar(trajectory: Trajectory | ShardTrajectory) -> Shard | None:
-    """The shard that the trajectory is in, if that has to be fetched."""
-    is_afar = isinstance(trajectory, ShardTrajectory) and trajectory.shard.shards.is_remote
-    return trajectory.shard if is_afar else None
-
-
 def _fetch(wanted: "SimpleQueue[Shard | None]") -> None:
     while (shard := wanted.get()) is not None:
         with suppress(UserError, Interrupted):
-            shard.shards.file(shard.record)
+            shard.fetch()

@@ -60,6 +60,9 @@ class _Array(np.ndarray):
         version, shape, dtype, fortran, data = state
         super().__setstate__((version, shape, dtype.numpy, fortran, data))
 
+    def __reduce_ex__(self, protocol: int) -> Any:
+        return np.asarray(self).__reduce_ex__(protocol)
+
 
 def _array(data: bytes, dtype: _Dtype, shape: tuple, order: str, axes: tuple | None = None) -> np.ndarray:
     """In place of numpy's _frombuffer; order "K" (numpy ≥ 2.3) is C order with permuted axes."""

@@ -27,6 +27,7 @@ from cdit.data.layout import DatasetInfo
 from cdit.data.shard_cache import FileRecord
 from cdit.data.shards import (
     BLOCK,
+    CONDITION,
     DESCRIPTION,
     FORMAT_VERSION,
     LATENTS,
@@ -37,8 +38,8 @@ from cdit.data.shards import (
     SplitRecord,
     is_sharded,
 )
-from cdit.data.sources import Source, read_trajectories
-from cdit.data.trajectory import Trajectory
+from cdit.data.sources import Source
+from cdit.data.trajectory import FolderSource, Trajectory
 
 WORK = ".unfinished"
 
@@ -65,7 +66,12 @@ def convert(
     finished = dict(there.splits) if there else {}
     if again := [split for split in splits if split in finished]:
         raise UserError(f"{out}: holds split {again[0]!r} already; remove the folder, or name other --splits")
-    trajectories = {split: read_trajectories(source, split) for split in splits}
+    if is_sharded(source.folder):
+        raise DataError(f"{source.folder}: holds shards; expected the folder that they were made from")
+    links = source.follow_links
+    trajectories = {
+        split: FolderSource.open(source.folder, split, splits=source.splits, follow_links=links)[0] for split in splits
+    }
     first = trajectories[splits[0]][0]
     info = DatasetInfo.load(folder) or DatasetInfo(folder.resolve().name, has_actions=first.position is not None)
     if there and there.info != info:
@@ -203,6 +209,9 @@ class _Split:
         if self.trajectories[0].position is not None:
             for key in ("position", "yaw"):
                 table[key] = torch.from_numpy(np.concatenate([getattr(t, key) for t in self.trajectories]))
+        of_each = [{(name, x.shape[1:], x.dtype) for name, x in t.conditions.items()} for t in self.trajectories]
+        for name, *_ in set.intersection(*of_each):
+            table[CONDITION + name] = torch.from_numpy(np.concatenate([t.conditions[name] for t in self.trajectories]))
         return table
 
 

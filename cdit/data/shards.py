@@ -1,4 +1,4 @@
-"""A dataset in a few large files, to be read from afar: more than fits a disk.
+"""A dataset in a few large files, for remote storage and datasets larger than a disk.
 
     <folder>/shards.json            the splits: their tables, and their shards with the trajectories in each
     <folder>/dataset.json           what the dataset is (see cdit.data.layout)
@@ -8,11 +8,11 @@
         <trajectory>/latents.npy    latents (T, S, C, h, w), either or both
 
 Made by `python -m cdit.data.shard`. The tables hold, over all trajectories of a split one after the other, `offset` and
-`size` (N,) int64 of every frame's file within its shard, `position` (N, 2) and `yaw` (N,) float64, and, for each
-trajectory, `latents` (M,) int64: the offset of its latents' file.
+`size` (N,) int64 of every frame's file within its shard, `position` (N, 2) and `yaw` (N,) float64, further conditions
+`condition.<name>` (N, …), and, for each trajectory, `latents` (M,) int64: the offset of its latents' file.
 
-Nothing is unpacked. What is read at an offset has to have the tar header that the index makes one expect: a plain file
-of that name and size.
+Nothing is unpacked: files are read at their offsets, where there has to be the tar header of a plain file of the
+expected name and size.
 """
 
 import io
@@ -21,7 +21,7 @@ import os
 import re
 import stat
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,12 @@ from torch import Tensor
 from cdit.common.cli import parser_instance
 from cdit.common.errors import DataError
 from cdit.common.files import MAX_TEXT, check_name, parse_json, read_text
+from cdit.data.frames import decode, stack
 from cdit.data.latents import LatentInfo
 from cdit.data.layout import DESCRIPTION as DATASET
 from cdit.data.layout import DatasetInfo
 from cdit.data.shard_cache import FileRecord, ShardCache, read_remote
+from cdit.data.source import DatasetSource, Opened, register_source
 from cdit.data.trajectory import MAX_POSE
 
 FORMAT_VERSION = 1
@@ -46,9 +48,10 @@ MAX_DESCRIPTION = 2**28
 BLOCK = tarfile.BLOCKSIZE
 LATENTS = "latents.npy"
 NPY_HEADER = 256
-"""Bytes in which the header of an .npy file has its end; that of five dimensions has 128."""
+"""Bytes read to find the header of an .npy file; that of five dimensions has 128."""
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(?:tar|safetensors)")
 FRAME_SUFFIXES = ("jpg", "jpeg", "png")
+CONDITION = "condition."
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class SplitRecord:
 
 
 def is_sharded(folder: str | Path) -> bool:
-    """Whether a dataset's folder, or URL, is one of shards: all URLs are."""
+    """Whether a folder or URL is a dataset in shards: all URLs are."""
     return "://" in str(folder) or (Path(folder) / DESCRIPTION).is_file()
 
 
@@ -142,6 +145,11 @@ class Shards:
                         *(table[key][frame] if key in table else None for key in ("offset", "size")),
                         int(table["latents"][len(found)]) if record.latents else None,
                         *(table[key][frame] if key in table else None for key in ("position", "yaw")),
+                        {
+                            key.removeprefix(CONDITION): values[frame]
+                            for key, values in table.items()
+                            if key.startswith(CONDITION)
+                        },
                     )
                 )
                 start += frames
@@ -162,6 +170,7 @@ class Shards:
         try:
             with safe_open(path, "pt") as file:
                 table = {name: file.get_tensor(name) for name in expected}
+                further = {name: file.get_tensor(name) for name in file.keys() if name.startswith(CONDITION)}  # noqa: SIM118
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: not readable ({error})") from error
         for name, tensor in table.items():
@@ -172,7 +181,9 @@ class Shards:
                 )
         if record.poses and not all((table[name].abs() <= MAX_POSE).all() for name in ("position", "yaw")):
             raise DataError(f"{path}: poses that are not finite, or larger than {MAX_POSE:g}")
-        return {name: tensor.numpy() for name, tensor in table.items()}
+        if any(tensor.shape[:1] != (frames,) for tensor in further.values()):
+            raise DataError(f"{path}: conditions {', '.join(further)}: expected {frames} rows each")
+        return {name: tensor.numpy() for name, tensor in (table | further).items()}
 
     def _read_text(self, name: str, limit: int) -> str:
         if not self.is_remote:
@@ -194,6 +205,15 @@ class Shard:
 
     def __str__(self) -> str:
         return f"{self.shards.location.rstrip('/')}/{self.record.file}"
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether it has to be fetched before it is read."""
+        return self.shards.is_remote
+
+    def fetch(self) -> None:
+        """Fetches it, unless it was already."""
+        self.shards.file(self.record)
 
     def read(self, offset: int, size: int) -> bytes:
         """These bytes of the shard.
@@ -223,11 +243,11 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardTrajectory:
-    """A trajectory in a shard; otherwise like `cdit.data.trajectory.Trajectory`."""
+    """A `TrajectorySource` in a shard."""
 
     name: str
     folder: Path
-    """Where it would be, were the shards a folder of trajectories."""
+    """For messages."""
     shard: Shard
     length: int
     offset: np.ndarray | None
@@ -238,6 +258,7 @@ class ShardTrajectory:
     """Where the latents' file begins; None if it is not there."""
     position: np.ndarray | None
     yaw: np.ndarray | None
+    conditions: Mapping[str, np.ndarray]
 
     def __len__(self) -> int:
         return self.length
@@ -254,8 +275,12 @@ class ShardTrajectory:
             DataError: the shards hold latents alone.
         """
         if self.offset is None:
-            raise DataError(f"{self.shard}: holds latents and no frames, which were asked for")
+            raise DataError(f"{self.shard}: holds latents only, and frames are needed")
         return FrameMember(self, time)
+
+    def frames(self, times: Sequence[int]) -> Tensor:
+        """Frames (N, 3, H, W) uint8."""
+        return stack([decode(self.frame(time)) for time in times], self.folder)
 
 
 @dataclass(frozen=True)
@@ -313,6 +338,17 @@ class LatentMember:
             raise DataError(f"{self}: not where the index says")
         rows = [shard.read(offset + header + time * frame_bytes, frame_bytes) for time in times]
         return torch.from_numpy(np.frombuffer(bytearray(b"".join(rows)), dtype).reshape(len(times), *shape[1:]))
+
+
+@register_source("shards")
+class ShardSource(DatasetSource):
+    """Shards in a folder or behind a URL."""
+
+    @staticmethod
+    def open(folder: str, split: str, *, cache: ShardCache | None = None, **_: Any) -> Opened:
+        """See `DatasetSource.open`."""
+        shards = Shards(folder, cache)
+        return shards.trajectories(split), shards.info
 
 
 def member(block: bytes, origin: str) -> tuple[str, int]:

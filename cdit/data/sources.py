@@ -1,44 +1,76 @@
-"""Datasets that are trained on together: their trajectories in one list, and what they have in common."""
+"""The datasets of a config: their trajectories in one list, and what they have in common."""
 
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tqdm import tqdm
 
 from cdit.common.errors import DataError
 from cdit.data.config import Source
-from cdit.data.layout import Camera, DatasetInfo
+from cdit.data.layout import Camera
 from cdit.data.shard_cache import ShardCache
-from cdit.data.shards import Shards, ShardTrajectory, is_sharded
-from cdit.data.trajectory import Trajectory, read_split
+from cdit.data.shards import ShardSource, is_sharded
+from cdit.data.source import SOURCES, DatasetSource, Opened, TrajectorySource, register_source
+from cdit.data.trajectory import FolderSource
+from cdit.data.video import VideoSource  # noqa: F401 (registers itself)
 
-LISTED_PROBLEMS = 20
+
+@register_source("auto")
+class AutoSource(DatasetSource):
+    """Shards where there are some, else folders of frames."""
+
+    @staticmethod
+    def open(folder: str, split: str, **options: Any) -> Opened:
+        """See `DatasetSource.open`."""
+        return (ShardSource if is_sharded(folder) else FolderSource).open(folder, split, **options)
 
 
 @dataclass(frozen=True)
 class WindowInfo:
-    """What all windows of a dataset have in common."""
+    """What all windows have in common."""
 
     fps: float
-    """Frames a second."""
     spacing: float | None
-    """Metres between consecutive frames, the unit of normalised actions; None for a mix of different ones."""
+    """Metres between consecutive frames, the unit of normalised actions; None if the datasets differ."""
     has_actions: bool
-    """Whether poses, and so actions, are known, of any trajectory."""
+    """Whether any dataset has poses, and so actions."""
     camera: Camera | None
-    """The camera of the recorded frames (before crop and resize), where it is known and the same for all."""
+    """The camera of the recorded frames (before crop and resize), if it is known and the same for all."""
+
+
+def open_source(source: Source, split: str, cache: ShardCache | None = None, may_lack: bool = False) -> Opened:
+    """Opens a split of one dataset of a config, see `DatasetSource.open`.
+
+    Raises:
+        UserError: there is no such source, or the dataset has problems, which the message lists.
+    """
+    return SOURCES.load(source.source).open(
+        source.folder,
+        split,
+        splits=source.splits,
+        follow_links=source.follow_links,
+        fps=source.fps,
+        may_lack=may_lack,
+        cache=cache,
+    )
 
 
 def read_sources(
     sources: Sequence[Source], split: str, min_frames: int, cache: ShardCache, may_lack: bool = False
-) -> tuple[list[Trajectory | ShardTrajectory], list[float], WindowInfo]:
-    """The trajectories of a split that have at least `min_frames`, dataset after dataset; says how many have not.
+) -> tuple[list[TrajectorySource], list[float], WindowInfo]:
+    """The trajectories of a split that have at least `min_frames`, dataset after dataset.
 
-    With `may_lack`, frames may be missing from a folder where poses say how many there are.
+    Args:
+        sources: the datasets.
+        split: name of the split.
+        min_frames: frames of a window; reports on stderr how many trajectories are shorter.
+        cache: keeps remote files.
+        may_lack: whether frames may be missing; they then fail when they are read.
 
     Returns:
-        The trajectories; the spacing of each one's dataset in metres; and what all have in common.
+        The trajectories; for each the spacing of its dataset in metres; and what all have in common.
 
     Raises:
         DataError: a dataset has problems, which the message lists, or they do not go together.
@@ -52,38 +84,13 @@ def read_sources(
     return trajectories, spacings, _merge(infos, sources)
 
 
-def read_trajectories(source: Source, split: str, may_lack: bool = False) -> list[Trajectory]:
-    """All trajectories of a split of one dataset in a folder; `may_lack` as of `read_split`.
-
-    Raises:
-        DataError: it has problems, which the message lists.
-    """
-    if is_sharded(source.folder):
-        raise DataError(f"{source.folder}: holds shards; expected the dataset's folder that they were made of")
-    trajectories, problems = read_split(
-        source.folder, split, source.splits, follow_links=source.follow_links, may_lack=may_lack
-    )
-    if problems:
-        lines = problems[:LISTED_PROBLEMS]
-        if len(problems) > len(lines):
-            lines.append(f"… and {len(problems) - len(lines)} more: python -m cdit.data.check {source.folder}")
-        raise DataError(f"{source.folder}: split {split!r} cannot be used\n  " + "\n  ".join(lines))
-    return trajectories
-
-
 def _read(
     source: Source, split: str, min_frames: int, cache: ShardCache, may_lack: bool
-) -> tuple[list[Trajectory | ShardTrajectory], WindowInfo]:
-    """The trajectories of a dataset that are long enough for a window; says on stderr how many are not."""
-    if is_sharded(source.folder):
-        shards = Shards(source.folder, cache)
-        trajectories, info = shards.trajectories(split), shards.info
-    else:
-        trajectories = read_trajectories(source, split, may_lack)
-        info = DatasetInfo.load(source.folder) or DatasetInfo(name=source.folder)
+) -> tuple[list[TrajectorySource], WindowInfo]:
+    trajectories, info = open_source(source, split, cache, may_lack)
     long_enough = [trajectory for trajectory in trajectories if len(trajectory) >= min_frames]
     if not long_enough:
-        longest = max(map(len, trajectories))
+        longest = max(map(len, trajectories), default=0)
         raise DataError(
             f"{source.folder}: no trajectory of split {split!r} is long enough for a window, which takes {min_frames} "
             f"frames; the longest has {longest}"
@@ -106,12 +113,12 @@ def _merge(infos: Sequence[WindowInfo], sources: Sequence[Source]) -> WindowInfo
     """What the windows of all sources have in common.
 
     Raises:
-        DataError: frames a second differ, so that the past frames would not mean the same.
+        DataError: their frame rates differ, so that past frames would mean different times.
     """
     rates = {source.folder: info.fps for source, info in zip(sources, infos, strict=True)}
     if len(set(rates.values())) > 1:
         listed = ", ".join(f"{folder} {fps:g}" for folder, fps in rates.items())
-        raise DataError(f"data.mix: expected datasets of the same number of frames a second, not {listed}")
+        raise DataError(f"data.mix: expected datasets of the same frame rate, not {listed}")
     spacings = {info.spacing for info in infos if info.has_actions} or {1.0}
     cameras = [info.camera for info in infos]
     return WindowInfo(

@@ -1,10 +1,12 @@
-"""Reads trajectories and splits from disk (see `cdit.data.layout`) and says everything that is wrong with them."""
+"""Reads trajectories and splits from folders (see `cdit.data.layout`) and lists everything that is wrong with them."""
 
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,25 +14,29 @@ from cdit.common.errors import DataError
 from cdit.common.files import check_inside, check_name, read_text
 from cdit.data import safe_pickle
 from cdit.data.layout import DESCRIPTION, LATENTS, POSES, DatasetInfo, split_file
+from cdit.data.source import DatasetSource, Opened, register_source
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_POSE = 1e9
 """Largest coordinate (metres) and yaw (radians): what is finite here has finite differences and squares in float32."""
+LISTED_PROBLEMS = 20
 FRAME_FILE = re.compile(r"(\d+)\.(?:jpe?g|png)", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The frames of one trajectory, and the pose at each where it is known."""
+    """A `TrajectorySource` whose frames are files in a folder of its own."""
 
     name: str
     folder: Path
-    """The trajectory's own folder."""
     files: np.ndarray
     """(T,) file names of the frames, in time order."""
     position: np.ndarray | None
-    """(T, 2) float64, metres, world coordinates; None in video without poses."""
     yaw: np.ndarray | None
-    """(T,) float64, radians, counter-clockwise; None in video without poses."""
+    conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    shard = None
 
     def __len__(self) -> int:
         return len(self.files)
@@ -44,12 +50,18 @@ class Trajectory:
         """The file of the frame at `time` (0…T-1)."""
         return self.folder / str(self.files[time])
 
+    def frames(self, times: Sequence[int]) -> "Tensor":
+        """Frames (N, 3, H, W) uint8."""
+        from cdit.data.frames import decode, stack  # imports torch
+
+        return stack([decode(self.frame(time)) for time in times], self.folder)
+
 
 def read_names(folder: Path | str, split: str, split_folder: Path | str | None = None) -> list[str]:
-    """The trajectory names of a split as listed, without blank lines.
+    """The trajectory names of a split.
 
     Raises:
-        DataError: the list is missing, unreadable or empty, or a name leads out of the dataset (see `check_name`).
+        DataError: the list is missing, unreadable or empty, or a name leads out of the dataset.
     """
     listing = split_file(Path(folder), split) if split_folder is None else Path(split_folder, split, "traj_names.txt")
     try:
@@ -76,14 +88,14 @@ def read_split(
     Args:
         folder: the dataset.
         split: name of the split.
-        split_folder: what holds `<split>/traj_names.txt`, where that is not `<folder>/splits`.
-        min_frames: trajectories with fewer frames are a problem.
-        follow_links: whether links within the dataset may lead out of its folder; else those are problems.
-        may_lack: whether frames may be missing where poses say how many there are: they fail when they are read.
+        split_folder: the folder of `<split>/traj_names.txt`; by default `<folder>/splits`.
+        min_frames: fewer frames are a problem.
+        follow_links: whether links may lead out of the dataset's folder, which else is a problem.
+        may_lack: whether frames may be missing if poses tell the number of frames; they then fail when they are read.
 
     Returns:
-        The trajectories without a problem, in the order of the split file; and the problems, one line each.
-        Without a `dataset.json`, poses are expected of every trajectory if any of them has a `traj_data.pkl`.
+        The trajectories without problems, in the order of the split file; and the problems, one line each. Without a
+        `dataset.json`, every trajectory needs poses if one has a `traj_data.pkl`.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -121,7 +133,7 @@ def read_split(
 
 
 def _links_out(trajectory: Path, dataset: Path) -> str | None:
-    """What is wrong with a trajectory of which a link leads out of the dataset."""
+    """The problem of a trajectory with a link that leads out of the dataset."""
     try:
         check_inside(trajectory, dataset)
         with os.scandir(trajectory) as entries:
@@ -137,12 +149,13 @@ def _read_trajectory(
     folder: Path, name: str, has_poses: bool, min_frames: int, may_lack: bool
 ) -> tuple[Trajectory | None, list[str]]:
     files, problems = _frame_files(folder)
-    length = max(files, default=-1) + 1  # of which no list is made: a file's name can have any number
+    length = max(files, default=-1) + 1  # may be huge: a file's name can have any number
     pose_problems = []
     position = yaw = None
+    conditions: dict[str, np.ndarray] = {}
     if has_poses:
         try:
-            position, yaw = _read_poses(folder / POSES)
+            position, yaw, conditions = read_poses(folder / POSES)
         except DataError as error:
             pose_problems.append(str(error))
         else:
@@ -150,13 +163,6 @@ def _read_trajectory(
                 length = max(length, len(position))
             if len(position) != length:
                 pose_problems.append(f"{folder}: {length} frames, but {len(position)} poses in {POSES}")
-            largest = np.maximum(np.abs(position).max(axis=1), np.abs(yaw))
-            broken = np.flatnonzero(~(largest <= MAX_POSE))
-            if len(broken):
-                pose_problems.append(
-                    f"{folder / POSES}: {len(broken)} poses are not finite, or beyond {MAX_POSE:g} metres or radians, "
-                    f"the first at frame {broken[0]}"
-                )
     missing = length - len(files)
     if missing and not (may_lack and position is not None):
         first = next(time for time in range(length) if time not in files)
@@ -167,11 +173,11 @@ def _read_trajectory(
         return None, problems + pose_problems
     kind = Path(next(iter(files.values()))).suffix
     names = np.array([files.get(time, f"{time}{kind}") for time in range(length)])
-    return Trajectory(name, folder, names, position, yaw), []
+    return Trajectory(name, folder, names, position, yaw, conditions), []
 
 
 def _frame_files(folder: Path) -> tuple[dict[int, str], list[str]]:
-    """The files of the frames by their numbers, and what is wrong with them."""
+    """The files of the frames by number, and the problems."""
     found: dict[int, str] = {}
     problems = []
     for file in sorted(os.listdir(folder)):
@@ -183,17 +189,65 @@ def _frame_files(folder: Path) -> tuple[dict[int, str], list[str]]:
     return found, problems
 
 
-def _read_poses(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Position (T, 2) and yaw (T,) in float64."""
-    poses = safe_pickle.load(path)
+def read_poses(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """The position (T, 2), yaw (T,) and further conditions (T, …) in a `traj_data.pkl`, see `checked_poses`."""
+    return checked_poses(safe_pickle.load(path), path)
+
+
+def checked_poses(poses: Any, path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Position (T, 2) and yaw (T,) in float64, and the other arrays of numbers with T rows, by name.
+
+    Raises:
+        DataError: `poses` is not a dict with arrays of such shapes, or they are not finite or beyond `MAX_POSE`.
+    """
     if not isinstance(poses, dict) or not {"position", "yaw"} <= poses.keys():
         raise DataError(f"{path}: expected a dict with 'position' and 'yaw'")
-    # Not lists: a few that hold each other many times over would unfold to more than any memory.
-    if not all(isinstance(poses[key], np.ndarray) and poses[key].dtype.kind in "iuf" for key in ("position", "yaw")):
+    arrays = {name: x for name, x in poses.items() if isinstance(x, np.ndarray) and x.dtype.kind in "biuf" and x.ndim}
+    if not {"position", "yaw"} <= arrays.keys():
         raise DataError(f"{path}: position and yaw are not arrays of numbers")
     with np.errstate(over="ignore"):  # numbers of more bits than float64 become infinite
-        position, yaw = np.asarray(poses["position"], np.float64), np.asarray(poses["yaw"], np.float64)
-    length = len(position) if position.ndim else 0
+        position, yaw = (np.asarray(arrays.pop(name), np.float64) for name in ("position", "yaw"))
+    length = len(position)
     if position.shape != (length, 2) or yaw.shape not in ((length,), (length, 1)):
         raise DataError(f"{path}: expected position (T, 2) and yaw (T,), not {position.shape} and {yaw.shape}")
-    return position, yaw.reshape(length)
+    yaw = yaw.reshape(length)
+    broken = np.flatnonzero(~(np.maximum(np.abs(position).max(axis=1, initial=0), np.abs(yaw)) <= MAX_POSE))
+    if len(broken):
+        raise DataError(
+            f"{path}: {len(broken)} poses are not finite, or beyond {MAX_POSE:g} metres or radians, the first at frame "
+            f"{broken[0]}"
+        )
+    return (
+        position,
+        yaw,
+        {name: np.asarray(x) for name, x in arrays.items() if isinstance(name, str) and len(x) == length},
+    )
+
+
+@register_source("folder")
+class FolderSource(DatasetSource):
+    """Frame files in a folder for each trajectory (see `cdit.data.layout`)."""
+
+    @staticmethod
+    def open(
+        folder: str,
+        split: str,
+        *,
+        splits: str | None = None,
+        follow_links: bool = False,
+        may_lack: bool = False,
+        **_: Any,
+    ) -> Opened:
+        """See `DatasetSource.open`."""
+        trajectories, problems = read_split(folder, split, splits, follow_links=follow_links, may_lack=may_lack)
+        if problems:
+            raise listed_problems(folder, split, problems)
+        return trajectories, DatasetInfo.load(Path(folder)) or DatasetInfo(name=folder)
+
+
+def listed_problems(folder: str, split: str, problems: Sequence[str]) -> DataError:
+    """An error that lists the first problems of a split."""
+    lines = list(problems[:LISTED_PROBLEMS])
+    if len(problems) > len(lines):
+        lines.append(f"… and {len(problems) - len(lines)} more: python -m cdit.data.check {folder}")
+    return DataError(f"{folder}: split {split!r} cannot be used\n  " + "\n  ".join(lines))

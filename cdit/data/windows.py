@@ -18,32 +18,33 @@ from cdit.data.latents import Encoding
 from cdit.data.motion import local_motion
 from cdit.data.order import laned, shuffled
 from cdit.data.shard_cache import ShardCache
-from cdit.data.shards import ShardTrajectory
 from cdit.data.sources import read_sources
+
+BUILT_IN = {"time_shift", "action", "action_known", "spacing"}
+"""Names that further conditions cannot have."""
 
 
 class WindowKey(NamedTuple):
-    """Which window, and the key of its random draws."""
+    """A window, and the key of its random draws."""
 
     window: int
     """Index of the window in the dataset."""
     step: int
-    """Training step."""
     sample: int
     """Index of the sample in the step's global batch."""
     weight: float = 1.0
-    """How much the sample counts: 0 for one that only fills a batch up."""
+    """Weight of the sample: 0 for one that only fills a batch up."""
 
 
 class WindowDataset(Dataset):
     """The windows of a split: every (trajectory, current time t) with `min_history` frames up to t and a goal in range.
 
-    An item is a `Batch` of one sample, without the dimension B. Context frames are zeros where the trajectory had not
-    begun; actions are float32 with dyaw in [-π, π), and zeros where they are not known; `key` is
-    `seed_of(seed, step, sample)`.
+    An item is a `Batch` of one sample, without the dimension B. Context frames before the start of the trajectory are
+    zeros; actions are float32 with dyaw in [-π, π), and zeros where unknown; `key` is `seed_of(seed, step, sample)`;
+    `condition.extra` has the conditions that all trajectories have, at the goal, as float32, int64 or bool.
 
     After `use_latents`, context and target of an item are the latents' moments (T, S, C, h, w) and (G, S, C, h, w) in
-    float32 (see cdit.data.latents); `window` and `path` give frames all the same.
+    float32 (see cdit.data.latents); `window` and `path` still return frames.
 
     Args:
         config: which dataset and windows.
@@ -66,6 +67,8 @@ class WindowDataset(Dataset):
         cache = ShardCache(config.shard_cache, config.shard_cache_gb)
         may_lack = config.on_error == "skip" and split == config.train_split
         self.trajectories, self._spacing, self.info = read_sources(config.sources, split, min_frames, cache, may_lack)
+        of_each = [{(name, x.shape[1:]) for name, x in t.conditions.items()} for t in self.trajectories]
+        self._conditions = sorted({name for name, _ in set.intersection(*of_each)} - BUILT_IN)
         self._starts = np.cumsum([0, *(len(trajectory) - min_frames + 1 for trajectory in self.trajectories)])
         self.frames = FrameStore(self.trajectories, config.image_size, config.crop, config.cache_gb)
         self._latents: LatentStore | None = None
@@ -74,9 +77,9 @@ class WindowDataset(Dataset):
         return int(self._starts[-1])
 
     def __getitem__(self, key: WindowKey | int) -> Batch:
-        """The window with goals drawn by the key: uniform over the offsets in range that the trajectory has.
+        """The window with goals drawn by the key, uniformly over the offsets in range that the trajectory has.
 
-        A plain index stands for `WindowKey(index, step=0, sample=index)`.
+        A plain index means `WindowKey(index, step=0, sample=index)`.
         """
         window, step, sample, weight = key if isinstance(key, WindowKey) else WindowKey(key, 0, key)
         trajectory, now = self.locate(window)
@@ -89,53 +92,50 @@ class WindowDataset(Dataset):
         return replace(item, key=torch.tensor(seed), weight=torch.tensor(weight, dtype=torch.float32))
 
     def use_latents(self, encoding: Encoding) -> None:
-        """Has items hold latents in place of frames, if there are any in the dataset's folder (in all, of a mix).
+        """Makes items hold latents in place of frames, if the dataset (every one of a mix) has a latent cache.
 
         Raises:
-            DataError: they were made with another encoding, or some are missing or cut short.
+            DataError: the cache was made with another encoding, or latents are missing or damaged.
         """
         self._latents = open_latents(self.trajectories, encoding)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The permutation (windows,) in which an epoch visits them, as a function of (seed, epoch).
+        """The permutation (windows,) in which an epoch visits the windows, a function of (seed, epoch).
 
-        Of datasets in folders each permutation is equally likely; where there are shards, only few are needed at a time
-        (see cdit.data.order). In a mix of both, a trajectory in a folder is a shard of its own.
+        Without shards every permutation is equally likely; with shards, few are needed at a time (see cdit.data.order),
+        and a trajectory outside any shard counts as a shard of its own.
         """
-        if not any(isinstance(trajectory, ShardTrajectory) for trajectory in self.trajectories):
+        if not any(trajectory.shard for trajectory in self.trajectories):
             return shuffled(len(self), self.seed, epoch)
-        shards = [
-            trajectory.shard if isinstance(trajectory, ShardTrajectory) else trajectory
-            for trajectory in self.trajectories
-        ]
+        shards = [trajectory.shard or trajectory for trajectory in self.trajectories]
         first = [i for i in range(len(shards)) if i == 0 or shards[i] is not shards[i - 1]]
         bounds = self._starts[[*first, len(shards)]]
         return laned(bounds, self.seed, epoch, self.config.lanes, self.config.shuffle_shards)
 
     def fingerprint(self) -> str:
-        """Hexadecimal SHA-256 of what the order and the units of windows depend on, beside the config.
+        """Hexadecimal SHA-256 of what the order and the units of windows depend on, besides the config.
 
-        That is the trajectories, by name and length, how they lie in shards, frame rate and spacings; not what frames
-        show, and not where the dataset is.
+        That is names and lengths of the trajectories, their shards, frame rate and spacings; not the frames' content or
+        the dataset's location.
         """
         digest = hashlib.sha256(repr(self.info.fps).encode())
         for trajectory, spacing in zip(self.trajectories, self._spacing, strict=True):
-            shard = trajectory.shard.record.file if isinstance(trajectory, ShardTrajectory) else None
+            shard = trajectory.shard and trajectory.shard.record.file
             digest.update(repr((trajectory.name, len(trajectory), shard, spacing)).encode())
         return digest.hexdigest()
 
     def locate(self, window: int) -> tuple[int, int]:
-        """Index of the window's trajectory in `trajectories`, and its current time there in frames."""
+        """Index of the window's trajectory in `trajectories`, and its current time in frames."""
         if not 0 <= window < len(self):
             raise IndexError(f"window {window} of {len(self)}")
         trajectory = int(np.searchsorted(self._starts, window, side="right")) - 1
         return trajectory, self._first + window - int(self._starts[trajectory])
 
     def window(self, index: int, offsets: Sequence[int]) -> Batch:
-        """The window `index` with its goals at these offsets in frames: an item without key and weight.
+        """The window `index` with goals at these offsets in frames: an item without key and weight.
 
         Raises:
-            IndexError: an offset leads out of the trajectory.
+            IndexError: an offset lies outside the trajectory.
         """
         trajectory, now = self.locate(index)
         goals = [now + offset for offset in offsets]
@@ -152,13 +152,13 @@ class WindowDataset(Dataset):
         return indices
 
     def path(self, index: int, length: int) -> Batch:
-        """The window's context and the `length` frames that follow it one by one, for rollouts.
+        """The window's context and the `length` frames after it, for rollouts.
 
         An item without key and weight, with G = length: target i is frame t+1+i, its action the motion from frame
         t+i to t+i+1 in the local frame of t+i, its time shift 1 / fps.
 
         Raises:
-            IndexError: the trajectory ends before.
+            IndexError: the trajectory is too short.
         """
         trajectory, now = self.locate(index)
         times = list(range(now, now + length + 1))
@@ -189,5 +189,11 @@ class WindowDataset(Dataset):
                 action=torch.tensor(action, dtype=torch.float32),
                 known=torch.full((len(goals),), trajectory.position is not None),
                 spacing=torch.tensor(self._spacing[index], dtype=torch.float32),
+                extra={name: _numbers(trajectory.conditions[name][goals]) for name in self._conditions},
             ),
         )
+
+
+def _numbers(values: np.ndarray) -> torch.Tensor:
+    kind = {"f": np.float32, "b": np.bool_}.get(values.dtype.kind, np.int64)
+    return torch.from_numpy(values.astype(kind))

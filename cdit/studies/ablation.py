@@ -199,11 +199,10 @@ def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> 
         UserError: no trajectory is long enough.
     """
     datasets = [values["data"] for values in resolved.values()]
-    folder, splits, split, links = (datasets[0][key] for key in ("folder", "splits", "test_split", "follow_links"))
+    folder, split = datasets[0]["folder"], datasets[0]["test_split"]
     longest = max(data["context_frames"] for data in datasets)
-    dataset = WindowDataset(
-        DataConfig(folder, splits=splits, follow_links=links, context_frames=longest, cache_gb=0), split
-    )
+    where = {key: datasets[0][key] for key in ("splits", "follow_links", "source", "fps")}
+    dataset = WindowDataset(DataConfig(folder, context_frames=longest, cache_gb=0, **where), split)
     offsets = [round(seconds * dataset.info.fps) for seconds in config.seconds]
     windows = spread(dataset.windows_with(offsets), config.cases)
     if not windows:
@@ -223,6 +222,7 @@ def evaluation_options(run: Run, config: AblationConfig, data: dict[str, Any]) -
         "split": data["test_split"],
         "splits": data["splits"],
         "follow_links": data["follow_links"],
+        "source": data["source"],
         "out": run.folder / EVALUATION,
         "protocols": ["time"],
         "time.index": config.index,

@@ -1,4 +1,3 @@
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -6,8 +5,6 @@ import numpy as np
 import pytest
 
 from cdit.data.layout import DatasetInfo, write_split, write_trajectory
-
-sys.path.append(str(Path(__file__).parent))
 
 LENGTHS = {"train": {"a": 20, "b": 13}, "test": {"c": 12}}
 

@@ -9,6 +9,7 @@ import pytest
 
 from cdit.common.errors import DataError, UserError
 from cdit.data import from_video
+from cdit.data import video as video_files
 from cdit.data.check import check
 from cdit.data.config import DataConfig
 from cdit.data.frames import decode
@@ -188,8 +189,8 @@ def test_a_time_stamp_far_ahead_is_not_filled_with_images(tmp_path, monkeypatch)
 
 def test_frames_of_too_many_pixels_are_refused(tmp_path, monkeypatch):
     video = write_video(tmp_path / "walk.mp4", 15)
-    monkeypatch.setattr(from_video, "MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr(video_files, "MAX_PIXELS", 64 * 48 - 1)
     with pytest.raises(DataError, match=r"walk\.mp4: (cannot be decoded|ends before)"):
         convert([video], tmp_path / "out", VideoOptions())
-    monkeypatch.setattr(from_video, "MAX_PIXELS", 64 * 48 * 100)  # FFmpeg counts a margin
+    monkeypatch.setattr(video_files, "MAX_PIXELS", 64 * 48 * 100)  # FFmpeg counts a margin
     convert([video], tmp_path / "out", VideoOptions())

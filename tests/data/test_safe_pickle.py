@@ -48,6 +48,7 @@ def test_arrays_and_containers_of_every_protocol(tmp_path, protocol):
     assert read.keys() == VALUES.keys()
     for key, value in VALUES.items():
         assert_same(read[key], value)
+        assert_same(pickle.loads(pickle.dumps(read[key])), value)
 
 
 @pytest.mark.parametrize("protocol", range(5))

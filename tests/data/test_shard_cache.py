@@ -4,13 +4,13 @@ import hashlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
 import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
-from walks import config_of, converted, make_walks, same, windows
 
 from cdit.common.errors import DataError, Interrupted, UserError
 from cdit.data import prefetch, shard_cache
@@ -19,6 +19,9 @@ from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.shard import verify
 from cdit.data.shard_cache import FileRecord, ShardCache
 from cdit.data.windows import WindowDataset
+
+sys.path.append(str(Path(__file__).parent))
+from walks import config_of, converted, make_walks, same, windows
 
 
 class Afar(LocalFileSystem):

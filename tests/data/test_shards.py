@@ -16,7 +16,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
-from walks import SHARD_MB, config_of, converted, make_walks, same, windows
 
 from cdit.common.errors import DataError, UserError
 from cdit.data import shard as command
@@ -29,6 +28,9 @@ from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.shard_writer import verify
 from cdit.data.sources import Source
 from cdit.data.windows import WindowDataset, WindowKey
+
+sys.path.append(str(Path(__file__).parent))
+from walks import SHARD_MB, config_of, converted, make_walks, same, windows
 
 ENCODING = Encoding("kl", "some/autoencoder", "0123456789abcdef" * 4, (12, 16), "aspect")
 

@@ -5,12 +5,12 @@ import pickle
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from walks import make_walks, same, windows
 
 from cdit.common.errors import DataError, UserError
 from cdit.common.randomness import seed_of
@@ -18,6 +18,9 @@ from cdit.data.config import DataConfig
 from cdit.data.layout import POSES
 from cdit.data.motion import local_motion
 from cdit.data.windows import WindowDataset, WindowKey
+
+sys.path.append(str(Path(__file__).parent))
+from walks import make_walks, same, windows
 
 LENGTHS = {"a": 20, "b": 13}  # of the trajectories to train on
 
@@ -51,7 +54,7 @@ def rotated(poses, now, then):
 
 def test_item_shapes_and_types(dataset):
     item = WindowDataset(config_of(dataset), "train")[0]
-    assert {key: (tuple(value.shape), value.dtype) for key, value in item.named_tensors().items()} == {
+    assert {name: (tuple(value.shape), value.dtype) for name, value in item.named_tensors().items()} == {
         "context": ((4, 3, 12, 16), torch.uint8),
         "mask": ((4,), torch.bool),
         "target": ((4, 3, 12, 16), torch.uint8),
@@ -259,7 +262,8 @@ def test_problems_are_listed_and_cut_short(dataset):
 
 def test_data_does_not_import_the_model():
     code = (
-        "import sys, cdit.data.loader, cdit.data.check, cdit.data.from_video, cdit.data.latents, cdit.data.shard;"
+        "import sys, cdit.data.loader, cdit.data.check, cdit.data.from_video, cdit.data.latents, "
+        "cdit.data.shard_writer;"
         "print([m for m in sys.modules if m.startswith('cdit.') and m.split('.')[1] in "
         "('model', 'attention', 'diffusion', 'codec', 'world_model', 'training')])"
     )

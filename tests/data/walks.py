@@ -8,7 +8,7 @@ import torch
 from cdit.batch import Batch
 from cdit.data.config import DataConfig
 from cdit.data.layout import DatasetInfo, write_split, write_trajectory
-from cdit.data.shard import convert
+from cdit.data.shard_writer import convert
 from cdit.data.sources import Source
 from cdit.data.windows import WindowDataset
 
@@ -43,10 +43,6 @@ def windows(folder, split: str = "train", **values) -> WindowDataset:
 
 
 def same(one: Batch, other: Batch) -> bool:
-    """Whether two batches have the same fields, bit by bit."""
-    tensors, others = one.named_tensors(), other.named_tensors()
-    return (
-        tensors.keys() == others.keys()
-        and all(torch.equal(tensors[name], others[name]) for name in tensors)
-        and one.skipped == other.skipped
-    )
+    found, expected = one.named_tensors(), other.named_tensors()
+    equal = found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    return equal and one.skipped == other.skipped

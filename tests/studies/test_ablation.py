@@ -113,7 +113,15 @@ def test_a_variant_that_cannot_be_trained_is_found_before_anything_is(walks: Pat
 
 
 def test_what_cannot_be_evaluated_is_found_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    data = {"folder": "somewhere", "test_split": "test", "splits": None, "mix": [], "fps": None, "follow_links": False}
+    data = {
+        "folder": "somewhere",
+        "test_split": "test",
+        "splits": None,
+        "mix": [],
+        "fps": None,
+        "follow_links": False,
+        "source": "auto",
+    }
     monkeypatch.setattr(ablation, "resolve", lambda run: {"data": data})
     monkeypatch.setattr(ablation, "train", lambda run, config: pytest.fail("trained"))
     with pytest.raises(UserError, match="batch_size is 0"):

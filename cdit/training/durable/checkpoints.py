@@ -47,7 +47,7 @@ LATEST = "latest"
 MAY_DIFFER = re.compile(
     r"(name|output|resume|allow_changes|steps|stop_at|train_seconds|stop_at_seconds|micro_batch_size|compile"
     r"|mixed_precision|activation_checkpointing|tracking|project|log_every|deterministic|timeout_minutes"
-    r"|data\.(folder|prepare|splits|follow_links|workers|cache_gb|shard_cache(_gb)?|latents"
+    r"|data\.(folder|prepare|splits|follow_links|source|workers|cache_gb|shard_cache(_gb)?|latents"
     r"|on_error)"
     r"|(validation|probe|checkpoint|sampler)\..*|optimizer\.max_bad_steps)"
 )
