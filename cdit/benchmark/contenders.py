@@ -68,8 +68,8 @@ def random_codec(config: BenchmarkConfig) -> KLCodec:
 class Contender:
     """A network, its objective, and how it is trained and sampled.
 
-    Subclasses implement `build` (network and objective), `predict` with the arguments of `CDiT.forward`, `encoded` (past
-    frames, encoded once for all denoising steps), `build_optimizer`, `sample` (frames at the goals of a batch) and
+    Subclasses implement `build` (network and objective), `predict` with the arguments of `CDiT.forward`, `encoded` (the
+    past, encoded once for all denoising steps), `build_optimizer`, `sample` (frames at the goals of a batch) and
     `rollout` (frames (B, G, L, …) of G action sequences (B, G, L, 3) from past frames that the codec encodes).
     """
 

@@ -36,6 +36,8 @@ class Command(NamedTuple):
     """See `parse_config`."""
     positional: bool = False
     """See `parse_config`."""
+    file: str | None = None
+    """What help calls a config file that is the first argument, such as SPEC.yaml."""
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
@@ -100,10 +102,14 @@ def parse_command(
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _Parser(prog=_program(), description=_filled(description), formatter_class=_Formatter)
     subcommands = parser.add_subcommands(dest="command", title="commands")
-    for name, (config_class, text, default_file, positional) in commands.items():
-        subparser = _parser(config_class, f"{text[0].upper()}{text[1:]}.", positional, f"{_program()} {name}")
+    for name, (config_class, text, default_file, positional, file) in commands.items():
+        subparser = _parser(
+            config_class, f"{text[0].upper()}{text[1:]}.", positional, f"{_program()} {name}", file=file
+        )
         subcommands.add_subcommand(name, subparser, help=text)
         if argv[:1] == [name]:
+            if file and argv[1:] and not argv[1].startswith("-"):
+                argv.insert(1, "--config")
             argv[1:] = _complete(argv[1:], subparser, config_class, default_file)
     values = _parse(parser, argv)
     name = values["command"]
@@ -111,13 +117,20 @@ def parse_command(
 
 
 def _parser(
-    config_class: type, description: str, positional: bool, program: str | None = None, listed: str | None = None
+    config_class: type,
+    description: str,
+    positional: bool,
+    program: str | None = None,
+    listed: str | None = None,
+    file: str | None = None,
 ) -> _Parser:
     program = program or _program()
     required = [f.name for f in fields(config_class) if f.default is f.default_factory is MISSING and f.name != listed]
-    shown = " ".join(name.upper() if positional else f"--{name} {name.upper()}" for name in required)
+    shown = file or " ".join(name.upper() if positional else f"--{name} {name.upper()}" for name in required)
     if listed:
-        shown = f"{_item(listed)} [{_item(listed)} …] {shown}"
+        default = next(f.default_factory for f in fields(config_class) if f.name == listed)
+        item = listed.upper().removesuffix("S")
+        shown = f"{f'{item} [{item} …]' if default is MISSING else f'[{item} …]'} {shown}"
     parser = _Parser(
         prog=program,
         usage=f"{program} {shown} [options]".replace("  ", " "),
@@ -128,16 +141,11 @@ def _parser(
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
     parser.add_class_arguments(config_class, as_positional=positional, fail_untyped=True, skip={listed} - {None})
     if listed:
-        default = next(f.default_factory for f in fields(config_class) if f.name == listed)
         about = next(p.description for p in parse_from_object(config_class).params if p.arg_name == listed)
         kind = get_args(get_type_hints(config_class)[listed])[0]
         count = {"nargs": "+"} if default is MISSING else {"nargs": "*", "default": default()}
-        parser.add_argument(listed, type=kind, help=about, metavar=_item(listed), **count)
+        parser.add_argument(listed, type=kind, help=about, metavar=item, **count)
     return parser
-
-
-def _item(listed: str) -> str:
-    return listed.upper().removesuffix("S")
 
 
 def _program() -> str:

@@ -40,6 +40,7 @@ class EvaluateConfig(TrackingOptions, OutputOptions, DataOptions, CheckpointOpti
     """What is evaluated, on what, and how."""
 
     protocols: list[Literal["time", "rollout"]] = field(default_factory=lambda: ["time", "rollout"])
+    """Protocols to run."""
     time: TimeConfig = field(default_factory=TimeConfig)
     """Each horizon in one jump."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)

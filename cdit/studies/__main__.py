@@ -11,14 +11,12 @@ few denoising steps are enough: every scheduler, number of steps and shift sampl
 What is finished is not computed again: after an interruption the same command continues.
 """
 
-import sys
-
 from cdit.common.cli import Command, parse_command, run
 from cdit.common.options import check_options
 from cdit.studies.config import AblationConfig, StepsConfig, TurningConfig
 
 COMMANDS = {
-    "ablate": Command(AblationConfig, "train and compare variants of a config, given by SPEC.yaml"),
+    "ablate": Command(AblationConfig, "train and compare variants of a config", file="SPEC.yaml"),
     "steps": Command(StepsConfig, "find how few denoising steps are enough for a model"),
     "turning": Command(TurningConfig, "measure whether predicted frames turn as far as the action says"),
 }
@@ -26,10 +24,7 @@ COMMANDS = {
 
 def main() -> None:
     """The command line."""
-    argv = sys.argv[1:]
-    if argv[:1] == ["ablate"] and argv[1:] and not argv[1].startswith("-"):
-        argv.insert(1, "--config")
-    name, config = parse_command(COMMANDS, __doc__, argv)
+    name, config = parse_command(COMMANDS, __doc__)
     check_options(config)
     if name == "ablate":
         from cdit.studies.ablation import ablate as study  # these import torch

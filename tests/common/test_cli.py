@@ -140,6 +140,11 @@ def test_subcommands_have_options_of_their_own(config, tmp_path, capsys):
     other = tmp_path / "other.yaml"
     other.write_text("rate: 2\n")
     assert parse_command(commands, "A test.", ["show", "--config", str(other)]) == ("show", Whole(rate=2.0))
+    positional = {"show": Command(Whole, "shows it", file="SPEC.yaml")}
+    assert parse_command(positional, "A test.", ["show", str(other), "--name", "x"]) == (
+        "show",
+        Whole(rate=2.0, name="x"),
+    )
     for argv, named in (([], "move"), (["other"], "other"), (["show", "--part.width", "3"], "part.width")):
         with pytest.raises(SystemExit) as stop:
             parse_command(commands, "A test.", argv)
@@ -234,3 +239,26 @@ def test_an_interrupt_ends_quietly(capsys):
         run(main)
     assert stop.value.code == 130
     assert capsys.readouterr().err == ""
+
+
+@dataclass
+class Several:
+    """What to do."""
+
+    tasks: list[Literal["read", "write"]] = field(default_factory=lambda: ["read"])
+    """Which."""
+    fast: bool = False
+    """Whether it is fast."""
+
+
+def test_a_list_by_position(capsys):
+    def parse(*argv: str) -> Several:
+        return parse_config(Several, "A test.", argv, listed="tasks")
+
+    assert parse() == Several(["read"])
+    assert parse("write", "read", "--fast") == Several(["write", "read"], True)
+    assert parse("--fast", "write") == Several(["write"], True)
+    with pytest.raises(SystemExit) as stop:
+        parse("sleep")
+    assert stop.value.code == 2
+    assert "sleep" in capsys.readouterr().err
