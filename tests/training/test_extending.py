@@ -34,9 +34,18 @@ def test_each_example_trains_and_samples(command: str, train: Callable[..., Path
     name, *options = shlex.split(command.removeprefix("--name "))
     run = train(tmp_path, *options, *QUICK, name=name)
     world = WorldModel.from_pretrained(run)
-    frames = world.rollout(torch.zeros(1, 3, 3, 32, 32), Condition(action=torch.zeros(1, 2, 2, 3)))
-    assert frames.shape == (1, 2, 2, 3, 32, 32)
-    assert frames.isfinite().all()
+    context, action = torch.zeros(1, 3, 3, 32, 32), torch.zeros(1, 2, 2, 3)
+    frames = [
+        world.rollout(context, Condition(action=action, extra={"hour": torch.full((1, 2, 2), hour)}), generator=zero())
+        for hour in (0.0, 12.0)
+    ]
+    assert frames[0].shape == (1, 2, 2, 3, 32, 32)
+    assert frames[0].isfinite().all()
+    assert frames[0].equal(frames[1]) == (name != "condition")
+
+
+def zero() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
 
 
 def test_all_modules_are_used():
