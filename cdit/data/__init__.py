@@ -1,1 +1,1 @@
-"""Trajectories on disk (the GNM / NWM layout), windows over them, safe readers."""
+"""Datasets: trajectories and their sources, windows, the loader, latents, shards, checks."""

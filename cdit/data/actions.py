@@ -1,4 +1,4 @@
-"""Action sequences as people write them: words such as `forward*8,turn_left*4`, or a file of numbers."""
+"""Parses action sequences: words such as `forward*8,turn_left*4`, or a file of numbers."""
 
 import csv
 import io
@@ -14,9 +14,9 @@ from cdit.common.files import MAX_TEXT, read_bytes
 from cdit.data.motion import wrap_angle
 
 DEFAULT_STEP = 0.3
-"""Metres of a word such as `forward` where nothing says better."""
+"""Default metres of a word such as `forward`."""
 DEFAULT_TURN = 15.0
-"""Degrees of `turn_left` and `turn_right`."""
+"""Default degrees of `turn_left` and `turn_right`."""
 
 MOVES = {
     "forward": (1.0, 0.0),
@@ -67,13 +67,13 @@ def parse_actions(text: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_T
 
 
 def read_actions(source: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_TURN) -> np.ndarray:
-    """Reads a sequence from a file, if it ends in .csv, .json or .npy, else from words (see `parse_actions`).
+    """Reads a sequence from a file, if it ends in .csv, .json or .npy, otherwise from words (see `parse_actions`).
 
-    Files hold one row dx, dy, dyaw (metres, metres, radians) per frame: `.csv` (a header line may stand first), `.json`
+    Files hold one row dx, dy, dyaw (metres, metres, radians) per frame: `.csv` (with an optional header line), `.json`
     (a list of rows) or `.npy`.
 
     Raises:
-        UserError: no such file, a broken one, or words that are none.
+        UserError: the file is missing or damaged, or a word is unknown.
     """
     path = Path(source)
     if path.suffix not in (".csv", ".json", ".npy"):
@@ -86,7 +86,7 @@ def read_actions(source: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_
         actions = np.asarray(_READERS[path.suffix](content), np.float64)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
-    except Exception as error:  # numpy and json have many, for a shape beyond memory, for brackets beyond counting
+    except Exception as error:  # numpy and json raise many types, for huge shapes or deep nesting
         raise UserError(f"{path}: expected rows of three numbers dx, dy, dyaw ({error})") from error
     if actions.ndim != 2 or actions.shape[1] != 3 or not len(actions):
         raise UserError(f"{path}: expected rows of three numbers dx, dy, dyaw, not an array of shape {actions.shape}")
@@ -97,7 +97,7 @@ def read_actions(source: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_
 
 
 def compose(actions: np.ndarray) -> np.ndarray:
-    """Motions from the start to the end of each step, in the frame at the start, of steps each in its own frame.
+    """Composes steps, each in its own local frame, into motions from the start to the end of each step.
 
     Args:
         actions: (L, 3) dx, dy, dyaw of each step, in metres and radians.

@@ -1,8 +1,8 @@
-"""Finds everything that is wrong with a dataset, before training does.
+"""Finds all problems of a dataset before training.
 
     python -m cdit.data.check FOLDER
 
-Lists all problems at once and exits with code 2, or says what is there and exits with code 0.
+Lists all problems at once and exits with code 2, or summarises the dataset and exits with code 0.
 """
 
 from collections.abc import Iterable
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Findings:
-    """What a check found."""
+    """The result of a check."""
 
     problems: list[str] = field(default_factory=list)
     """One line each, naming the file."""
     trajectories: dict[str, list[Trajectory]] = field(default_factory=dict)
-    """Those read without a problem, of each split."""
+    """Trajectories without problems, by split."""
 
 
 def check(
@@ -45,10 +45,10 @@ def check(
 
     Args:
         folder: the dataset.
-        splits: names of the splits; by default train, test and all others there are.
-        decode_frames: whether to decode the frames, too.
-        split_folder: what holds `<split>/traj_names.txt`, where that is not `<folder>/splits`.
-        min_frames: the least frames of a trajectory: the smallest window.
+        splits: names of the splits; by default train, test and all others.
+        decode_frames: whether to decode the frames as well.
+        split_folder: the folder of `<split>/traj_names.txt`; by default `<folder>/splits`.
+        min_frames: smallest number of frames of a trajectory.
         follow_links: whether links within the dataset may lead out of its folder.
     """
     from cdit.data.shards import is_sharded  # imports torch, for which --help does not wait
@@ -66,7 +66,7 @@ def check(
     for split in splits:
         findings.trajectories[split], problems = read_split(folder, split, split_folder, min_frames, follow_links)
         findings.problems += [problem for problem in problems if problem not in findings.problems]
-        with suppress(DataError):  # among the problems already
+        with suppress(DataError):  # already among the problems
             for name in dict.fromkeys(read_names(folder, split, split_folder)):
                 splits_of.setdefault(name, []).append(split)
     findings.problems += [
@@ -101,7 +101,7 @@ def _frame_problems(trajectories: Iterable[Trajectory]) -> list[str]:
 
 
 def size_or_problem(path: "Path | Member") -> str | DataError:
-    """Width × height of an image, or what is wrong with it."""
+    """Width × height of an image, or its problem."""
     from cdit.data.frames import decode
 
     try:
@@ -118,7 +118,7 @@ class CheckConfig:
     folder: str
     """The dataset folder."""
     split: str | None = None
-    """Splits to check, separated by commas; by default train, test and all others there are."""
+    """Splits to check, separated by commas; by default train, test and all others."""
     splits: str | None = None
     """Folder with <split>/traj_names.txt; by default FOLDER/splits."""
     min_frames: int = 2

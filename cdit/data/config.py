@@ -11,7 +11,7 @@ Precision = Literal["float16", "float32"]
 Content = Literal["frames", "latents", "both"]
 """What shards hold."""
 MAX_PIXELS = 2**26
-"""Most pixels of an image: twice an 8K frame."""
+"""Largest number of pixels of an image: twice an 8K frame."""
 
 
 @dataclass
@@ -21,11 +21,11 @@ class Source:
     folder: str
     """The dataset: a folder, or the URL of shards."""
     splits: str | None = None
-    """Folder with <split>/traj_names.txt, where that is not <folder>/splits."""
+    """Folder with <split>/traj_names.txt; by default <folder>/splits."""
     fps: float | None = None
-    """Frames a second; by default what dataset.json says, or 4 where there is none."""
+    """Frames per second; by default as in dataset.json, or 4 without one."""
     spacing: float | None = None
-    """Metres between consecutive frames; by default what dataset.json says, or 1."""
+    """Metres between consecutive frames; by default as in dataset.json, or 1."""
     follow_links: bool = False
     """Whether links within the folder may lead out of it."""
     source: str = "auto"
@@ -35,17 +35,17 @@ class Source:
 
 @dataclass
 class DataConfig:
-    """Which dataset, and what a training sample is made of."""
+    """The dataset, and the content of a training sample."""
 
     folder: str | None = None
-    """The dataset folder (layout in cdit/data/layout.py); or a folder of shards (cdit/data/shards.py), or their URL."""
+    """The dataset folder (layout in docs/data.md), or the folder or URL of shards."""
     mix: list[Source] = field(default_factory=list)
-    """In place of folder, several datasets, each with folder, splits, fps and spacing: all their windows are equally
-    likely. Those without poses teach the model by the time shift alone."""
+    """Instead of folder, several datasets, each with folder, splits, fps and spacing; all their windows are equally
+    likely. Goals of datasets without poses are conditioned on the time shift alone."""
     prepare: str | None = None
-    """Command line that makes the dataset, run once when the folder is missing."""
+    """Command line that creates the dataset, run once if the folder is missing."""
     splits: str | None = None
-    """Folder with <split>/traj_names.txt, where that is not <folder>/splits."""
+    """Folder with <split>/traj_names.txt; by default <folder>/splits."""
     train_split: str = "train"
     """Split to train on."""
     test_split: str = "test"
@@ -56,47 +56,47 @@ class DataConfig:
     """Centre crop before the resize: to the aspect ratio of image_size; to 4:3, then squeezed (the NWM release); or
     none, only squeezed."""
     context_frames: int = 4
-    """Past frames given to the model, the current one included."""
+    """Past frames given to the model, including the current one."""
     min_history: int = 1
     """Windows start where at least this many context frames exist (1 to context_frames); the others are masked."""
     goals: int = 4
     """Goals per context."""
     min_offset: int = 1
-    """Smallest goal offset in frames; negative goals lie in the past."""
+    """Smallest goal offset in frames; negative goals are in the past."""
     max_offset: int = 8
-    """Largest goal offset in frames, included."""
+    """Largest goal offset in frames, inclusive."""
     min_future: int = 0
     """Windows end where at least this many frames follow the current one (the NWM release: 64)."""
     fps: float | None = None
-    """Frames a second; by default what dataset.json says, or 4 where there is none."""
+    """Frames per second; by default as in dataset.json, or 4 without one."""
     spacing: float | None = None
-    """Metres between consecutive frames, the unit of normalised actions; by default what dataset.json says, or 1."""
+    """Metres between consecutive frames, the unit of normalised actions; by default as in dataset.json, or 1."""
     follow_links: bool = False
     """Whether links within the folder may lead out of it; the folder may be a link in any case."""
     source: str = "auto"
     """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), or a
     source of your own, `my_module:function` (see docs/data.md)."""
     cache_gb: float = 4.0
-    """Memory for decoded frames in GB, for each process and split; taken as it fills."""
+    """Memory for decoded frames in GB, per process and split, allocated as it fills."""
     workers: int = 2
     """Loader processes; 0 loads in the main process."""
     lanes: int = 64
-    """From how many places of the dataset at once shards are read: a multiple of the number of processes, of the most
-    that will ever train this run. It goes into the order of windows."""
+    """Number of places in the dataset from which shards are read at the same time: a multiple of the largest number of
+    processes that will train this run. The order of windows depends on it."""
     shuffle_shards: int = 2
-    """Over how many shards the windows of a lane are mixed: a lane needs that many and one more at a time."""
+    """Number of shards over which the windows of a lane are shuffled; a lane needs one more than that at a time."""
     shard_cache: str | None = None
-    """Folder for shards fetched from a URL, shared by the processes of a machine; by default
+    """Folder for downloaded shards, shared by the processes of a machine; by default
     $XDG_CACHE_HOME/cdit/shards."""
     shard_cache_gb: float = 64.0
-    """Most that folder holds, in GB: at least this machine's share of lanes × (shuffle_shards + 1) shards, or shards
-    are fetched over and over."""
+    """Capacity of that folder in GB: at least this machine's share of lanes × (shuffle_shards + 1) shards; with less,
+    shards are downloaded repeatedly."""
     on_error: Literal["stop", "skip"] = "stop"
-    """What becomes of a training sample whose frames cannot be read: the run stops with an error, or leaves the sample
-    out, weights the others of its batch accordingly, and counts it."""
+    """If frames of a training sample cannot be read: stop the run with an error (stop), or leave the sample out,
+    reweight the others of its batch, and count it (skip)."""
     latents: Literal["auto", "no"] = "auto"
-    """With a codec of latents: train on those that `python -m cdit.data.encode` left in the dataset's folder, where
-    there are any (auto), or encode the images at each step (no)."""
+    """With a latent codec: train on the latents that `python -m cdit.data.encode` has written, if there are any (auto),
+    or encode the images at each step (no)."""
 
     def validate(self) -> None:
         """Checks the values.
@@ -131,5 +131,5 @@ class DataConfig:
 
     @property
     def sources(self) -> list[Source]:
-        """The datasets: those of the mix, or the one."""
+        """The datasets: those of the mix, or the single one."""
         return self.mix or [Source(self.folder, self.splits, self.fps, self.spacing, self.follow_links, self.source)]

@@ -1,4 +1,4 @@
-"""Writes the latent caches of `python -m cdit.data.encode`, which alone in cdit.data knows a codec."""
+"""Writes the latent caches of `python -m cdit.data.encode`; no other module of cdit.data uses codecs."""
 
 import math
 from collections.abc import Sequence
@@ -25,14 +25,14 @@ from cdit.data.source import TrajectorySource
 from cdit.data.sources import Source, open_source
 
 PATIENCE = timedelta(hours=24)
-"""How long a process waits for those that have more to encode."""
+"""How long a process waits for those with more to encode."""
 
 
 def encode(config: EncodeConfig) -> None:
-    """Writes the latent cache of every dataset; of several processes, each takes its share of the trajectories.
+    """Writes the latent cache of every dataset; several processes share the trajectories.
 
     Raises:
-        UserError: frames are broken, or of a size that the codec cannot take; or a cache of another kind is there.
+        UserError: frames are damaged, or of a size that the codec does not support; or another kind of cache exists.
     """
     if ":" in config.codec.kind:
         CODECS.load(config.codec.kind)
@@ -125,13 +125,13 @@ class _Batches(Dataset):
 
 
 class Rounding:
-    """What rounding takes from the latents, against how far they spread: root mean squares."""
+    """Rounding errors of latents relative to their spread, as root mean squares."""
 
     def __init__(self):
         self.error, self.latents, self.posterior = 0.0, 0.0, 0.0
 
     def add(self, exact: Tensor, rounded: Tensor) -> None:
-        """Takes moments (…, S, C, h, w) into account."""
+        """Adds moments (…, S, C, h, w)."""
         mean = exact.select(-4, 0).double()
         self.error += (mean - rounded.select(-4, 0)).square().sum().item()
         self.latents += mean.square().sum().item()
@@ -145,7 +145,7 @@ class Rounding:
 
 
 def _trajectories(source: Source, splits: Sequence[str] | None) -> list[TrajectorySource]:
-    """The trajectories of some or all splits, each once."""
+    """The trajectories of some or all splits, without duplicates."""
     if is_sharded(source.folder):
         raise DataError(f"{source.folder}: holds shards; encode the dataset that they were made from")
     lists = Path(source.splits or Path(source.folder, "splits")).glob("*/traj_names.txt")

@@ -1,4 +1,4 @@
-"""Frames as the model takes them: decoded, cropped, resized, and cached in memory that loader workers share."""
+"""Frames for the model: decoded, cropped, resized, and cached in memory shared by loader workers."""
 
 import io
 import mmap
@@ -24,7 +24,7 @@ MAX_BYTES = 4 * MAX_PIXELS
 
 
 class Member(Protocol):
-    """An image file within another file; `str` names both."""
+    """An image file inside another file; `str` names both."""
 
     def read(self) -> bytes:
         """The bytes of the image file."""
@@ -33,11 +33,11 @@ class Member(Protocol):
 def decode(path: Path | Member) -> Tensor:
     """Reads a JPEG or PNG file as (3, H, W) uint8 RGB, turned upright as its EXIF orientation says.
 
-    Grey, palette and CMYK become RGB; transparency is dropped; of an animated PNG the first frame is taken.
+    Grey, palette and CMYK become RGB; transparency is dropped; the first frame of an animated PNG is used.
 
     Raises:
         DataError: the file is missing, damaged, another kind of image, a 16-bit grey one, or has more than `MAX_PIXELS`
-            pixels, which is checked before any is decoded.
+            pixels, which is checked before decoding.
     """
     data = read_bytes(path, MAX_BYTES) if isinstance(path, Path) else path.read()
     try:
@@ -45,26 +45,26 @@ def decode(path: Path | Member) -> Tensor:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}×{image.height} pixels, expected at most {MAX_PIXELS}")
             if image.mode.startswith("I"):
-                raise ValueError("more than 8 bits a channel")
+                raise ValueError("more than 8 bits per channel")
             if image.format == "JPEG":  # twice as fast as Pillow, with the same pixels
                 encoded = torch.frombuffer(bytearray(data), dtype=torch.uint8)
                 return decode_image(encoded, ImageReadMode.RGB, apply_exif_orientation=True)
             # torchvision 0.29 crashes on damaged PNGs
             upright = ImageOps.exif_transpose(image).convert("RGB")
         return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
-    except Exception as error:  # Pillow and torchvision raise many
+    except Exception as error:  # Pillow and torchvision raise many types
         reason = str(error).partition("\n")[0]
         if isinstance(error, RuntimeError):
-            reason = reason.rsplit(", ", 1)[-1]  # behind torchvision's source file and line
+            reason = reason.rsplit(", ", 1)[-1]  # after torchvision's source file and line
         raise DataError(f"{path}: not a readable image ({reason})") from error
 
 
 def crop_and_resize(image: Tensor, image_size: tuple[int, int], crop: Crop) -> Tensor:
-    """Brings an image (3, h, w) uint8 to `image_size` = (height, width), antialiased bilinear.
+    """Resizes an image (3, h, w) uint8 to `image_size` = (height, width), antialiased bilinear.
 
     Args:
         image: the recorded frame.
-        image_size: what the model takes.
+        image_size: of the model.
         crop: the centre crop before the resize: "aspect" to the aspect ratio of `image_size`; "4:3" as in the NWM
             release (4:3, padded with black at the sides of frames between square and 4:3, then squeezed); "none"
             squeezes the whole frame.
@@ -85,7 +85,7 @@ def focal_lengths(camera: Camera, image_size: tuple[int, int], crop: Crop) -> tu
     Args:
         camera: of the recorded frames.
         image_size: (height, width) of the frame.
-        crop: how it was made.
+        crop: the crop that was used.
     """
     height, width = image_size
     cropped_height, cropped_width = camera.height, camera.width
@@ -111,16 +111,16 @@ def stack(images: Sequence[Tensor], origin: object) -> Tensor:
 
 
 class FrameStore:
-    """The frames of some trajectories, each decoded when first needed and then cached while there is room.
+    """The frames of some trajectories, each decoded when first needed and then cached while there is space.
 
-    The cache is shared with processes forked from this one, and with spawned ones that the store is passed to. Frames
-    beyond the room are decoded each time.
+    The cache is shared with processes forked from this one, and with spawned ones to which the store is passed. Frames
+    that do not fit are decoded each time.
 
     Args:
         trajectories: whose frames.
         image_size: (height, width) of the frames returned.
         crop: see `crop_and_resize`.
-        cache_gb: room for decoded frames in GB (10⁹ bytes), allocated as it fills.
+        cache_gb: space for decoded frames in GB (10⁹ bytes), allocated as it fills.
     """
 
     def __init__(
@@ -149,14 +149,14 @@ class FrameStore:
                 frames[time] = crop_and_resize(image, self.image_size, self.crop)
                 if start + time < self.capacity:
                     self.cache[start + time] = frames[time]
-                    self.filled[start + time] = 1  # last, as another process may be looking
+                    self.filled[start + time] = 1  # last, because another process may be reading
         return torch.stack([frames[time] for time in times])
 
 
 def _shared_bytes(size: int) -> Tensor:
     """Zeros (size,) uint8 in memory shared over fork.
 
-    An anonymous map takes memory as it is written, and none of /dev/shm, which is small in containers. Torch moves the
-    tensor to its own shared memory if it is passed to a spawned process.
+    An anonymous map allocates memory as it is written, and uses none of /dev/shm, which is small in containers. Torch
+    moves the tensor to its own shared memory if it is passed to a spawned process.
     """
     return torch.frombuffer(mmap.mmap(-1, size), dtype=torch.uint8) if size else torch.zeros(0, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Makes a dataset of plain video, without actions: a model learns from it by the time shift alone.
+"""Makes a dataset without actions from video; models trained on it are conditioned on the time shift alone.
 
     python -m cdit.data.from_video VIDEO… --out FOLDER
 
@@ -27,7 +27,7 @@ from cdit.data.video import duration, frame_time, open_video, video_errors
 LONGEST_GAP = 60
 """Most seconds from one frame to the next; each second is written as `fps` images."""
 MIN_FRAMES = 16
-"""Shorter trajectories are not made; a rest this short at the end of a video is left out."""
+"""Minimum length of a trajectory; a shorter rest at the end of a video is left out."""
 
 
 @dataclass
@@ -117,7 +117,7 @@ def convert(videos: Sequence[Path], out: Path, options: VideoOptions) -> dict[st
 
 
 def _frame_counts(videos: Sequence[Path], options: VideoOptions) -> list[int]:
-    """How many frames each video gives, by the duration it states."""
+    """Number of frames of each video, from the duration it states."""
     problems = [f"{name}: {n} videos of this name" for name, n in Counter(v.stem for v in videos).items() if n > 1]
     least = MIN_FRAMES * (2 if len(videos) == 1 else 1)
     counts = []
@@ -129,7 +129,7 @@ def _frame_counts(videos: Sequence[Path], options: VideoOptions) -> list[int]:
                 seconds = duration(container, video)
                 if stream.average_rate is not None and stream.average_rate < options.fps:
                     rate = float(stream.average_rate)
-                    raise DataError(f"{video}: {rate:g} frames a second, fewer than --fps {options.fps:g}")
+                    raise DataError(f"{video}: {rate:g} frames per second, fewer than --fps {options.fps:g}")
             counts.append(int(seconds * options.fps))
             if counts[-1] < least:
                 raise DataError(f"{video}: too short, {counts[-1]} frames at --fps {options.fps:g}, expected {least}")
@@ -141,14 +141,14 @@ def _frame_counts(videos: Sequence[Path], options: VideoOptions) -> list[int]:
 
 
 def _convert_video(video: Path, out: Path, options: VideoOptions, count: int, cut: float) -> list[tuple[str, int]]:
-    """Writes the trajectories of a video that are not there yet.
+    """Writes the missing trajectories of a video.
 
     Args:
         video: the file.
         out: the dataset folder.
         options: rate, size, quality, longest trajectory.
         count: how many frames are expected, for the progress bar.
-        cut: a frame at which a new trajectory begins in any case.
+        cut: a frame at which a new trajectory always starts.
 
     Returns:
         (name, first frame) of each trajectory, in time order.

@@ -1,4 +1,4 @@
-"""Latents as windows read them: from a dataset's latent cache, or out of shards."""
+"""Reads latents for windows, from a dataset's latent cache or from shards."""
 
 import sys
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ from cdit.data.source import TrajectorySource
 
 
 class LatentStore:
-    """The latents of some trajectories, read from their files as they are asked for.
+    """The latents of some trajectories, read from their files on demand.
 
-    Files are mapped into memory for the time of a read, so that only the frames asked for are read, processes share the
-    pages, and none of it counts against the process.
+    Files are mapped into memory during a read, so that only the requested frames are read, processes share the pages,
+    and none of them counts as memory of the process.
     """
 
     def __init__(self, files: Sequence[Path | LatentMember]):
@@ -28,7 +28,7 @@ class LatentStore:
         """Latents (len(times), S, C, h, w) float32 of a trajectory (by its index) at `times`, repetitions allowed.
 
         Raises:
-            DataError: the file is gone or broken.
+            DataError: the file is missing or damaged.
         """
         file = self.files[trajectory]
         if isinstance(file, LatentMember):
@@ -41,10 +41,10 @@ class LatentStore:
 def open_latents(trajectories: Sequence[TrajectorySource], encoding: Encoding) -> LatentStore | None:
     """The latents of all the trajectories, or None if any of their datasets has none.
 
-    Files are opened and asked what they are; their numbers are not read. Those in shards are taken at the index's word.
+    Files are opened and their metadata checked, without reading the numbers. For shards, the index is trusted.
 
     Raises:
-        DataError: a dataset's latents have another encoding, or lack trajectories.
+        DataError: a dataset's latents have another encoding, or are missing for some trajectories.
     """
     datasets: dict[Path | None, list[TrajectorySource]] = {}
     for trajectory in trajectories:
@@ -63,7 +63,7 @@ def open_latents(trajectories: Sequence[TrajectorySource], encoding: Encoding) -
 
 
 def _in_cache(trajectories: Sequence[TrajectorySource], encoding: Encoding) -> list[Path] | None:
-    """The files of trajectories of one folder; None where it has no latent cache."""
+    """The files of trajectories of one folder; None if it has no latent cache."""
     cache = trajectories[0].dataset and LatentCache.open(trajectories[0].dataset)
     if cache is None:
         return None
@@ -79,7 +79,7 @@ def _in_cache(trajectories: Sequence[TrajectorySource], encoding: Encoding) -> l
 
 
 def _in_shards(trajectories: Sequence[TrajectorySource], encoding: Encoding) -> list[LatentMember] | None:
-    """The members of trajectories of one sharded split; None where its shards hold frames alone."""
+    """The members of trajectories of one sharded split; None if its shards hold only frames."""
     shard = trajectories[0].shard
     if shard.split.latents is None:
         return None

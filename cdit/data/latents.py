@@ -1,4 +1,5 @@
-"""The latent cache of a dataset: what a codec's encoder says of every frame, so that training need not ask it again.
+"""The latent cache of a dataset: the output of a codec's encoder for every frame, so that training need not recompute
+it.
 
     <dataset>/latents/latents.json                how the frames were encoded, and the numbers' precision
     <dataset>/latents/<trajectory>.safetensors    `latents` (T, S, C, h, w)
@@ -36,18 +37,18 @@ METADATA = "shard"
 
 @dataclass(frozen=True)
 class Encoding:
-    """How frames become latents: what a cache was made with, or what a run asks for."""
+    """How frames are encoded to latents: the settings of a cache, or those that a run requires."""
 
     codec: str
     """Kind of the codec."""
     name: str = field(compare=False)
-    """Where its weights came from, for people to read."""
+    """Where its weights came from, for information."""
     fingerprint: str
     """Of its encoder."""
     image_size: tuple[int, int]
     """Height and width of the frames."""
     crop: Crop
-    """How recorded frames were brought to that size (see cdit.data.frames.crop_and_resize)."""
+    """How recorded frames were resized to it (see cdit.data.frames.crop_and_resize)."""
 
     def __str__(self) -> str:
         size = "×".join(map(str, self.image_size))
@@ -59,7 +60,7 @@ class LatentInfo:
     """The contents of `latents.json`."""
 
     encoding: Encoding
-    """What the latents were made with."""
+    """The settings of the encoder."""
     precision: Precision
     """Of the stored numbers."""
     version: int = FORMAT_VERSION
@@ -67,22 +68,22 @@ class LatentInfo:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision, as torch calls it."""
+        """The precision as a torch dtype."""
         return getattr(torch, self.precision)
 
 
 class LatentCache:
-    """The latents of one dataset on disk, maybe not of all its trajectories yet."""
+    """The latents of one dataset on disk, possibly not of all its trajectories yet."""
 
     def __init__(self, folder: Path, info: LatentInfo):
         self.folder, self.info = folder, info
 
     @classmethod
     def open(cls, dataset: Path) -> "LatentCache | None":
-        """The cache in a dataset's folder; None where there is none.
+        """The cache in a dataset's folder; None if there is none.
 
         Raises:
-            DataError: its description is broken, or of a newer version.
+            DataError: its description is damaged, or of a newer version.
         """
         path = dataset / LATENTS / DESCRIPTION
         if not path.is_file():
@@ -95,7 +96,7 @@ class LatentCache:
 
     @classmethod
     def create(cls, dataset: Path, encoding: Encoding, precision: Precision) -> "LatentCache":
-        """The cache in a dataset's folder, a new one where there is none.
+        """The cache in a dataset's folder, created if there is none.
 
         Raises:
             DataError: there is one with another encoding or precision.
@@ -111,10 +112,10 @@ class LatentCache:
         return cache
 
     def expect(self, encoding: Encoding) -> None:
-        """Refuses a cache of another encoding.
+        """Rejects a cache with another encoding.
 
         Raises:
-            DataError: it is one; the message names both.
+            DataError: the encodings differ; the message shows both.
         """
         if self.info.encoding != encoding:
             raise DataError(
@@ -123,11 +124,11 @@ class LatentCache:
             )
 
     def file(self, trajectory: TrajectorySource) -> Path:
-        """Where a trajectory's latents stand."""
+        """The file of a trajectory's latents."""
         return self.folder / f"{trajectory.name}.safetensors"
 
     def write(self, trajectory: TrajectorySource, latents: Tensor) -> None:
-        """Writes a trajectory's latents (T, S, C, h, w), whole or not at all."""
+        """Writes a trajectory's latents (T, S, C, h, w) atomically."""
         latents = latents.to("cpu", self.info.dtype).contiguous()
         final = self.file(trajectory)
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -135,11 +136,11 @@ class LatentCache:
         write_whole(final, save({TENSOR: latents}, {METADATA: shard}))
 
     def problem(self, trajectory: TrajectorySource, checksum: bool = False) -> str | None:
-        """What is wrong with a trajectory's latents; None if nothing is.
+        """The problem of a trajectory's latents; None if there is none.
 
         Args:
-            trajectory: whose.
-            checksum: whether to read the numbers, too, and not only what the file says of itself.
+            trajectory: of the latents.
+            checksum: whether to read the numbers as well, not only the metadata.
         """
         path = self.file(trajectory)
         if not path.is_file():
@@ -151,7 +152,7 @@ class LatentCache:
                 stored = file.get_slice(TENSOR)
                 shape, dtype = stored.get_shape(), stored[:0].dtype
                 found = _sha256(file.get_tensor(TENSOR)) if checksum else recorded
-        except Exception as error:  # safetensors and torch raise as they please
+        except Exception as error:  # safetensors and torch raise many types
             return f"{path}: damaged ({error})"
         if shard != self._belongs(trajectory):
             return f"{path}: of another trajectory or encoding"
@@ -161,10 +162,10 @@ class LatentCache:
             return f"{path}: an array {tuple(shape)}, expected (T, S, C, h, w)"
         if shape[0] != len(trajectory):
             return f"{path}: {shape[0]} frames, but the trajectory has {len(trajectory)}"
-        return None if found == recorded else f"{path}: damaged (its numbers do not have its checksum)"
+        return None if found == recorded else f"{path}: damaged (checksum mismatch)"
 
     def _belongs(self, trajectory: TrajectorySource) -> dict[str, Any]:
-        """What a file says it belongs to."""
+        """The metadata of a file."""
         encoding = self.info.encoding
         return {
             "trajectory": trajectory.name,
@@ -180,7 +181,7 @@ def opened(path: Path) -> Iterator[Any]:
     """A safetensors file.
 
     Raises:
-        DataError: it is missing, cut short or no such file.
+        DataError: it is missing, truncated or not a safetensors file.
     """
     try:
         with safe_open(path, "pt") as file:

@@ -1,7 +1,7 @@
 """Trajectories on disk, in the layout of GNM, NoMaD and NWM (RECON, SCAND, HuRoN, TartanDrive):
 
-    <folder>/dataset.json                      what the dataset is (absent in datasets from elsewhere)
-    <folder>/splits/<split>/traj_names.txt     one trajectory name a line
+    <folder>/dataset.json                      what the dataset is; optional
+    <folder>/splits/<split>/traj_names.txt     one trajectory name per line
     <folder>/<trajectory>/0.jpg, 1.jpg, …      the frames, in time order
     <folder>/<trajectory>/traj_data.pkl        dict(position (T, 2) metres, yaw (T,) radians); absent without poses
 
@@ -56,13 +56,13 @@ class DatasetInfo:
     name: str
     """Name of the dataset."""
     fps: float = 4.0
-    """Recorded frames a second."""
+    """Recorded frames per second."""
     metric_waypoint_spacing: float | None = None
     """Typical distance between consecutive frames in metres, the unit of normalised actions; None without poses."""
     has_actions: bool = True
     """Whether trajectories carry poses."""
     camera: Camera | None = None
-    """The camera, where it is known."""
+    """The camera, if known."""
     source: dict[str, Any] = field(default_factory=dict)
     """How the dataset was made: recipe options, maps, seed, engine version."""
     version: int = FORMAT_VERSION
@@ -130,7 +130,7 @@ def write_trajectory(
     quality: int = 95,
     **extra: np.ndarray,
 ) -> None:
-    """Writes one trajectory, whole or not at all (into a hidden folder that is then renamed).
+    """Writes one trajectory atomically (into a hidden folder that is then renamed).
 
     Args:
         folder: the dataset.
@@ -141,7 +141,7 @@ def write_trajectory(
         quality: JPEG quality.
         extra: further arrays of length T, stored as `<key>.npz` beside the poses (such as depth).
     """
-    import torch  # here, because reading a description needs none of it
+    import torch  # imported here, because reading a description does not need torch
     from torchvision.io import encode_jpeg
 
     final, partial = folder / name, folder / f".{name}.partial"
@@ -160,7 +160,7 @@ def write_trajectory(
 
 
 def split_file(folder: Path, split: str) -> Path:
-    """Where the trajectory names of a split stand."""
+    """The file with the trajectory names of a split."""
     return Path(folder) / "splits" / split / "traj_names.txt"
 
 

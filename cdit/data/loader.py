@@ -20,17 +20,17 @@ from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import WindowDataset, WindowKey
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Which loader workers leave to the process that they work for."""
+"""Signals that loader workers leave to the process they work for."""
 SUBSTITUTES = 20
-"""How many windows are tried in place of one that cannot be read."""
+"""How many substitutes are tried for a window that cannot be read."""
 
 
 def loader(dataset: WindowDataset, sampler: KeyedBatchSampler, config: DataConfig) -> "WindowLoader":
-    """A loader of the sampler's batches with `config.workers` processes, in pinned memory where there is CUDA.
+    """A loader of the sampler's batches with `config.workers` processes, in pinned memory if CUDA is available.
 
-    Shards from afar are fetched before they are needed.
+    Remote shards are downloaded before they are needed.
 
-    Where `config.on_error` is "skip", a sample that cannot be read has weight 0, another window's content, and a
+    If `config.on_error` is "skip", a sample that cannot be read has weight 0, the content of another window, and a
     message in the batch's `skipped`.
     """
     return WindowLoader(
@@ -44,18 +44,18 @@ def loader(dataset: WindowDataset, sampler: KeyedBatchSampler, config: DataConfi
 
 
 class WindowLoader(DataLoader):
-    """A `DataLoader` whose workers fail in plain words.
+    """A `DataLoader` with clear errors from workers.
 
-    Raises a worker's `UserError` or `Interrupted` as it was, without the worker's traceback in its message; raises
-    `Interrupted` where a worker was killed. Workers leave signals that stop a run to the process they work for: such
-    signals often go to all processes of a run at once, and it still needs them to finish its step.
+    Raises a worker's `UserError` or `Interrupted` unchanged, without the worker's traceback in its message; raises
+    `Interrupted` if a worker was killed. Workers ignore signals that stop a run: such signals often go to all processes
+    of a run at once, and the main process still needs the workers to finish its step.
     """
 
     def __iter__(self) -> Iterator[Batch]:
-        # Torch would have a signal handler raise where a worker dies, wherever the main process is just then. That a
-        # worker is missing is noticed without it, within seconds of waiting for its batch.
+        # Torch's signal handler would raise wherever the main process is when a worker dies. Without it, a missing
+        # worker is noticed within seconds of waiting for its batch.
         handler, children = signal.getsignal(signal.SIGCHLD), set(multiprocessing.active_children())
-        admitted = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # which workers inherit
+        admitted = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # workers inherit this
         try:
             batches = super().__iter__()
         finally:
@@ -64,30 +64,30 @@ class WindowLoader(DataLoader):
             signal.signal(signal.SIGCHLD, handler)
         workers = set(multiprocessing.active_children()) - children
         for worker in workers:
-            atexit.register(worker.kill)  # Python ends its children with the SIGTERM that these do not take
+            atexit.register(worker.kill)  # Python ends its children with SIGTERM, which these ignore
         while True:
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            except (RuntimeError, OSError, EOFError) as error:  # of the wait, or of a batch it could not hand over
+            except (RuntimeError, OSError, EOFError) as error:  # while waiting, or for a batch that it could not send
                 if not connection.wait([worker.sentinel for worker in workers], timeout=1):
                     raise
                 reason = str(error) or type(error).__name__
                 raise Interrupted(
-                    f"a loader worker was killed ({reason}); `--resume auto` continues. Where memory was short, take "
+                    f"a loader worker was killed ({reason}); `--resume auto` continues. If it ran out of memory, use "
                     "fewer data.workers or a smaller data.cache_gb"
                 ) from error
             if isinstance(batch, Exception):
                 try:
                     raise batch
                 finally:
-                    del batch  # or its traceback would keep it, and with it the workers
+                    del batch  # otherwise its traceback would keep it, and with it the workers, alive
             yield batch
 
 
 class Reporting(Dataset):
-    """Gives a `UserError` or `Interrupted` as a value in the item's place."""
+    """Returns a `UserError` or `Interrupted` in place of the item."""
 
     def __init__(self, dataset: Dataset):
         self.dataset = dataset
@@ -103,10 +103,10 @@ class Reporting(Dataset):
 
 
 class Skipping(Dataset):
-    """Windows, and in place of one that cannot be read another, with weight 0 and what was wrong as `skipped`.
+    """Windows, with substitutes of weight 0 for those that cannot be read, and the reason in `skipped`.
 
-    The substitutes come after the window at distances that grow by a factor, from 1 to about the whole dataset: one is
-    close by where a frame is broken, and farther away where a whole trajectory is.
+    Substitutes follow the window at distances that grow geometrically, from 1 to about the whole dataset: a near one
+    suffices if a frame is damaged, a farther one if a whole trajectory is.
     """
 
     def __init__(self, dataset: WindowDataset):
@@ -125,7 +125,7 @@ class Skipping(Dataset):
                 item = self.dataset[key._replace(window=(key.window + int(distance)) % len(self), weight=0.0)]
             except DataError:
                 continue
-            return replace(item, skipped=[str(first)]) if key.weight else item  # padding has weight 0 in any case
+            return replace(item, skipped=[str(first)]) if key.weight else item  # padding already has weight 0
         raise first
 
 

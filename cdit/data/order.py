@@ -1,4 +1,4 @@
-"""In which order an epoch visits the windows of a dataset, as a function of (seed, epoch) alone."""
+"""The order in which an epoch visits the windows of a dataset, as a function of (seed, epoch)."""
 
 import numpy as np
 
@@ -6,25 +6,25 @@ from cdit.common.randomness import seed_of
 
 
 def shuffled(windows: int, seed: int, epoch: int) -> np.ndarray:
-    """A permutation (windows,) int64, each equally likely."""
+    """A uniformly random permutation (windows,) int64."""
     return np.random.default_rng(seed_of(seed, epoch)).permutation(windows)
 
 
 def laned(bounds: np.ndarray, seed: int, epoch: int, lanes: int, reach: int) -> np.ndarray:
-    """A permutation of windows that lie in shards, in which few shards are needed at a time.
+    """A permutation of windows in shards that needs few shards at a time.
 
-    The shards are permuted, their windows laid out in a line, and the line cut into equal lanes. Place n of the epoch
-    is place n // lanes of lane n % lanes: neighbours come from different parts of the dataset, and processes that take
-    every P-th place read only their own lanes, where P divides the number of lanes. Along its lane each window is held
-    back by a random stretch of up to `reach` shards, so that a lane needs at most reach + 1 shards at any time, and
-    none again that it has left behind.
+    The shards are permuted, their windows concatenated, and the sequence is split into equal lanes. Position n of the
+    epoch is position n // lanes of lane n % lanes: neighbours come from different parts of the dataset, and processes
+    that take every P-th position read only their own lanes, if P divides the number of lanes. Within its lane each
+    window is delayed by a random distance of up to `reach` shards, so that a lane needs at most reach + 1 shards at any
+    time, and never returns to one.
 
     Args:
-        bounds: (S + 1,) where the windows of each shard begin, and where the last ones end.
+        bounds: (S + 1,) start of the windows of each shard, and the end of the last.
         seed: first part of the permutation's key.
         epoch: second part.
         lanes: number of lanes, at least 1.
-        reach: over how many shards windows are mixed, at least 1.
+        reach: number of shards over which windows are shuffled, at least 1.
 
     Returns:
         (W,) int64.
@@ -32,7 +32,7 @@ def laned(bounds: np.ndarray, seed: int, epoch: int, lanes: int, reach: int) -> 
     random = np.random.default_rng(seed_of(seed, epoch))
     shards = random.permutation(len(bounds) - 1)
     line = np.concatenate([np.arange(bounds[shard], bounds[shard + 1]) for shard in shards])
-    # How far along the line a window lies, in shards, and when its turn comes.
+    # The position of each window in the sequence, in shards, and when it is visited.
     sizes = np.diff(bounds)[shards]
     along = np.repeat(np.arange(len(shards)) - np.cumsum([0, *sizes[:-1]]) / np.maximum(sizes, 1), sizes)
     turn = along + np.arange(len(line)) / np.repeat(sizes, sizes) + reach * random.random(len(line))

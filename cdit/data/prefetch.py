@@ -12,7 +12,7 @@ from cdit.data.shards import Shard
 from cdit.data.windows import WindowDataset, WindowKey
 
 AHEAD = 256
-"""Batches between asking for a shard and needing it."""
+"""Batches between requesting a shard and needing it."""
 THREADS = 4
 
 
@@ -25,7 +25,7 @@ def fetching_ahead(sampler: KeyedBatchSampler, dataset: WindowDataset) -> "Keyed
 class FetchingAhead:
     """A sampler's batches, unchanged; threads fetch the shards that a batch needs `AHEAD` batches before it.
 
-    Errors are ignored here: whoever reads the shard meets them again.
+    Errors are ignored here: they occur again when the shard is read.
     """
 
     def __init__(self, sampler: KeyedBatchSampler, dataset: WindowDataset):
@@ -46,7 +46,7 @@ class FetchingAhead:
                     trajectory, _ = self.dataset.locate(key.window)
                     shard = self.dataset.trajectories[trajectory].shard
                     if shard and shard.is_remote:
-                        # What was not needed for so long may have been evicted.
+                        # A shard that has not been needed for this long may have been evicted.
                         if number - last_needed.get(str(shard), -AHEAD) >= AHEAD:
                             wanted.put(shard)
                         last_needed[str(shard)] = number

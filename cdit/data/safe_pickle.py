@@ -1,7 +1,8 @@
-"""Reads pickles of numpy arrays and plain containers, and refuses all others before anything in them runs.
+"""Reads pickles of numpy arrays and plain containers, and rejects all others before any code in them runs.
 
-An allow-list of names is not enough: numpy rebuilds a dtype from flags in the pickle, and with the wrong flags it takes
-the bytes of an array for pointers to objects. The stand-ins below build arrays of numbers and text alone, from bytes.
+An allow-list of names is not enough: numpy rebuilds a dtype from flags in the pickle, and with the wrong flags it
+interprets the bytes of an array as pointers to objects. The replacements below build only arrays of numbers and text,
+from bytes.
 """
 
 import pickle
@@ -29,7 +30,7 @@ def load(path: Path | str) -> Any:
     data = read_bytes(path, MAX_BYTES)
     try:
         return _Unpickler(BytesIO(data)).load()
-    except Exception as error:  # a damaged pickle can raise nearly anything
+    except Exception as error:  # a damaged pickle can raise almost anything
         raise DataError(f"{path}: not a readable pickle ({error})") from error
 
 
@@ -42,7 +43,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 class _Dtype:
-    """In place of numpy.dtype."""
+    """Replaces numpy.dtype."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = False):
         if not re.fullmatch(r"[biufcSU][1-9][0-9]{0,8}", code):
@@ -54,7 +55,7 @@ class _Dtype:
 
 
 class _Array(np.ndarray):
-    """In place of numpy.ndarray while it is rebuilt: empty until its state is set."""
+    """Replaces numpy.ndarray while it is rebuilt: empty until its state is set."""
 
     def __setstate__(self, state: tuple) -> None:
         version, shape, dtype, fortran, data = state
@@ -65,7 +66,7 @@ class _Array(np.ndarray):
 
 
 def _array(data: bytes, dtype: _Dtype, shape: tuple, order: str, axes: tuple | None = None) -> np.ndarray:
-    """In place of numpy's _frombuffer; order "K" (numpy ≥ 2.3) is C order with permuted axes."""
+    """Replaces numpy's _frombuffer; order "K" (numpy ≥ 2.3) is C order with permuted axes."""
     array = np.frombuffer(bytes(memoryview(data)), dtype.numpy)
     return array.reshape(shape).transpose(axes) if order == "K" else array.reshape(shape, order=order)
 

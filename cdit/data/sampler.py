@@ -1,4 +1,4 @@
-"""Which windows each step trains on, as a function of (seed, step) alone."""
+"""Chooses the windows of each step as a function of (seed, step)."""
 
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -13,21 +13,22 @@ from cdit.data.windows import WindowKey
 class KeyedBatchSampler:
     """This process's share of every step's batch, for a loader's `batch_sampler`.
 
-    Step s consumes places s·batch_size … (s+1)·batch_size - 1 of an endless sequence of epochs, each a permutation of
-    all windows keyed by (seed, epoch). There is no state: a run resumed at `start_step` sees the batches it would have
-    seen. All processes' micro-batches of a step together are the step's batch, each sample once: process p of P takes
-    its samples p, p + P, … and cuts them into `micro_batches` parts. What a part lacks to the size of the others is
-    filled up with keys of weight 0, so that every process does the same work.
+    Step s takes positions s·batch_size … (s+1)·batch_size - 1 of an endless sequence of epochs, each a permutation of
+    all windows keyed by (seed, epoch). There is no state: a run resumed at `start_step` sees the same batches as an
+    uninterrupted one. The micro-batches of all processes form the batch of the step, with each sample once: process p
+    of P takes samples p, p + P, … and splits them into `micro_batches` parts. Smaller parts are padded with keys of
+    weight 0, so that every process does the same work.
 
     Args:
         windows: number of windows in the dataset.
         batch_size: windows in a step's batch, over all processes and micro-batches.
         seed: first part of the permutations' key.
         start_step: the first step, counted from 0.
-        steps: where the run ends: the last step is `steps - 1`, whatever `start_step` is.
+        steps: the last step is `steps - 1`, whatever `start_step` is.
         process_index: this process, from 0.
-        processes: how many share each batch.
-        micro_batches: into how many parts each process cuts its share (gradient accumulation); yielded in order.
+        processes: number of processes that share each batch.
+        micro_batches: number of parts into which each process splits its share (gradient accumulation); yielded in
+            order.
         order: gives the permutation (windows,) of an epoch; by default `shuffled` with the seed.
 
     Raises:
@@ -60,7 +61,7 @@ class KeyedBatchSampler:
         return len(self.steps) * self.micro_batches
 
     def __iter__(self) -> Iterator[list[WindowKey]]:
-        size = -(-self.batch_size // (self.processes * self.micro_batches))  # of a part, rounded up
+        size = -(-self.batch_size // (self.processes * self.micro_batches))  # size of a part, rounded up
         own = self.process_index % self.batch_size  # the sample that padding repeats: of this process, if it has any
         order = lru_cache(maxsize=2)(self.order)  # a batch may reach into the next epoch, and padding back
         for step in self.steps:

@@ -47,7 +47,7 @@ class VerifyConfig:
 
 COMMANDS = {
     "convert": Command(ConvertConfig, "pack a dataset into shards", positional=True),
-    "verify": Command(VerifyConfig, "read all shards and list what is wrong", positional=True),
+    "verify": Command(VerifyConfig, "read all shards and list all problems", positional=True),
 }
 
 

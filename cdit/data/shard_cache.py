@@ -1,4 +1,4 @@
-"""Files fetched from afar, each once per machine, and let go of when they were not needed for longest."""
+"""LRU cache of remote files, each downloaded once per machine."""
 
 import errno
 import fcntl
@@ -19,23 +19,23 @@ from cdit.common.files import sha256
 T = TypeVar("T")
 
 PAUSES = (1.0, 4.0, 16.0)
-"""Seconds to wait before a file is asked for again."""
+"""Seconds to wait before each further attempt."""
 TOUCH_EVERY = 60.0
-"""Seconds within which a file in use counts as used once."""
+"""Seconds within which repeated use of a file counts once."""
 ABANDONED_AFTER = 3600.0
-"""Seconds after which a file that does not grow is one that its process did not live to finish."""
+"""Seconds after which a partial file that does not grow is considered abandoned."""
 LOCKS = 256
-"""How many files a machine may fetch at a time."""
+"""Number of files that a machine downloads at the same time."""
 LOCAL = (errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM)
-"""Errors of the disk that is written to, not of the network."""
+"""Errors of the local disk, not of the network."""
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """A file as it has to be."""
+    """The expected name, size and checksum of a file."""
 
     file: str
-    """Name in the dataset's folder."""
+    """Name in the dataset folder."""
     bytes: int
     """Size."""
     sha256: str
@@ -43,19 +43,19 @@ class FileRecord:
 
 
 def default_folder() -> Path:
-    """Where fetched files are kept."""
+    """The default cache folder."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdit" / "shards"
 
 
 class ShardCache:
-    """A folder of fetched files, named by their checksums, which the processes of a machine share.
+    """A folder of downloaded files, named by their checksums and shared by the processes of a machine.
 
-    Only what has its size and checksum is ever there under its name. A file may be let go of while it is open; who
-    finds it gone asks for it again.
+    A file gets its name only after its size and checksum are verified. It may be evicted while it is open; a process
+    that finds it missing requests it again.
 
     Args:
-        folder: where to; made when something is fetched. By default `default_folder()`.
-        capacity_gb: most it holds in GB (10⁹ bytes).
+        folder: of the cache, created when needed. By default `default_folder()`.
+        capacity_gb: capacity in GB (10⁹ bytes).
     """
 
     def __init__(self, folder: Path | str | None = None, capacity_gb: float = 64.0):
@@ -64,12 +64,12 @@ class ShardCache:
         self._touched: dict[str, float] = {}
 
     def path(self, location: str, record: FileRecord) -> Path:
-        """Where the file stands here, fetched from the folder `location` (what fsspec takes) if it did not.
+        """The local path of a file, downloaded from the folder `location` (any fsspec URL) if it is not cached.
 
         Raises:
-            DataError: there is no such file, or another one.
-            UserError: the cache cannot be written to, or is too small.
-            Interrupted: it could not be fetched, several times over.
+            DataError: the file is missing, or differs from the expected one.
+            UserError: the cache is not writable, or too small.
+            Interrupted: it could not be downloaded after several attempts.
         """
         path = self.folder / record.sha256
         if not path.exists():
@@ -82,9 +82,9 @@ class ShardCache:
             self._touched[record.sha256] = now
             try:
                 os.utime(path)
-            except FileNotFoundError:  # let go of just now
+            except FileNotFoundError:  # just evicted
                 return self.path(location, record)
-            except PermissionError:  # fetched by somebody else, whose runs tell how long it is needed
+            except PermissionError:  # downloaded by another user, whose runs update its time of use
                 pass
         return path
 
@@ -105,22 +105,22 @@ class ShardCache:
                 partial.unlink(missing_ok=True)
 
     def _make_room(self, record: FileRecord) -> None:
-        """Lets go of the files not needed for longest, so that there is room for one more."""
+        """Evicts the least recently used files to make space for a new one."""
         if record.bytes > self.capacity:
             raise UserError(
-                f"data.shard_cache_gb is {self.capacity / 1e9:g}, expected more: {record.file} alone takes "
+                f"data.shard_cache_gb is {self.capacity / 1e9:g}, expected more: {record.file} alone has "
                 f"{record.bytes / 1e9:.3g} GB"
             )
         taken, kept = record.bytes, []
         for file in self.folder.iterdir():
             try:
                 status = file.stat()
-            except FileNotFoundError:  # finished just now, or let go of
+            except FileNotFoundError:  # just finished, or evicted
                 continue
             if file.suffix == ".partial" and time.time() - status.st_mtime > ABANDONED_AFTER:
                 file.unlink(missing_ok=True)
             elif file.suffix == ".partial" and file.name != _partial_name(record):
-                taken += int(file.name.split(".")[1])  # what it will have
+                taken += int(file.name.split(".")[1])  # its final size
             elif not file.suffix:
                 taken += status.st_size
                 kept.append((status.st_mtime, status.st_size, file))
@@ -132,28 +132,28 @@ class ShardCache:
 
     @contextmanager
     def _lock(self, name: str) -> Iterator[None]:
-        """Excludes the other processes of this machine; a process that dies lets go."""
+        """Excludes other processes of this machine; a process that dies releases the lock."""
         with open(self.folder / f"{name}.lock", "w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
 
 def read_remote(url: str, limit: int) -> bytes:
-    """The contents of a small file, given as fsspec takes it.
+    """The contents of a small file, from any fsspec URL.
 
     Raises:
         DataError: there is no such file, or it is larger than `limit` bytes.
-        Interrupted: it could not be fetched, several times over.
+        Interrupted: it could not be downloaded after several attempts.
     """
     system, path = _system(url)
     content = _attempts(lambda: system.cat_file(path, 0, limit + 1), url)
     if len(content) > limit:
-        raise DataError(f"{url}: larger than {limit} bytes, the most that is read of such a file")
+        raise DataError(f"{url}: larger than {limit} bytes, the limit for such files")
     return content
 
 
 class _Different(Exception):
-    """A file that is not what it has to be."""
+    """A file differs from the expected one."""
 
 
 def _copy(url: str, record: FileRecord, partial: Path) -> None:
@@ -162,7 +162,7 @@ def _copy(url: str, record: FileRecord, partial: Path) -> None:
     if partial.stat().st_size != record.bytes:
         raise _Different(f"{partial.stat().st_size} bytes, expected {record.bytes}")
     if sha256(partial) != record.sha256:
-        raise _Different("its contents do not have the checksum they should")
+        raise _Different("its checksum does not match")
 
 
 def _attempts(attempt: Callable[[], T], url: str) -> T:
@@ -175,7 +175,7 @@ def _attempts(attempt: Callable[[], T], url: str) -> T:
             raise DataError(f"{url}: no such file") from error
         except UserError:
             raise
-        except Exception as error:  # each kind of storage has its own
+        except Exception as error:  # each kind of storage has its own exceptions
             if getattr(error, "errno", None) in LOCAL:
                 raise
             pause = next(pauses, None)
@@ -188,10 +188,10 @@ def _attempts(attempt: Callable[[], T], url: str) -> T:
 
 
 def _system(url: str) -> tuple[AbstractFileSystem, str]:
-    """What reads the URL, and its path there; made anew in every process, as most cannot be handed to a fork.
+    """The file system of a URL, and the path in it; created in every process, because most do not survive a fork.
 
     Raises:
-        UserError: no such kind of storage is known or installed.
+        UserError: the kind of storage is unknown or not installed.
     """
     try:
         return url_to_fs(url)

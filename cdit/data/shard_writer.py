@@ -47,12 +47,12 @@ WORK = ".unfinished"
 def convert(
     source: Source, out: Path, splits: Sequence[str] | None, content: Content = "frames", shard_mb: float = 256.0
 ) -> None:
-    """Writes a dataset's splits to shards, in the splits' order; what was done before is kept.
+    """Writes a dataset's splits to shards, in the order of the splits; existing shards are kept.
 
     Args:
         source: the dataset, in a folder.
-        out: where to.
-        splits: their names; by default all there are.
+        out: the folder to write to.
+        splits: their names; by default all.
         content: frames, latents (of the dataset's latent cache), or both.
         shard_mb: size of a shard in MB (10⁶ bytes); one trajectory alone may take more.
 
@@ -92,7 +92,7 @@ def convert(
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file to be: a frame's file, or the latents of a trajectory."""
+    """A file to write: that of a frame, or the latents of a trajectory."""
 
     name: str
     source: Path
@@ -152,7 +152,7 @@ class _Split:
         )
 
     def _entries(self, trajectory: Trajectory) -> list[_Entry]:
-        """What becomes of a trajectory."""
+        """The files of a trajectory."""
         files: dict[str, Path] = {}
         if self.has_frames:
             for time in range(len(trajectory)):
@@ -166,7 +166,7 @@ class _Split:
             with opened(file) as latents:
                 shape = tuple(latents.get_slice(TENSOR).get_shape())
             if self.latent_shape not in ((), shape[1:]):
-                raise DataError(f"{file}: latents of another shape than those before, {shape[1:]}")
+                raise DataError(f"{file}: latents of a different shape than before, {shape[1:]}")
             self.latent_shape = shape[1:]
             dtype = self.cache.info.dtype
             size = len(_npy_header(shape, dtype)) + math.prod(shape) * dtype.itemsize
@@ -175,7 +175,7 @@ class _Split:
         return entries
 
     def _shard(self, file: str, entries: Sequence[_Entry], done: Path) -> tuple[FileRecord, list[int]]:
-        """Writes a shard, unless it was already; and where its files begin."""
+        """Writes a shard, unless it exists, and the offsets of its files."""
         listed = json.dumps([[entry.name, entry.size, entry.modified] for entry in entries])
         of = hashlib.sha256(listed.encode()).hexdigest()
         offsets = (np.cumsum([0, *(entry.room for entry in entries[:-1])]) + BLOCK).tolist()
@@ -251,7 +251,7 @@ def _size_and_time(file: Path) -> tuple[int, int]:
 
 
 def _groups(sizes: Sequence[int], target: float) -> list[list[int]]:
-    """Consecutive indices whose sizes add up to at most the target, or single ones."""
+    """Groups consecutive indices whose sizes add up to at most the target; larger ones are single."""
     groups: list[list[int]] = []
     room = 0.0
     for index, size in enumerate(sizes):
@@ -264,17 +264,17 @@ def _groups(sizes: Sequence[int], target: float) -> list[list[int]]:
 
 
 def verify(location: str, decode_frames: bool = True) -> tuple[list[str], str]:
-    """Reads everything, with a progress bar: whether files have their checksums, and hold what the tables say.
+    """Reads everything, with a progress bar, and compares checksums and contents with the tables.
 
     Args:
         location: folder or URL of the shards.
-        decode_frames: whether to look for each frame, and to decode it, too.
+        decode_frames: whether to find and decode each frame as well.
 
     Returns:
-        The problems, one line each, naming the file; and what there is.
+        The problems, one line each, naming the file; and a summary.
 
     Raises:
-        DataError: the index is missing or broken.
+        DataError: the index is missing or damaged.
     """
     shards = Shards(location)
     problems, counts = [], []
@@ -304,7 +304,7 @@ def _file_problem(path: Path, record: FileRecord) -> str | None:
         return f"{path}: missing"
     if path.stat().st_size != record.bytes:
         return f"{path}: {path.stat().st_size} bytes, expected {record.bytes}"
-    return None if sha256(path) == record.sha256 else f"{path}: damaged (its contents do not have its checksum)"
+    return None if sha256(path) == record.sha256 else f"{path}: damaged (checksum mismatch)"
 
 
 def _shard_problems(

@@ -2,16 +2,16 @@
 
     <folder>/shards.json            the splits: their tables, and their shards with the trajectories in each
     <folder>/dataset.json           what the dataset is (see cdit.data.layout)
-    <folder>/<split>.safetensors    the split's table: where each frame lies in its shard, and the pose at each
+    <folder>/<split>.safetensors    the split's table: the position of each frame in its shard, and its pose
     <folder>/<split>-00000.tar, …   the shards: WebDataset's, whole trajectories with their
-        <trajectory>/000000.jpg, …  frames (JPEG or PNG, the files of the dataset they were made of) and
+        <trajectory>/000000.jpg, …  frames (the JPEG or PNG files of the original dataset) and
         <trajectory>/latents.npy    latents (T, S, C, h, w), either or both
 
 Made by `python -m cdit.data.shard`. The tables hold, over all trajectories of a split one after the other, `offset` and
 `size` (N,) int64 of every frame's file within its shard, `position` (N, 2) and `yaw` (N,) float64, further conditions
 `condition.<name>` (N, …), and, for each trajectory, `latents` (M,) int64: the offset of its latents' file.
 
-Nothing is unpacked: files are read at their offsets, where there has to be the tar header of a plain file of the
+Nothing is unpacked: files are read at their offsets, after checking for the tar header of a plain file with the
 expected name and size.
 """
 
@@ -48,7 +48,7 @@ MAX_DESCRIPTION = 2**28
 BLOCK = tarfile.BLOCKSIZE
 LATENTS = "latents.npy"
 NPY_HEADER = 256
-"""Bytes read to find the header of an .npy file; that of five dimensions has 128."""
+"""Bytes read for the header of an .npy file; that of five dimensions has 128."""
 FILE = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*\.(?:tar|safetensors)")
 FRAME_SUFFIXES = ("jpg", "jpeg", "png")
 CONDITION = "condition."
@@ -75,25 +75,25 @@ class SplitRecord:
     poses: bool
     """Whether the table has poses."""
     latents: LatentInfo | None
-    """What the latents in the shards were made with, if they are there."""
+    """The encoding of the latents in the shards, if any."""
     latent_shape: tuple[int, ...]
     """(S, C, h, w) of a frame's latents."""
 
 
 def is_sharded(folder: str | Path) -> bool:
-    """Whether a folder or URL is a dataset in shards: all URLs are."""
+    """Whether a folder or URL holds a dataset in shards; all URLs do."""
     return "://" in str(folder) or (Path(folder) / DESCRIPTION).is_file()
 
 
 class Shards:
-    """A dataset in shards, in a folder or behind a URL that fsspec takes.
+    """A dataset in shards, in a folder or at any fsspec URL.
 
     Args:
         location: the folder or URL.
-        cache: where shards from afar are kept; a local folder's are read where they are.
+        cache: for remote shards; local ones are read in place.
 
     Raises:
-        DataError: the index is missing or broken, or of a newer version.
+        DataError: the index is missing or damaged, or of a newer version.
     """
 
     def __init__(self, location: str | Path, cache: ShardCache | None = None):
@@ -113,19 +113,19 @@ class Shards:
         """The contents of dataset.json.
 
         Raises:
-            DataError: it is missing or broken.
+            DataError: it is missing or damaged.
         """
         return DatasetInfo.parse(self._read_text(DATASET, MAX_TEXT), f"{self.location.rstrip('/')}/{DATASET}")
 
     def file(self, record: FileRecord) -> Path:
-        """Where a file stands on this machine, fetched if it has to be."""
+        """The path of a file on this machine, downloaded if necessary."""
         return self.cache.path(self.location, record) if self.is_remote else Path(self.location) / record.file
 
     def trajectories(self, split: str) -> "list[ShardTrajectory]":
         """The trajectories of a split.
 
         Raises:
-            DataError: there is no such split, or its table is broken or does not fit the index.
+            DataError: there is no such split, or its table is damaged or does not match the index.
         """
         if split not in self.splits:
             raise DataError(f"{self.location}: no split {split!r} in these shards, only {', '.join(self.splits)}")
@@ -208,18 +208,18 @@ class Shard:
 
     @property
     def is_remote(self) -> bool:
-        """Whether it has to be fetched before it is read."""
+        """Whether it has to be downloaded before it is read."""
         return self.shards.is_remote
 
     def fetch(self) -> None:
-        """Fetches it, unless it was already."""
+        """Downloads it, unless it is cached."""
         self.shards.file(self.record)
 
     def read(self, offset: int, size: int) -> bytes:
         """These bytes of the shard.
 
         Raises:
-            DataError: it has not as many, or is missing.
+            DataError: it is missing or has fewer bytes.
         """
         if not 0 <= offset <= offset + size <= self.record.bytes:
             raise DataError(f"{self}: asked for bytes {offset} to {offset + size} of {self.record.bytes}")
@@ -233,7 +233,7 @@ class Shard:
                     content = os.pread(file.fileno(), size, offset)
                 break
             except OSError as error:
-                # One fetched from afar may have been let go of meanwhile.
+                # A remote shard may have been evicted in the meantime.
                 if not (self.shards.is_remote and isinstance(error, FileNotFoundError)):
                     raise DataError(f"{self}: not readable ({error.strerror})") from error
         if len(content) < size:
@@ -251,11 +251,11 @@ class ShardTrajectory:
     shard: Shard
     length: int
     offset: np.ndarray | None
-    """(T,) where each frame's file begins in the shard; None if no frames are there."""
+    """(T,) offset of each frame's file in the shard; None without frames."""
     size: np.ndarray | None
-    """(T,) bytes of each frame's file."""
+    """(T,) size of each frame's file."""
     latents: int | None
-    """Where the latents' file begins; None if it is not there."""
+    """Offset of the latents' file; None without latents."""
     position: np.ndarray | None
     yaw: np.ndarray | None
     conditions: Mapping[str, np.ndarray]
@@ -272,7 +272,7 @@ class ShardTrajectory:
         """The frame's file at `time` (0…T-1).
 
         Raises:
-            DataError: the shards hold latents alone.
+            DataError: the shards hold only latents.
         """
         if self.offset is None:
             raise DataError(f"{self.shard}: holds latents only, and frames are needed")
@@ -342,7 +342,7 @@ class LatentMember:
 
 @register_source("shards")
 class ShardSource(DatasetSource):
-    """Shards in a folder or behind a URL."""
+    """Shards in a folder or at a URL."""
 
     @staticmethod
     def open(folder: str, split: str, *, cache: ShardCache | None = None, **_: Any) -> Opened:
@@ -352,27 +352,27 @@ class ShardSource(DatasetSource):
 
 
 def member(block: bytes, origin: str) -> tuple[str, int]:
-    """Name and size in a tar header, which has to be that of a plain file.
+    """Name and size in a tar header.
 
     Raises:
-        DataError: it is another, or none.
+        DataError: it is not the header of a plain file.
     """
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError) as error:
         raise DataError(f"{origin}: no file begins here in the shard ({error})") from error
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
-        raise DataError(f"{origin}: {header.name!a} is a link or something else that is no plain file")
+        raise DataError(f"{origin}: {header.name!a} is not a plain file")
     if header.size < 0:
         raise DataError(f"{origin}: {header.name!a} has {header.size} bytes")
     return header.name, header.size
 
 
 def npy_header(start: bytes, origin: str) -> tuple[tuple[tuple[int, ...], np.dtype], int]:
-    """Shape and dtype in the header that an .npy file starts with, and how long it is.
+    """Shape and dtype in the header that an .npy file starts with, and its length.
 
     Raises:
-        DataError: it is none, or of an array in Fortran's order.
+        DataError: it is not such a header, or the array is in Fortran order.
     """
     file = io.BytesIO(start)
     try:
@@ -399,7 +399,7 @@ def _split(values: dict[str, Any], origin: str) -> SplitRecord:
     )
     names = [name for shard in record.shards for name in shard.trajectories]
     if not names or len(set(names)) < len(names):
-        raise DataError(f"{origin}: a split without trajectories, or with the same one twice")
+        raise DataError(f"{origin}: a split without trajectories, or with duplicate ones")
     return record
 
 
@@ -421,5 +421,5 @@ def _file(values: dict[str, Any], origin: str) -> FileRecord:
 
 def _count(value: Any) -> int:
     if not (isinstance(value, int) and 0 < value < 2**50):
-        raise ValueError(f"{value!r} is no number of frames or bytes")
+        raise ValueError(f"{value!r} is not a number of frames or bytes")
     return value

@@ -19,7 +19,7 @@ from cdit.data.video import VideoSource  # noqa: F401 (registers itself)
 
 @register_source("auto")
 class AutoSource(DatasetSource):
-    """Shards where there are some, else folders of frames."""
+    """Shards if there are any, otherwise folders of frames."""
 
     @staticmethod
     def open(folder: str, split: str, **options: Any) -> Opened:
@@ -73,7 +73,7 @@ def read_sources(
         The trajectories; for each the spacing of its dataset in metres; and what all have in common.
 
     Raises:
-        DataError: a dataset has problems, which the message lists, or they do not go together.
+        DataError: a dataset has problems, which the message lists, or they are not compatible.
     """
     trajectories, spacings, infos = [], [], []
     for source in sources:

@@ -1,4 +1,4 @@
-"""Reads trajectories and splits from folders (see `cdit.data.layout`) and lists everything that is wrong with them."""
+"""Reads trajectories and splits from folders (see `cdit.data.layout`) and lists all their problems."""
 
 import os
 import re
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MAX_POSE = 1e9
-"""Largest coordinate (metres) and yaw (radians): what is finite here has finite differences and squares in float32."""
+"""Largest coordinate (metres) and yaw (radians), so that differences and squares are finite in float32."""
 LISTED_PROBLEMS = 20
 FRAME_FILE = re.compile(r"(\d+)\.(?:jpe?g|png)", re.IGNORECASE)
 
@@ -61,7 +61,7 @@ def read_names(folder: Path | str, split: str, split_folder: Path | str | None =
     """The trajectory names of a split.
 
     Raises:
-        DataError: the list is missing, unreadable or empty, or a name leads out of the dataset.
+        DataError: the list is missing, unreadable or empty, or a name points outside the dataset.
     """
     listing = split_file(Path(folder), split) if split_folder is None else Path(split_folder, split, "traj_names.txt")
     try:
@@ -90,7 +90,7 @@ def read_split(
         split: name of the split.
         split_folder: the folder of `<split>/traj_names.txt`; by default `<folder>/splits`.
         min_frames: fewer frames are a problem.
-        follow_links: whether links may lead out of the dataset's folder, which else is a problem.
+        follow_links: whether links may lead out of the dataset's folder, which is otherwise a problem.
         may_lack: whether frames may be missing if poses tell the number of frames; they then fail when they are read.
 
     Returns:
@@ -149,7 +149,7 @@ def _read_trajectory(
     folder: Path, name: str, has_poses: bool, min_frames: int, may_lack: bool
 ) -> tuple[Trajectory | None, list[str]]:
     files, problems = _frame_files(folder)
-    length = max(files, default=-1) + 1  # may be huge: a file's name can have any number
+    length = max(files, default=-1) + 1  # may be huge: file names can contain any number
     pose_problems = []
     position = yaw = None
     conditions: dict[str, np.ndarray] = {}
@@ -205,7 +205,7 @@ def checked_poses(poses: Any, path: Path) -> tuple[np.ndarray, np.ndarray, dict[
     arrays = {name: x for name, x in poses.items() if isinstance(x, np.ndarray) and x.dtype.kind in "biuf" and x.ndim}
     if not {"position", "yaw"} <= arrays.keys():
         raise DataError(f"{path}: position and yaw are not arrays of numbers")
-    with np.errstate(over="ignore"):  # numbers of more bits than float64 become infinite
+    with np.errstate(over="ignore"):  # numbers beyond float64 become infinite
         position, yaw = (np.asarray(arrays.pop(name), np.float64) for name in ("position", "yaw"))
     length = len(position)
     if position.shape != (length, 2) or yaw.shape not in ((length,), (length, 1)):

@@ -33,7 +33,7 @@ class WindowKey(NamedTuple):
     sample: int
     """Index of the sample in the step's global batch."""
     weight: float = 1.0
-    """Weight of the sample: 0 for one that only fills a batch up."""
+    """Weight of the sample: 0 for padding."""
 
 
 class WindowDataset(Dataset):
