@@ -52,7 +52,7 @@ class Poison:
         return os.system, ("true",)
 
 
-# What is done to the dataset, and what must be said; whether it takes decoding to see it.
+# A change to the dataset, the expected message, and whether finding it needs decoding.
 CASES = {
     "missing frame": (lambda d: (d / "a/7.jpg").unlink(), "a: 1 of 20 frames missing, the first is frame 7", False),
     "first frame missing": (lambda d: (d / "a/0.jpg").unlink(), "a: 1 of 20 frames missing", False),

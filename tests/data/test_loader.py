@@ -69,7 +69,7 @@ def needs_broken(batch: Batch, place: int) -> bool:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_samples_of_broken_frames_count_for_nothing(dataset, workers):
-    """And are told of; all others are what they would have been."""
+    """They are reported; all others are unchanged."""
     whole = batches(dataset, 0, steps=10)
     lossy = loader_of(dataset, workers, steps=10, on_error="skip")
     truncate(dataset / "b" / "6.jpg")
@@ -98,7 +98,7 @@ def test_a_lost_trajectory_is_left_out(dataset):
 
 
 def test_padding_that_cannot_be_read_is_not_told_of_twice(dataset):
-    """Five samples a step, filled up to eight: as many are told of as one process tells of."""
+    """Five samples per step, padded to eight: as many are reported as by one process."""
     alone = loader_of(dataset, 0, batch_size=5, on_error="skip")
     shares = [loader_of(dataset, 0, share=(index, 2, 2), batch_size=5, on_error="skip") for index in range(2)]
     for file in (dataset / "a").glob("*.jpg"):

@@ -1,4 +1,4 @@
-"""Shards from afar: fetched once, whole and as they have to be, let go of in turn; plain words where that fails."""
+"""Remote shards: downloaded once, verified, evicted in LRU order; clear errors on failure."""
 
 import hashlib
 import multiprocessing
@@ -196,12 +196,12 @@ def test_a_network_that_is_down_is_an_interruption(shards, tmp_path, afar):
     assert [file for file in (tmp_path / "cache").iterdir() if file.suffix == ".partial"] == []
 
 
-@pytest.mark.parametrize(("content", "said"), [(b"short", "5 bytes, expected"), (None, "checksum")])
-def test_what_is_not_as_it_has_to_be_is_never_kept(shards, tmp_path, afar, content, said):
+@pytest.mark.parametrize(("content", "message"), [(b"short", "5 bytes, expected"), (None, "checksum")])
+def test_what_is_not_as_it_has_to_be_is_never_kept(shards, tmp_path, afar, content, message):
     record = record_of(shards)
     Afar.failures[:] = [content or bytes(record.bytes)] * 3
     cache = ShardCache(tmp_path / "cache")
-    with pytest.raises(DataError, match=rf"afar://.*train-00000\.tar: .*{said}"):
+    with pytest.raises(DataError, match=rf"afar://.*train-00000\.tar: .*{message}"):
         cache.path(f"afar://{shards}", record)
     assert [file.suffix for file in cache.folder.iterdir()] == [".lock"] * 2
 
