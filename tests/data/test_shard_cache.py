@@ -16,8 +16,8 @@ from cdit.common.errors import DataError, Interrupted, UserError
 from cdit.data import prefetch, shard_cache
 from cdit.data.loader import loader
 from cdit.data.sampler import KeyedBatchSampler
-from cdit.data.shard import verify
 from cdit.data.shard_cache import FileRecord, ShardCache
+from cdit.data.shard_writer import verify
 from cdit.data.windows import WindowDataset
 
 sys.path.append(str(Path(__file__).parent))
