@@ -104,7 +104,7 @@ def test_only_rollouts_by_the_release_s_conventions_encode_their_frames_again(re
 
 @pytest.mark.parametrize("rate", [3.0, 8.0, 1.5])
 def test_rates_that_do_not_divide_the_model_s(rate: float):
-    with pytest.raises(UserError, match=r"rollout.fps is .*divides the model's 4 frames"):
+    with pytest.raises(UserError, match=rf"rollout.fps is {rate:g}, .* 4 frames"):
         rollout([2.0], rate, 4.0)
 
 
