@@ -89,7 +89,7 @@ def case_of(dataset: WindowDataset, window: int) -> Case:
 
 
 def content_hash(dataset: WindowDataset, cases: Sequence[Case], reach: int) -> str:
-    """Hexadecimal SHA-256 of what the dataset holds for the cases, wherever it lies.
+    """Hexadecimal SHA-256 of the dataset's content for the cases, independent of its location.
 
     That is the poses of their trajectories, and of each case the files of the current frame and of the one `reach`
     frames later.
@@ -108,7 +108,7 @@ def content_hash(dataset: WindowDataset, cases: Sequence[Case], reach: int) -> s
 
 
 def others(cases: Sequence[Case]) -> list[int]:
-    """For each case another one, whose actions or context the model is given to see what its own are worth.
+    """For each case another one, whose actions or context replace its own, to measure what these contribute.
 
     It is half the list away, or the next one from there on that is of another trajectory, so that the actions are not
     its own at another time.

@@ -94,7 +94,7 @@ def load_lpips(device: torch.device | str = "cpu", timeout: float = 10.0) -> Lpi
     if file:
         try:
             return Lpips(safetensors.torch.load_file(Path(file))).to(device)
-        except Exception as error:  # safetensors has errors of its own
+        except Exception as error:  # safetensors has its own exceptions
             raise UserError(
                 f"{BACKBONE_VARIABLE}={file}: expected a safetensors file with torchvision's AlexNet weights "
                 f"features.0.weight … features.10.bias ({str(error).splitlines()[0]})"

@@ -86,7 +86,7 @@ class Parts:
         for batch in range(self.count):
             try:
                 parts.append(load_file(self.folder / _name(batch)))
-            except Exception as error:  # safetensors has errors of its own
+            except Exception as error:  # safetensors has its own exceptions
                 raise UserError(
                     f"{self.folder / _name(batch)}: damaged ({error}): delete it and run the command again"
                 ) from error

@@ -166,5 +166,5 @@ def _motion(trajectory: Trajectory, times: np.ndarray, goals: np.ndarray) -> np.
 def _frames(seconds: float, fps: float, field: str) -> int:
     frames = round(seconds * fps)
     if frames < 1 or abs(frames - seconds * fps) > 1e-6:
-        raise UserError(f"{field}: {seconds:g} s is no whole number of frames, from 1 up, at {fps:g} a second")
+        raise UserError(f"{field}: {seconds:g} s is not a positive whole number of frames at {fps:g} frames per second")
     return frames

@@ -1,6 +1,6 @@
 """Trains and evaluates the variants of a config, each with several seeds, all measured on the same cases.
 
-Runs `train.py` and `cdit.evaluate` as a person would, one process after the other, and skips what is done already, so
+Runs `train.py` and `cdit.evaluate` in separate processes, one after the other, and skips what is done already, so
 that an interrupted ablation continues.
 """
 
