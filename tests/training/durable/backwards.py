@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import torch
-from sharded import batch, build, loss_of
 
 from cdit.training.config import TrainConfig
 from cdit.training.setup import build_accelerator
+
+sys.path.append(str(Path(__file__).parents[1]))
+from sharded import batch, build, loss_of
 
 
 def main(out: str) -> None:
