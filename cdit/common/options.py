@@ -69,8 +69,8 @@ def check_options(options: object) -> None:
     """
     for name in ("checkpoint", "data", "splits"):
         path = getattr(options, name, None)
-        if path is None or "://" in path:
-            continue
+        if path is None or "://" in path or (name == "data" and ":" in getattr(options, "source", "")):
+            continue  # a source of your own may need no folder
         if not (resolve(path) if name == "checkpoint" else Path(path)).exists():
             raise UserError(f"{name} is {path}, which does not exist")
     spacing = getattr(options, "spacing", None)
