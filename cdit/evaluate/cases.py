@@ -91,8 +91,7 @@ def case_of(dataset: WindowDataset, window: int) -> Case:
 def content_hash(dataset: WindowDataset, cases: Sequence[Case], reach: int) -> str:
     """Hexadecimal SHA-256 of the dataset's content for the cases, independent of its location.
 
-    That is the poses of their trajectories, and of each case the files of the current frame and of the one `reach`
-    frames later.
+    That is the poses of their trajectories, and for each case the current frame and the one `reach` frames later.
     """
     digest = hashlib.sha256()
     for index in sorted({case.trajectory for case in cases}):
@@ -101,9 +100,8 @@ def content_hash(dataset: WindowDataset, cases: Sequence[Case], reach: int) -> s
         if trajectory.position is not None:
             digest.update(trajectory.position.tobytes() + trajectory.yaw.tobytes())
     for case in cases:
-        for time in (case.now, case.now + reach):
-            file = dataset.trajectories[case.trajectory].frame(time)
-            digest.update(hashlib.sha256(file.read_bytes() if isinstance(file, Path) else file.read()).digest())
+        frames = dataset.trajectories[case.trajectory].frames([case.now, case.now + reach])
+        digest.update(hashlib.sha256(frames.numpy().tobytes()).digest())
     return digest.hexdigest()
 
 

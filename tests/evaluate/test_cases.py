@@ -1,14 +1,17 @@
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from cdit.common.errors import DataError, UserError
+from cdit.data.source import TrajectorySource
 from cdit.data.windows import WindowDataset
-from cdit.evaluate.cases import Case, others, read_index, spread_cases
+from cdit.evaluate.cases import Case, content_hash, others, read_index, spread_cases
 
 
 @pytest.fixture
@@ -95,3 +98,22 @@ def test_another_case_is_one_of_another_trajectory():
     same = [case(0, now) for now in range(5)]
     assert all(i != j for i, j in enumerate(others(same)))
     assert others([case(0, 0)]) == [0]
+
+
+def test_the_content_of_any_source_is_hashed():
+    """A trajectory may have nothing but a name, a length and frames."""
+
+    class Clip(TrajectorySource):
+        def __init__(self, shade: int):
+            self.name, self.shade = "clip", shade
+
+        def __len__(self) -> int:
+            return 5
+
+        def frames(self, times):
+            return torch.full((len(times), 3, 4, 4), self.shade, dtype=torch.uint8)
+
+    hashes = [
+        content_hash(SimpleNamespace(trajectories=[Clip(shade)]), [Case(0, 0, "clip", 1)], 2) for shade in (7, 7, 8)
+    ]
+    assert hashes[0] == hashes[1] != hashes[2]
