@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from cdit.common.errors import DataError, UserError
-from cdit.data import shard as command
+from cdit.data import shard_writer
 from cdit.data.check import check
 from cdit.data.config import DataConfig
 from cdit.data.latents import Encoding, LatentCache
@@ -126,7 +126,7 @@ def test_latents_are_those_of_the_cache(folder, tmp_path, content, precision):
     if content == "both":
         assert same(after.window(2, [1]), windows(folder).window(2, [1]))
     else:
-        with pytest.raises(DataError, match=r"train-00000\.tar: holds latents and no frames"):
+        with pytest.raises(DataError, match=r"train-00000\.tar: holds latents only"):
             after.window(2, [1])
     other = Encoding("kl", "some/autoencoder", "f" * 64, (12, 16), "aspect")
     with pytest.raises(DataError, match=r"encoder 0123456789ab\).*asked for .*encoder ffffffffffff\)"):
@@ -195,7 +195,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def test_a_dataset_that_changed_meanwhile_is_written_anew(folder, tmp_path, monkeypatch):
     out = tmp_path / "shards"
-    monkeypatch.setattr(command, "DESCRIPTION", "../nowhere/shards.json")
+    monkeypatch.setattr(shard_writer, "DESCRIPTION", "../nowhere/shards.json")
     with pytest.raises(FileNotFoundError):
         converted(folder, out)
     monkeypatch.undo()
@@ -210,7 +210,7 @@ def test_a_dataset_that_changed_meanwhile_is_written_anew(folder, tmp_path, monk
 def test_refusals(folder, shards, tmp_path):
     with pytest.raises(UserError, match="has no latents; make them with"):
         converted(folder, tmp_path / "none", content="latents")
-    with pytest.raises(DataError, match="holds shards; expected the dataset's folder"):
+    with pytest.raises(DataError, match="holds shards; expected the folder"):
         converted(shards, tmp_path / "none")
     other = make_walks(tmp_path / "other")
     DatasetInfo("others", fps=7.0).save(other)
