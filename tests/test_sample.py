@@ -88,8 +88,10 @@ def test_dataset_to_videos_and_pictures_twice_the_same(place: Path, sample):
     command = [sys.executable, str(ROOT / "sample.py"), *arguments, "--out", "one/below", "--attention"]
     subprocess.run(command, cwd=place, check=True, timeout=120)
     assert sample(*arguments, "--out", "two", "--attention").returncode == 0
-    written = files(place / "two")
-    assert written == files(place / "one/below")
+    written, before = files(place / "two"), files(place / "one/below")
+    assert written.keys() == before.keys()
+    for name in written:  # x264 may encode the same frames into other bytes
+        assert name.endswith(".mp4") or written[name] == before[name], name
     names = [taken["name"] for taken in json.loads(written["samples.json"])["samples"]]
     assert len(names) == 2
     assert {"direct.png", *(f"{n}.{kind}" for n in names for kind in ("mp4", "gif", "png"))} < set(written)

@@ -44,7 +44,7 @@ class SampleConfig(DataOptions, OutputOptions, CheckpointOptions):
     compile: bool = False
     """Compile the network, which takes a while and pays off if much is sampled."""
     seed: int = 0
-    """Seed of the noise; the same seed gives the same files."""
+    """Seed of the noise; the same seed gives the same pictures."""
 
     def check(self) -> None:
         """Finds mistakes before anything is loaded.

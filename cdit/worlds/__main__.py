@@ -41,6 +41,9 @@ def main() -> None:
     world.cdit.to(torch.float16)
     out = Path(config.out)
     world.save_pretrained(out)
+    settings = out / "cdit" / "config.json"
+    kept = {name: value for name, value in json.loads(settings.read_text()).items() if name != "_name_or_path"}
+    settings.write_text(json.dumps(kept, indent=2) + "\n")  # without the path that the weights were read from
     run_folder = Path(config.checkpoint)
     card = [f"# {out.name}", config.note, _training(run_folder)]
     card += [table.read_text().replace(f"{run_folder}", out.name) for table in tables]

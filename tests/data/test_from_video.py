@@ -133,7 +133,7 @@ def test_all_unusable_videos_are_listed(tmp_path):
     with pytest.raises(DataError) as error:
         convert(videos, tmp_path / "out", VideoOptions())
     lines = str(error.value).splitlines()[1:]
-    expected = ["not a readable video", "not a readable video", "no", "too short, 4 frames", "2 frames a second"]
+    expected = ["not a readable video", "not a readable video", "no", "too short, 4 frames", "2 frames per second"]
     for line, video, words in zip(lines, videos, expected, strict=True):
         assert video.name in line
         assert words in line

@@ -59,6 +59,7 @@ def recording(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_splits_are_readable_and_disjoint(recording):
     names = []
     for split, count in {"train": 3, "test": 1, "unknown": 1}.items():

@@ -111,5 +111,5 @@ def test_rates_that_do_not_divide_the_model_s(rate: float):
 def test_horizons_between_frames():
     with pytest.raises(UserError, match=r"time.seconds: 0.3 s"):
         direct([1.0, 0.3], 4.0)
-    with pytest.raises(UserError, match=r"rollout.seconds: 0.5 s .* at 1 a second"):
+    with pytest.raises(UserError, match=r"rollout.seconds: 0.5 s .* at 1 frames per second"):
         rollout([0.5, 2.0], 1.0, 4.0)

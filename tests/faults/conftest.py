@@ -24,13 +24,20 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Everything here is a test of faults; those marked `faults("all")` belong to the whole suite only."""
+    """Everything here is a test of faults; those marked `faults("all")` belong to the whole suite only.
+
+    One of each file, which is one kind of fault, is not slow.
+    """
+    kinds: set[Path] = set()
     for item in items:
         if Path(__file__).parent not in item.path.parents:
             continue
         only_in_all = any(mark.args == ("all",) for mark in item.iter_markers("faults"))
         item.add_marker(pytest.mark.faults)
-        item.add_marker(pytest.mark.slow)
+        if only_in_all or item.path in kinds:
+            item.add_marker(pytest.mark.slow)
+        else:
+            kinds.add(item.path)
         if only_in_all and config.getoption("--faults") != "all":
             item.add_marker(pytest.mark.skip(reason="only with --faults all"))
 

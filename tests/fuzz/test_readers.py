@@ -18,6 +18,7 @@ LONGEST = 20.0
 """Seconds of processor time that an input may take. The slowest are images and the building of networks."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READERS)
 def test_a_reader_raises_documented_errors_only(
     name: str, tmp_path: Path, pytestconfig: pytest.Config, capfd: pytest.CaptureFixture

@@ -136,6 +136,7 @@ def test_sizes_that_do_not_fit(
         build_world(config(*overrides), train_set)
 
 
+@pytest.mark.slow
 def test_machines_on_one_file_system_prepare_a_dataset_once(tmp_path: Path):
     """Two processes that are each the first of their machine; recipes delete what is half done."""
     script, runs = tmp_path / "make.py", tmp_path / "runs"

@@ -79,6 +79,7 @@ def test_micro_batches_and_workers_do_not_change_losses(
             assert measured == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_another_seed_is_another_run(train: Run, straight: Path, rows: Rows, tmp_path: Path):
     run = train(tmp_path, "--seed", "1", "--stop_at", "1")
     assert rows(run, "train/loss")[0]["train/loss"] != rows(straight, "train/loss")[0]["train/loss"]

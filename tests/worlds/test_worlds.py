@@ -29,6 +29,7 @@ def pack(tmp_path: Path, world: WorldModel, *options: str) -> subprocess.Complet
     return subprocess.run([*command, str(tmp_path / "toy"), *options], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_a_packed_world_is_found_by_name_and_has_the_weights_rounded_once(tmp_path, world, monkeypatch):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "results.md").write_text("| PSNR |\n|---|\n| 23.4 |\n")
@@ -41,6 +42,7 @@ def test_a_packed_world_is_found_by_name_and_has_the_weights_rounded_once(tmp_pa
         assert ours.dtype == torch.float32, name
         assert torch.equal(ours, theirs.half().float()), name
     assert "23.4" in (tmp_path / "toy" / "README.md").read_text()
+    assert str(tmp_path) not in (tmp_path / "toy" / "cdit" / "config.json").read_text()
 
 
 def test_a_missing_table_is_named_before_anything_is_written(tmp_path, world):
