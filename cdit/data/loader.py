@@ -131,6 +131,3 @@ class Skipping(Dataset):
 
 def _collate_or_report(items: list[Batch | Exception]) -> Batch | Exception:
     return next((item for item in items if isinstance(item, Exception)), None) or Batch.collate(items)
-
-
-collate = Batch.collate

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import UserError
+from cdit.common.files import read_json, write_json
 from cdit.common.options import CheckpointOptions, OutputOptions, check_options
 
 
@@ -42,8 +43,9 @@ def main() -> None:
     out = Path(config.out)
     world.save_pretrained(out)
     settings = out / "cdit" / "config.json"
-    kept = {name: value for name, value in json.loads(settings.read_text()).items() if name != "_name_or_path"}
-    settings.write_text(json.dumps(kept, indent=2) + "\n")  # without the path that the weights were read from
+    values = read_json(settings)
+    values.pop("_name_or_path", None)  # the path that the weights were read from
+    write_json(settings, values)
     run_folder = Path(config.checkpoint)
     card = [f"# {out.name}", config.note, _training(run_folder)]
     card += [table.read_text().replace(f"{run_folder}", out.name) for table in tables]
