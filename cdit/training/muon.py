@@ -1,7 +1,7 @@
 """Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon) for hidden matrices, AdamW for the rest."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Muon(torch.optim.AdamW):
         groups = [{"splits": 1, **group, "momentum": momentum} for group in matrices]
         super().__init__([*groups, *others], fused=True, **options)
         self.newton_schulz_steps = newton_schulz_steps
-        for parameter in self._matrices():
+        for _, parameter in self._matrices():
             step = torch.zeros((), device=parameter.device)  # not used, but AdamW expects it in every state
             self.state[parameter] |= {"step": step, "momentum_buffer": torch.zeros_like(parameter)}
 
@@ -57,37 +57,29 @@ class Muon(torch.optim.AdamW):
         self._step_matrices()
         return loss
 
-    def _matrices(self) -> Iterable[nn.Parameter]:
-        return (p for group in self.param_groups if "momentum" in group for p in group["params"])
+    def _matrices(self) -> list[tuple[dict[str, Any], nn.Parameter]]:
+        """Each matrix to orthogonalise, after its group."""
+        return [(group, p) for group in self.param_groups if "momentum" in group for p in group["params"]]
 
     def _step_matrices(self) -> None:
         by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
-        for group in self.param_groups:
-            if "momentum" not in group:
-                continue
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                buffer = self.state[parameter]["momentum_buffer"]
-                buffer.copy_(self._unless_bad(buffer.lerp(parameter.grad, 1 - group["momentum"]), buffer))
-                update = _whole(parameter.grad.lerp(buffer, group["momentum"]).bfloat16())
-                for matrix in update.chunk(group["splits"]):
-                    by_shape[matrix.shape].append(matrix)
+        matrices = [(group, parameter) for group, parameter in self._matrices() if parameter.grad is not None]
+        for group, parameter in matrices:
+            buffer = self.state[parameter]["momentum_buffer"]
+            buffer.copy_(self._unless_bad(buffer.lerp(parameter.grad, 1 - group["momentum"]), buffer))
+            update = _whole(parameter.grad.lerp(buffer, group["momentum"]).bfloat16())
+            for matrix in update.chunk(group["splits"]):
+                by_shape[matrix.shape].append(matrix)
         orthogonal = {
-            shape: iter(orthogonalised(torch.stack(matrices), self.newton_schulz_steps))
-            for shape, matrices in by_shape.items()
+            shape: iter(orthogonalised(torch.stack(updates), self.newton_schulz_steps))
+            for shape, updates in by_shape.items()
         }
-        for group in self.param_groups:
-            if "momentum" not in group:
-                continue
-            for parameter in group["params"]:
-                if parameter.grad is None:
-                    continue
-                shape = torch.Size((parameter.shape[0] // group["splits"], parameter.shape[1]))
-                update = torch.cat([next(orthogonal[shape]) for _ in range(group["splits"])]).to(parameter.dtype)
-                rate = group["lr"] * 0.2 * max(shape) ** 0.5
-                stepped = parameter * (1 - group["lr"] * group["weight_decay"]) - rate * _like(update, parameter)
-                parameter.copy_(self._unless_bad(stepped, parameter))
+        for group, parameter in matrices:
+            shape = torch.Size((parameter.shape[0] // group["splits"], parameter.shape[1]))
+            update = torch.cat([next(orthogonal[shape]) for _ in range(group["splits"])]).to(parameter.dtype)
+            rate = group["lr"] * 0.2 * max(shape) ** 0.5
+            stepped = parameter * (1 - group["lr"] * group["weight_decay"]) - rate * _like(update, parameter)
+            parameter.copy_(self._unless_bad(stepped, parameter))
 
     def _unless_bad(self, new: Tensor, old: Tensor) -> Tensor:
         """The new tensor; the old one where `found_inf` says that the gradients are not finite."""
