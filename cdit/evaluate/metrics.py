@@ -1,4 +1,4 @@
-"""Similarity of two frames: PSNR, SSIM, LPIPS and DreamSim, one number for each frame.
+"""Similarity of two frames: PSNR, SSIM, LPIPS, DreamSim and relative sharpness, one number for each frame.
 
 Every metric takes predictions and truths (N, 3, H, W) in [-1, 1] and returns (N,) float32 on their device.
 """
@@ -32,7 +32,16 @@ MAX_PSNR = 100.0
 MIN_SIDE = {"ssim": 6, "lpips": 32}
 """Shortest side in pixels that a frame may have."""
 
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False, "dreamsim": False, "fid": False, "fvd": False}
+HIGHER_IS_BETTER = {
+    "psnr": True,
+    "ssim": True,
+    "lpips": False,
+    "dreamsim": False,
+    "sharpness": None,
+    "fid": False,
+    "fvd": False,
+}
+"""Direction of each metric, in the order of tables; None: sharpness is best at 1."""
 
 
 def psnr(prediction: Tensor, truth: Tensor) -> Tensor:
@@ -51,6 +60,20 @@ def ssim(prediction: Tensor, truth: Tensor) -> Tensor:
     prediction, truth = (prediction.float() + 1) / 2, (truth.float() + 1) / 2
     with torch.autocast(prediction.device.type, enabled=False):  # variances are small differences of convolutions
         return structural_similarity_index_measure(prediction, truth, data_range=1.0, reduction="none").reshape(-1)
+
+
+def sharpness(prediction: Tensor, truth: Tensor) -> Tensor:
+    """Gradient energy of the prediction over that of the truth: below 1 for a blurred frame, above 1 for a noisy one.
+
+    The energy is the mean squared difference of horizontal neighbours plus that of vertical neighbours. One 8-bit step
+    is added to both energies, so that a flat truth gives a finite ratio.
+    """
+    step = (2 / 255) ** 2
+    return (_gradient_energy(prediction) + step) / (_gradient_energy(truth) + step)
+
+
+def _gradient_energy(frames: Tensor) -> Tensor:
+    return sum(frames.float().diff(dim=dim).square().mean(dim=(1, 2, 3)) for dim in (2, 3))
 
 
 class Lpips(nn.Module):
@@ -165,7 +188,7 @@ def load_metrics(
     Args:
         device: where to compute.
         image_size: height and width of the frames; metrics that need larger ones are left out, with a line on stderr.
-        names: some of psnr, ssim, lpips and dreamsim; others are ignored.
+        names: some of psnr, ssim, lpips, dreamsim and sharpness; others are ignored.
 
     Raises:
         UserError: a package or its weights are missing.
@@ -179,6 +202,7 @@ def load_metrics(
         "ssim": lambda: ssim,
         "lpips": lambda: load_lpips(device),
         "dreamsim": lambda: DreamSim(device),
+        "sharpness": lambda: sharpness,
     }
     found = {name: load() for name, load in loaders.items() if name in names and name not in too_small}
     return {name: metric for name, metric in found.items() if metric is not None}

@@ -13,7 +13,7 @@ from torchvision.models import alexnet
 
 from cdit.common.errors import UserError
 from cdit.evaluate import metrics
-from cdit.evaluate.metrics import HIGHER_IS_BETTER, MAX_PSNR, Lpips, load_lpips, load_metrics, psnr, ssim
+from cdit.evaluate.metrics import HIGHER_IS_BETTER, MAX_PSNR, Lpips, load_lpips, load_metrics, psnr, sharpness, ssim
 from cdit.evaluate.tables import Row, markdown
 
 
@@ -62,7 +62,22 @@ def _ssim(a: np.ndarray, b: np.ndarray) -> float:
     return float(map_.mean())
 
 
-@pytest.mark.parametrize("metric", [psnr, ssim])
+def test_sharpness_of_a_wave_is_its_amplitude_squared():
+    wave = torch.sin(torch.arange(48) * 0.5).expand(3, 3, 40, 48)
+    expected = torch.tensor([0.25, 1.0, 0.0])
+    scaled = wave * expected.sqrt()[:, None, None, None]
+    torch.testing.assert_close(sharpness(scaled, wave), expected, atol=1e-3, rtol=0)
+    torch.testing.assert_close(sharpness(scaled.mT, wave.mT), expected, atol=1e-3, rtol=0)
+    assert sharpness(wave, wave).tolist() == [1.0] * 3
+
+
+def test_sharpness_over_a_flat_truth_is_finite():
+    flat = torch.full((1, 3, 16, 16), 0.3)
+    assert sharpness(flat, flat).item() == 1.0
+    assert 1 < sharpness(frames(0, 1, (16, 16)), flat).item() < math.inf
+
+
+@pytest.mark.parametrize("metric", [psnr, sharpness, ssim])
 def test_one_value_per_frame_in_full_precision(metric):
     a, b = frames(0), frames(1)
     apart = torch.cat([metric(a[i : i + 1], b[i : i + 1]) for i in range(3)])
