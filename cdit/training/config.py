@@ -23,8 +23,11 @@ class OptimizerConfig:
     """AdamW, or Muon for the matrices of the blocks and AdamW for everything else."""
     learning_rate: float = 3e-4
     """Peak learning rate."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """After the warm-up: a cosine to zero at the last step, or constant."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After the warm-up: a cosine to zero at the last step, constant, or constant until the last `decay_share` of the
+    steps and then linear to zero (wsd: warm-up, stable, decay; Hägele et al. 2024, arXiv 2405.18392)."""
+    decay_share: float = 0.2
+    """Share of the run's steps over which wsd decays."""
     warmup_steps: int = 100
     """Steps of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.99)
@@ -116,7 +119,7 @@ class TrainConfig:
     seed: int = 0
     """Key of all randomness: weights, batches, goals, noise, diffusion times."""
     steps: int = 1000
-    """Optimizer steps of the whole run. If they change when resuming, a cosine schedule follows the new number."""
+    """Optimizer steps of the whole run. If they change when resuming, the schedule follows the new number."""
     stop_at: int | None = None
     """Stop after this step without changing schedules, to train a run in pieces (see resume)."""
     train_seconds: float | None = None
@@ -253,6 +256,8 @@ class TrainConfig:
             if not all(0 <= value < 1 for value in values):
                 shown = ", ".join(map(str, values))
                 raise UserError(f"{name} is {shown}, expected at least 0 and less than 1")
+        if not 0 < self.optimizer.decay_share <= 1:
+            raise UserError(f"optimizer.decay_share is {self.optimizer.decay_share}, expected more than 0, at most 1")
         if not 0 <= self.ema.decay <= 1:
             raise UserError(f"ema.decay is {self.ema.decay}, expected between 0 and 1")
         if self.name in ("", "..") or Path(self.name).name != self.name:

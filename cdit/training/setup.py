@@ -207,8 +207,16 @@ def build_optimizer(
         optimizer = Muon(matrices, others, config.momentum, **options)
     else:
         optimizer = torch.optim.AdamW(others, fused=True, **options)
+    if config.schedule == "wsd":
+        return optimizer, LambdaLR(optimizer, lambda step: _warmup_stable_decay(step, steps, config))
     name = {"cosine": "cosine", "constant": "constant_with_warmup"}[config.schedule]
     return optimizer, get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)
+
+
+def _warmup_stable_decay(step: float, steps: int, config: OptimizerConfig) -> float:
+    """The share of the peak rate; `step` is not whole if the schedule follows the time (`train_seconds`)."""
+    rise = step / config.warmup_steps if step < config.warmup_steps else 1.0
+    return min(rise, max(0.0, (steps - step) / (config.decay_share * steps)))
 
 
 def resume_schedule(schedule: LambdaLR, state: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ WRONG = [  # option, value, what the message names if not the option
     ("optimizer.max_grad_norm", "-1.0"),
     ("optimizer.warmup_steps", "-1"),
     ("optimizer.betas", "[0.9, 1.0]"),
+    ("optimizer.decay_share", "0"),
     ("optimizer.weight_decay", "-0.1"),
     ("ema.decay", "1.5"),
     ("ema.warmup_power", "-1.0"),

@@ -1,3 +1,4 @@
+import json
 import math
 import subprocess
 import sys
@@ -60,6 +61,13 @@ def test_cosine_after_a_linear_warm_up():
 def test_constant_after_a_linear_warm_up():
     rates = learning_rates(OptimizerConfig(learning_rate=2e-3, warmup_steps=2, schedule="constant"), 6)
     assert rates == pytest.approx([0, 1e-3, 2e-3, 2e-3, 2e-3, 2e-3])
+
+
+def test_warm_up_stable_decay():
+    rates = learning_rates(OptimizerConfig(learning_rate=2e-3, warmup_steps=2, schedule="wsd", decay_share=0.4), 10)
+    assert rates == pytest.approx([0, 1e-3, 2e-3, 2e-3, 2e-3, 2e-3, 2e-3, 1.5e-3, 1e-3, 0.5e-3])
+    rates = learning_rates(OptimizerConfig(learning_rate=2e-3, warmup_steps=0, schedule="wsd", decay_share=1.0), 4)
+    assert rates == pytest.approx([2e-3, 1.5e-3, 1e-3, 0.5e-3])
 
 
 def test_weights_are_a_function_of_the_seed(config: Callable[..., TrainConfig], train_set: WindowDataset):
@@ -185,20 +193,21 @@ def test_a_failing_preparation_names_field_and_command(tmp_path: Path, accelerat
         prepare_data(DataConfig(folder=str(tmp_path / "none"), prepare=str(script)), accelerator)
 
 
-def test_a_cosine_over_another_number_of_steps_is_followed_from_there():
-    def begin(steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-        return build_optimizer(
-            {"model": torch.nn.Linear(2, 2)}, OptimizerConfig(learning_rate=2e-3, warmup_steps=4), steps
-        )
+@pytest.mark.parametrize("name", ["cosine", "wsd"])
+def test_a_schedule_over_another_number_of_steps_is_followed_from_there(name: str):
+    config = OptimizerConfig(learning_rate=2e-3, warmup_steps=4, schedule=name, decay_share=0.5)
 
-    expected = learning_rates(OptimizerConfig(learning_rate=2e-3, warmup_steps=4), 16)
+    def begin(steps: int) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        return build_optimizer({"model": torch.nn.Linear(2, 2)}, config, steps)
+
+    expected = learning_rates(config, 16)
     optimizer, schedule = begin(12)
     for _ in range(8):
         optimizer.step()
         schedule.step()
     later_optimizer, later_schedule = begin(16)
     later_optimizer.load_state_dict(optimizer.state_dict())
-    resume_schedule(later_schedule, schedule.state_dict())
+    resume_schedule(later_schedule, json.loads(json.dumps(schedule.state_dict())))  # as a checkpoint stores it
     for rate in expected[8:]:
         assert {group["lr"] for group in later_optimizer.param_groups} == {rate}
         later_optimizer.step()

@@ -175,6 +175,17 @@ def test_another_run_goes_on_from_a_checkpoint(train: Run, whole: Path, rows: Ro
     assert (run / "best" / WEIGHTS).is_file()
 
 
+def test_a_branch_decays_from_a_checkpoint_of_a_run_that_goes_on(train: Run, rows: Rows, tmp_path: Path):
+    options = ["--optimizer.schedule", "wsd", "--optimizer.learning_rate", "0.01", "--optimizer.warmup_steps", "0"]
+    run = train(tmp_path, *options, "--steps", "100", "--stop_at", "2", "--log_every", "1")
+    start = str(run / "checkpoints/step_00000002")
+    end = ("--steps", "4", "--optimizer.decay_share", "0.5", "--log_every", "1")
+    branch = train(tmp_path, *options, *end, "--resume", start, name="branch")
+    rates = {row["step"]: row["train/learning_rate"] for row in rows(branch, "train/learning_rate")}
+    assert rates == pytest.approx({3: 0.005, 4: 0.0})  # as of the next step
+    assert (branch / "last" / WEIGHTS).is_file()
+
+
 def test_open_losses_are_told_of_after_going_on(train: Run, rows: Rows, tmp_path: Path):
     """Rows of two steps' losses, from checkpoints after every third."""
     options = ["--log_every", "2", "--checkpoint.every", "3"]

@@ -49,7 +49,7 @@ MAY_DIFFER = re.compile(
     r"|mixed_precision|activation_checkpointing|tracking|project|log_every|deterministic|timeout_minutes"
     r"|data\.(folder|prepare|splits|follow_links|source|workers|cache_gb|shard_cache(_gb)?|latents"
     r"|on_error)"
-    r"|(validation|probe|checkpoint|sampler)\..*|optimizer\.max_bad_steps)"
+    r"|(validation|probe|checkpoint|sampler)\..*|optimizer\.(max_bad_steps|decay_share))"
 )
 """Fields that may change when a run is continued."""
 FREE = ("objective_options.", "model.extra_conditioners.")
