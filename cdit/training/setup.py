@@ -125,13 +125,13 @@ def prepare_folder(config: TrainConfig, accelerator: Accelerator) -> None:
 
 
 def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
-    """The untrained world model: weights from the seed, units from the dataset.
+    """The world model to train: weights from the seed and units from the dataset, or both from `init_from`.
 
     Actions are normalised by the distance of the farthest goal at typical speed and by π radians, time shifts by that
     of the farthest goal, so that the network sees numbers of about -1 to 1.
 
     Raises:
-        UserError: sizes are not compatible.
+        UserError: sizes are not compatible, or `init_from` is another model.
     """
     codec = load_codec(config.codec)
     channels, *size = codec.latent_shape(config.data.image_size)
@@ -143,6 +143,9 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         learn_variance=make_objective(config).outputs == 2,
         **config.model.arguments(),
     )
+    start = None if config.init_from is None else WorldModel.from_pretrained(config.init_from)
+    if start is not None:
+        _take_weights(cdit, codec, start, config.init_from)
     if config.activation_checkpointing:
         cdit.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))  # which torch.compile supports
     farthest = max(abs(config.data.min_offset), abs(config.data.max_offset), 1)
@@ -152,6 +155,8 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
     if config.units == "nwm":
         units = normalization(dataset.info.fps)
     units.spacing = dataset.info.spacing
+    if start is not None:
+        units = start.description.units
     description = WorldDescription(
         image_size=config.data.image_size,
         fps=dataset.info.fps,
@@ -169,6 +174,25 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
     world = WorldModel(cdit, codec, description)
     world.objective.attach(cdit)
     return world
+
+
+def _take_weights(cdit: CDiT, codec: Codec, start: WorldModel, name: str) -> None:
+    """Loads the weights of a trained world.
+
+    Raises:
+        UserError: its network, besides conditioners that it lacks, or its codec is another one.
+    """
+    if (start.codec.kind, start.codec.fingerprint()) != (codec.kind, codec.fingerprint()):
+        raise UserError(f"init_from is {name}, whose codec ({start.codec.kind}) is not the config's ({codec.kind})")
+    own, given = ({**world.config, "image_size": tuple(world.config.image_size)} for world in (cdit, start.cdit))
+    free = {"dropout", "init", "extra_conditioners", *(() if cdit.pos_embed is not None else ("max_context",))}
+    for field in sorted(own.keys() & given.keys() - free):
+        if not field.startswith("_") and own[field] != given[field]:
+            raise UserError(f"init_from is {name}, whose {field} is {given[field]}, but the config's is {own[field]}")
+    missing, unexpected = cdit.load_state_dict(start.cdit.state_dict(), strict=False)
+    wrong = [*unexpected, *(weight for weight in missing if not weight.startswith("conditioners."))]
+    if wrong:
+        raise UserError(f"init_from is {name}, whose network differs from the config's in {wrong[0]}")
 
 
 def use_latents(datasets: Iterable[WindowDataset], codec: Codec, config: TrainConfig) -> None:

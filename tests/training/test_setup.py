@@ -103,6 +103,45 @@ def test_what_the_description_says_of_a_ddpm_in_published_units(
     assert not plain.objective.learn_variance
 
 
+def test_training_starts_from_a_trained_world(
+    config: Callable[..., TrainConfig], train_set: WindowDataset, world: WorldModel, tmp_path: Path
+):
+    """With its units, although the goals of the config are nearer; a conditioner may be new."""
+    world.save_pretrained(tmp_path / "start")
+    further = ["--model.extra_conditioners", "{backward: mine:BackwardConditioner}"]
+    options = ["--data.max_offset", "2", "--seed", "5", "--model.dropout", "0.1", *further]
+    mine = config("--init_from", str(tmp_path / "start"), *options)
+    mine.validate()
+    started = build_world(mine, train_set).eval()
+    assert started.description.units == world.description.units
+    weights = started.cdit.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in world.cdit.state_dict().items())
+    assert any("backward" in name for name in weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model.num_heads", "4"], "whose num_heads is 2, but the config's is 4"),
+        (["--objective", "ddpm", "--sampler.scheduler", "ddim"], "whose learn_variance is False"),
+        (["--codec.kind", "mine:HalfCodec"], r"whose codec \(pixels\) is not the config's \(mine:HalfCodec\)"),
+    ],
+)
+def test_a_trained_world_of_another_kind_is_refused(
+    config: Callable[..., TrainConfig],
+    train_set: WindowDataset,
+    world: WorldModel,
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+):
+    world.save_pretrained(tmp_path / "start")
+    mine = config("--init_from", str(tmp_path / "start"), *options)
+    mine.validate()
+    with pytest.raises(UserError, match=message):
+        build_world(mine, train_set)
+
+
 @pytest.mark.parametrize(("offset", "sign"), [("-2", 1.0), ("-8", -1.0)])
 def test_the_farthest_goal_is_1_away_also_in_the_past(
     config: Callable[..., TrainConfig], train_set: WindowDataset, offset: str, sign: float
