@@ -75,7 +75,7 @@ def train(config: TrainConfig, signals: "StopSignals") -> None:  # noqa: F821
             parts, samples = run.next_batch()
             shares = []
             for i, part in enumerate(parts):
-                batch = world.encode(part, config.action_dropout)
+                batch = world.encode(part, config.action_dropout, config.clean_context)
                 place = i * accelerator.num_processes + accelerator.process_index
                 torch.manual_seed(seed_of(config.seed, run.step, place, 1))  # what model.dropout draws from
                 with accelerator.accumulate(network):

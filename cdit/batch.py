@@ -109,6 +109,13 @@ class EncodedBatch(TensorData):
     """For `CDiT.forward`; every tensor (B, G, …)."""
     action_dropout: float = 0.0
     """Probability with which `dropped` hides the action of a goal."""
+    noise_level: Tensor | None = None
+    """(B, T) standard deviations of the noise in the past frames; None: there is none."""
+
+    @property
+    def past(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The past frames, their mask and noise levels: the last arguments of `CDiT.forward`."""
+        return self.context, self.mask, self.noise_level
 
     def dropped(self, draws: "KeyedDraws") -> dict[str, Tensor]:
         """The condition with the action hidden from some of the goals, for classifier-free guidance in sampling."""

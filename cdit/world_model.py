@@ -114,6 +114,7 @@ class WorldDescription:
             "min_history": self.min_history >= 1,
             "units": all(map(math.isfinite, numbers)) and (self.units.spacing is None or 0 < self.units.spacing < 1e6),
             "sampler.steps": 1 <= self.sampler.steps <= 100_000,
+            "sampler.context_noise": self.sampler.context_noise >= 0,
         }
         for name, holds in requirements.items():
             if not holds:
@@ -142,6 +143,8 @@ class WorldState:
     """(B or B·G, T, C, h, w) of the past frames, if the cache cannot be extended and is rebuilt at every step."""
     mask: Tensor | None = None
     """(B or B·G, T), True where a past frame exists, in the same case; None if all do."""
+    noise_level: Tensor | None = None
+    """(B or B·G, T) noise levels, in the same case; None if all are 0."""
 
     def fork(self, candidates: int) -> "WorldState":
         """The same past for several candidates; nothing is copied.
@@ -288,31 +291,49 @@ class WorldModel(nn.Module):
                 protocol. By default the sampled latents join it (pixels are clipped to [-1, 1]).
         """
         sampled = self.sample(state, condition, sampler, generator)
-        return self.advance(state, sampled, self.decode(sampled) if reencode else None), sampled
+        return self.advance(state, sampled, self.decode(sampled) if reencode else None, sampler), sampled
 
     @torch.no_grad()
-    def advance(self, state: WorldState, sampled: Tensor, frames: Tensor | None = None) -> WorldState:
+    def advance(
+        self,
+        state: WorldState,
+        sampled: Tensor,
+        frames: Tensor | None = None,
+        sampler: SamplerConfig | None = None,
+    ) -> WorldState:
         """The state after appending the next frame of each candidate.
 
         Args:
             state: the past.
             sampled: (B, G, C, h, w) latents of the frames.
             frames: (B, G, 3, H, W), to encode instead of using the latents.
+            sampler: whose `context_noise` is declared as the frames' noise level. No noise is added, as when Diffusion
+                Forcing (Chen et al. 2024, arXiv 2407.01392) stabilises rollouts: a frame is the mean of its noisy ones.
 
         Raises:
+            UserError: the model was not trained with as much context noise.
             ValueError: the state has another number of candidates.
         """
+        sampler = sampler or self.description.sampler
+        self._check(sampler)
         if state.candidates != sampled.shape[1]:
             state = state.fork(sampled.shape[1])
         new = (self.codec.as_past(sampled) if frames is None else self.codec.encode(frames)).flatten(0, 1)
+        level = new.new_full((len(new),), sampler.context_noise) if sampler.context_noise else None
         if self.cdit.can_push:
-            return replace(state, cache=self.cdit.push_context(state.cache, new))
-        longest = self.cdit.config.max_context
-        latents = side_by_side((state.latents, new[:, None]), len(new), dim=1)[:, -longest:]
-        mask = state.mask
-        if mask is not None:
-            mask = side_by_side((mask, mask.new_ones(len(new), 1)), len(new), dim=1)[:, -longest:]
-        return replace(state, cache=self.cdit.encode_context(latents, mask), latents=latents, mask=mask)
+            return replace(state, cache=self.cdit.push_context(state.cache, new, level))
+
+        def slid(before: Tensor, last: Tensor) -> Tensor:
+            return side_by_side((before, last[:, None]), len(new), dim=1)[:, -self.cdit.config.max_context :]
+
+        latents = slid(state.latents, new)
+        mask = None if state.mask is None else slid(state.mask, state.mask.new_ones(len(new)))
+        levels = state.noise_level
+        if level is not None or levels is not None:
+            levels = state.latents.new_zeros(state.latents.shape[:2]) if levels is None else levels
+            levels = slid(levels, new.new_zeros(len(new)) if level is None else level)
+        cache = self.cdit.encode_context(latents, mask, levels)
+        return replace(state, cache=cache, latents=latents, mask=mask, noise_level=levels)
 
     def decode(self, sampled: Tensor) -> Tensor:
         """Latents (…, C, h, w) to frames (…, 3, H, W) in [-1, 1]."""
@@ -396,16 +417,19 @@ class WorldModel(nn.Module):
             if reencode or not last_only or i == length - 1:
                 frames.append(self.decode(sampled))
             if i < length - 1:
-                state = self.advance(state, sampled, frames[-1] if reencode else None)
+                state = self.advance(state, sampled, frames[-1] if reencode else None, sampler)
         return torch.stack(frames[-1:] if last_only else frames, dim=2)
 
     @torch.no_grad()
-    def encode(self, batch: Batch, action_dropout: float = 0.0) -> EncodedBatch:
+    def encode(self, batch: Batch, action_dropout: float = 0.0, clean_context: float = 1.0) -> EncodedBatch:
         """A batch of windows as the network sees it, on the world's device.
 
         Args:
             batch: of frames or of latents' moments, with keys.
             action_dropout: share of goals whose action `EncodedBatch.dropped` hides.
+            clean_context: share of windows whose past frames get no noise. In the others each frame gets Gaussian
+                noise of its own standard deviation, uniform up to the network's `context_noise`, as in GameNGen
+                (Valevski et al. 2024, arXiv 2408.14837).
         """
         # Checked on the CPU, which needs no synchronisation; without masks faster kernels can be used.
         mask = None if batch.mask.all() else batch.mask.to(self.device)
@@ -420,7 +444,12 @@ class WorldModel(nn.Module):
         else:  # already encoded
             latents = self.codec.draw(recorded, noise)
         condition = self.network_condition(batch.condition.to(self.device))
-        return EncodedBatch(latents[:, :past], mask, latents[:, past:], condition, action_dropout)
+        context, level = latents[:, :past], None
+        if self.cdit.config.context_noise and clean_context < 1:
+            draws = KeyedDraws([seed_of(key, 2) for key in batch.key.tolist()], self.device)
+            level = self.cdit.config.context_noise * draws.rand(past) * (draws.rand(1) >= clean_context)
+            context = context + level[..., None, None, None] * draws.randn(past, *self.latent_shape)
+        return EncodedBatch(context, mask, latents[:, past:], condition, action_dropout, level)
 
     def network_condition(self, condition: Condition) -> dict[str, Tensor]:
         """Normalised conditions by name, as `CDiT.forward` takes them; without actions for a model trained without.
@@ -442,6 +471,12 @@ class WorldModel(nn.Module):
         possible = self.objective.schedulers
         if sampler.scheduler not in possible:
             raise UserError(f"sampler.scheduler is {sampler.scheduler}, expected one of {', '.join(possible)}")
+        most = self.cdit.config.context_noise
+        if not 0 <= sampler.context_noise <= most:
+            raise UserError(
+                f"sampler.context_noise is {sampler.context_noise}, expected at least 0 and at most {most:g}, the "
+                "model.context_noise that the network was trained with"
+            )
 
     def _complete(self, condition: Condition, state: WorldState) -> Condition:
         """The condition on the world's device, with time shift and spacing from the state if it has none."""

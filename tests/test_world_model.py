@@ -9,7 +9,7 @@ import diffusers
 import pytest
 import torch
 
-from cdit.batch import Condition, KeyedDraws
+from cdit.batch import Batch, Condition, KeyedDraws
 from cdit.codec import AutoencoderCodec, KLCodec, PixelCodec, TinyCodec
 from cdit.common.errors import UserError
 from cdit.diffusion import Flow, FlowConfig, SamplerConfig
@@ -38,7 +38,7 @@ def autoencoder_codec() -> AutoencoderCodec:
     )
 
 
-def build(dialect: str = "native", codec=None, **changes) -> WorldModel:
+def build(dialect: str = "native", codec=None, context_noise: float = 0.0, **changes) -> WorldModel:
     """A random network; frames of 8×12, three past ones at most, 4 a second."""
     torch.manual_seed(0)
     codec = codec or PixelCodec()
@@ -46,7 +46,7 @@ def build(dialect: str = "native", codec=None, **changes) -> WorldModel:
     cdit = CDiT(
         **{
             "image_size": size, "in_channels": 3, "max_context": 3, "patch_size": 2,
-            "hidden_size": 32, "depth": 2, "num_heads": 2, **DIALECTS[dialect],
+            "hidden_size": 32, "depth": 2, "num_heads": 2, "context_noise": context_noise, **DIALECTS[dialect],
         }
     )  # fmt: skip
     for p in cdit.parameters():
@@ -308,6 +308,76 @@ def test_goals_of_candidates_with_a_past_of_their_own(guidance):
     each = Condition(*(x.flatten(0, 1)[:, None] for x in (seconds, actions)))
     apart = world.predict(past, each, sampler=sampler, generator=seeded())
     torch.testing.assert_close(together.flatten(0, 1), apart[:, 0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dialect", DIALECTS)
+@torch.no_grad()
+def test_a_rollout_declares_a_level_for_its_own_frames_only(dialect, masked):
+    world, (context, _, _) = build(dialect, context_noise=0.5), inputs()
+    actions = torch.randn(2, 2, 5, 3, generator=seeded(3))
+    mask = torch.tensor([[True] * 3, [False, False, True]]) if masked else None
+    sampler = SamplerConfig(steps=1, context_noise=0.3)
+    out = world.rollout(context, Condition(action=actions), mask, sampler=sampler, generator=seeded())
+
+    state, generator = world.begin(context, mask).fork(2), seeded()
+    for i in range(5):
+        state, sampled = world.step(state, Condition(action=actions[:, :, i]), sampler, generator)
+        torch.testing.assert_close(world.decode(sampled), out[:, :, i], atol=1e-5, rtol=0)
+
+    window, levels, generator = context.repeat_interleave(2, 0), torch.zeros(4, 3), seeded()
+    exists = torch.ones(4, 3, dtype=torch.bool) if mask is None else mask.repeat_interleave(2, 0)
+    for i in range(5):
+        action, shift = normalized(actions[:, :, i].flatten(0, 1)[:, None], torch.full((4, 1), 0.25))
+        noise = torch.randn(2, 2, 3, 8, 12, generator=generator).view(4, 1, 3, 8, 12)
+        known = named(action, shift)
+        clean = world.cdit(noise, torch.full((4, 1), 1000.0), known, window, exists if masked else None, levels)
+        torch.testing.assert_close(out[:, :, i].flatten(0, 1), clean[:, 0].clamp(-1, 1), atol=1e-4, rtol=0)
+        window = torch.cat((window, out[:, :, i].flatten(0, 1)[:, None]), dim=1)[:, 1:]
+        levels = torch.cat((levels, torch.full((4, 1), 0.3)), dim=1)[:, 1:]
+        exists = torch.cat((exists, torch.ones(4, 1, dtype=torch.bool)), dim=1)[:, 1:]
+
+
+def windows(count: int) -> Batch:
+    """Black past frames and goals, keyed from 0 on."""
+    frames = torch.full((count, 3, 3, 8, 12), 127, dtype=torch.uint8)
+    condition = Condition(torch.ones(count, 2))
+    return Batch(frames, torch.ones(count, 3, dtype=torch.bool), frames[:, :2], condition, key=torch.arange(count))
+
+
+def test_past_frames_are_noised_in_training_as_much_as_their_level_says():
+    world, batch = build(context_noise=0.4), windows(400)
+    clean = world.encode(batch)
+    assert clean.noise_level is None
+    encoded = world.encode(batch, clean_context=0.25)
+    assert torch.equal(encoded.clean, clean.clean)
+    levels, noise = encoded.noise_level, encoded.context - clean.context
+    noisy = levels.any(1)
+    assert noisy.float().mean() == pytest.approx(0.75, abs=0.08)
+    assert torch.equal(encoded.context[~noisy], clean.context[~noisy])
+    quantiles = levels[noisy].flatten().quantile(torch.tensor([0.25, 0.5, 0.75]))
+    torch.testing.assert_close(quantiles, torch.tensor([0.1, 0.2, 0.3]), atol=0.03, rtol=0)
+    unit = noise[noisy] / levels[noisy][..., None, None, None]
+    assert unit.mean().abs() < 0.01
+    torch.testing.assert_close(unit.std((2, 3, 4)).mean(), torch.tensor(1.0), atol=0.01, rtol=0)
+    assert (levels[noisy].std(1) > 0.005).all()  # each frame its own
+
+
+def test_the_noise_of_a_window_depends_on_its_key_alone():
+    world, batch = build(context_noise=0.4), windows(12)
+    together = world.encode(batch, clean_context=0.5)
+    for i in range(12):
+        alone = world.encode(batch[i : i + 1], clean_context=0.5)
+        assert torch.equal(alone.context[0], together.context[i])
+        assert torch.equal(alone.noise_level[0], together.noise_level[i])
+
+
+def test_only_a_level_that_was_trained_with_can_be_declared():
+    world, (context, actions, _) = build(), inputs()
+    with pytest.raises(UserError, match=r"sampler.context_noise is 0.1, expected at least 0 and at most 0"):
+        world.step(world.begin(context), Condition(action=actions), SamplerConfig(context_noise=0.1))
+    with pytest.raises(UserError, match=r"at most 0\.5"):
+        build(context_noise=0.5, sampler=SamplerConfig(context_noise=0.6))
 
 
 def kl_codec() -> AutoencoderCodec:
@@ -616,11 +686,13 @@ def test_a_compiled_world_predicts_the_same(dialect, guidance, monkeypatch):
 @pytest.mark.parametrize("codec", [PixelCodec, autoencoder_codec])
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_saved_world_model_comes_back_bit_equal(dialect, codec, tmp_path: Path):
-    world, (context, actions, seconds) = build(dialect, codec()), inputs()
+    sampler = SamplerConfig(steps=3, context_noise=0.1)
+    world, (context, actions, seconds) = build(dialect, codec(), 0.2, sampler=sampler), inputs()
     condition = Condition(seconds, actions)
     world.save_pretrained(tmp_path)
     loaded = WorldModel.from_pretrained(tmp_path)
     assert loaded.description == world.description
+    assert loaded.cdit.config.context_noise == 0.2
     assert not loaded.training
     found, expected = (w.predict(context, condition, generator=seeded()) for w in (loaded, world))
     assert torch.equal(found, expected)

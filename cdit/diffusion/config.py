@@ -58,6 +58,9 @@ class SamplerConfig:
     """Moves the steps of a flow towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
     guidance: float = 1.0
     """Scale of classifier-free guidance on the action; 1: off. Needs training with action_dropout."""
+    context_noise: float = 0.0
+    """Noise level that a rollout declares for its own frames, which are used as they are; 0: as clean as recorded
+    frames. At most model.context_noise."""
 
 
 @dataclass
@@ -73,6 +76,9 @@ class SamplerOptions:
     """Moves the steps of a flow towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
     guidance: float | None = None
     """Scale of classifier-free guidance on the action; 1: off. Needs a model trained with action_dropout."""
+    context_noise: float | None = None
+    """Noise level that a rollout declares for its own frames, which are used as they are; 0: as clean as recorded
+    frames. At most the model.context_noise of training."""
 
     def over(self, description: "WorldDescription") -> SamplerConfig:
         """The model's sampler, with the options that are given here replaced.
@@ -84,6 +90,8 @@ class SamplerOptions:
             raise UserError(f"sampler.steps is {self.steps}, expected at least 1")
         if self.shift is not None and self.shift <= 0:
             raise UserError(f"sampler.shift is {self.shift}, expected more than 0")
+        if self.context_noise is not None and self.context_noise < 0:
+            raise UserError(f"sampler.context_noise is {self.context_noise}, expected at least 0")
         if self.guidance not in (None, 1.0) and not description.action_dropout:
             raise UserError(f"sampler.guidance is {self.guidance}, but the model was trained without action_dropout")
         given = {name: value for name, value in asdict(self).items() if value is not None}

@@ -94,7 +94,7 @@ class DenoisingObjective(Objective):
         condition = batch.dropped(draws)
         noise = draws.randn(*batch.clean.shape[1:])
         noisy = self.add_noise(batch.clean, noise, time)
-        prediction = network(noisy, self.timestep(time), condition, batch.context, batch.mask)
+        prediction = network(noisy, self.timestep(time), condition, *batch.past)
         return self.error(prediction, batch.clean, noise, time)
 
     @abstractmethod

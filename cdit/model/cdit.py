@@ -22,7 +22,13 @@ from torch import Tensor, nn
 from cdit.common.errors import UserError
 from cdit.model.attention import KeysValues, MultiHeadAttention, Part, side_by_side
 from cdit.model.blocks import Block, ContextBlock, ContextTokens, FinalLayer, OutputConvolutions, layer_norm
-from cdit.model.conditioners import CONDITIONERS, ActionConditioner, ScalarEmbedding, TimeShiftConditioner
+from cdit.model.conditioners import (
+    CONDITIONERS,
+    ActionConditioner,
+    NoiseEmbedding,
+    ScalarEmbedding,
+    TimeShiftConditioner,
+)
 from cdit.model.rotary import Rotation, axial_rotation, corner
 
 
@@ -135,6 +141,7 @@ class CDiT(ModelMixin, ConfigMixin):
         position: Literal["rotary", "learned"] = "rotary",
         steered_queries: bool = False,
         context_norm: Literal["both", "keys", "none"] = "both",
+        context_noise: float = 0.0,
         extra_kv: bool = False,
         qk_norm: bool = False,
         norm: Literal["pre", "post"] = "pre",
@@ -176,6 +183,7 @@ class CDiT(ModelMixin, ConfigMixin):
         self.pos_embed = None
         if position == "learned":  # slots of the past frames, oldest first, then the target's
             self.pos_embed = nn.Parameter(torch.empty(max_context + 1, self.grid[0] * self.grid[1], hidden_size))
+        self.noise_embed = NoiseEmbedding(hidden_size) if context_noise else None
         self.context_blocks = nn.ModuleList(
             ContextBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(context_depth)
         )
@@ -206,7 +214,8 @@ class CDiT(ModelMixin, ConfigMixin):
         for module in self.modules():  # Xavier: keeps the scale of a token, or of a condition, through a linear map
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
         if self.config.init == "published":
             self._shrink_weights()
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # the convolution is a linear map of a patch
@@ -215,6 +224,8 @@ class CDiT(ModelMixin, ConfigMixin):
             nn.init.normal_(self.conditioners["action"].unknown, std=0.4)  # as large as embeddings of known actions
         if self.pos_embed is not None:
             nn.init.normal_(self.pos_embed, std=0.02)
+        if self.noise_embed is not None:
+            nn.init.zeros_(self.noise_embed.mlp.fc2.weight)  # a network trained without starts as it was
         for block in self.blocks:
             nn.init.zeros_(block.ada_ln.weight)  # gates closed: every block starts as the identity
             if block.steering is not None:
@@ -238,38 +249,50 @@ class CDiT(ModelMixin, ConfigMixin):
                     bound = (6 / (4 * linear.in_features)) ** 0.5
                     nn.init.uniform_(linear.weight, -bound, bound)
 
-    def encode_context(self, frames: Tensor, mask: Tensor | None = None) -> ContextCache:
+    def encode_context(
+        self, frames: Tensor, mask: Tensor | None = None, noise_level: Tensor | None = None
+    ) -> ContextCache:
         """Encodes past frames once, for any number of calls of `forward`.
 
         Args:
             frames: (B, T, C, H, W), consecutive, oldest first; T from 1 to max_context.
             mask: (B, T), True where a frame exists; None if all do. The content of missing frames is ignored.
+            noise_level: (B, T) standard deviations of the frames' noise, for networks with `context_noise`; None: 0.
 
         Raises:
-            ValueError: more frames than max_context.
+            ValueError: more frames than max_context, or a noise level for a network without.
         """
-        return ContextCache([self._with_keys_values(self._encode(frames, mask))])
+        return ContextCache([self._with_keys_values(self._encode(frames, mask, noise_level))])
 
-    def push_context(self, cache: ContextCache, frame: Tensor) -> ContextCache:
+    def push_context(self, cache: ContextCache, frame: Tensor, noise_level: Tensor | None = None) -> ContextCache:
         """The cache of the window slid by one frame: appends the new frame, and drops the oldest if the window is full.
 
         Args:
             cache: of B pasts.
             frame: (B, C, H, W), the frame after the last one; or (B·G, C, H, W), those of G candidates for each past.
                 Candidates share the frames before, which are not copied; the new frame is stored per candidate.
+            noise_level: (B,) or (B·G,) of the new frame, see `encode_context`; those of older frames stay.
 
         Raises:
             ValueError: positions are learned per slot, so every past frame would have to be encoded again.
         """
         if not self.can_push:
             raise ValueError("a context with learned positions cannot be pushed: encode the new window")
-        new = self._with_keys_values(self._encode(frame[:, None], end=cache.parts[-1].frame_T[-1] + 1))
+        level = None if noise_level is None else noise_level[:, None]
+        new = self._encode(frame[:, None], noise_level=level, end=cache.parts[-1].frame_T[-1] + 1)
+        new = self._with_keys_values(new)
         *shared, last = [*cache.newest(self.config.max_context - 1), new]
         if shared and shared[-1].rows == new.rows:
             last = shared.pop().followed_by(new)
         return ContextCache([*shared, last])
 
-    def _encode(self, frames: Tensor, mask: Tensor | None = None, end: Tensor | int = 0) -> EncodedFrames:
+    def _encode(
+        self,
+        frames: Tensor,
+        mask: Tensor | None = None,
+        noise_level: Tensor | None = None,
+        end: Tensor | int = 0,
+    ) -> EncodedFrames:
         """Past frames, the last one at coordinate `end`, as tokens from which blocks compute keys and values."""
         batch, count = frames.shape[:2]
         if count > self.config.max_context:
@@ -279,6 +302,10 @@ class CDiT(ModelMixin, ConfigMixin):
         x = self.patch_embed(frames.flatten(0, 1)).unflatten(0, (batch, count))  # (B, T, P, D)
         if self.pos_embed is not None:
             x = x + self.pos_embed[-1 - count : -1]
+        if noise_level is not None:
+            if self.noise_embed is None:
+                raise ValueError("a noise level, but the network was built without context_noise")
+            x = x + self.noise_embed(noise_level)[:, :, None]
         frame_T = torch.arange(1 - count, 1, device=x.device) + end
         x = x.flatten(0, 1)
         for block in self.context_blocks:
@@ -308,6 +335,7 @@ class CDiT(ModelMixin, ConfigMixin):
         condition: Mapping[str, Tensor],
         context: Tensor | ContextCache,
         context_mask: Tensor | None = None,
+        noise_level: Tensor | None = None,
     ) -> Tensor:
         """Predicts in the shape of the sample (twice the channels if variance is learned).
 
@@ -320,9 +348,10 @@ class CDiT(ModelMixin, ConfigMixin):
                 past frame, absent if all are unknown, and `action_known` (B[, G]), False where unknown.
             context: (B, T, C, H, W) past frames, oldest first, or the result of `encode_context`.
             context_mask: (B, T), True where a past frame exists; with frames only.
+            noise_level: (B, T) of the past frames, see `encode_context`; with frames only.
         """
         if isinstance(context, Tensor):
-            context = ContextCache([self._encode(context, context_mask)])
+            context = ContextCache([self._encode(context, context_mask, noise_level)])
         x = self.patch_embed(sample.reshape(-1, *sample.shape[-3:]))  # (B·G, P, D)
         if self.pos_embed is not None:
             x = x + self.pos_embed[-1]

@@ -40,6 +40,20 @@ class ScalarEmbedding(nn.Module):
         return self.mlp(features.to(dtype))
 
 
+class NoiseEmbedding(nn.Module):
+    """Embeds the noise level of a past frame. Level 0 is always a zero: features are sines, and no map has a bias."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = Mlp(FREQUENCIES // 2, width, width, act_layer=nn.SiLU, bias=False)
+
+    def forward(self, level_BT: Tensor) -> Tensor:
+        """(B, T) standard deviations to (B, T, D)."""
+        features = get_timestep_embedding(level_BT.flatten().float(), FREQUENCIES, scale=1000.0)
+        sines = features[:, : FREQUENCIES // 2].unflatten(0, level_BT.shape)
+        return self.mlp(sines.to(self.mlp.fc1.weight.dtype))
+
+
 class TimeShiftConditioner(nn.Module):
     """Embeds `time_shift`."""
 

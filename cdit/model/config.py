@@ -38,6 +38,10 @@ class ModelConfig:
     """Whether the condition shifts and scales the rotary coordinates at which each head of cross-attention attends."""
     context_norm: Literal["both", "keys", "none"] = "both"
     """Whether tokens of past frames are normalised before projection: for keys and values, keys only, or neither."""
+    context_noise: float = 0.0
+    """Largest standard deviation of noise that is added to past frames in training, different for each; the network
+    sees each frame's. Rollouts can then treat their own frames as slightly noisy (see sampler.context_noise); 0: off.
+    About 0.3 for pixels, 0.7 for latents."""
     extra_kv: bool = False
     """Whether cross-attention has one learned extra key and value, a sink for patches that match nothing."""
     qk_norm: bool = False

@@ -19,6 +19,7 @@ PARTS = {
     r"conditioners\.time_shift": "time shift embedding",
     r"conditioners\.action": "action embedding",
     r"conditioners\.": "further conditioners",
+    r"noise_embed": "noise level embedding",
     r"context_blocks": "context blocks",
     r"(self|cross)_attn\.q\.": r"\1-attention Q",
     r"(self|cross)_attn\.kv\.": r"\1-attention K, V",

@@ -150,6 +150,8 @@ class TrainConfig:
     less memory for about a third more compute."""
     action_dropout: float = 0.0
     """Share of goals whose action is hidden in training, for guidance on the action in sampling."""
+    clean_context: float = 0.5
+    """With model.context_noise, share of windows whose past frames get no noise."""
     data: DataConfig = field(default_factory=DataConfig)
     """The dataset and its windows."""
     codec: CodecConfig = field(default_factory=CodecConfig)
@@ -235,6 +237,7 @@ class TrainConfig:
                 raise UserError(f"{name} is {value}, expected a positive number")
         not_negative = {
             "seed": self.seed,
+            "model.context_noise": self.model.context_noise,
             "model.context_depth": self.model.context_depth,
             "model.output_channels": self.model.output_channels,
             "flow.time_std": self.flow.time_std,
@@ -252,6 +255,7 @@ class TrainConfig:
                 raise UserError(f"{name} is {value}, expected at least 0")
         shares = {
             "action_dropout": [self.action_dropout],
+            "clean_context": [self.clean_context],
             "model.dropout": [self.model.dropout],
             "optimizer.betas": self.optimizer.betas,
             "optimizer.momentum": [self.optimizer.momentum],
@@ -266,6 +270,11 @@ class TrainConfig:
             raise UserError(f"ema.decay is {self.ema.decay}, expected between 0 and 1")
         if self.name in ("", "..") or Path(self.name).name != self.name:
             raise UserError(f"name is {self.name!r}, expected one path component")
+        if not 0 <= self.sampler.context_noise <= self.model.context_noise:
+            raise UserError(
+                f"sampler.context_noise is {self.sampler.context_noise}, expected at least 0 and at most "
+                f"model.context_noise, {self.model.context_noise:g}"
+            )
         if self.sampler.guidance != 1 and self.action_dropout == 0:
             raise UserError(f"sampler.guidance is {self.sampler.guidance}, which needs action_dropout above 0")
         if not self.probe.offsets or 0 in self.probe.offsets:

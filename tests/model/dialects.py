@@ -36,6 +36,7 @@ DIALECTS: dict[str, dict[str, Any]] = {
     "steered_sink": {"steered_queries": True, "extra_kv": True, "qk_norm": True},
     "keys_norm": {"context_norm": "keys", "context_depth": 1},
     "no_norm": {"context_norm": "none"},
+    "noisy": {"context_noise": 0.5, "context_depth": 1, "extra_kv": True},
     "convolutions": {"output_channels": 5, "learn_variance": True},
     "levers": {"steered_queries": True, "context_norm": "keys", "output_channels": 5, "extra_kv": True, "norm": "post"},
     "modulated_levers": {

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,64 @@ def test_pushing_frames_is_encoding_the_new_window_afresh(dialect, masked, first
         assert len(cache.frame_T) == min(end, 3)
         afresh = call(model, **goal, context=frames[:, window], context_mask=mask[:, window] if masked else None)
         torch.testing.assert_close(call(model, **goal, context=cache), afresh, atol=1e-5, rtol=0)
+
+
+# --- noise levels of past frames ---
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dialect", PUSHABLE)
+def test_pushing_noisy_frames_is_encoding_the_new_window_with_its_levels(dialect, masked):
+    """Recorded frames have level 0; a frame keeps its level while it moves through the window and leaves."""
+    model, data = build(dialect, context_noise=0.5), batch(frames=3)
+    draws = torch.Generator().manual_seed(3)
+    frames, levels = torch.randn(2, 9, 2, 4, 6, generator=draws), 0.5 * torch.rand(2, 9, generator=draws)
+    levels[:, :2] = 0
+    mask = torch.tensor([[True] * 9, [False] + [True] * 8])
+    goal = {k: v for k, v in data.items() if k != "context"}
+    cache = model.encode_context(frames[:, :2], mask[:, :2] if masked else None)
+    for end in range(3, 10):
+        cache = model.push_context(cache, frames[:, end - 1], levels[:, end - 1])
+        window = slice(max(0, end - 3), end)
+        past = {"context": frames[:, window], "context_mask": mask[:, window] if masked else None}
+        afresh = call(model, **goal, **past, noise_level=levels[:, window])
+        torch.testing.assert_close(call(model, **goal, context=cache), afresh, atol=1e-5, rtol=0)
+        assert (call(model, **goal, **past) - afresh).abs().max() > 1e-3  # the levels matter
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+def test_level_0_changes_no_bit_of_a_network_without(dialect):
+    model, noisy, data = build(dialect, context_noise=0.0), build(dialect, context_noise=0.5), batch() | masks()
+    further = noisy.load_state_dict(model.state_dict(), strict=False)
+    assert further.missing_keys == ["noise_embed.mlp.fc1.weight", "noise_embed.mlp.fc2.weight"]
+    assert noisy.noise_embed.mlp.fc2.weight.std() > 0.1
+    expected = call(model, **data)
+    assert torch.equal(call(noisy, **data), expected)
+    assert torch.equal(call(noisy, **data, noise_level=torch.zeros(2, 3)), expected)
+
+
+def test_a_level_starts_without_effect_and_a_network_without_takes_none():
+    data, level = batch(), torch.full((2, 3), 0.3)
+    fresh = CDiT(**BASE, context_noise=0.5)
+    for p in [*fresh.blocks.parameters(), *fresh.final_layer.parameters()]:
+        torch.nn.init.normal_(p, std=0.15)
+    assert torch.equal(call(fresh, **data, noise_level=level), call(fresh, **data))
+    with pytest.raises(ValueError, match="context_noise"):
+        call(build("native"), **data, noise_level=level)
+
+
+def test_a_level_is_added_to_the_tokens_of_its_frame():
+    """As a learned position of that frame would be, here computed in NumPy."""
+    model, data = build("learned_cached", context_noise=0.5, norm="pre"), batch(contexts=1)
+    levels = np.array([0.4, 0.0, 0.07])
+    first, second = (p.double().numpy() for p in model.noise_embed.mlp.parameters())
+    angles = 1000 * levels[:, None] * 10000 ** (-np.arange(128) / 127)
+    hidden = np.sin(angles) @ first.T
+    added = (hidden / (1 + np.exp(-hidden))) @ second.T
+    out = call(model, **data, noise_level=torch.tensor(levels, dtype=torch.float32)[None])
+    model.pos_embed[:3] += torch.from_numpy(added).float()[:, None]
+    torch.testing.assert_close(out, call(model, **data), atol=1e-4, rtol=0)
+    assert np.abs(added[[0, 2]]).max(1).min() > 0.1
 
 
 def pushed(

@@ -67,7 +67,7 @@ class TaughtFlow(Flow):
         loss = super().loss(network, batch, draws, time)
         time = self.draw_time(draws, batch.clean.shape[1])
         noisy = self.add_noise(batch.clean, draws.randn(*batch.clean.shape[1:]), time)
-        inputs = (noisy, self.timestep(time), batch.condition, batch.context, batch.mask)
+        inputs = (noisy, self.timestep(time), batch.condition, *batch.past)
         with torch.no_grad():
             taught = self.networks["average"](*inputs)
         return loss + (network(*inputs) - taught).float().square().mean(dim=(-3, -2, -1))

@@ -31,7 +31,8 @@ OPTIMIZER = OptimizerConfig(learning_rate=0.01, warmup_steps=0, schedule="consta
 MUON = replace(OPTIMIZER, name="muon")
 AVERAGE = EMAConfig(decay=0.8, warmup_power=0)
 # 36 rows, 35 of them in one case, and 1, which is less than there are processes.
-BASE = {"image_size": (3, 2), "in_channels": 1, "max_context": 2, "patch_size": 1, "hidden_size": 36, "depth": 2}
+BASE = {"image_size": (3, 2), "in_channels": 1, "max_context": 2, "patch_size": 1, "hidden_size": 36, "depth": 2,
+        "context_noise": 0.5}  # fmt: skip
 DIALECTS: dict[str, dict[str, Any]] = {
     "native": {"num_heads": 2},
     "encoder": {"num_heads": 2, "context_depth": 1, "qk_norm": True, "extra_kv": True, "mlp_ratio": 35 / 36},
@@ -63,6 +64,7 @@ def batch(step: int, process: int) -> dict[str, Tensor]:
         },
         "context": torch.randn(2, 2, 1, 3, 2, generator=draws),
         "context_mask": torch.tensor([[True, True], [False, True]]),
+        "noise_level": 0.5 * torch.rand(2, 2, generator=draws),
     }
 
 

@@ -25,6 +25,9 @@ from cdit.world_model import WorldModel
 TRAIN = Path(__file__).parents[2] / "train.py"
 WEIGHTS = "cdit/diffusion_pytorch_model.safetensors"
 
+RANDOM = ("--model.dropout", "0.2", "--model.context_noise", "0.3", "--sampler.context_noise", "0.1")
+"""Options with which a step draws further random numbers."""
+
 Rows = Callable[..., list[dict[str, float]]]
 Run = Callable[..., Path]
 
@@ -91,13 +94,13 @@ def test_another_seed_is_another_run(train: Run, straight: Path, rows: Rows, tmp
 @pytest.fixture(scope="session")
 def whole(train: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run from start to end whose network draws random numbers of its own."""
-    return train(tmp_path_factory.mktemp("whole"), "--model.dropout", "0.2")
+    return train(tmp_path_factory.mktemp("whole"), *RANDOM)
 
 
 @pytest.fixture(scope="session")
 def half(train: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, stopped half way."""
-    return train(tmp_path_factory.mktemp("half"), "--model.dropout", "0.2", "--stop_at", "3")
+    return train(tmp_path_factory.mktemp("half"), *RANDOM, "--stop_at", "3")
 
 
 @pytest.fixture
@@ -126,7 +129,7 @@ def test_dropout_draws_belong_to_the_step(train: Run, tmp_path: Path, monkeypatc
 
 def test_a_stopped_run_goes_on_as_if_it_had_not(train: Run, whole: Path, stopped: Path, rows: Rows):
     assert [row["step"] for row in rows(stopped, "train/loss")] == [1, 2, 3]
-    run = train(stopped.parent, "--model.dropout", "0.2", "--resume", "auto")
+    run = train(stopped.parent, *RANDOM, "--resume", "auto")
     assert run == stopped
     assert rows(run) == rows(whole)
     assert [row["train/learning_rate"] for row in rows(run, "train/learning_rate")] == [
@@ -142,7 +145,7 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(train: Run, whole: Path
     partial = stopped / "checkpoints" / ".step_00000003.partial"
     (stopped / "checkpoints" / "step_00000003").rename(partial)
     (partial / "state.json").unlink()
-    run = train(stopped.parent, "--model.dropout", "0.2", "--resume", "auto")
+    run = train(stopped.parent, *RANDOM, "--resume", "auto")
     assert rows(run) == rows(whole)
     assert same_weights(run / "last" / WEIGHTS, whole / "last" / WEIGHTS)
 
@@ -157,7 +160,7 @@ def test_other_micro_batches_from_here_on(train: Run, straight: Path, rows: Rows
 
 def test_a_finished_run_stays_as_it_is(train: Run, whole: Path, tmp_path: Path):
     shutil.copytree(whole, tmp_path / "tiny")
-    run = train(tmp_path, "--model.dropout", "0.2", "--resume", "auto")
+    run = train(tmp_path, *RANDOM, "--resume", "auto")
     before, after = contents(whole), contents(run)
     assert set(after) == set(before)
     assert {name for name in after if after[name] != before[name]} <= {"config.yaml"}
@@ -169,7 +172,7 @@ def test_auto_starts_afresh_where_there_is_nothing(train: Run, straight: Path, r
 
 
 def test_another_run_goes_on_from_a_checkpoint(train: Run, whole: Path, rows: Rows, tmp_path: Path):
-    options = ("--model.dropout", "0.2", "--stop_at", "5")
+    options = (*RANDOM, "--stop_at", "5")
     run = train(tmp_path, *options, "--resume", str(whole / "checkpoints/step_00000004"), name="branch")
     assert rows(run, "train/loss") == rows(whole, "train/loss")[4:5]
     assert (run / "best" / WEIGHTS).is_file()
@@ -359,7 +362,7 @@ def test_a_failing_preparation_as_a_person_sees_it(
 
 def test_a_run_is_not_overwritten(train: Run, capsys: pytest.CaptureFixture[str], stopped: Path):
     before = contents(stopped)
-    message = refused(train, capsys, stopped.parent, "--model.dropout", "0.2")
+    message = refused(train, capsys, stopped.parent, *RANDOM)
     assert "--resume auto" in message
     assert contents(stopped) == before
 
@@ -372,7 +375,7 @@ def test_the_newest_sound_checkpoint_is_taken(
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
-    run = train(stopped.parent, "--model.dropout", "0.2", "--resume", "auto")
+    run = train(stopped.parent, *RANDOM, "--resume", "auto")
     printed = capsys.readouterr().err
     assert f"{weights.parent} is damaged: model.safetensors does not have its checksum" in printed
     assert (run / "checkpoints/step_00000003.damaged/model.safetensors").read_bytes() == bytes(content)
@@ -388,7 +391,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(
         (stopped / f"checkpoints/step_{step:08d}/manifest.json").unlink()
     metrics = (stopped / "metrics.jsonl").read_text()
     with pytest.raises(SystemExit) as ended:
-        train(stopped.parent, "--model.dropout", "0.2", "--resume", "auto")
+        train(stopped.parent, *RANDOM, "--resume", "auto")
     assert ended.value.code == 2
     assert "error: resume: all checkpoints" in capsys.readouterr().err
     assert len(list(stopped.glob("checkpoints/*.damaged/model.safetensors"))) == 3
@@ -398,7 +401,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_over(
 def test_a_changed_config_is_continued_where_that_is_asked_for(
     train: Run, capsys: pytest.CaptureFixture[str], stopped: Path, rows: Rows
 ):
-    options = ("--model.dropout", "0.2", "--optimizer.learning_rate", "0.001", "--stop_at", "4", "--resume", "auto")
+    options = (*RANDOM, "--optimizer.learning_rate", "0.001", "--stop_at", "4", "--resume", "auto")
     assert "optimizer.learning_rate is 0.001, was 0.003" in refused(train, capsys, stopped.parent, *options)
     run = train(stopped.parent, *options, "--allow_changes", "true")
     assert "changed from here on: optimizer.learning_rate is 0.001, was 0.003" in capsys.readouterr().err
@@ -410,7 +413,7 @@ def test_other_data_than_before_is_refused(
 ):
     """The same dataset in another place is not; one in whose list a trajectory has another place is."""
     moved = shutil.copytree(dataset, tmp_path / "moved")
-    options = ("--model.dropout", "0.2", "--data.folder", str(moved), "--resume", "auto", "--stop_at")
+    options = (*RANDOM, "--data.folder", str(moved), "--resume", "auto", "--stop_at")
     train(stopped.parent, *options, "4")
     names = moved / "splits/train/traj_names.txt"
     names.write_text("".join(reversed(names.read_text().splitlines(keepends=True))))
@@ -426,7 +429,7 @@ def test_other_data_than_before_is_refused(
 
 def test_another_networks_checkpoint_is_refused(train: Run, capsys: pytest.CaptureFixture[str], stopped: Path):
     before = contents(stopped)
-    options = ("--model.dropout", "0.2", "--model.hidden_size", "48", "--data.max_offset", "5", "--resume", "auto")
+    options = (*RANDOM, "--model.hidden_size", "48", "--data.max_offset", "5", "--resume", "auto")
     message = refused(train, capsys, stopped.parent, *options)
     assert "step_00000003" in message
     assert "data.max_offset is 5, was 4; model.hidden_size is 48, was 32" in message
