@@ -116,8 +116,8 @@ class TrainConfig:
     the weights depend on must not change. A damaged checkpoint is reported and kept, and an older one is used."""
     init_from: str | None = None
     """Start from the weights, units and codec of a trained world model: a run, a folder, or the name of a world that
-    ships with the package. The model section must describe its network; further conditioners may be added, and those
-    of cdit start without effect."""
+    ships with the package. The model section must describe its network; further conditioners may be added, and
+    context_noise; those of cdit start without effect."""
     allow_changes: bool = False
     """Continue even if settings that the weights depend on have changed."""
     seed: int = 0

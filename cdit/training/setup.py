@@ -180,17 +180,23 @@ def _take_weights(cdit: CDiT, codec: Codec, start: WorldModel, name: str) -> Non
     """Loads the weights of a trained world.
 
     Raises:
-        UserError: its network, besides conditioners that it lacks, or its codec is another one.
+        UserError: its network, besides conditioners and noise levels that it lacks, or its codec is another one.
     """
     if (start.codec.kind, start.codec.fingerprint()) != (codec.kind, codec.fingerprint()):
         raise UserError(f"init_from is {name}, whose codec ({start.codec.kind}) is not the config's ({codec.kind})")
     own, given = ({**world.config, "image_size": tuple(world.config.image_size)} for world in (cdit, start.cdit))
-    free = {"dropout", "init", "extra_conditioners", *(() if cdit.pos_embed is not None else ("max_context",))}
+    free = {
+        "dropout",
+        "init",
+        "extra_conditioners",
+        "context_noise",
+        *(() if cdit.pos_embed is not None else ("max_context",)),
+    }
     for field in sorted(own.keys() & given.keys() - free):
         if not field.startswith("_") and own[field] != given[field]:
             raise UserError(f"init_from is {name}, whose {field} is {given[field]}, but the config's is {own[field]}")
     missing, unexpected = cdit.load_state_dict(start.cdit.state_dict(), strict=False)
-    wrong = [*unexpected, *(weight for weight in missing if not weight.startswith("conditioners."))]
+    wrong = [*unexpected, *(weight for weight in missing if not weight.startswith(("conditioners.", "noise_embed.")))]
     if wrong:
         raise UserError(f"init_from is {name}, whose network differs from the config's in {wrong[0]}")
 

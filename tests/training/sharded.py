@@ -100,7 +100,8 @@ def trained(dialect: str, accelerator: Accelerator, config: OptimizerConfig = OP
         ema.step()
         with ema.applied(), torch.no_grad():
             first = batch(0, 0)
-            context = network.encode_context(first["context"], first.pop("context_mask"))
+            past = first["context"], first.pop("context_mask"), first.pop("noise_level")
+            context = network.encode_context(*past)
             cached.append(network(**first | {"context": context}))
     tensors = {
         "weights": dict(cdit.named_parameters()),

@@ -110,6 +110,7 @@ def test_training_starts_from_a_trained_world(
     world.save_pretrained(tmp_path / "start")
     further = ["--model.extra_conditioners", "{backward: mine:BackwardConditioner}"]
     options = ["--data.max_offset", "2", "--seed", "5", "--model.dropout", "0.1", *further]
+    options += ["--model.context_noise", "0.3"]
     mine = config("--init_from", str(tmp_path / "start"), *options)
     mine.validate()
     started = build_world(mine, train_set).eval()
