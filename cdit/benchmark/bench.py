@@ -1,6 +1,5 @@
 """What all modes share: config, device, comparisons and results."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -16,6 +15,7 @@ from cdit.batch import EncodedBatch
 from cdit.benchmark.config import BenchmarkConfig, ModeName
 from cdit.benchmark.contenders import CONTENDERS, Contender, random_batch
 from cdit.benchmark.measure import Call, Row, Spread, Stopwatch, Table, machine, median
+from cdit.common.files import write_json
 from cdit.common.output import finished_folder
 from cdit.diffusion.config import TIMESTEPS, SamplerConfig
 from cdit.loading import find_device
@@ -52,7 +52,7 @@ class Bench:
         if config.out is not None:
             with finished_folder(Path(config.out)) as folder:
                 values = {"machine": about, "config": asdict(config), "tables": [asdict(table) for table in tables]}
-                (folder / "results.json").write_text(json.dumps(values, indent=1) + "\n")
+                write_json(folder / "results.json", values, indent=1)
                 (folder / "tables.md").write_text("\n".join([f"{about}\n", *map(str, tables)]))
                 for name, figure in self.figures.items():
                     figure.savefig(folder / f"{name}.png")

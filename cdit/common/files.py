@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import io
 import json
+import math
 import os
 import stat
 import zipfile
@@ -90,12 +91,21 @@ def _refuse_constant(name: str) -> None:
 
 
 def write_json(path: Path, value: Any, indent: int | None = 2) -> None:
-    """Writes strict JSON atomically (see `write_whole`).
+    """Writes the JSON of `to_json` and a newline atomically (see `write_whole`)."""
+    write_whole(path, to_json(value, indent=indent) + "\n")
 
-    Raises:
-        ValueError: a number is NaN or infinite.
-    """
-    write_whole(path, json.dumps(value, indent=indent, allow_nan=False) + "\n")
+
+def to_json(value: Any, **options: Any) -> str:
+    """Strict JSON, in which NaN and infinities become null; options are those of `json.dumps`."""
+    return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_arrays(path: Path | str) -> dict[str, np.ndarray]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cdit.common.errors import DataError, UserError, writing
-from cdit.common.files import sha256, write_json, write_whole
+from cdit.common.files import read_json, sha256, write_json, write_whole
 from cdit.data.check import size_or_problem
 from cdit.data.config import Content
 from cdit.data.latents import TENSOR, LatentCache, opened
@@ -181,7 +181,7 @@ class _Split:
         offsets = (np.cumsum([0, *(entry.room for entry in entries[:-1])]) + BLOCK).tolist()
         path = self.out / file
         if done.is_file() and path.is_file():
-            before = json.loads(done.read_text())
+            before = read_json(done)
             if before["of"] == of and path.stat().st_size == before["bytes"]:
                 return FileRecord(file, before["bytes"], before["sha256"]), offsets
         digest = hashlib.sha256()
@@ -194,7 +194,7 @@ class _Split:
             os.fsync(shard.fileno())
         record = FileRecord(file, partial.stat().st_size, digest.hexdigest())
         os.replace(partial, path)
-        write_whole(done, json.dumps({"of": of, "bytes": record.bytes, "sha256": record.sha256}))
+        write_json(done, {"of": of, "bytes": record.bytes, "sha256": record.sha256})
         return record, offsets
 
     def _table(self, entries: Sequence[_Entry], offsets: Sequence[int]) -> dict[str, Tensor]:

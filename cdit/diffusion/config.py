@@ -1,12 +1,9 @@
 """The diffusion sections of a config, and the schedulers of each objective. Imports no torch."""
 
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from cdit.common.errors import UserError
-
-if TYPE_CHECKING:
-    from cdit.world_model import WorldDescription
 
 TIMESTEPS = 1000
 BETAS = (1e-4, 0.02)
@@ -63,6 +60,14 @@ class SamplerConfig:
     frames. At most model.context_noise."""
 
 
+class Trained(Protocol):
+    """What `SamplerOptions` needs to know about a model: part of a `WorldDescription`."""
+
+    objective: str
+    action_dropout: float
+    sampler: SamplerConfig
+
+
 @dataclass
 class SamplerOptions:
     """How frames are sampled; by default as in the model's config."""
@@ -80,7 +85,7 @@ class SamplerOptions:
     """Noise level that a rollout declares for its own frames, which are used as they are; 0: as clean as recorded
     frames. At most the model.context_noise of training."""
 
-    def over(self, description: "WorldDescription") -> SamplerConfig:
+    def over(self, description: Trained) -> SamplerConfig:
         """The model's sampler, with the options that are given here replaced.
 
         Raises:

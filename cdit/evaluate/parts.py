@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from cdit.common.errors import UserError
-from cdit.common.files import read_json, write_whole
+from cdit.common.files import read_json, write_json, write_whole
 from cdit.evaluate.study import joined
 from cdit.world_model import WorldModel
 
@@ -63,7 +63,7 @@ class Parts:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(self.folder / FINGERPRINT, json.dumps(self.made_of, indent=2) + "\n")
+            write_json(self.folder / FINGERPRINT, self.made_of)
         except OSError as error:
             raise UserError(f"out: {self.folder} cannot be written to ({error.strerror})") from error
 

@@ -1,6 +1,5 @@
 """Results of an evaluation: means with intervals, and the values of every sample for later comparisons."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from cdit.common.errors import UserError
-from cdit.common.files import read_json, write_whole
+from cdit.common.files import read_json, write_json
 from cdit.common.statistics import Estimate, estimates, paired_difference
 from cdit.evaluate.cases import Case
 from cdit.evaluate.frechet import frechet_distance
@@ -75,7 +74,7 @@ class Results:
             }
             for name, result in self.protocols.items()
         }
-        write_whole(folder / RESULTS, json.dumps({**self.about, "protocols": protocols}, indent=1) + "\n")
+        write_json(folder / RESULTS, {**self.about, "protocols": protocols}, indent=1)
 
     @classmethod
     def load(cls, folder: Path | str) -> "Results":

@@ -1,7 +1,5 @@
 """Reporting: summary.md, the table of heads, scalars to follow over training, and the files of a report."""
 
-import json
-import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from cdit.common.files import write_json
 from cdit.common.statistics import Estimate
 from cdit.common.tables import Cell, markdown_table, write_csv
 from cdit.heads.choose import Best, best_column, mean_estimates, reporting
@@ -93,9 +92,8 @@ class AttentionReport:
             (folder / "thumbnails").mkdir(exist_ok=True)
             for row, image in zip(self.rows, self.thumbnails, strict=True):
                 image.save(folder / thumbnail_file(row))
-        (folder / "captions.json").write_text(json.dumps(captions, indent=2, ensure_ascii=False) + "\n", "utf-8")
-        finite = {name: value if math.isfinite(value) else None for name, value in self.scalars.items()}
-        (folder / "scalars.json").write_text(json.dumps(finite, indent=2, allow_nan=False) + "\n", "utf-8")
+        write_json(folder / "captions.json", captions)
+        write_json(folder / "scalars.json", self.scalars)
         write_csv(folder / "table.csv", *self.table)
 
     def to_wandb(self, folder: Path | str) -> dict[str, Any]:

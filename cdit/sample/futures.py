@@ -1,6 +1,5 @@
 """Predicts futures and draws them."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from tqdm import tqdm
 
 from cdit.batch import Batch, Condition
 from cdit.common.errors import UserError
+from cdit.common.files import write_json
 from cdit.common.frames import to_float, to_uint8
 from cdit.common.output import finished_folder
 from cdit.common.pictures import comparison_grid, rollout_video, save_gif, save_mp4, strip
@@ -202,4 +202,4 @@ def write_summary(folder: Path, scenes: Scenes, rollout: Tensor, config: SampleC
         samples.append(entry)
     how = {**asdict(config), "sampler": asdict(world.description.sampler), "fps": world.description.fps}
     del how["out"]
-    (folder / "samples.json").write_text(json.dumps({"config": how, "samples": samples}, indent=2) + "\n")
+    write_json(folder / "samples.json", {"config": how, "samples": samples})

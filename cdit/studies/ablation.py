@@ -4,7 +4,6 @@ Runs `train.py` and `cdit.evaluate` in separate processes, one after the other, 
 that an interrupted ablation continues.
 """
 
-import json
 import pickle
 import re
 import shlex
@@ -20,7 +19,7 @@ import yaml
 import cdit
 from cdit.common.cli import parse_config
 from cdit.common.errors import UserError
-from cdit.common.files import read_json
+from cdit.common.files import read_json, write_json
 from cdit.common.statistics import Estimate, estimates, paired_difference
 from cdit.common.tables import markdown_table
 from cdit.data.config import DataConfig
@@ -288,7 +287,7 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
         "means": [{key: value for key, value in row._asdict().items() if key != "values"} for row in rows],
         "differences": [asdict(comparison) for comparison in compared],
     }
-    (config.folder / RESULTS).write_text(json.dumps(written, indent=2) + "\n")
+    write_json(config.folder / RESULTS, written)
     return text
 
 

@@ -1,6 +1,5 @@
 """The report of a study of few-step sampling: the recommended setting, tables and a picture."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from cdit.common.files import write_whole
+from cdit.common.files import write_json
 from cdit.common.statistics import Estimate, estimates, paired_difference
 from cdit.common.tables import markdown_table
 from cdit.diffusion import SamplerConfig
@@ -131,7 +130,7 @@ def write(findings: Findings, about: Mapping[str, Any], folder: Path) -> str:
     }
     picture(findings).savefig(folder / "steps.png")
     (folder / "results.md").write_text(text)
-    write_whole(folder / RESULTS, json.dumps({**about, **found}, indent=1) + "\n")
+    write_json(folder / RESULTS, {**about, **found}, indent=1)
     return text
 
 

@@ -1,7 +1,6 @@
 """Logs the numbers and pictures of a run to its folder and to Weights & Biases."""
 
 import json
-import math
 import os
 import secrets
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from typing import Any
 from accelerate import Accelerator
 
 from cdit.common.errors import UserError
-from cdit.common.files import write_whole
+from cdit.common.files import to_json, write_whole
 from cdit.common.wandb_run import WandbRun
 from cdit.training.config import TrainConfig
 from cdit.training.durable.checkpoints import RunState
@@ -61,8 +60,7 @@ class Tracker:
             UserError: the file cannot be written. A resumed run removes a partial row.
         """
         if self.accelerator.is_main_process:
-            row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
-            _append(self.path, json.dumps({"step": step, **row}, allow_nan=False))
+            _append(self.path, to_json({"step": step, **metrics}))
             self.rows += 1
         self.show(lambda: metrics, step)
 

@@ -21,7 +21,6 @@ the peak's. Masses are of the full weights, so that the remainder of each frame 
 import base64
 import html
 import io
-import json
 import math
 import zlib
 from collections.abc import Mapping, Sequence
@@ -34,6 +33,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from cdit.common.files import to_json
 from cdit.heads.head_statistics import HeadRow
 from cdit.heads.measures import Layout, extra_share, frame_mass
 
@@ -159,16 +159,8 @@ class AttentionPage:
 
 
 def _json(value: Any) -> str:
-    """JSON that cannot end the script element that contains it; NaN and infinities become null."""
-    return json.dumps(_finite(value), ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _finite(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    """JSON that cannot end the script element that contains it."""
+    return to_json(value, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")
 
 
 def _data_uri(frame: Tensor) -> str:

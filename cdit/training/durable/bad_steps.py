@@ -1,6 +1,5 @@
 """Steps whose gradient is not finite: skipped on the device, counted, and their batch saved for inspection."""
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from cdit.batch import Batch
 from cdit.common.errors import UserError, writing
+from cdit.common.files import write_json
 from cdit.training.durable.checkpoints import RunState
 
 FOLDER = "bad_steps"
@@ -88,4 +88,4 @@ class BadSteps:
         with writing(path):
             self.folder.mkdir(exist_ok=True)
             save_file(tensors, path.with_suffix(".safetensors"))
-            path.with_suffix(".json").write_text(json.dumps(record) + "\n")
+            write_json(path.with_suffix(".json"), record)

@@ -13,7 +13,6 @@ latest                      the name of the newest one
 step_00000500.damaged/      a damaged one, kept for inspection
 """
 
-import json
 import re
 import shutil
 import sys
@@ -34,7 +33,7 @@ from torch import Tensor, nn
 
 from cdit.common.cli import load_yaml, parser_instance
 from cdit.common.errors import UserError
-from cdit.common.files import flush, read_json, read_text, write_whole
+from cdit.common.files import flush, read_json, read_text, to_json, write_json, write_whole
 from cdit.training.config import TrainConfig, flat
 from cdit.training.durable import manifest
 from cdit.training.durable.random_state import random_state, restore_random_state
@@ -150,9 +149,9 @@ class Checkpoints:
         }
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        texts = {f"process_{index:05d}.json": json.dumps(random_state())}
+        texts = {f"process_{index:05d}.json": to_json(random_state())}
         if self.accelerator.is_main_process:
-            texts[STATE] = json.dumps(asdict(state), indent=2, allow_nan=False) + "\n"
+            texts[STATE] = to_json(asdict(state), indent=2) + "\n"
             texts[CONFIG] = yaml.safe_dump(self.config.plain(), sort_keys=False)
         tensors = {file: copies for file, copies in tensors.items() if copies}
         self._writing = self._writer.submit(self._write, partial, tensors, texts)
@@ -240,7 +239,7 @@ class Checkpoints:
             flush(files)
             entries = {path.name: manifest.entry(path) for path in files}
             if not self.accelerator.is_main_process:
-                write_whole(partial / f"{index:05d}.receipt", json.dumps(entries))
+                write_json(partial / f"{index:05d}.receipt", entries)
                 return
             entries |= self._others(partial, processes - 1)
             manifest.write_manifest(partial, dict(sorted(entries.items())))
@@ -255,7 +254,7 @@ class Checkpoints:
             time.sleep(POLL_S)
         entries = {}
         for receipt in receipts:
-            entries |= json.loads(receipt.read_text())
+            entries |= read_json(receipt)
             receipt.unlink()
         return entries
 
