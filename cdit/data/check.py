@@ -5,22 +5,22 @@
 Lists all problems at once and exits with code 2, or summarises the dataset and exits with code 0.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from cdit.common.cli import parse_config, run
-from cdit.common.errors import DataError
+from cdit.common.errors import DataError, UserError
 from cdit.common.options import names
-from cdit.data.trajectory import Trajectory, read_names, read_split
+from cdit.data.config import Source
+from cdit.data.trajectory import read_names, read_split
 
 if TYPE_CHECKING:
-    from cdit.data.frames import Member
+    from cdit.data.source import TrajectorySource
 
 
 @dataclass
@@ -29,86 +29,102 @@ class Findings:
 
     problems: list[str] = field(default_factory=list)
     """One line each, naming the file."""
-    trajectories: dict[str, list[Trajectory]] = field(default_factory=dict)
+    trajectories: dict[str, "Sequence[TrajectorySource]"] = field(default_factory=dict)
     """Trajectories without problems, by split."""
 
 
 def check(
-    folder: Path | str,
-    splits: Iterable[str] | None = None,
-    decode_frames: bool = True,
-    split_folder: Path | str | None = None,
-    min_frames: int = 2,
-    follow_links: bool = False,
+    source: Source, splits: Iterable[str] | None = None, decode_frames: bool = True, min_frames: int = 2
 ) -> Findings:
     """Reads the splits of a dataset and decodes each frame, with a progress bar.
 
     Args:
-        folder: the dataset.
+        source: the dataset.
         splits: names of the splits; by default train, test and all others.
         decode_frames: whether to decode the frames as well.
-        split_folder: the folder of `<split>/traj_names.txt`; by default `<folder>/splits`.
         min_frames: smallest number of frames of a trajectory.
-        follow_links: whether links within the dataset may lead out of its folder.
     """
-    from cdit.data.shards import is_sharded  # imports torch, for which --help does not wait
+    from cdit.data.sources import is_sharded, listed_splits  # import torch, for which --help does not wait
 
-    folder = Path(folder)
-    if not folder.is_dir():
-        return Findings([f"{folder}: no such dataset folder"])
-    if is_sharded(folder):
-        return Findings([f"{folder}: holds shards, which `python -m cdit.data.shard verify` checks"])
-    if splits is None:
-        there = Path(split_folder or folder / "splits").glob("*/traj_names.txt")
-        splits = dict.fromkeys(["train", "test", *sorted(path.parent.name for path in there)])
+    if source.source in ("auto", "shards") and is_sharded(source.folder):
+        return Findings([f"{source.folder}: holds shards, which `python -m cdit.data.shard verify` checks"])
+    splits = splits or dict.fromkeys(["train", "test", *listed_splits(source)])
     findings = Findings()
     splits_of: dict[str, list[str]] = {}
     for split in splits:
-        findings.trajectories[split], problems = read_split(folder, split, split_folder, min_frames, follow_links)
+        listed, findings.trajectories[split], problems = _read(source, split, min_frames)
         findings.problems += [problem for problem in problems if problem not in findings.problems]
-        with suppress(DataError):  # already among the problems
-            for name in dict.fromkeys(read_names(folder, split, split_folder)):
-                splits_of.setdefault(name, []).append(split)
+        for name in dict.fromkeys(listed):
+            splits_of.setdefault(name, []).append(split)
     findings.problems += [
-        f"{folder / name}: in more than one split ({', '.join(several)})"
+        f"{source.folder}/{name}: in more than one split ({', '.join(several)})"
         for name, several in splits_of.items()
         if len(several) > 1
     ]
     if decode_frames:
-        findings.problems += _frame_problems(
-            {trajectory.name: trajectory for split in findings.trajectories.values() for trajectory in split}.values()
-        )
+        each = {one.name: one for found in findings.trajectories.values() for one in found}
+        total = sum(map(len, each.values()))
+        # Only files can be read in several threads.
+        workers = None if source.source in ("auto", "folder") else 1
+        with ThreadPoolExecutor(workers) as threads, tqdm(total=total, unit="frame", leave=False) as bar:
+            for trajectory in each.values():
+                findings.problems += frame_problems(trajectory, f"{source.folder}/{trajectory.name}", threads, bar)
     return findings
 
 
-def _frame_problems(trajectories: Iterable[Trajectory]) -> list[str]:
-    problems = []
-    total = sum(map(len, trajectories))
-    with ThreadPoolExecutor() as threads, tqdm(total=total, unit="frame", desc="decoding", leave=False) as bar:
-        for trajectory in trajectories:
-            first_of_size: dict[str, str] = {}
-            paths = map(trajectory.frame, range(len(trajectory)))
-            for file, size in zip(trajectory.files, threads.map(size_or_problem, paths), strict=True):
-                bar.update()
-                if isinstance(size, DataError):
-                    problems.append(str(size))
-                else:
-                    first_of_size.setdefault(size, str(file))
-            if len(first_of_size) > 1:
-                sizes = ", ".join(f"{file} is {size}" for size, file in first_of_size.items())
-                problems.append(f"{trajectory.folder}: frames of different sizes ({sizes})")
-    return problems
+def _read(source: Source, split: str, min_frames: int) -> "tuple[list[str], Sequence[TrajectorySource], list[str]]":
+    """Names of the split's trajectories, those without problems, and the problems."""
+    folder = source.folder
+    if source.source in ("auto", "folder"):
+        trajectories, problems = read_split(folder, split, source.splits, min_frames, source.follow_links)
+        listed: list[str] = []
+        with suppress(DataError):  # already among the problems
+            listed = read_names(folder, split, source.splits)
+        return listed, trajectories, problems
 
-
-def size_or_problem(path: "Path | Member") -> str | DataError:
-    """Width × height of an image, or its problem."""
-    from cdit.data.frames import decode
+    from cdit.data.sources import open_source
 
     try:
-        height, width = decode(path).shape[-2:]
-    except DataError as error:
-        return error
-    return f"{width}×{height}"
+        trajectories, _ = open_source(source, split)
+    except UserError as error:
+        return [], [], [str(error)]
+    short = [one for one in trajectories if len(one) < min_frames]
+    problems = [f"{folder}/{one.name}: {len(one)} frames, expected at least {min_frames}" for one in short]
+    return [one.name for one in trajectories], [one for one in trajectories if one not in short], problems
+
+
+def frame_problems(
+    trajectory: "TrajectorySource", name: str, threads: ThreadPoolExecutor, bar: tqdm | None = None
+) -> list[str]:
+    """Decodes all frames of a trajectory and returns the problems, one line each.
+
+    Args:
+        trajectory: whose frames.
+        name: of the trajectory, for messages.
+        threads: decode the frames.
+        bar: is updated by one for each frame.
+    """
+
+    def size(time: int) -> str | DataError:
+        try:
+            height, width = trajectory.frames([time]).shape[-2:]
+        except DataError as error:
+            return error
+        return f"{width}×{height}"
+
+    problems = []
+    first_of_size: dict[str, int] = {}
+    for time, found in enumerate(threads.map(size, range(len(trajectory)))):
+        if isinstance(found, DataError):
+            problems.append(str(found))
+        else:
+            first_of_size.setdefault(found, time)
+        if bar is not None:
+            bar.update()
+    if len(first_of_size) > 1:
+        sizes = ", ".join(f"frame {time} is {size}" for size, time in first_of_size.items())
+        problems.append(f"{name}: frames of different sizes ({sizes})")
+    return problems
 
 
 @dataclass
@@ -127,6 +143,11 @@ class CheckConfig:
     """Do not decode the frames."""
     follow_links: bool = False
     """Whether links within the dataset folder may lead out of it."""
+    source: str = "auto"
+    """How the dataset is stored: frames in a folder (auto), video files (video), or a source of your own,
+    `my_module:Class`."""
+    fps: float | None = None
+    """Frames per second at which videos are sampled; by default as in dataset.json, or 4 without one."""
 
 
 def main() -> None:
@@ -136,9 +157,8 @@ def main() -> None:
         DataError: there are problems; the message lists them all.
     """
     config = parse_config(CheckConfig, __doc__, positional=True)
-    findings = check(
-        config.folder, names(config.split), not config.fast, config.splits, config.min_frames, config.follow_links
-    )
+    source = Source(config.folder, config.splits, config.fps, follow_links=config.follow_links, source=config.source)
+    findings = check(source, names(config.split), not config.fast, config.min_frames)
     if findings.problems:
         raise DataError(f"{config.folder}: {len(findings.problems)} problems\n  " + "\n  ".join(findings.problems))
     summary = "; ".join(

@@ -22,7 +22,7 @@ from cdit.data.latents import Encoding, LatentCache
 from cdit.data.loader import Reporting, WindowLoader
 from cdit.data.shards import is_sharded
 from cdit.data.source import TrajectorySource
-from cdit.data.sources import Source, open_source
+from cdit.data.sources import Source, listed_splits, open_source
 
 PATIENCE = timedelta(hours=24)
 """How long a process waits for those with more to encode."""
@@ -148,7 +148,6 @@ def _trajectories(source: Source, splits: Sequence[str] | None) -> list[Trajecto
     """The trajectories of some or all splits, without duplicates."""
     if is_sharded(source.folder):
         raise DataError(f"{source.folder}: holds shards; encode the dataset that they were made from")
-    lists = Path(source.splits or Path(source.folder, "splits")).glob("*/traj_names.txt")
-    splits = splits or sorted(path.parent.name for path in lists) or ["train"]
+    splits = splits or listed_splits(source)
     found = {trajectory.name: trajectory for split in splits for trajectory in open_source(source, split)[0]}
     return list(found.values())

@@ -11,6 +11,7 @@ At yaw 0 the camera looks along +x; yaw grows counter-clockwise; positions are w
 import os
 import pickle
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,7 +125,7 @@ class DatasetInfo:
 def write_trajectory(
     folder: Path,
     name: str,
-    frames: np.ndarray,
+    frames: Iterable[np.ndarray],
     position: np.ndarray | None = None,
     yaw: np.ndarray | None = None,
     quality: int = 95,
@@ -134,8 +135,8 @@ def write_trajectory(
 
     Args:
         folder: the dataset.
-        name: name of the trajectory, one path component.
-        frames: (T, H, W, 3) uint8 RGB.
+        name: name of the trajectory.
+        frames: T frames (H, W, 3), uint8 RGB.
         position: (T, 2) world position in metres, or None for video without poses.
         yaw: (T,) heading in radians, counter-clockwise, or None.
         quality: JPEG quality.
@@ -144,7 +145,8 @@ def write_trajectory(
     import torch  # imported here, because reading a description does not need torch
     from torchvision.io import encode_jpeg
 
-    final, partial = folder / name, folder / f".{name}.partial"
+    final = folder / name
+    partial = final.with_name(f".{final.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     for i, frame in enumerate(frames):

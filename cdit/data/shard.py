@@ -21,18 +21,25 @@ from cdit.data.config import Content, Source
 class ConvertConfig:
     """What to pack."""
 
-    source: str
+    folder: str
     """The dataset folder."""
     out: str
     """The folder to write to."""
     split: str | None = None
     """Splits to write, separated by commas; by default all."""
     splits: str | None = None
-    """Folder with <split>/traj_names.txt; by default SOURCE/splits."""
+    """Folder with <split>/traj_names.txt; by default FOLDER/splits."""
     content: Content = "frames"
     """What to pack: the frames, the latents that cdit.data.encode has written, or both."""
     shard_mb: float = 256.0
     """Size of a shard in MB."""
+    follow_links: bool = False
+    """Whether links within the dataset folder may lead out of it."""
+    source: str = "auto"
+    """How the dataset is stored: frames in a folder (auto), video files (video), or a source of your own,
+    `my_module:Class`. Frames that are not files are written as JPEGs."""
+    fps: float | None = None
+    """Frames per second at which videos are sampled; by default as in dataset.json, or 4 without one."""
 
 
 @dataclass
@@ -64,7 +71,9 @@ def main() -> None:
     from cdit.data.shard_writer import convert, verify  # imports torch
 
     if name == "convert":
-        source = Source(config.source, config.splits)
+        source = Source(
+            config.folder, config.splits, config.fps, follow_links=config.follow_links, source=config.source
+        )
         convert(source, Path(config.out), names(config.split), config.content, config.shard_mb)
         print(f"{config.out}: written; check it with python -m cdit.data.shard verify {config.out}")
         return

@@ -9,7 +9,7 @@ import shutil
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +20,11 @@ from tqdm import tqdm
 
 from cdit.common.errors import DataError, UserError, writing
 from cdit.common.files import read_json, sha256, write_json, write_whole
-from cdit.data.check import size_or_problem
+from cdit.data.check import frame_problems
 from cdit.data.config import Content
 from cdit.data.latents import TENSOR, LatentCache, opened
-from cdit.data.layout import DatasetInfo
+from cdit.data.layout import DESCRIPTION as DATASET
+from cdit.data.layout import write_trajectory
 from cdit.data.shard_cache import FileRecord
 from cdit.data.shards import (
     BLOCK,
@@ -38,10 +39,13 @@ from cdit.data.shards import (
     SplitRecord,
     is_sharded,
 )
-from cdit.data.sources import Source
-from cdit.data.trajectory import FolderSource, Trajectory
+from cdit.data.source import TrajectorySource
+from cdit.data.sources import Source, listed_splits, open_source
+from cdit.data.trajectory import Trajectory
 
 WORK = ".unfinished"
+CHUNK = 64
+"""Frames in memory at a time, of trajectories that are not in files."""
 
 
 def convert(
@@ -50,7 +54,7 @@ def convert(
     """Writes a dataset's splits to shards, in the order of the splits; existing shards are kept.
 
     Args:
-        source: the dataset, in a folder.
+        source: the dataset. Frames that are not files, such as those of videos, are written as JPEGs.
         out: the folder to write to.
         splits: their names; by default all.
         content: frames, latents (of the dataset's latent cache), or both.
@@ -60,20 +64,20 @@ def convert(
         UserError: the dataset has problems; `out` holds shards of another one, or of these splits, or is full.
     """
     folder = Path(source.folder)
-    lists = Path(source.splits or folder / "splits").glob("*/traj_names.txt")
-    splits = splits or sorted(path.parent.name for path in lists) or ["train"]
+    splits = splits or listed_splits(source)
     there = Shards(out) if is_sharded(out) else None
     finished = dict(there.splits) if there else {}
     if again := [split for split in splits if split in finished]:
         raise UserError(f"{out}: holds split {again[0]!r} already; remove the folder, or name other --splits")
     if is_sharded(source.folder):
         raise DataError(f"{source.folder}: holds shards; expected the folder that they were made from")
-    links = source.follow_links
-    trajectories = {
-        split: FolderSource.open(source.folder, split, splits=source.splits, follow_links=links)[0] for split in splits
-    }
-    first = trajectories[splits[0]][0]
-    info = DatasetInfo.load(folder) or DatasetInfo(folder.resolve().name, has_actions=first.position is not None)
+    trajectories, infos = {}, []
+    for split in splits:
+        trajectories[split], info = open_source(source, split)
+        infos.append(info)
+    info = replace(infos[0], has_actions=trajectories[splits[0]][0].position is not None)
+    if not (folder / DATASET).is_file():
+        info.name = folder.resolve().name
     if there and there.info != info:
         raise UserError(f"{out}: holds shards of another dataset, by its dataset.json")
     cache = None
@@ -114,7 +118,7 @@ class _Split:
         self,
         out: Path,
         name: str,
-        trajectories: Sequence[Trajectory],
+        trajectories: Sequence[TrajectorySource],
         content: Content,
         cache: LatentCache | None,
         shard_mb: float,
@@ -151,12 +155,13 @@ class _Split:
             latent_shape=self.latent_shape,
         )
 
-    def _entries(self, trajectory: Trajectory) -> list[_Entry]:
+    def _entries(self, trajectory: TrajectorySource) -> list[_Entry]:
         """The files of a trajectory."""
         files: dict[str, Path] = {}
         if self.has_frames:
+            in_files = _in_files(trajectory, self.out / WORK)
             for time in range(len(trajectory)):
-                file = trajectory.frame(time)
+                file = in_files.frame(time)
                 files[f"{trajectory.name}/{time:06d}{file.suffix.lower()}"] = file
         entries = [_Entry(name, file, *_size_and_time(file), is_latents=False) for name, file in files.items()]
         if self.cache:
@@ -213,6 +218,17 @@ class _Split:
         for name, *_ in set.intersection(*of_each):
             table[CONDITION + name] = torch.from_numpy(np.concatenate([t.conditions[name] for t in self.trajectories]))
         return table
+
+
+def _in_files(trajectory: TrajectorySource, work: Path) -> Trajectory:
+    """A trajectory with a file for each frame: its own, or JPEGs in the folder `work`."""
+    if isinstance(trajectory, Trajectory):
+        return trajectory
+    folder, name, length = work / "frames", trajectory.name, len(trajectory)
+    if not (folder / name).is_dir():
+        parts = (trajectory.frames(range(start, min(start + CHUNK, length))) for start in range(0, length, CHUNK))
+        write_trajectory(folder, name, (frame.permute(1, 2, 0).numpy() for part in parts for frame in part))
+    return Trajectory(name, folder / name, np.array([f"{time}.jpg" for time in range(length)]), None, None)
 
 
 def _tar(entries: Iterable[_Entry]) -> Iterator[bytes]:
@@ -318,13 +334,9 @@ def _shard_problems(
         return [problem]
     problems: list[str] = []
     for trajectory in trajectories:
-        has_frames = decode_frames and trajectory.offset is not None
-        frames = [trajectory.frame(time) for time in range(len(trajectory) if has_frames else 0)]
-        with ThreadPoolExecutor() as threads:
-            sizes = set(threads.map(size_or_problem, frames))
-        problems += [str(size) for size in sizes if isinstance(size, DataError)]
-        if len({size for size in sizes if not isinstance(size, DataError)}) > 1:
-            problems.append(f"{trajectory.shard}:{trajectory.name}: frames of different sizes")
+        if decode_frames and trajectory.offset is not None:
+            with ThreadPoolExecutor() as threads:
+                problems += frame_problems(trajectory, f"{trajectory.shard}:{trajectory.name}", threads)
         if trajectory.latents is not None:
             try:
                 LatentMember(trajectory).read([0, len(trajectory) - 1])

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -38,6 +39,12 @@ class WindowInfo:
     """Whether any dataset has poses, and so actions."""
     camera: Camera | None
     """The camera of the recorded frames (before crop and resize), if it is known and the same for all."""
+
+
+def listed_splits(source: Source) -> list[str]:
+    """The splits that a dataset lists. Without lists, train, and test for videos."""
+    lists = Path(source.splits or Path(source.folder, "splits")).glob("*/traj_names.txt")
+    return sorted(path.parent.name for path in lists) or ["train", *(["test"] if source.source == "video" else [])]
 
 
 def open_source(source: Source, split: str, cache: ShardCache | None = None, may_lack: bool = False) -> Opened:

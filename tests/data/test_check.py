@@ -11,14 +11,14 @@ from PIL import Image
 
 from cdit.common.errors import DataError
 from cdit.data.check import check, main
-from cdit.data.config import DataConfig
+from cdit.data.config import DataConfig, Source
 from cdit.data.layout import POSES
 from cdit.data.trajectory import read_split
 from cdit.data.windows import WindowDataset
 
 
 def problems(folder: Path, splits: list[str] | None = None, decode: bool = True) -> list[str]:
-    return check(folder, splits, decode).problems
+    return check(Source(str(folder)), splits, decode).problems
 
 
 def change_poses(trajectory: Path, **values: np.ndarray) -> None:
@@ -62,7 +62,7 @@ CASES = {
     "empty frame": (lambda d: (d / "a/7.jpg").write_bytes(b""), "a/7.jpg: not a readable image", True),
     "frame of another size": (
         lambda d: resize(d / "a/7.jpg"),
-        "a: frames of different sizes (0.jpg is 32×24, 7.",
+        "a: frames of different sizes (frame 0 is 32×24, frame 7",
         True,
     ),
     "nan position": (lambda d: change_poses(d / "a", position=with_nan((20, 2))), "1 poses are not finite", False),

@@ -11,7 +11,7 @@ from cdit.common.errors import DataError, UserError
 from cdit.data import from_video
 from cdit.data import video as video_files
 from cdit.data.check import check
-from cdit.data.config import DataConfig
+from cdit.data.config import DataConfig, Source
 from cdit.data.frames import decode
 from cdit.data.from_video import VideoOptions, convert
 from cdit.data.layout import DatasetInfo
@@ -58,7 +58,7 @@ def test_single_video_is_split_in_time(tmp_path):
     out = tmp_path / "out"
     names = convert([video], out, VideoOptions(segment_seconds=6, test_fraction=0.3))
     assert names == {"train": ["walk_0000", "walk_0001"], "test": ["walk_0002"]}
-    assert check(out).problems == []
+    assert check(Source(str(out))).problems == []
     levels = [level for split in ("train", "test") for part in greys(out, split).values() for level in part]
     assert [len(part) for part in greys(out, "train").values()] == [24, 18]  # 60 frames, 18 of them to test on
     assert levels == pytest.approx([grey(i / 4) for i in range(60)], abs=2)
@@ -73,7 +73,7 @@ def test_of_several_videos_the_last_are_for_testing(tmp_path):
     videos = [write_video(tmp_path / f"{name}.mp4", 6) for name in "abc"]
     names = convert(videos, tmp_path / "out", VideoOptions(test_fraction=0.3))
     assert names == {"train": ["a_0000", "b_0000"], "test": ["c_0000"]}
-    assert check(tmp_path / "out").problems == []
+    assert check(Source(str(tmp_path / "out"))).problems == []
 
 
 def test_a_gap_shows_the_last_frame_before_it(tmp_path):

@@ -47,7 +47,7 @@ def test_names_that_lead_elsewhere_are_refused(dataset, name):
     assert "is not a trajectory name" in problem
     assert problem.isprintable()
     assert len(problem) < 700
-    assert check(dataset).problems
+    assert check(Source(str(dataset))).problems
 
 
 def test_names_of_several_components_stay(dataset):
@@ -82,8 +82,8 @@ def test_links_out_of_the_dataset_are_refused_unless_admitted(dataset, kind, rel
     assert problems_of(dataset, follow_links=True) == []
     assert WindowDataset(DataConfig(folder=str(dataset), follow_links=True), "train")[0].target.any()
     assert WindowDataset(DataConfig(mix=[Source(str(dataset), follow_links=True)]), "train")
-    assert check(dataset).problems
-    assert not check(dataset, follow_links=True).problems
+    assert check(Source(str(dataset))).problems
+    assert not check(Source(str(dataset), follow_links=True)).problems
 
 
 def test_the_folder_itself_may_be_a_link_and_links_within_stay(dataset):

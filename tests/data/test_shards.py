@@ -218,7 +218,7 @@ def test_refusals(folder, shards, tmp_path):
     with pytest.raises(UserError, match="another dataset"):
         converted(other, shards, splits=["more"])
     assert not (tmp_path / "none").exists()
-    assert "python -m cdit.data.shard verify" in check(shards).problems[0]
+    assert "python -m cdit.data.shard verify" in check(Source(str(shards))).problems[0]
 
 
 def test_a_name_that_does_not_fit_a_tar_header(tmp_path):

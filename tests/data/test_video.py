@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from cdit.common.errors import DataError
+from cdit.data import shard_writer
+from cdit.data.check import check
 from cdit.data.config import DataConfig, Source
 from cdit.data.from_video import VideoOptions, convert
 from cdit.data.layout import DatasetInfo, write_split
@@ -71,6 +73,34 @@ def test_without_lists_the_last_tenth_is_the_test_split(folder):
     assert [(t.name, len(t)) for t in opened(folder, "test")] == [("c", 20)]
     with pytest.raises(DataError, match=r"unknown.*traj_names\.txt"):
         opened(folder, "unknown")
+
+
+def test_check_reads_videos(folder):
+    source = Source(str(folder), source="video")
+    findings = check(source)
+    assert findings.problems == []
+    assert {name: len(found) for name, found in findings.trajectories.items()} == {"train": 2, "test": 1}
+    assert "b: 20 frames, expected at least 30" in check(source, min_frames=30).problems[0]
+    (folder / "b.mp4").write_bytes((folder / "b.mp4").read_bytes()[:-3000])
+    write_split(folder, "train", ["a", "b", "c"])
+    write_split(folder, "test", ["c"])
+    found = check(source).problems
+    assert any("b.mp4: not a readable video" in problem for problem in found)
+
+
+def test_shards_of_videos_hold_their_frames_as_jpegs(folder, tmp_path_factory):
+    shards = tmp_path_factory.mktemp("shards")
+    shard_writer.convert(Source(str(folder), source="video", fps=2.0), shards, None)
+    assert shard_writer.verify(str(shards)) == ([], "train: 2 trajectories, 30 frames; test: 1 trajectories, 10 frames")
+    for split in ("train", "test"):
+        found, info = open_source(Source(str(shards)), split)
+        assert (info.fps, info.has_actions) == (2.0, False)
+        for packed, video in zip(found, opened(folder, split, fps=2.0), strict=True):
+            assert (packed.name, len(packed)) == (video.name, len(video))
+            assert value(packed.frames(range(len(packed)))) == pytest.approx(
+                value(video.frames(range(len(video)))), abs=2
+            )
+    assert not (shards / shard_writer.WORK).exists()
 
 
 def test_lists_choose_videos(folder):
