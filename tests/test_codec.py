@@ -202,6 +202,16 @@ def test_a_kind_alone_stands_for_its_default_weights(monkeypatch):
             load_codec(CodecConfig(kind))
 
 
+def test_decoding_passes_gradients_to_latents(tmp_path):
+    save_tiny(tmp_path)
+    codec = load_codec(CodecConfig("tiny", str(tmp_path))).double()
+    latents = codec.encode(frames(1, 2).double()).requires_grad_()
+    direction = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0), dtype=latents.dtype)
+    (gradient,) = torch.autograd.grad(codec.decode(latents).sum(), latents)
+    ahead, behind = (codec.decode(latents.detach() + step * direction).sum() for step in (1e-6, -1e-6))
+    torch.testing.assert_close((gradient * direction).sum(), (ahead - behind) / 2e-6, rtol=1e-5, atol=1e-6)
+
+
 def test_autoencoders_are_frozen(tmp_path):
     save_kl(tmp_path)
     codec = load_codec(CodecConfig("kl", str(tmp_path)))

@@ -39,7 +39,6 @@ class AutoencoderCodec(Codec):
         """Latents from moments, shifted and scaled."""
         return (super().draw(moments, noise) - self.shift) * self.scale
 
-    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents to frames clipped to [-1, 1]."""
         frames = self.autoencoder.decode(latents.flatten(0, -4) / self.scale + self.shift).sample

@@ -43,7 +43,7 @@ class Codec(nn.Module, ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents to frames, clipped to [-1, 1]."""
+        """Latents to frames, clipped to [-1, 1]; differentiable, for a perceptual loss."""
 
     @classmethod
     @abstractmethod

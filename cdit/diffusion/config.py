@@ -1,6 +1,6 @@
 """The diffusion sections of a config, and the schedulers of each objective. Imports no torch."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, NamedTuple, Protocol
 
 from cdit.common.errors import UserError
@@ -106,6 +106,20 @@ class SamplerOptions:
 
 
 @dataclass
+class PerceptualConfig:
+    """A perceptual loss on the predicted clean frame, added to the flow's."""
+
+    weight: float = 0.0
+    """Weight of LPIPS in the loss; 0: off. The evaluation should then include a metric that was not trained on, such
+    as lpips_vgg or dreamsim beside alex."""
+    backbone: Literal["alex", "vgg"] = "alex"
+    """Network of LPIPS. Weights are downloaded by torchvision, or read from the safetensors file that the environment
+    variable CDIT_LPIPS_BACKBONE (alex) or CDIT_LPIPS_VGG_BACKBONE (vgg) names."""
+    max_time: float = 0.5
+    """Largest diffusion time at which it applies: from more noise, the clean frame is predicted as a blurred mean."""
+
+
+@dataclass
 class FlowConfig:
     """What the network of a rectified flow predicts, and how it is trained."""
 
@@ -121,6 +135,8 @@ class FlowConfig:
     """Standard deviation of the logit of the diffusion time."""
     min_time: float = 0.05
     """Conversions never divide by a t or 1 - t smaller than this; they are exact if both are larger."""
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    """A perceptual loss in addition."""
 
 
 @dataclass

@@ -4,15 +4,21 @@ A noisy frame at time t in [0, 1] is x_t = (1 - t)·x0 + t·ε; its velocity is 
 t·1000. Tensors are (…, C, H, W) with times (…): any leading dimensions.
 """
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import diffusers
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cdit.batch import KeyedDraws
 from cdit.diffusion.config import SCHEDULERS, TIMESTEPS, FlowConfig, Quantity, SamplerConfig
 from cdit.diffusion.objective import DenoisingObjective
 from cdit.diffusion.sampling import Predict, denoise, spread
+
+if TYPE_CHECKING:
+    from cdit.diffusion.perceptual import PerceptualLoss
 
 
 class Flow(DenoisingObjective):
@@ -23,6 +29,18 @@ class Flow(DenoisingObjective):
     def __init__(self, config: FlowConfig):
         super().__init__()
         self.config = config
+        self.perceptual: PerceptualLoss | None = None
+
+    def attach(self, cdit: nn.Module, decode: Callable[[Tensor], Tensor]) -> None:
+        """Loads the perceptual loss, if the config has one; without this call the loss is that of the flow alone.
+
+        Raises:
+            UserError: the weights of its backbone are not available.
+        """
+        if self.config.perceptual.weight:
+            from cdit.diffusion.perceptual import PerceptualLoss  # imports torchvision
+
+            self.perceptual = PerceptualLoss(self.config.perceptual, decode)
 
     def draw_time(self, draws: KeyedDraws, *shape: int) -> Tensor:
         """Diffusion times in (0, 1), uniform or logit-normal."""
@@ -58,7 +76,7 @@ class Flow(DenoisingObjective):
         return {"clean": noisy - t * velocity, "velocity": velocity, "noise": noisy + (1 - t) * velocity}[target]
 
     def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """Squared error of the chosen quantity, averaged over each frame: (…), in float32.
+        """Squared error of the chosen quantity, averaged over each frame, plus the perceptual loss: (…), in float32.
 
         Prediction and truth go through the same conversion, so the clamp only weights their difference.
         """
@@ -67,7 +85,11 @@ class Flow(DenoisingObjective):
         error = self.convert(prediction.float(), self.config.prediction, self.config.loss, noisy, time) - self.convert(
             truth, self.config.prediction, self.config.loss, noisy, time
         )
-        return error.square().mean(dim=(-3, -2, -1))
+        error = error.square().mean(dim=(-3, -2, -1))
+        if self.perceptual is None:
+            return error
+        predicted = self.convert(prediction.float(), self.config.prediction, "clean", noisy, time)
+        return error + self.perceptual(predicted, clean, time)
 
     def velocity(self, prediction: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
         """The velocity implied by the network's prediction, for sampling, where t > 0.

@@ -38,11 +38,12 @@ class Objective(ABC):
         """Further networks by name, such as a teacher or an average. They are prepared, sharded and checkpointed with
         the model, and their parameters that require gradients are trained with it."""
 
-    def attach(self, cdit: nn.Module) -> None:  # noqa: B027 (a hook)
-        """Builds `networks` for training; by default none.
+    def attach(self, cdit: nn.Module, decode: Callable[[Tensor], Tensor]) -> None:  # noqa: B027 (a hook)
+        """Prepares for training, for example builds `networks`; by default nothing.
 
         Args:
             cdit: the network with its initial weights, not sharded yet.
+            decode: the codec's: latents (…, C, h, w) to frames (…, 3, H, W) in [-1, 1], differentiable.
         """
 
     @abstractmethod

@@ -45,11 +45,12 @@ class EvaluateConfig(TrackingOptions, OutputOptions, DataOptions, CheckpointOpti
     """Each horizon in one jump."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Frame by frame."""
-    metrics: list[Literal["psnr", "ssim", "lpips", "dreamsim", "sharpness", "fid", "fvd"]] = field(
+    metrics: list[Literal["psnr", "ssim", "lpips", "lpips_vgg", "dreamsim", "sharpness", "fid", "fvd"]] = field(
         default_factory=lambda: ["psnr", "ssim", "lpips"]
     )
-    """sharpness is the gradient energy of the prediction over that of the truth, best at 1. dreamsim, fid and fvd (of
-    rollouts) need `pip install cdit[dreamsim]`, `cdit[fid]`, `cdit[fvd]`."""
+    """lpips is on AlexNet, lpips_vgg on VGG16. sharpness is the gradient energy of the prediction over that of the
+    truth, best at 1. dreamsim, fid and fvd (of rollouts) need `pip install cdit[dreamsim]`, `cdit[fid]`,
+    `cdit[fvd]`."""
     fid_network: str = "inception"
     """Network of fid: inception, or MODULE:FUNCTION that returns an nn.Module from frames (N, 3, H, W) in [-1, 1] to
     features (N, F)."""

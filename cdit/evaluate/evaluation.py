@@ -28,7 +28,7 @@ from cdit.evaluate.protocols import direct, rollout
 from cdit.evaluate.results import Results, summarize
 from cdit.evaluate.study import Judge, Study
 from cdit.loading import find_device, load_world, windows_for
-from cdit.world_model import WorldModel
+from cdit.world_model import WorldDescription, WorldModel
 
 
 def evaluate(config: EvaluateConfig) -> None:
@@ -72,7 +72,8 @@ def evaluate(config: EvaluateConfig) -> None:
 
     if is_main:
         out = Path(config.out)
-        results, pictures = Results(describe(config, sampler, weights, accelerator.device)), {}
+        about = describe(config, sampler, weights, accelerator.device)
+        results, pictures = Results(about | {"trained_on": trained_on(world.description)}), {}
         for study, part in zip(studies, parts, strict=True):
             found, name = part.read(), study.protocol.name
             results.protocols[name] = summarize(study.protocol, study.cases, found, config.seed)
@@ -206,3 +207,9 @@ def describe(config: EvaluateConfig, sampler: SamplerConfig, weights: str, devic
         "versions": {name: version(name) for name in ("cdit", "torch", "diffusers", "torchmetrics")},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
     }
+
+
+def trained_on(description: WorldDescription) -> str | None:
+    """The metric that the training minimised directly (see `PerceptualConfig`), if there is one."""
+    perceptual = description.flow.perceptual
+    return {"alex": "lpips", "vgg": "lpips_vgg"}[perceptual.backbone] if perceptual.weight else None

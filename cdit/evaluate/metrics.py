@@ -4,38 +4,33 @@ Every metric takes predictions and truths (N, 3, H, W) in [-1, 1] and returns (N
 """
 
 import importlib
-import os
-import socket
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from http.client import HTTPException
 from pathlib import Path
 from types import ModuleType
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-from torchmetrics.functional.image.lpips import _NoTrainLpips
-from torchvision.models import AlexNet_Weights
 
 from cdit.common.errors import UserError
+from cdit.common.lpips import Backbone, Lpips, WeightsNotAvailable, load_lpips
 
 Metric = Callable[[Tensor, Tensor], Tensor]
 
-BACKBONE_VARIABLE = "CDIT_LPIPS_BACKBONE"
 MAX_PSNR = 100.0
 """Score of identical frames in dB, so that means stay finite; an error of half an 8-bit step everywhere scores 54."""
 
-MIN_SIDE = {"ssim": 6, "lpips": 32}
+MIN_SIDE = {"ssim": 6, "lpips": 32, "lpips_vgg": 16}
 """Shortest side in pixels that a frame may have."""
 
 HIGHER_IS_BETTER = {
     "psnr": True,
     "ssim": True,
     "lpips": False,
+    "lpips_vgg": False,
     "dreamsim": False,
     "sharpness": None,
     "fid": False,
@@ -76,66 +71,17 @@ def _gradient_energy(frames: Tensor) -> Tensor:
     return sum(frames.float().diff(dim=dim).square().mean(dim=(1, 2, 3)) for dim in (2, 3))
 
 
-class Lpips(nn.Module):
-    """LPIPS v0.1 on AlexNet (Zhang et al. 2018, arXiv 1801.03924): perceptual distance from 0; lower is better.
-
-    Frames have at least 32 pixels a side.
-
-    Args:
-        backbone: the weights of torchvision's AlexNet (`features.0.weight` …; others are ignored).
-    """
-
-    def __init__(self, backbone: dict[str, Tensor]):
-        super().__init__()
-        self.net = _NoTrainLpips(net="alex", pnet_rand=True)  # its linear heads ship with torchmetrics
-        # Its AlexNet is cut into slices, which keep the numbers of the layers: slice2.3.weight is features.3.weight.
-        names = {key: f"features.{key.partition('.')[2]}" for key in self.net.net.state_dict()}
-        self.net.net.load_state_dict({key: backbone[name] for key, name in names.items()})
-        self.requires_grad_(False)
-
-    @torch.no_grad()
-    def forward(self, prediction: Tensor, truth: Tensor) -> Tensor:
-        """Distances (N,) of frames (N, 3, H, W) in [-1, 1]."""
-        with torch.autocast(prediction.device.type, enabled=False):
-            return self.net(prediction.float().clamp(-1, 1), truth.float().clamp(-1, 1)).reshape(-1)
-
-
-def load_lpips(device: torch.device | str = "cpu", timeout: float = 10.0) -> Lpips | None:
-    """LPIPS, or None with a line on stderr on how to get the weights of its AlexNet.
-
-    They are read from the safetensors file that the environment variable `CDIT_LPIPS_BACKBONE` names, by default from
-    torch's cache, to which torchvision downloads them.
-
-    Args:
-        device: where to compute.
-        timeout: seconds without an answer after which the download is given up.
+def load_metric_lpips(backbone: Backbone, device: torch.device | str) -> Lpips | None:
+    """LPIPS, or None with a line on stderr on how to get the weights of its backbone.
 
     Raises:
-        UserError: `CDIT_LPIPS_BACKBONE` is not a file with these weights.
+        UserError: the file that the environment names does not hold these weights.
     """
-    file = os.environ.get(BACKBONE_VARIABLE)
-    if file:
-        try:
-            return Lpips(safetensors.torch.load_file(Path(file))).to(device)
-        except Exception as error:  # safetensors has its own exceptions
-            raise UserError(
-                f"{BACKBONE_VARIABLE}={file}: expected a safetensors file with torchvision's AlexNet weights "
-                f"features.0.weight … features.10.bias ({str(error).splitlines()[0]})"
-            ) from error
-    before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(timeout)
     try:
-        weights = AlexNet_Weights.DEFAULT.get_state_dict(progress=False, check_hash=True, weights_only=True)
-        return Lpips(weights).to(device)
-    except (OSError, RuntimeError, HTTPException) as error:  # not reachable, damaged, incomplete
-        print(
-            f"LPIPS is left out: AlexNet could not be downloaded ({error}). Connect once, or set {BACKBONE_VARIABLE} "
-            "to a safetensors file with torchvision's features.0.weight … features.10.bias.",
-            file=sys.stderr,
-        )
+        return load_lpips(backbone).to(device)
+    except WeightsNotAvailable as error:
+        print(f"LPIPS is left out: {error}.", file=sys.stderr)
         return None
-    finally:
-        socket.setdefaulttimeout(before)
 
 
 class DreamSim(nn.Module):
@@ -188,7 +134,7 @@ def load_metrics(
     Args:
         device: where to compute.
         image_size: height and width of the frames; metrics that need larger ones are left out, with a line on stderr.
-        names: some of psnr, ssim, lpips, dreamsim and sharpness; others are ignored.
+        names: some of psnr, ssim, lpips, lpips_vgg, dreamsim and sharpness; others are ignored.
 
     Raises:
         UserError: a package or its weights are missing.
@@ -200,7 +146,8 @@ def load_metrics(
     loaders = {
         "psnr": lambda: psnr,
         "ssim": lambda: ssim,
-        "lpips": lambda: load_lpips(device),
+        "lpips": lambda: load_metric_lpips("alex", device),
+        "lpips_vgg": lambda: load_metric_lpips("vgg", device),
         "dreamsim": lambda: DreamSim(device),
         "sharpness": lambda: sharpness,
     }

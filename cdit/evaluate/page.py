@@ -112,6 +112,8 @@ def _about(about: Mapping[str, Any]) -> str:
         f"{sampler['steps']} steps of {sampler['scheduler']}, guidance {sampler['guidance']:g}, "
         f"seed {about['config']['seed']}, mixed precision {about['config']['mixed_precision']}."
     )
+    if about.get("trained_on"):
+        text += f" The model was trained on {about['trained_on'].upper()}, which favours it: compare by other metrics."
     if about["config"]["nwm_compat"]:
         text += " Actions of rollouts and 8-bit pictures as in the NWM release."
     return text

@@ -241,6 +241,8 @@ class TrainConfig:
             "model.context_depth": self.model.context_depth,
             "model.output_channels": self.model.output_channels,
             "flow.time_std": self.flow.time_std,
+            "flow.perceptual.weight": self.flow.perceptual.weight,
+            "flow.perceptual.max_time": self.flow.perceptual.max_time,
             "optimizer.warmup_steps": self.optimizer.warmup_steps,
             "optimizer.weight_decay": self.optimizer.weight_decay,
             "ema.warmup_power": self.ema.warmup_power,
@@ -264,6 +266,8 @@ class TrainConfig:
             if not all(0 <= value < 1 for value in values):
                 shown = ", ".join(map(str, values))
                 raise UserError(f"{name} is {shown}, expected at least 0 and less than 1")
+        if self.flow.perceptual.weight and min(self.data.image_size) < 32:
+            raise UserError(f"data.image_size is {self.data.image_size}, expected at least 32 for flow.perceptual")
         if not 0 < self.optimizer.decay_share <= 1:
             raise UserError(f"optimizer.decay_share is {self.optimizer.decay_share}, expected more than 0, at most 1")
         if not 0 <= self.ema.decay <= 1:

@@ -172,7 +172,7 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         sampler=config.sampler,
     )
     world = WorldModel(cdit, codec, description)
-    world.objective.attach(cdit)
+    world.objective.attach(cdit, codec.decode)
     return world
 
 

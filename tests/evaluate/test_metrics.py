@@ -9,11 +9,12 @@ import safetensors.torch
 import torch
 import torchmetrics
 from torch import Tensor
-from torchvision.models import alexnet
+from torchvision.models import AlexNet_Weights, alexnet
 
 from cdit.common.errors import UserError
+from cdit.common.lpips import Lpips, load_lpips
 from cdit.evaluate import metrics
-from cdit.evaluate.metrics import HIGHER_IS_BETTER, MAX_PSNR, Lpips, load_lpips, load_metrics, psnr, sharpness, ssim
+from cdit.evaluate.metrics import HIGHER_IS_BETTER, MAX_PSNR, load_metrics, psnr, sharpness, ssim
 from cdit.evaluate.tables import Row, markdown
 
 
@@ -171,7 +172,7 @@ def test_a_broken_backbone_file_is_the_users_mistake(monkeypatch: pytest.MonkeyP
         (tmp_path / "weights").write_bytes(content)
         monkeypatch.setenv("CDIT_LPIPS_BACKBONE", str(tmp_path / "weights"))
         with pytest.raises(UserError, match="CDIT_LPIPS_BACKBONE"):
-            load_lpips()
+            load_metrics(names=["lpips"])
 
 
 def test_without_weights_lpips_is_left_out_with_one_line(monkeypatch: pytest.MonkeyPatch, capsys):
@@ -179,7 +180,7 @@ def test_without_weights_lpips_is_left_out_with_one_line(monkeypatch: pytest.Mon
         raise urllib.error.URLError("no route")
 
     monkeypatch.delenv("CDIT_LPIPS_BACKBONE", raising=False)
-    monkeypatch.setattr(type(metrics.AlexNet_Weights.DEFAULT), "get_state_dict", fail)
+    monkeypatch.setattr(AlexNet_Weights, "get_state_dict", fail)
     assert list(load_metrics()) == ["psnr", "ssim"]
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
@@ -192,7 +193,7 @@ def test_without_weights_lpips_is_left_out_with_one_line(monkeypatch: pytest.Mon
 def test_what_frames_are_too_small_for_is_left_out(
     monkeypatch: pytest.MonkeyPatch, capsys, size: tuple[int, int], left: list[str]
 ):
-    monkeypatch.setattr(metrics, "load_lpips", lambda device: Lpips.__new__(Lpips))
+    monkeypatch.setattr(metrics, "load_metric_lpips", lambda *_: Lpips.__new__(Lpips))
     found = load_metrics(image_size=size)
     assert list(found) == left
     printed = capsys.readouterr().err

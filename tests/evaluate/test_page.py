@@ -1,3 +1,4 @@
+import os
 import re
 from pathlib import Path
 
@@ -7,10 +8,13 @@ import torch
 from PIL import Image
 
 from cdit.common.pictures import comparison_grid, strip
-from cdit.evaluate.page import draw, write_page
+from cdit.diffusion.config import FlowConfig, PerceptualConfig
+from cdit.evaluate.evaluation import trained_on
+from cdit.evaluate.page import draw, write_markdown, write_page
 from cdit.evaluate.protocols import direct, rollout
 from cdit.evaluate.results import ProtocolResult, Results
 from cdit.evaluate.tables import Row
+from cdit.world_model import WorldDescription
 
 RANDOM = np.random.default_rng(0)
 
@@ -63,3 +67,18 @@ def test_names_are_not_taken_for_html(tmp_path: Path):
     assert "<td>12.3</td>" in page
     assert "<td>20.00 ± 1.25</td>" in page
     assert "FID and FVD of these 2 samples" in page
+
+
+def test_a_metric_that_was_trained_on_is_named():
+    config = {"split": "test", "data": "x", "seed": 0, "mixed_precision": "no", "nwm_compat": False}
+    sampler = {"steps": 2, "scheduler": "euler", "guidance": 1.0}
+    for flow, named in (
+        (FlowConfig(), None),
+        (FlowConfig(perceptual=PerceptualConfig(0.1)), "LPIPS,"),
+        (FlowConfig(perceptual=PerceptualConfig(0.1, "vgg")), "LPIPS_VGG,"),
+    ):
+        about = {"checkpoint": "run", "config": config, "sampler": sampler}
+        about["trained_on"] = trained_on(WorldDescription((8, 8), 4.0, flow=flow))
+        text = write_markdown(Results(about, {}), Path(os.devnull))
+        assert ("trained on" in text) is (named is not None)
+        assert named is None or named in text

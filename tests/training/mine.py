@@ -2,7 +2,7 @@
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -60,7 +60,7 @@ class TaughtFlow(Flow):
         super().__init__(settings.flow)
         self.decay = settings.objective_options.get("decay", 0.5)
 
-    def attach(self, cdit: nn.Module) -> None:
+    def attach(self, cdit: nn.Module, decode: Callable[[Tensor], Tensor]) -> None:
         self.networks["average"] = copy.deepcopy(cdit).requires_grad_(False).eval()
 
     def loss(self, network: nn.Module, batch: EncodedBatch, draws: KeyedDraws, time: Tensor | None = None) -> Tensor:

@@ -189,6 +189,16 @@ def test_a_branch_decays_from_a_checkpoint_of_a_run_that_goes_on(train: Run, row
     assert (branch / "last" / WEIGHTS).is_file()
 
 
+def test_a_perceptual_loss_is_resumed_exactly(train: Run, rows: Rows, tmp_path: Path):
+    perceptual = ("--flow.perceptual.weight", "0.5", "--flow.perceptual.max_time", "0.8", "--mixed_precision", "bf16")
+    straight = train(tmp_path / "a", *perceptual, "--stop_at", "4")
+    pieces = train(tmp_path / "b", *perceptual, "--stop_at", "2")
+    train(tmp_path / "b", *perceptual, "--stop_at", "4", "--resume", "auto")
+    assert rows(straight, "train/loss") == rows(pieces, "train/loss")
+    plain = train(tmp_path / "c", *perceptual, "--flow.perceptual.weight", "0", "--stop_at", "1")
+    assert rows(plain, "train/loss")[0]["train/loss"] < rows(straight, "train/loss")[0]["train/loss"]
+
+
 def test_open_losses_are_told_of_after_going_on(train: Run, rows: Rows, tmp_path: Path):
     """Rows of two steps' losses, from checkpoints after every third."""
     options = ["--log_every", "2", "--checkpoint.every", "3"]
