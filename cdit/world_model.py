@@ -60,13 +60,17 @@ class Units:
         Raises:
             UserError: neither the units nor the call give a spacing.
         """
+        scale, offset = action.new_tensor(self.action_scale), action.new_tensor(self.action_offset)
+        return self.in_spacings(action, spacing) * scale + offset
+
+    def in_spacings(self, action: Tensor, spacing: Tensor | float | None = None) -> Tensor:
+        """Actions (B, G, 3) in metres and radians to spacings and radians; see `normalize`."""
         spacing = spacing if self.spacing is None else self.spacing
         if spacing is None:
             raise UserError("this model was trained on datasets of different spacings: pass the spacing of this one")
         unit = action.new_ones(len(action), 1, 3)
         unit[..., :2] = torch.as_tensor(spacing, dtype=action.dtype, device=action.device).reshape(-1, 1, 1)
-        scale, offset = action.new_tensor(self.action_scale), action.new_tensor(self.action_offset)
-        return action / unit * scale + offset
+        return action / unit
 
 
 @dataclass
@@ -465,7 +469,10 @@ class WorldModel(nn.Module):
         if known is None:
             known = torch.ones(condition.action.shape[:-1], dtype=torch.bool, device=condition.action.device)
         action = units.normalize(condition.action, condition.spacing)
-        return named | {"action": action, "action_known": known}
+        named |= {"action": action, "action_known": known}
+        if self.cdit.config.reprojection:
+            named["motion"] = units.in_spacings(condition.action, condition.spacing)
+        return named
 
     def _check(self, sampler: SamplerConfig) -> None:
         possible = self.objective.schedulers

@@ -115,7 +115,7 @@ def _token(cdit: CDiT) -> int:
 def _convolution_bytes(cdit: CDiT) -> int:
     """What the output convolutions keep for one target: their inputs, and those of the SiLUs between them."""
     features, pixels = cdit.config.output_channels, math.prod(cdit.config.image_size)
-    return 2 * (features + cdit.config.in_channels + 4 * features) * pixels if features else 0
+    return 2 * (cdit.output_convolutions.conv1.in_channels + 4 * features) * pixels if features else 0
 
 
 def _stream(cdit: CDiT) -> int:

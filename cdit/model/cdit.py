@@ -29,7 +29,12 @@ from cdit.model.conditioners import (
     ScalarEmbedding,
     TimeShiftConditioner,
 )
+from cdit.model.reprojection import reproject
 from cdit.model.rotary import Rotation, axial_rotation, corner
+
+
+DEPTH_LOGIT = -2.0
+"""Of the first inverse depth: softplus of it, 0.127, is a depth of 8 spacings."""
 
 
 @dataclass
@@ -84,6 +89,8 @@ class ContextCache:
 
     parts: list[EncodedFrames]
     """Oldest first. The number of rows of each part divides that of the next, and consecutive rows share one."""
+    last_SCHW: Tensor
+    """The last past frame, which the network may reproject."""
 
     @property
     def rows(self) -> int:
@@ -116,6 +123,7 @@ class CDiT(ModelMixin, ConfigMixin):
         in_channels: C.
         max_context: the largest number of past frames.
         learn_variance: twice the output channels, the second half for the variance (Nichol & Dhariwal 2021).
+        focal: of the camera for `reprojection`, see `cdit.model.reprojection.reproject`.
 
     The other arguments are the fields of `cdit.model.ModelConfig`.
 
@@ -146,6 +154,8 @@ class CDiT(ModelMixin, ConfigMixin):
         qk_norm: bool = False,
         norm: Literal["pre", "post"] = "pre",
         output_channels: int = 0,
+        place_embedding: bool = False,
+        reprojection: bool = False,
         dropout: float = 0.0,
         use_action: bool = True,
         use_time_shift: bool = True,
@@ -153,6 +163,7 @@ class CDiT(ModelMixin, ConfigMixin):
         embedding_scale: float = 30.0,
         init: Literal["native", "published"] = "native",
         learn_variance: bool = False,
+        focal: tuple[float, float] = (1.0, 1.0),
     ):
         super().__init__()
         if any(side % patch_size for side in image_size):
@@ -165,6 +176,8 @@ class CDiT(ModelMixin, ConfigMixin):
             raise UserError(f"steered_queries needs position rotary, not {position}")
         if context_norm == "keys" and context_modulation:
             raise UserError("context_norm keys cannot be combined with context_modulation")
+        if reprojection and (not output_channels or learn_variance):
+            raise UserError("reprojection needs output_channels, and cannot be combined with a learned variance")
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.out_channels = in_channels * (2 if learn_variance else 1)
         self.gradient_checkpointing = False
@@ -184,6 +197,9 @@ class CDiT(ModelMixin, ConfigMixin):
         if position == "learned":  # slots of the past frames, oldest first, then the target's
             self.pos_embed = nn.Parameter(torch.empty(max_context + 1, self.grid[0] * self.grid[1], hidden_size))
         self.noise_embed = NoiseEmbedding(hidden_size) if context_noise else None
+        self.place_embed = None
+        if place_embedding:
+            self.place_embed = nn.Parameter(torch.empty(self.grid[0] * self.grid[1], hidden_size))
         self.context_blocks = nn.ModuleList(
             ContextBlock(hidden_size, num_heads, mlp_ratio, qk_norm) for _ in range(context_depth)
         )
@@ -206,7 +222,9 @@ class CDiT(ModelMixin, ConfigMixin):
         self.final_layer = FinalLayer(hidden_size, patch_size**2 * (output_channels or self.out_channels))
         self.output_convolutions = None
         if output_channels:
-            self.output_convolutions = OutputConvolutions(output_channels, in_channels, self.out_channels)
+            added = int(reprojection)  # where the past frame shows the point; the logit of its share
+            inputs = in_channels * (1 + added) + added
+            self.output_convolutions = OutputConvolutions(output_channels, inputs, self.out_channels + added)
         self.initialize_weights()
 
     def initialize_weights(self) -> None:
@@ -226,6 +244,8 @@ class CDiT(ModelMixin, ConfigMixin):
             nn.init.normal_(self.pos_embed, std=0.02)
         if self.noise_embed is not None:
             nn.init.zeros_(self.noise_embed.mlp.fc2.weight)  # a network trained without starts as it was
+        if self.place_embed is not None:
+            nn.init.normal_(self.place_embed, std=0.2)
         for block in self.blocks:
             nn.init.zeros_(block.ada_ln.weight)  # gates closed: every block starts as the identity
             if block.steering is not None:
@@ -234,6 +254,8 @@ class CDiT(ModelMixin, ConfigMixin):
                 nn.init.xavier_normal_(block.cross_attn.extra_k.view(1, 1, -1))
                 nn.init.xavier_normal_(block.cross_attn.extra_v.view(1, 1, -1))
         nn.init.zeros_(self.final_layer.ada_ln.weight)
+        if self.config.reprojection:  # the same inverse depth everywhere
+            nn.init.zeros_(self.final_layer.linear.weight.unflatten(0, (-1, self.config.output_channels))[:, 0])
         last = self.final_layer.linear if self.output_convolutions is None else self.output_convolutions.conv3
         nn.init.zeros_(last.weight)  # the first prediction is zero
         nn.init.zeros_(last.bias)
@@ -262,7 +284,7 @@ class CDiT(ModelMixin, ConfigMixin):
         Raises:
             ValueError: more frames than max_context, or a noise level for a network without.
         """
-        return ContextCache([self._with_keys_values(self._encode(frames, mask, noise_level))])
+        return ContextCache([self._with_keys_values(self._encode(frames, mask, noise_level))], frames[:, -1])
 
     def push_context(self, cache: ContextCache, frame: Tensor, noise_level: Tensor | None = None) -> ContextCache:
         """The cache of the window slid by one frame: appends the new frame, and drops the oldest if the window is full.
@@ -284,7 +306,7 @@ class CDiT(ModelMixin, ConfigMixin):
         *shared, last = [*cache.newest(self.config.max_context - 1), new]
         if shared and shared[-1].rows == new.rows:
             last = shared.pop().followed_by(new)
-        return ContextCache([*shared, last])
+        return ContextCache([*shared, last], frame)
 
     def _encode(
         self,
@@ -302,6 +324,8 @@ class CDiT(ModelMixin, ConfigMixin):
         x = self.patch_embed(frames.flatten(0, 1)).unflatten(0, (batch, count))  # (B, T, P, D)
         if self.pos_embed is not None:
             x = x + self.pos_embed[-1 - count : -1]
+        if self.place_embed is not None:
+            x = x + self.place_embed
         if noise_level is not None:
             if self.noise_embed is None:
                 raise ValueError("a noise level, but the network was built without context_noise")
@@ -345,16 +369,19 @@ class CDiT(ModelMixin, ConfigMixin):
             timestep: (B[, G]) diffusion time, 0 (clean) to 1000 (noise).
             condition: normalised conditions by name, for the conditioners: `time_shift` (B[, G]) from the last past
                 frame to the target, negative for the past; `action` (B[, G], 3) dx, dy, dyaw in the frame of the last
-                past frame, absent if all are unknown, and `action_known` (B[, G]), False where unknown.
+                past frame, absent if all are unknown, and `action_known` (B[, G]), False where unknown; with
+                `reprojection` also `motion` (B[, G], 3), the action in spacings and radians.
             context: (B, T, C, H, W) past frames, oldest first, or the result of `encode_context`.
             context_mask: (B, T), True where a past frame exists; with frames only.
             noise_level: (B, T) of the past frames, see `encode_context`; with frames only.
         """
         if isinstance(context, Tensor):
-            context = ContextCache([self._encode(context, context_mask, noise_level)])
+            context = ContextCache([self._encode(context, context_mask, noise_level)], context[:, -1])
         x = self.patch_embed(sample.reshape(-1, *sample.shape[-3:]))  # (B·G, P, D)
         if self.pos_embed is not None:
             x = x + self.pos_embed[-1]
+        if self.place_embed is not None:
+            x = x + self.place_embed
         pooled = self.time_embed(timestep.flatten())
         for conditioner in self.conditioners.values():
             pooled = pooled + conditioner(condition)
@@ -365,9 +392,26 @@ class CDiT(ModelMixin, ConfigMixin):
         for block, looked_at in zip(self.blocks, self._for_blocks(context, len(x)), strict=True):
             x = self._run(block, x, pooled, looked_at, rotation, position)
         x = self._unpatchify(self.final_layer(x, pooled))
-        if self.output_convolutions is not None:
+        if self.config.reprojection:
+            x = self._blend(x, sample.reshape(-1, *sample.shape[-3:]), condition, context.last_SCHW)
+        elif self.output_convolutions is not None:
             x = self.output_convolutions(x, sample.flatten(0, -4))
         return x.contiguous().view(*sample.shape[:-3], -1, *sample.shape[-2:])
+
+    def _blend(self, features: Tensor, noisy: Tensor, condition: Mapping[str, Tensor], last: Tensor) -> Tensor:
+        """The prediction of the output convolutions, blended with the last past frame where that shows the target."""
+        dtype = torch.promote_types(noisy.dtype, torch.float32)
+        last = side_by_side([last], len(noisy), dim=1).to(dtype)
+        motion = condition.get("motion", last.new_zeros(1, 3)).reshape(-1, 3).to(dtype)
+        inverse_depth = F.softplus(features[:, 0].to(dtype) + DEPTH_LOGIT)
+        reprojected, seen = reproject(last, inverse_depth, motion, self.config.focal)
+        if "action_known" in condition:
+            seen = seen & condition["action_known"].reshape(-1, 1, 1, 1)
+        elif "motion" not in condition:
+            seen = torch.zeros_like(seen)
+        inputs = torch.cat((noisy.to(dtype), reprojected, seen), dim=1)
+        generated, share = self.output_convolutions(features, inputs).to(dtype).split((self.out_channels, 1), dim=1)
+        return torch.lerp(generated, reprojected, share.sigmoid() * seen)
 
     def _for_blocks(self, context: ContextCache, targets: int) -> list[list[Part]] | list[ContextTokens]:
         """What each block attends to."""

@@ -50,6 +50,12 @@ class ModelConfig:
     """Norm before each branch, or after it (residual post-norm of Swin V2)."""
     output_channels: int = 0
     """Channels per pixel (or latent cell) of three 3×3 convolutions after the last linear map; 0: none."""
+    place_embedding: bool = False
+    """Whether tokens of all frames get a learned vector of their patch: rotary positions tell only differences."""
+    reprojection: bool = False
+    """Whether the network also predicts the inverse depth of each pixel, reprojects the last past frame to the target's
+    pose with it, and blends it with what it generates. Needs output_channels, clean predictions, actions, and the
+    camera of the dataset."""
     dropout: float = 0.0
     """Probability of zeroing an output of a branch in training."""
     use_action: bool = True

@@ -15,6 +15,7 @@ from cdit.model.cdit import CDiT
 PARTS = {
     r"patch_embed": "patch embedding",
     r"pos_embed": "position table",
+    r"place_embed": "place embedding",
     r"time_embed": "diffusion time embedding",
     r"conditioners\.time_shift": "time shift embedding",
     r"conditioners\.action": "action embedding",

@@ -262,6 +262,10 @@ class TrainConfig:
             "optimizer.betas": self.optimizer.betas,
             "optimizer.momentum": [self.optimizer.momentum],
         }
+        if self.model.reprojection and (self.objective, self.flow.prediction) != ("flow", "clean"):
+            raise UserError("model.reprojection needs objective flow with flow.prediction clean")
+        if self.model.reprojection and not (self.model.use_action and self.model.output_channels):
+            raise UserError("model.reprojection needs model.use_action and model.output_channels")
         for name, values in shares.items():
             if not all(0 <= value < 1 for value in values):
                 shown = ", ".join(map(str, values))

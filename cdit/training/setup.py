@@ -23,6 +23,7 @@ from cdit.codec.codec import Codec, load_codec
 from cdit.common.errors import UserError, writing
 from cdit.common.files import locked
 from cdit.data.config import DataConfig
+from cdit.data.frames import focal_lengths
 from cdit.data.latents import Encoding
 from cdit.data.windows import WindowDataset
 from cdit.diffusion.objective import make_objective
@@ -124,6 +125,17 @@ def prepare_folder(config: TrainConfig, accelerator: Accelerator) -> None:
         raise UserError(f"output is {config.output!r}: expected a folder shared by all machines")
 
 
+def _focal(config: TrainConfig, dataset: WindowDataset) -> tuple[float, float]:
+    """The focal lengths of the dataset's camera, if the model needs them, in half widths and half heights."""
+    if not config.model.reprojection:
+        return 1.0, 1.0
+    if dataset.info.camera is None or not dataset.info.has_actions:
+        raise UserError("model.reprojection: the dataset has no camera or no actions (docs/data.md: dataset.json)")
+    height, width = config.data.image_size
+    focal_x, focal_y = focal_lengths(dataset.info.camera, config.data.image_size, config.data.crop)
+    return 2 * focal_x / width, 2 * focal_y / height
+
+
 def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
     """The world model to train: weights from the seed and units from the dataset, or both from `init_from`.
 
@@ -141,6 +153,7 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         in_channels=channels,
         max_context=config.data.context_frames,
         learn_variance=make_objective(config).outputs == 2,
+        focal=_focal(config, dataset),
         **config.model.arguments(),
     )
     start = None if config.init_from is None else WorldModel.from_pretrained(config.init_from)
