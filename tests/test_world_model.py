@@ -21,6 +21,7 @@ DIALECTS = {
     "encoder": {"context_depth": 1},
     "modulated": {"context_modulation": True},
     "learned": {"position": "learned"},
+    "reprojection": {"output_channels": 4, "reprojection": True, "place_embedding": True},
     "nwm": {"position": "learned", "context_modulation": True, "extra_kv": True},
 }
 UNITS = Units(action_scale=(2.0, 3.0, 0.5), action_offset=(-0.25, 0.0, 0.125), time_scale=0.0625)
@@ -117,7 +118,7 @@ def test_the_network_is_conditioned_on_normalised_numbers():
 def test_predict_is_the_sampling_loop_written_out(dialect):
     """Euler steps of the velocity (x - clean) / t, over frames given anew at every step."""
     world, (context, actions, seconds) = build(dialect), inputs()
-    condition = named(*normalized(actions, seconds))
+    condition = named(*normalized(actions, seconds), motion=actions)
     x = torch.randn(2, 3, 3, 8, 12, generator=seeded())
     for t in (1.0, 2 / 3, 1 / 3):
         clean = world.cdit(x, torch.full((2, 3), 1000 * t), condition, context)

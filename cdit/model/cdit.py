@@ -402,16 +402,18 @@ class CDiT(ModelMixin, ConfigMixin):
         """The prediction of the output convolutions, blended with the last past frame where that shows the target."""
         dtype = torch.promote_types(noisy.dtype, torch.float32)
         last = side_by_side([last], len(noisy), dim=1).to(dtype)
-        motion = condition.get("motion", last.new_zeros(1, 3)).reshape(-1, 3).to(dtype)
+        if "motion" in condition:
+            motion = condition["motion"].reshape(-1, 3).to(dtype)
+            known = condition.get("action_known", motion.new_ones(len(motion), dtype=torch.bool)).flatten()
+        else:
+            motion, known = last.new_zeros(1, 3), last.new_zeros(1, dtype=torch.bool)
         inverse_depth = F.softplus(features[:, 0].to(dtype) + DEPTH_LOGIT)
+        motion = motion.masked_fill(~known[:, None], 0.0)
         reprojected, seen = reproject(last, inverse_depth, motion, self.config.focal)
-        if "action_known" in condition:
-            seen = seen & condition["action_known"].reshape(-1, 1, 1, 1)
-        elif "motion" not in condition:
-            seen = torch.zeros_like(seen)
+        seen = seen & known[:, None, None, None]
         inputs = torch.cat((noisy.to(dtype), reprojected, seen), dim=1)
         generated, share = self.output_convolutions(features, inputs).to(dtype).split((self.out_channels, 1), dim=1)
-        return torch.lerp(generated, reprojected, share.sigmoid() * seen)
+        return torch.lerp(generated, reprojected, share.sigmoid() * seen).to(noisy.dtype)
 
     def _for_blocks(self, context: ContextCache, targets: int) -> list[list[Part]] | list[ContextTokens]:
         """What each block attends to."""

@@ -39,6 +39,7 @@ DIALECTS: dict[str, dict[str, Any]] = {
     "noisy": {"context_noise": 0.5, "context_depth": 1, "extra_kv": True},
     "convolutions": {"output_channels": 5, "learn_variance": True},
     "levers": {"steered_queries": True, "context_norm": "keys", "output_channels": 5, "extra_kv": True, "norm": "post"},
+    "reprojection": {"output_channels": 5, "reprojection": True, "place_embedding": True, "focal": (1.3, 0.8)},
     "modulated_levers": {
         "steered_queries": True,
         "context_norm": "none",
@@ -59,7 +60,13 @@ def build(dialect: str, seed: int = 0, **changes: Any) -> CDiT:
 
 def call(network: Callable[..., Tensor], action_mask: Tensor | None = None, **inputs: Any) -> Tensor:
     """The network's output for inputs as `batch` and `masks` make them; conditions that are None are left out."""
-    condition = {"action": inputs.pop("action"), "time_shift": inputs.pop("time_shift"), "action_known": action_mask}
+    action = inputs.pop("action")
+    condition = {
+        "action": action,
+        "motion": action,
+        "action_known": action_mask,
+        "time_shift": inputs.pop("time_shift"),
+    }
     return network(**inputs, condition={name: x for name, x in condition.items() if x is not None})
 
 

@@ -330,8 +330,22 @@ def test_the_untrained_network_is_the_identity_on_its_stream_and_predicts_zero(d
     for before, after in streams:
         assert torch.equal(before, after)
         assert before.std() > 0.1
-    assert (out == 0).all()
+    assert (out == 0).all() or model.config.reprojection  # which begins with half of what the past frame shows
     assert out.shape == (2, 3, 4 if model.config.learn_variance else 2, 4, 6)
+
+
+def test_reprojection_starts_from_a_wall():
+    """Half of the last frame, as if all of it stood at one depth; nothing where it is not seen, or no action known."""
+    model = CDiT(**(BASE | DIALECTS["reprojection"]))
+    data = batch(goals=2, contexts=1)
+    depth, (fx, fy) = 1 / math.log(1 + math.exp(-2)), model.config.focal
+    data["action"] = torch.tensor([[[0.0, 2 * depth / 6 / fx, 0.0], [0.0, 0.0, math.pi]]])  # a column left; turned back
+    last = data["context"][:, -1]
+    sideways, back = call(model, **data)[0]
+    torch.testing.assert_close(sideways[..., 1:], last[0, ..., :-1] / 2)
+    assert (sideways[..., 0] == 0).all()
+    assert (back == 0).all()
+    assert (call(model, **data | {"action": None}) == 0).all()
 
 
 def test_initial_weights():

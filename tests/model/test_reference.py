@@ -110,10 +110,33 @@ class Reference:
     def mlp(self, name: str, x: Tensor) -> Tensor:
         return self.linear(f"{name}.fc2", gelu(self.linear(f"{name}.fc1", x)))
 
+    def reprojected(self, frame: Tensor, inverse_depth: Tensor, motion: Tensor) -> tuple[Tensor, Tensor]:
+        """By matrices, pixel by pixel: cameras have x to the right, y down and z forward."""
+        height, width = frame.shape[1:]
+        (fx, fy), yaw = self.c.focal, motion[2].item()
+        intrinsics = torch.tensor([[fx * width / 2, 0, width / 2], [0, fy * height / 2, height / 2], [0, 0, 1]])
+        intrinsics = intrinsics.to(frame)
+        turn = frame.new_tensor([[math.cos(yaw), 0, -math.sin(yaw)], [0, 1, 0], [math.sin(yaw), 0, math.cos(yaw)]])
+        move = torch.stack((-motion[1], motion.new_zeros(()), motion[0]))
+        out, seen = torch.zeros_like(frame), frame.new_zeros(1, height, width)
+        for r in range(height):
+            for c in range(width):
+                depth = 1 / inverse_depth[r, c]
+                point = depth * intrinsics.inverse() @ frame.new_tensor([c + 0.5, r + 0.5, 1])
+                point = turn @ point + move
+                point[2] = point[2].clamp(min=0.1 * depth)
+                x, y = (intrinsics @ point)[:2] / point[2]
+                seen[0, r, c] = (point[2] > 0.1 * depth) & (0 < x < width) & (0 < y < height)
+                x, y = (x - 0.5).clamp(0, width - 1).item(), (y - 0.5).clamp(0, height - 1).item()
+                for i in {math.floor(y), math.ceil(y)}:
+                    for j in {math.floor(x), math.ceil(x)}:
+                        out[:, r, c] += (1 - abs(y - i)) * (1 - abs(x - j)) * frame[:, i, j]
+        return out, seen
+
     def context(self, frames: Tensor) -> Tensor:
         out = []
         for i, frame in enumerate(frames):
-            x = self.tokens(frame)
+            x = self.tokens(frame) + self.w.get("place_embed", 0)
             if self.c.position == "learned":
                 x = x + self.w["pos_embed"][self.c.max_context - len(frames) + i]
             for j in range(self.c.context_depth):
@@ -138,7 +161,7 @@ class Reference:
 
     def __call__(self, sample, timestep, action, time_shift, context, keep=None) -> Tensor:
         """One target of one context; an action of None is unknown."""
-        x = self.tokens(sample)
+        x = self.tokens(sample) + self.w.get("place_embed", 0)
         if self.c.position == "learned":
             x = x + self.w["pos_embed"][-1]
         condition = self.scalar("time_embed", timestep, 1.0)
@@ -175,12 +198,20 @@ class Reference:
         p = self.c.patch_size
         x = x.unflatten(-1, (p * p, -1)).transpose(1, 2).flatten(1)  # F.fold wants channels first
         x = F.fold(x.T[None], self.c.image_size, p, stride=p)[0]
+        if self.c.reprojection:
+            inverse_depth = (1 + (x[0] - 2).exp()).log()
+            past, seen = self.reprojected(context[-1], inverse_depth, sample.new_zeros(3) if action is None else action)
+            seen = seen * (action is not None)
+            sample = torch.cat((sample, past, seen))
         if self.c.output_channels:
             x = torch.cat((x, sample))
             for i in (1, 2):
                 x = self.convolution(f"output_convolutions.conv{i}", x)
                 x = x * torch.sigmoid(x)
             x = self.convolution("output_convolutions.conv3", x)
+        if self.c.reprojection:
+            share = torch.sigmoid(x[-1:]) * seen
+            x = (1 - share) * x[:-1] + share * past
         return x
 
 

@@ -38,6 +38,7 @@ DIALECTS: dict[str, dict[str, Any]] = {
     "encoder": {"num_heads": 2, "context_depth": 1, "qk_norm": True, "extra_kv": True, "mlp_ratio": 35 / 36},
     "nwm": {"num_heads": 2, "position": "learned", "context_modulation": True, "extra_kv": True},
     "levers": {"num_heads": 2, "steered_queries": True, "context_norm": "keys", "output_channels": 3},
+    "reprojection": {"num_heads": 2, "output_channels": 3, "reprojection": True, "place_embedding": True},
 }
 
 
@@ -60,6 +61,7 @@ def batch(step: int, process: int) -> dict[str, Tensor]:
         "condition": {
             "action": torch.randn(2, 2, 3, generator=draws),
             "time_shift": torch.randn(2, 2, generator=draws),
+            "motion": torch.randn(2, 2, 3, generator=draws),
             "action_known": torch.tensor([[True, False], [True, True]]),
         },
         "context": torch.randn(2, 2, 1, 3, 2, generator=draws),
