@@ -331,7 +331,7 @@ def test_a_rollout_declares_a_level_for_its_own_frames_only(dialect, masked):
     for i in range(5):
         action, shift = normalized(actions[:, :, i].flatten(0, 1)[:, None], torch.full((4, 1), 0.25))
         noise = torch.randn(2, 2, 3, 8, 12, generator=generator).view(4, 1, 3, 8, 12)
-        known = named(action, shift)
+        known = named(action, shift, motion=actions[:, :, i].flatten(0, 1)[:, None])
         clean = world.cdit(noise, torch.full((4, 1), 1000.0), known, window, exists if masked else None, levels)
         torch.testing.assert_close(out[:, :, i].flatten(0, 1), clean[:, 0].clamp(-1, 1), atol=1e-4, rtol=0)
         window = torch.cat((window, out[:, :, i].flatten(0, 1)[:, None]), dim=1)[:, 1:]

@@ -32,7 +32,6 @@ from cdit.model.conditioners import (
 from cdit.model.reprojection import reproject
 from cdit.model.rotary import Rotation, axial_rotation, corner
 
-
 DEPTH_LOGIT = -2.0
 """Of the first inverse depth: softplus of it, 0.127, is a depth of 8 spacings."""
 
