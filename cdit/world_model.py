@@ -241,6 +241,7 @@ class WorldModel(nn.Module):
         sampler: SamplerConfig | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        noise: Tensor | None = None,
     ) -> Tensor:
         """Samples the latents of G goals of each context, or of the next frame of G candidates: (B, G, C, h, w).
 
@@ -250,6 +251,8 @@ class WorldModel(nn.Module):
             sampler: scheduler, steps and guidance; by default those of the description.
             generator: of the noise.
             progress: whether to show a progress bar over the denoising steps.
+            noise: (B, G, C, h, w) to start from, or of a shape that expands to it: the same noise for all candidates
+                makes them comparable. By default drawn.
 
         Raises:
             UserError: the objective has no such scheduler.
@@ -272,7 +275,9 @@ class WorldModel(nn.Module):
             return self.objective.guide(prediction[:, 1::2], prediction[:, ::2], sampler.guidance)
 
         shape = (*goals, *self.latent_shape)
-        noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
+        if noise is None:
+            noise = torch.randn(shape, generator=generator, device=generator.device if generator else device)
+        noise = noise.to(device).expand(shape)
         return self.objective.sample(predict, noise, sampler, generator, progress)
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """The pages of an evaluation: tables as Markdown, and a web page of tables and pictures."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -84,14 +84,23 @@ def write_page(results: Results, pictures: Mapping[str, Mapping[str, Path]], pat
             f'<p class="note">{escape(describe_samples(result))}</p>',
             html(result.rows),
         ]
-        for caption, file in pictures[name].items():
-            link = escape(file.relative_to(path.parent).as_posix())
-            kind = "video" if file.suffix == ".mp4" else "img"
-            shown = f'<video src="{link}" controls loop muted></video>' if kind == "video" else f'<img src="{link}">'
-            parts.append(f'<p class="note">{escape(caption)}</p>\n{shown}')
+        parts += [figure(file, caption, path.parent) for caption, file in pictures[name].items()]
+    path.write_text(html_page(title, parts))
+
+
+def html_page(title: str, parts: Sequence[str]) -> str:
+    """A page of these pieces of HTML, one below the other."""
     head = f'<meta charset="utf-8">\n<title>{escape(title)}</title>\n<style>{STYLE}</style>'
     body = "\n".join(parts)
-    path.write_text(f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n')
+    return f'<!doctype html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+
+
+def figure(file: Path, caption: str, folder: Path) -> str:
+    """HTML of a picture, or of an .mp4, that a page in the folder links to, with its caption above."""
+    link = escape(file.relative_to(folder).as_posix())
+    is_video = file.suffix == ".mp4"
+    shown = f'<video src="{link}" controls loop muted></video>' if is_video else f'<img src="{link}">'
+    return f'<p class="note">{escape(caption)}</p>\n{shown}'
 
 
 def describe_samples(result: ProtocolResult) -> str:

@@ -1,0 +1,58 @@
+"""Planning with a world model, in open and closed loop.
+
+    python -m cdit.plan open --checkpoint RUN --data FOLDER --out OUT
+    python -m cdit.plan curve --checkpoint RUN --data FOLDER --out OUT
+    python -m cdit.plan learn --checkpoint RUN --data FOLDER --out LEARNED
+
+`open` plans to the frame two seconds ahead, in 100 episodes of a dataset, and compares the plans with what was done and
+with baselines. `curve` repeats that for several budgets of candidates and denoising steps. `learn` trains a small
+network on the walks that the world was trained on: steps to go to a goal image, what to do, whether it is reached.
+"""
+
+from pathlib import Path
+
+from cdit.common.cli import Command, parse_command, run
+from cdit.common.options import check_options
+from cdit.plan.config import CurveConfig, LearnConfig, OpenConfig
+
+COMMANDS = {
+    "open": Command(OpenConfig, "plan in recorded episodes, compared with what was done (open loop)"),
+    "curve": Command(CurveConfig, "measure the error of plans against their budget"),
+    "learn": Command(LearnConfig, "train the network that knows the steps to go, and a policy"),
+}
+
+
+def main() -> None:
+    """The command line."""
+    name, config = parse_command(COMMANDS, __doc__)
+    check_options(config)
+    config.validate()
+    COMMANDS_OF[name](config)
+
+
+def _open(config: OpenConfig) -> None:
+    from cdit.plan.openloop import nwm_compatible, run_open  # these import torch
+    from cdit.plan.openloop_report import write_open
+
+    print(write_open(run_open(nwm_compatible(config) if config.nwm_compat else config), Path(config.out)))
+
+
+def _curve(config: CurveConfig) -> None:
+    from dataclasses import asdict
+
+    from cdit.plan.openloop import run_curve
+    from cdit.plan.openloop_report import write_curve
+
+    print(write_curve(run_curve(config), Path(config.out), asdict(config)))
+
+
+def _learn(config: LearnConfig) -> None:
+    from cdit.plan.learn import learn
+
+    learn(config)
+
+
+COMMANDS_OF = {"open": _open, "curve": _curve, "learn": _learn}
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,141 @@
+"""What a plan may be: families of motions with few numbers, and the distribution of these numbers in a dataset.
+
+Suffixes: N windows, K knots, H frames.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cdit.data.motion import local_motion
+from cdit.data.source import TrajectorySource
+from cdit.plan.motion import integrate, wrap
+
+
+class Family(Protocol):
+    """Maps numbers (…, K, 3), which an optimiser chooses, to steps (…, H, 3) in metres and radians."""
+
+    knots: int
+    horizon: int
+
+    def actions(self, values: Tensor) -> Tensor:
+        """Numbers (…, K, 3) to steps (…, H, 3)."""
+
+    def values(self, actions: Tensor) -> Tensor:
+        """The numbers (…, K, 3) whose steps come close to these (…, H, 3)."""
+
+
+@dataclass(frozen=True)
+class Constant:
+    """A straight line at constant speed, and one turn at its end: the three numbers of NWM's planner.
+
+    These are dx and dy of every step in the frame at the start, and the final turn. The first step turns into the
+    direction of motion.
+    """
+
+    horizon: int
+    knots: int = 1
+
+    def actions(self, values: Tensor) -> Tensor:
+        """See `Family`."""
+        dx, dy, turn = values[..., 0, :].unbind(-1)
+        steps = values.new_zeros(*values.shape[:-2], self.horizon, 3)
+        steps[..., 0] = torch.hypot(dx, dy)[..., None]
+        steps[..., 0, :] = torch.stack((dx, dy, torch.atan2(dy, dx)), dim=-1)
+        steps[..., -1, 2] += turn
+        return steps
+
+    def values(self, actions: Tensor) -> Tensor:
+        """The line to the same end."""
+        x, y, yaw = integrate(actions)[..., -1, :].unbind(-1)
+        found = torch.stack((x / self.horizon, y / self.horizon, wrap(yaw - torch.atan2(y, x))), dim=-1)
+        return found[..., None, :]
+
+
+@dataclass(frozen=True)
+class Spline:
+    """Steps interpolated linearly between K knots; with K = H every step is free."""
+
+    horizon: int
+    knots: int
+
+    @property
+    def weights(self) -> Tensor:
+        """(H, K)."""
+        place = torch.linspace(0, self.knots - 1, self.horizon)[:, None]
+        return (1 - (place - torch.arange(self.knots)).abs()).clamp(min=0)
+
+    def actions(self, values: Tensor) -> Tensor:
+        """See `Family`."""
+        return self.weights.to(values) @ values
+
+    def values(self, actions: Tensor) -> Tensor:
+        """By least squares."""
+        return torch.linalg.pinv(self.weights).to(actions) @ actions
+
+
+def make_family(name: str, horizon: int, knots: int) -> Family:
+    """A family by the name in `PlannerConfig.candidates`."""
+    if name == "constant":
+        return Constant(horizon)
+    return Spline(horizon, horizon if name == "steps" else min(knots, horizon))
+
+
+@dataclass(frozen=True)
+class Prior:
+    """How a dataset's motions look in the numbers of a family."""
+
+    mean: Tensor
+    """(K, 3)."""
+    std: Tensor
+    """(K, 3)."""
+    low: Tensor
+    """(K, 3), bounds of candidates."""
+    high: Tensor
+    """(K, 3)."""
+    recorded: Tensor
+    """(N, K, 3), of N windows: candidates that are as likely as in the data."""
+
+    @classmethod
+    def fit(cls, family: Family, actions: Tensor, outside: float = 0.005) -> "Prior":
+        """The prior of recorded steps (N, H, 3).
+
+        Args:
+            family: whose numbers.
+            actions: of N windows.
+            outside: share of the data below and above the bounds.
+        """
+        values = family.values(actions.double())
+        bounds = torch.quantile(values.flatten(0, 1) if family.knots > 1 else values[:, 0], _ends(outside), dim=0)
+        low, high = (bound.expand(family.knots, 3) for bound in bounds)
+        pooled = values.clamp(low, high)
+        moments = pooled.mean(0), pooled.std(0)
+        return cls(*(x.float() for x in (*moments, low, high, pooled)))
+
+    def to(self, device: torch.device) -> "Prior":
+        """A copy on a device."""
+        return Prior(*(x.to(device) for x in vars(self).values()))
+
+
+def walked(position: np.ndarray, yaw: np.ndarray) -> Tensor:
+    """The steps (T - 1, 3) between poses: positions (T, 2) in metres, headings (T,) in radians."""
+    return torch.from_numpy(local_motion(position[:-1], yaw[:-1], position[1:], yaw[1:])).float()
+
+
+def recorded_actions(trajectories: Sequence[TrajectorySource], horizon: int, most: int = 20_000) -> Tensor:
+    """The steps (N, H, 3) of windows of a dataset, evenly spread over at most so many."""
+    steps = []
+    for trajectory in trajectories:
+        if trajectory.position is not None and len(trajectory.position) > horizon:
+            steps.append(walked(trajectory.position, trajectory.yaw).unfold(0, horizon, 1).transpose(1, 2))
+    every = max(1, math.ceil(sum(map(len, steps)) / most))
+    return torch.cat(steps)[::every] if steps else torch.zeros(0, horizon, 3)
+
+
+def _ends(outside: float) -> Tensor:
+    return torch.tensor([outside, 1 - outside], dtype=torch.float64)

@@ -1,0 +1,218 @@
+"""The configurations of planning. Imports no torch."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from cdit.common.errors import UserError
+from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, TrackingOptions
+from cdit.diffusion.config import SamplerOptions
+
+LEARNED = ("steps", "motion")
+COSTS = ("pixels", "latents", "lpips", "dreamsim", *LEARNED, "features:NAME")
+
+
+@dataclass
+class OptimizerConfig:
+    """How the best candidate is looked for."""
+
+    name: Literal["cem", "icem", "mppi", "best"] = "cem"
+    """cem: the mean and deviation of the elites, again and again; icem: with coloured noise, elites that are kept, and
+    the best candidate as the result; mppi: a mean weighted by cost; best: the best of the first candidates."""
+    samples: int = 60
+    """Candidates an iteration."""
+    iterations: int = 3
+    """Iterations, the first of which draws from the data."""
+    elites: int = 6
+    """Candidates that the next iteration follows."""
+    first: Literal["data", "gaussian"] = "data"
+    """Candidates of the first iteration: recorded motions, or a Gaussian with their mean and deviation."""
+    noise_beta: float = 2.0
+    """Exponent of the spectrum of icem's and mppi's noise from knot to knot; 0 is white."""
+    kept: float = 0.3
+    """Share of the elites that icem keeps for the next iteration."""
+    temperature: float = 0.3
+    """Of mppi's weights, in standard deviations of the candidates' costs."""
+    smallest_std: float = 0.1
+    """Lower bound of the deviation, as a share of the data's."""
+    result: Literal["mean", "best"] = "best"
+    """What cem and mppi return: the mean, as the NWM release does, or the best candidate of all."""
+
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: a value is out of its range; the message names the field.
+        """
+        requirements = {
+            "samples": (self.samples >= 2, "at least 2"),
+            "iterations": (self.iterations >= 1, "at least 1"),
+            "elites": (2 <= self.elites <= self.samples, "2 to optimizer.samples"),
+            "noise_beta": (self.noise_beta >= 0, "at least 0"),
+            "kept": (0 <= self.kept <= 1, "0 to 1"),
+            "temperature": (self.temperature > 0, "more than 0"),
+            "smallest_std": (self.smallest_std >= 0, "at least 0"),
+        }
+        for name, (holds, expected) in requirements.items():
+            if not holds:
+                raise UserError(f"planner.optimizer.{name} is {getattr(self, name)}, expected {expected}")
+
+
+@dataclass
+class PlannerConfig:
+    """How a plan is made."""
+
+    candidates: Literal["constant", "spline", "steps"] = "spline"
+    """Motions: a straight line and one turn at its end (the NWM release), steps interpolated between knots, or every
+    step by itself."""
+    knots: int = 3
+    """Knots of a spline."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """How the best candidate is looked for."""
+    cost: str = "steps"
+    """Distance of a predicted frame to the goal: pixels, latents, lpips, dreamsim, steps or motion (steps to go, or
+    metres and radians; learned, see `learned`), or features:NAME, the cosine between features of a backbone of timm."""
+    learned: str | None = None
+    """Folder that `python -m cdit.plan learn` wrote, for the costs steps and motion, and for proposals."""
+    stride: int | None = None
+    """Frames of one predicted step: 1 predicts every frame from those before, 4 every fourth; by default each frame is
+    predicted in one jump."""
+    frames: list[int] = field(default_factory=list)
+    """Frames whose distance to the goal counts, the closest of them; by default the last one. A plan ends with the
+    closest."""
+    repeats: int = 1
+    """Predictions of each candidate, whose costs are averaged."""
+    chunk: int = 256
+    """Largest number of frames predicted at a time; halved while memory does not suffice."""
+    constraint: Literal["none", "forward_first", "turn_first"] = "none"
+    """forward_first: walk, then turn; turn_first: turn, then walk. With five eighths of the time for the walk."""
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
+    """How frames are sampled."""
+
+    def validate(self, horizon: int) -> None:
+        """Checks the values.
+
+        Args:
+            horizon: frames of a plan.
+
+        Raises:
+            UserError: a value is out of its range; the message names the field.
+        """
+        self.optimizer.validate()
+        kind, _, name = self.cost.partition(":")
+        known = {cost.partition(":")[0] for cost in COSTS}
+        if kind not in known or (kind == "features") != bool(name):
+            raise UserError(f"planner.cost is {self.cost!r}, expected one of {', '.join(COSTS)}")
+        if self.cost in LEARNED and self.learned is None:
+            raise UserError(f"planner.cost is {self.cost}, which is learned: give planner.learned, or another cost")
+        requirements = {
+            "knots": (self.knots >= 2, "at least 2"),
+            "repeats": (self.repeats >= 1, "at least 1"),
+            "chunk": (self.chunk >= 1, "at least 1"),
+            "stride": (self.stride is None or horizon % max(1, self.stride) == 0, f"a divisor of {horizon}"),
+            "frames": (
+                all(1 <= t <= horizon and t % (self.stride or 1) == 0 for t in self.frames)
+                and len(set(self.frames)) == len(self.frames),
+                f"different multiples of the stride, 1 to {horizon}",
+            ),
+        }  # fmt: skip
+        for name, (holds, expected) in requirements.items():
+            if not holds:
+                raise UserError(f"planner.{name} is {getattr(self, name)}, expected {expected}")
+
+
+@dataclass(kw_only=True)
+class LearnConfig(OutputOptions, DataOptions, CheckpointOptions):
+    """The goal network, and its training."""
+
+    split: str = "train"
+    """Split to learn from: the walks that the world was trained on."""
+    steps: int = 3000
+    """Training steps."""
+    batch_size: int = 64
+    """Pairs of frames in a step."""
+    learning_rate: float = 1e-3
+    """Largest learning rate."""
+    horizon: int = 8
+    """Steps that are proposed."""
+    predicted: int = 2048
+    """Frames that the world predicts first, so that the network knows what its frames look like; 0 for none."""
+    jumps: int = 4
+    """Frames predicted from each context."""
+    radius: float = 0.5
+    """Metres within which a goal is reached."""
+    degrees: float = 30.0
+    """Degrees within which a goal is reached."""
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
+    """How frames are sampled."""
+    seed: int = 0
+    """Seed of the pairs and of the noise."""
+
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: a value is out of its range; the message names the field.
+        """
+        for name, least in (("steps", 1), ("batch_size", 1), ("horizon", 1), ("predicted", 0), ("jumps", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        if self.jumps > 16:
+            raise UserError(f"jumps is {self.jumps}, expected at most 16")
+
+
+@dataclass(kw_only=True)
+class OpenConfig(TrackingOptions, OutputOptions, DataOptions, CheckpointOptions):
+    """The open-loop benchmark."""
+
+    planner: PlannerConfig = field(default_factory=PlannerConfig)
+    """How plans are made."""
+    seconds: float = 2.0
+    """The goal is the frame so many seconds ahead."""
+    episodes: int = 100
+    """Number of episodes, evenly spread over the split."""
+    index: str | None = None
+    """An index file of NWM (navigation_eval.pkl) that lists the episodes instead."""
+    prior_split: str = "train"
+    """Split whose motions candidates resemble."""
+    nwm_compat: bool = False
+    """Plan as the NWM release does: 120 straight lines with a final turn drawn from a Gaussian, the mean of the 5
+    elites of one iteration, LPIPS of the last of all frames, 3 repeats, 250 denoising steps (or planner.sampler.steps).
+    The Gaussian is fitted to the data; the release has hand-tuned ones, and multiplies the final turn by π twice."""
+    pictures: int = 6
+    """Number of episodes that are drawn."""
+    seed: int = 0
+    """Seed of candidates, noise and bootstrap."""
+
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: a value is out of its range; the message names the field.
+        """
+        if self.seconds <= 0:
+            raise UserError(f"seconds is {self.seconds:g}, expected more than 0")
+        for name, least in (("episodes", 1), ("pictures", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least {least}")
+
+
+@dataclass(kw_only=True)
+class CurveConfig(OpenConfig):
+    """The budgets that are compared: every combination of these lists."""
+
+    samples: list[int] = field(default_factory=lambda: [15, 60, 240])
+    """Candidates an iteration."""
+    iterations: list[int] = field(default_factory=lambda: [1, 3])
+    """Iterations of the optimiser."""
+    repeats: list[int] = field(default_factory=lambda: [1])
+    """Predictions of each candidate."""
+    steps: list[int] = field(default_factory=lambda: [1, 4])
+    """Denoising steps."""
+
+    def validate(self) -> None:
+        """Checks the values; see `OpenConfig.validate`."""
+        super().validate()
+        for name, least in (("samples", 4), ("iterations", 1), ("repeats", 1), ("steps", 1)):
+            values = getattr(self, name)
+            if not values or min(values) < least:
+                raise UserError(f"{name} is {values}, expected numbers of at least {least}")

@@ -1,0 +1,44 @@
+"""Constraints on plans: projections of the steps, and penalties on the path."""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+Projection = Callable[[Tensor], Tensor]
+"""Steps (…, H, 3) to steps that obey."""
+Penalty = Callable[[Tensor], Tensor]
+"""A path (B, S, H, 3) in the frame at the start to what is added to its cost, (B, S)."""
+
+WALK_SHARE = 5 / 8
+"""Of the time, spent on walking if walking and turning are apart: five of eight steps, as in the NWM paper."""
+
+
+def forward_first(actions: Tensor) -> Tensor:
+    """Walks without turning, then turns on the spot: the other components of steps (…, H, 3) become zero."""
+    walk = round(WALK_SHARE * actions.shape[-2])
+    projected = actions.clone()
+    projected[..., :walk, 2] = 0
+    projected[..., walk:, :2] = 0
+    return projected
+
+
+def turn_first(actions: Tensor) -> Tensor:
+    """Turns on the spot, then walks without turning."""
+    turn = actions.shape[-2] - round(WALK_SHARE * actions.shape[-2])
+    projected = actions.clone()
+    projected[..., :turn, :2] = 0
+    projected[..., turn:, 2] = 0
+    return projected
+
+
+PROJECTIONS: dict[str, Projection] = {"forward_first": forward_first, "turn_first": turn_first}
+
+
+def staying_out(forbidden: Callable[[Tensor], Tensor], weight: float = 1e3) -> Penalty:
+    """A penalty on paths through places that are forbidden.
+
+    Args:
+        forbidden: positions (…, 2) in the frame at the start to (…) bool.
+        weight: cost of each pose there; larger than costs differ otherwise.
+    """
+    return lambda path: weight * forbidden(path[..., :2]).to(path).sum(-1)

@@ -1,0 +1,112 @@
+"""Distances of predicted frames to a goal image. Lower is better; units differ.
+
+Suffixes: B goals, S frames compared with each.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cdit.common.errors import UserError
+from cdit.common.lpips import load_lpips
+from cdit.evaluate.metrics import DreamSim
+from cdit.plan.goal_network import load_goal_network
+from cdit.world_model import WorldModel
+
+
+class Cost(ABC):
+    """A distance of frames to goals."""
+
+    @abstractmethod
+    def __call__(self, frames: Tensor, goals: Tensor) -> Tensor:
+        """Distances (B, S) of frames (B, S, 3, H, W) to goals (B, 3, H, W), in [-1, 1]."""
+
+
+class Pairwise(Cost):
+    """A function of as many frames as goals, (N, 3, H, W) each, to distances (N,)."""
+
+    def __init__(self, distance: Callable[[Tensor, Tensor], Tensor]):
+        self.distance = distance
+
+    def __call__(self, frames: Tensor, goals: Tensor) -> Tensor:
+        """See `Cost`."""
+        goals = goals[:, None].expand(frames.shape)
+        return self.distance(frames.flatten(0, 1), goals.flatten(0, 1)).unflatten(0, frames.shape[:2])
+
+
+class Pixels(Cost):
+    """Mean squared difference."""
+
+    def __call__(self, frames: Tensor, goals: Tensor) -> Tensor:
+        """See `Cost`."""
+        return (frames - goals[:, None]).square().mean((2, 3, 4))
+
+
+class Latents(Cost):
+    """Mean squared difference of the latents of a world's codec."""
+
+    def __init__(self, world: WorldModel):
+        self.world = world
+
+    def __call__(self, frames: Tensor, goals: Tensor) -> Tensor:
+        """See `Cost`."""
+        encoded = self.world.codec.encode(frames), self.world.codec.encode(goals)[:, None]
+        return (encoded[0] - encoded[1]).square().flatten(2).mean(2)
+
+
+class Features(Cost):
+    """1 - cosine of the features of a backbone of timm at each place, averaged over places.
+
+    Args:
+        name: of timm, such as vit_small_patch14_reg4_dinov2.lvd142m; its weights are downloaded on first use.
+        device: where to compute.
+        pretrained: whether to load them; without, features are random.
+
+    Raises:
+        UserError: there is no such backbone, or its weights are not available.
+    """
+
+    def __init__(self, name: str, device: torch.device | str, pretrained: bool = True):
+        try:
+            self.backbone = timm.create_model(name, pretrained=pretrained, num_classes=0).to(device).eval()
+        except Exception as error:  # timm, and the hub that it downloads from, raise many types
+            raise UserError(f"planner.cost: no features of {name!r} ({str(error).splitlines()[0]})") from error
+        data = timm.data.resolve_model_data_config(self.backbone)
+        self.size = data["input_size"][1:]
+        self.mean, self.std = (torch.tensor(data[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
+
+    def __call__(self, frames: Tensor, goals: Tensor) -> Tensor:
+        """See `Cost`."""
+        found, goal = self._features(frames.flatten(0, 1)).unflatten(0, frames.shape[:2]), self._features(goals)
+        return (1 - (found * goal[:, None]).sum(-1)).mean(-1)
+
+    @torch.no_grad()
+    def _features(self, frames: Tensor) -> Tensor:
+        """(N, places, F) of length 1."""
+        frames = F.interpolate((frames + 1) / 2, self.size, mode="bicubic", antialias=True)
+        features = self.backbone.forward_features((frames - self.mean) / self.std)
+        places = features if features.ndim == 3 else features.flatten(2).transpose(1, 2)
+        return F.normalize(places, dim=-1)
+
+
+def load_cost(name: str, world: WorldModel, learned: str | None = None) -> Cost:
+    """A cost by the name in `PlannerConfig.cost`, on the device of a world.
+
+    Raises:
+        UserError: its weights are not available.
+    """
+    kind, _, backbone = name.partition(":")
+    loaders = {
+        "pixels": Pixels,
+        "latents": lambda: Latents(world),
+        "lpips": lambda: Pairwise(load_lpips().to(world.device)),
+        "dreamsim": lambda: Pairwise(DreamSim(world.device)),
+        "steps": lambda: Pairwise(load_goal_network(learned, world.device).steps),
+        "motion": lambda: Pairwise(load_goal_network(learned, world.device).distance),
+        "features": lambda: Features(backbone, world.device),
+    }
+    return loaders[kind]()

@@ -1,0 +1,97 @@
+"""Pictures of plans: paths from above, on a map where there is one, beside the frames."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from cdit.common.pictures import BACKGROUND, FONT, INK, to_image
+from cdit.doom.dataset import map_path
+from cdit.doom.geometry import MapGeometry
+from cdit.doom.maps import MAPS, file_name
+
+PLAN, TRUTH, OTHER = "#d1242f", "#1a7f37", "#0969da"
+
+
+def map_of(data: str, trajectory: str) -> np.ndarray | None:
+    """Walls (N, 4) x1, y1, x2, y2 in metres around a walk of a Doom dataset; None if there is no map."""
+    name = next((name for name in MAPS if file_name(name) == trajectory.rpartition("_")[0]), None)
+    path = None if name is None else map_path(Path(data), name)
+    return walls(MapGeometry.load(path)) if path is not None and path.is_file() else None
+
+
+def walls(geometry: MapGeometry) -> np.ndarray:
+    """Lines (N, 4) that nobody passes."""
+    return geometry.segments[geometry.blocking | (geometry.beyond < 0)]
+
+
+def from_above(
+    paths: Sequence[tuple[np.ndarray, str, float, str | None]],
+    poses: Sequence[tuple[np.ndarray, str]],
+    walls: np.ndarray | None = None,
+    margin: float = 1.0,
+    size: int = 320,
+) -> Image.Image:
+    """A map with paths, x to the right and y up, as square as wide.
+
+    Args:
+        paths: (T, 2 or more) positions in metres, colour, width in points and a label for the legend.
+        poses: (3,) x, y, yaw, and colour, drawn as arrows.
+        walls: (N, 4).
+        margin: metres around the paths.
+        size: of the picture in pixels.
+    """
+    figure = Figure(figsize=(size / 100, size / 100), dpi=100)
+    axes = figure.add_axes((0, 0, 1, 1))
+    points = np.concatenate([*(path[:, :2] for path, *_ in paths), *(pose[None, :2] for pose, _ in poses)])
+    low, high = points.min(0) - margin, points.max(0) + margin
+    middle, half = (low + high) / 2, (high - low).max() / 2
+    axes.set_xlim(middle[0] - half, middle[0] + half)
+    axes.set_ylim(middle[1] - half, middle[1] + half)
+    axes.set_aspect("equal")
+    axes.set_axis_off()
+    if walls is not None:
+        axes.plot(walls[:, [0, 2]].T, walls[:, [1, 3]].T, color=INK, linewidth=1.2)
+    for path, colour, width, label in paths:
+        axes.plot(path[:, 0], path[:, 1], color=colour, linewidth=width, label=label)
+    for (x, y, yaw), colour in poses:
+        reach = 0.08 * half
+        axes.annotate(
+            "", (x + 2 * reach * np.cos(yaw), y + 2 * reach * np.sin(yaw)), (x, y),
+            arrowprops={"color": colour, "width": 2, "headwidth": 7, "headlength": 7},
+        )  # fmt: skip
+        axes.plot([x], [y], "o", color=colour, markersize=5)
+    if any(label for *_, label in paths):
+        axes.legend(loc="lower left", fontsize=7, framealpha=0.8)
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def costs_as_colours(costs: np.ndarray) -> list[str]:
+    """A colour for each cost by its rank, from blue for the lowest to a pale grey."""
+    rank = costs.argsort().argsort() / max(1, len(costs) - 1)
+    return [matplotlib.colors.to_hex(matplotlib.colormaps["Blues_r"](0.15 + 0.75 * r)) for r in rank]
+
+
+def beside(images: Sequence[Image.Image], labels: Sequence[str], height: int = 320) -> Image.Image:
+    """Images of one height next to each other, labels above."""
+    scaled = [image.resize((round(image.width * height / image.height), height), 0) for image in images]
+    gap, line = 8, 22
+    whole = Image.new("RGB", (sum(image.width + gap for image in scaled) + gap, height + line + gap), BACKGROUND)
+    draw, x = ImageDraw.Draw(whole), gap
+    for image, label in zip(scaled, labels, strict=True):
+        whole.paste(image, (x, line))
+        draw.text((x + image.width / 2, line / 2), label, INK, ImageFont.truetype(FONT, 12), "mm")
+        x += image.width + gap
+    return whole
+
+
+def frame(picture: Tensor, height: int = 320) -> Image.Image:
+    """A frame (3, H, W) of about that height."""
+    return to_image(picture, max(1, round(height / picture.shape[-2])))

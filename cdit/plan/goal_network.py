@@ -1,0 +1,152 @@
+"""A small network that compares a frame with a goal image: steps to go, motion to it, what to do, whether arrived.
+
+It is trained on pairs of frames of the same walks as the world (`cdit.plan.learn`), and needs no pretrained weights.
+"""
+
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from cdit.common.cli import parser_instance
+from cdit.common.errors import UserError
+from cdit.common.files import read_json, write_json, write_whole
+from cdit.plan.noise import coloured_noise
+
+WEIGHTS, DESCRIPTION = "goal_network.safetensors", "goal_network.json"
+SIDE = 64
+"""Frames are resized to this."""
+FARTHEST = 64
+"""Steps to go beyond this many, and frames of other walks, are one class."""
+EDGES = (0, 1, 2, 4, 8, 16, 32, FARTHEST)
+"""Largest number of steps in each class but the last."""
+MIDDLES = (0.0, 1.0, 2.0, 3.5, 6.5, 12.5, 24.5, 48.5, 96.0)
+"""Number of steps that each class stands for."""
+LOG_STD = (-5.0, 2.0)
+
+
+@dataclass
+class GoalDescription:
+    """What a goal network was trained for."""
+
+    horizon: int
+    """Steps that it proposes."""
+    action_scale: tuple[float, float, float]
+    """Deviation of dx, dy (metres) and dyaw (radians) of a step in the data."""
+    motion_scale: tuple[float, float, float]
+    """Deviation of the motion to a goal."""
+    radius: float
+    """Metres within which a goal is reached."""
+    angle: float
+    """Radians within which a goal is reached."""
+    width: int = 32
+    """Channels of the first convolution."""
+
+
+@dataclass
+class Compared:
+    """What the network says of N pairs."""
+
+    classes: Tensor
+    """(N, 9) logits of the number of steps, see `EDGES`."""
+    arrived: Tensor
+    """(N,) logits of being at the goal."""
+    motion: tuple[Tensor, Tensor]
+    """Mean and log standard deviation of the motion to the goal (dx, dy, dyaw), (N, 3) each, in `motion_scale`."""
+    actions: tuple[Tensor, Tensor]
+    """Mean and log standard deviation of the next steps, (N, H, 3) each, in `action_scale`."""
+
+
+class GoalNetwork(nn.Module):
+    """Convolutions over both frames, one above the other, and a linear map."""
+
+    def __init__(self, description: GoalDescription):
+        super().__init__()
+        self.description = description
+        w, h = description.width, description.horizon
+        channels = [6, w, 2 * w, 3 * w, 4 * w]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(channels):
+            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU()]
+        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * w * (SIDE // 16) ** 2, 256), nn.GELU())
+        self.sizes = (len(MIDDLES), 1, 6, 6 * h)
+        self.head = nn.Linear(256, sum(self.sizes))
+        self.register_buffer("action_scale", torch.tensor(description.action_scale), persistent=False)
+        self.register_buffer("motion_scale", torch.tensor(description.motion_scale), persistent=False)
+
+    def forward(self, frames: Tensor, goals: Tensor) -> Compared:
+        """Compares frames (N, 3, H, W) with goals of the same shape, in [-1, 1]."""
+        pair = torch.cat((frames, goals), dim=1).clamp(-1, 1)
+        if pair.shape[-2:] != (SIDE, SIDE):
+            pair = F.interpolate(pair, (SIDE, SIDE), mode="bilinear", antialias=True)
+        classes, arrived, motion, actions = self.head(self.trunk(pair)).split(self.sizes, dim=1)
+        return Compared(classes, arrived[:, 0], _gaussian(motion), _gaussian(actions.unflatten(1, (-1, 6))))
+
+    @torch.no_grad()
+    def steps(self, frames: Tensor, goals: Tensor) -> Tensor:
+        """Expected steps to go (N,): 2^E - 1 of the expected E = log₂(1 + steps)."""
+        middles = torch.tensor(MIDDLES, device=frames.device)
+        return 2 ** (self(frames, goals).classes.softmax(1) @ (1 + middles).log2()) - 1
+
+    @torch.no_grad()
+    def distance(self, frames: Tensor, goals: Tensor) -> Tensor:
+        """How far the goal is (N,), in metres, with a radian counted as a metre."""
+        motion = self(frames, goals).motion[0] * self.motion_scale
+        return motion[:, :2].norm(dim=1) + motion[:, 2].abs()
+
+    @torch.no_grad()
+    def propose(self, frames: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the next steps towards the goal, (N, H, 3) each, in metres and radians."""
+        mean, log_std = self(frames, goals).actions
+        return mean * self.action_scale, log_std.exp() * self.action_scale
+
+    def proposals(
+        self, frames: Tensor, goals: Tensor, count: int, random: torch.Generator, beta: float = 2.0
+    ) -> Tensor:
+        """Steps towards the goal, (N, count, H, 3): the mean, then draws with noise coloured along the steps."""
+        mean, std = self.propose(frames, goals)
+        noise = coloured_noise((len(mean), count, 3, mean.shape[1]), beta, random).transpose(-1, -2).to(mean)
+        noise[:, 0] = 0
+        return mean[:, None] + std[:, None] * noise
+
+    @torch.no_grad()
+    def arrival(self, frames: Tensor, goals: Tensor) -> Tensor:
+        """Probability (N,) that the goal is within the radius and angle of the description."""
+        return self(frames, goals).arrived.sigmoid()
+
+    def save(self, folder: Path) -> None:
+        """Writes what `load_goal_network` reads."""
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / WEIGHTS, save({name: x.contiguous() for name, x in self.state_dict().items()}))
+        write_json(folder / DESCRIPTION, asdict(self.description))
+
+
+def load_goal_network(folder: str | Path, device: torch.device | str = "cpu") -> GoalNetwork:
+    """The goal network in a folder, in evaluation mode.
+
+    Raises:
+        UserError: there is none, or a damaged one.
+    """
+    try:
+        description = parser_instance(GoalDescription, read_json(Path(folder) / DESCRIPTION))
+        network = GoalNetwork(description)
+        network.load_state_dict(load_file(Path(folder) / WEIGHTS))
+    except Exception as error:  # safetensors, torch and jsonargparse raise many types
+        raise UserError(
+            f"{folder}: no readable goal network, as python -m cdit.plan learn writes it ({error})"
+        ) from error
+    return network.to(device).eval()
+
+
+def class_of(steps: Tensor) -> Tensor:
+    """The class of each number of steps."""
+    return torch.bucketize(steps, torch.tensor(EDGES, device=steps.device))
+
+
+def _gaussian(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    mean, log_std = numbers.chunk(2, dim=-1)
+    return mean, log_std.clamp(*LOG_STD)

@@ -1,0 +1,186 @@
+"""Trains the goal network: on pairs of frames of one walk, some of which a world predicted, and pairs of two walks."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from cdit.batch import Batch
+from cdit.common.errors import UserError
+from cdit.common.frames import to_float, to_uint8
+from cdit.common.randomness import generator, seed_of
+from cdit.data.motion import local_motion
+from cdit.data.windows import WindowDataset
+from cdit.loading import load_world, spread, windows_for
+from cdit.plan.candidates import recorded_actions
+from cdit.plan.config import LearnConfig
+from cdit.plan.goal_network import FARTHEST, GoalDescription, GoalNetwork, class_of
+from cdit.world_model import WorldModel
+
+OTHERS = 0.2
+"""Share of pairs of two walks."""
+JUMPS = 16
+"""Frames that the world looks ahead, at most."""
+
+
+@dataclass
+class Pairs:
+    """N pairs of frames with what is to be learned of them."""
+
+    frames: Tensor
+    """(N, 3, H, W) uint8."""
+    goals: Tensor
+    """(N, 3, H, W) uint8."""
+    steps: Tensor
+    """(N,) int64 from the frame to the goal; more than `FARTHEST` for frames of two walks."""
+    motion: Tensor
+    """(N, 3) float32 in metres and radians; zeros for frames of two walks."""
+    actions: Tensor
+    """(N, H, 3) float32: what was done, from the frame on."""
+
+
+def learn(config: LearnConfig) -> None:
+    """Trains a goal network and writes it to `config.out`.
+
+    Raises:
+        UserError: something does not fit together.
+    """
+    config.validate()
+    world = load_world(config.checkpoint, config.device)
+    dataset = windows_for(world, config)
+    if not dataset.info.has_actions:
+        raise UserError(f"{config.data}: has no poses, which the goal network learns from")
+    sampler = Sampler(dataset, config.horizon, config.seed)
+    predicted = predict_frames(world, dataset, config) if config.predicted else {}
+    scale = sampler.draw(2048)
+    same = scale.steps <= FARTHEST
+    network = GoalNetwork(
+        GoalDescription(
+            config.horizon,
+            tuple(recorded_actions(dataset.trajectories, 1).flatten(0, 1).std(0).tolist()),
+            tuple(scale.motion[same].std(0).tolist()),
+            config.radius,
+            np.radians(config.degrees).item(),
+        )
+    ).to(world.device)
+    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, config.steps, pct_start=0.05)
+    average, bar = {}, tqdm(range(config.steps), desc="goal network", unit="step")
+    for step in bar:
+        pairs = sampler.draw(config.batch_size, predicted)
+        losses = loss_of(network, pairs, generator(config.seed, step))
+        optimizer.zero_grad()
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        for name, value in losses.items():
+            average[name] = 0.98 * average.get(name, value.item()) + 0.02 * value.item()
+        if step % 20 == 0:
+            bar.set_postfix({name: f"{value:.3f}" for name, value in average.items()}, refresh=False)
+    network.eval().save(Path(config.out))
+    print(f"done: {config.out} ({', '.join(f'{name} {value:.3f}' for name, value in average.items())})")
+
+
+class Sampler:
+    """Draws pairs of frames.
+
+    Args:
+        dataset: of walks with poses.
+        horizon: H.
+        seed: of the draws.
+    """
+
+    def __init__(self, dataset: WindowDataset, horizon: int, seed: int):
+        self.dataset, self.horizon = dataset, horizon
+        self.random = np.random.default_rng(seed_of(seed, 1))
+        self.lengths = np.array([len(trajectory) for trajectory in dataset.trajectories])
+
+    def draw(self, count: int, predicted: dict[tuple[int, int], Tensor] | None = None) -> Pairs:
+        """Pairs of one walk, with log-uniform times between them, and some of two walks.
+
+        Args:
+            count: N.
+            predicted: by trajectory and time, frames (3, H, W) that a world predicted; half of the pairs start there.
+        """
+        known = list(predicted or ())
+        return Pairs(
+            *(torch.stack(parts) for parts in zip(*(self._pair(predicted, known) for _ in range(count)), strict=True))
+        )
+
+    def _pair(self, predicted: dict[tuple[int, int], Tensor] | None, known: list) -> tuple[Tensor, ...]:
+        random, dataset = self.random, self.dataset
+        from_prediction = known and random.random() < 0.5
+        if from_prediction:
+            index, now = known[random.integers(len(known))]
+        else:
+            index = random.choice(len(self.lengths), p=self.lengths / self.lengths.sum())
+            now = int(random.integers(self.lengths[index]))
+        left = int(self.lengths[index]) - 1 - now
+        steps = min(left, int(2 ** random.uniform(0, np.log2(FARTHEST + 2)) - 1))
+        motion, actions = np.zeros(3), np.zeros((self.horizon, 3))
+        position, yaw = dataset.trajectories[index].position, dataset.trajectories[index].yaw
+        if random.random() < OTHERS and len(self.lengths) > 1:
+            other = (index + random.integers(1, len(self.lengths))) % len(self.lengths)
+            goal = dataset.frames.read(other, [int(random.integers(self.lengths[other]))])[0]
+            steps = FARTHEST + 1
+        else:
+            goal = dataset.frames.read(index, [now + steps])[0]
+            motion = local_motion(position[now], yaw[now], position[now + steps], yaw[now + steps])
+            times = np.minimum(np.arange(now, now + self.horizon + 1), now + steps)  # stands still at the goal
+            actions = local_motion(position[times[:-1]], yaw[times[:-1]], position[times[1:]], yaw[times[1:]])
+        frame = predicted[index, now] if from_prediction else dataset.frames.read(index, [now])[0]
+        return frame, goal, torch.tensor(steps), torch.tensor(motion).float(), torch.tensor(actions).float()
+
+
+def loss_of(network: GoalNetwork, pairs: Pairs, random: torch.Generator) -> dict[str, Tensor]:
+    """The losses by name: cross entropies of steps and arrival, likelihoods of motion and actions."""
+    device, description = network.head.weight.device, network.description
+    frames, goals = (_augmented(to_float(x), random).to(device) for x in (pairs.frames, pairs.goals))
+    steps, motion, actions = (x.to(device) for x in (pairs.steps, pairs.motion, pairs.actions))
+    found = network(frames, goals)
+    same = steps <= FARTHEST
+    near = same & (motion[:, :2].norm(dim=1) < description.radius) & (motion[:, 2].abs() < description.angle)
+    return {
+        "steps": F.cross_entropy(found.classes, class_of(steps)),
+        "arrived": F.binary_cross_entropy_with_logits(found.arrived, near.float()),
+        "motion": _likelihood(found.motion, motion / network.motion_scale)[same].mean(),
+        "actions": _likelihood(found.actions, actions / network.action_scale)[same].mean(),
+    }
+
+
+@torch.no_grad()
+def predict_frames(world: WorldModel, dataset: WindowDataset, config: LearnConfig) -> dict[tuple[int, int], Tensor]:
+    """Frames that the world predicts, uint8 (3, H, W), by trajectory and time, each in one jump of up to `JUMPS`."""
+    random, found = np.random.default_rng(seed_of(config.seed, 2)), {}
+    windows = spread(dataset.windows_with([JUMPS]), config.predicted // config.jumps)
+    noise, size = generator(config.seed, 2, device=world.device), 8
+    sampler = config.sampler.over(world.description)
+    for start in tqdm(range(0, len(windows), size), desc="predicting frames", unit="batch"):
+        chosen = windows[start : start + size]
+        offsets = [random.choice(JUMPS, config.jumps, replace=False) + 1 for _ in chosen]
+        batch = Batch.collate([dataset.window(i, o.tolist()) for i, o in zip(chosen, offsets, strict=True)])
+        batch = batch.to(world.device)
+        frames = world.predict(to_float(batch.context), batch.condition, batch.mask, sampler, noise)
+        for row, window, ahead in zip(to_uint8(frames).cpu(), chosen, offsets, strict=True):
+            index, now = dataset.locate(window)
+            found |= {(index, now + int(offset)): frame for offset, frame in zip(ahead, row, strict=True)}
+    return found
+
+
+def _augmented(frames: Tensor, random: torch.Generator) -> Tensor:
+    """Blurs some frames, as predicted ones are, and changes their brightness."""
+    blurred = F.interpolate(F.avg_pool2d(frames, 2), frames.shape[-2:], mode="bilinear")
+    chosen = torch.rand(len(frames), 1, 1, 1, generator=random) < 0.25
+    shift = 0.05 * torch.randn(len(frames), 1, 1, 1, generator=random)
+    return torch.where(chosen, blurred, frames) + shift
+
+
+def _likelihood(gaussian: tuple[Tensor, Tensor], truth: Tensor) -> Tensor:
+    """Negative log likelihood, averaged over all but the first dimension."""
+    mean, log_std = gaussian
+    return (log_std + ((truth - mean) / log_std.exp()).square() / 2).clamp(max=50).flatten(1).mean(1)

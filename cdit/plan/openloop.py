@@ -1,0 +1,317 @@
+"""The open-loop benchmark: plans to the frame some seconds ahead, compared with what was done.
+
+Every method answers the same cases. Suffixes: B cases of a batch, H steps.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cdit.batch import Batch
+from cdit.common.errors import UserError
+from cdit.common.frames import to_float
+from cdit.common.randomness import generator
+from cdit.common.statistics import Estimate, estimates, paired_difference
+from cdit.data.windows import WindowDataset
+from cdit.evaluate.cases import Case, read_index, spread_cases
+from cdit.loading import load_world, windows_for
+from cdit.plan.candidates import recorded_actions, walked
+from cdit.plan.config import CurveConfig, OpenConfig
+from cdit.plan.goal_network import load_goal_network
+from cdit.plan.motion import integrate, path_errors
+from cdit.plan.planner import Plan, Planner, Score, WorldScore
+from cdit.world_model import WorldModel
+
+METHODS = {
+    "world": "planned with the world",
+    "policy": "inverse dynamics",
+    "ranked": "inverse dynamics, ranked by the world",
+    "prior": "mean of the candidates",
+    "straight": "straight ahead",
+    "random": "a random candidate",
+    "stay": "standing still",
+    "truth": "true motion as a candidate",
+}
+"""Methods and their names in tables. The last is the error that the candidates' family leaves."""
+NOT_COMPARED = ("world", "truth")
+"""Methods that the table does not compare the planner with."""
+
+
+@dataclass
+class Answers:
+    """What one method planned for N cases."""
+
+    paths: Tensor
+    """(N, H, 3)."""
+    seconds: float = 0.0
+    """A plan, on average."""
+    costs: Tensor | None = None
+    """(N,) of the plans by the world, if it scored them."""
+
+
+@dataclass
+class Picture:
+    """What is drawn of a case. Frames are (3, H, W) in [-1, 1], paths in the frame at the start."""
+
+    case: Case
+    start: Tensor
+    goal: Tensor
+    best: Tensor
+    """Predicted at the end of the plan."""
+    worst: Tensor
+    """Predicted for the candidate of highest cost."""
+    pose: Tensor
+    """(3,) of the start in the world: x, y, yaw."""
+    paths: Tensor
+    """(S, H, 3), of all candidates."""
+    costs: Tensor
+    """(S,)."""
+    plan: Tensor
+    """(H, 3)."""
+
+
+@dataclass
+class OpenResults:
+    """The benchmark's numbers."""
+
+    about: dict[str, Any]
+    cases: list[Case]
+    truth: Tensor
+    """(N, H, 3)."""
+    answers: dict[str, Answers]
+    spacing: float
+    pictures: list[Picture] = field(default_factory=list)
+
+    def errors(self, method: str) -> np.ndarray:
+        """(N, 4): ATE, RPE, metres, degrees."""
+        return torch.stack(path_errors(self.answers[method].paths, self.truth, self.spacing), dim=-1).numpy()
+
+    def estimates(self, method: str) -> list[Estimate]:
+        """Means of the four errors, with intervals over trajectories."""
+        return estimates(self.errors(method), [case.name for case in self.cases])
+
+    def differences(self, method: str) -> list[Estimate]:
+        """The planner's errors minus a method's, case by case."""
+        return paired_difference(self.errors("world"), self.errors(method), [case.name for case in self.cases])
+
+
+class Benchmark:
+    """A world, the cases, and what plans need.
+
+    Raises:
+        UserError: something does not fit together.
+    """
+
+    def __init__(self, config: OpenConfig):
+        config.validate()
+        self.config = config
+        self.world = load_world(config.checkpoint, config.device)
+        self.dataset = windows_for(self.world, config)
+        if not self.dataset.info.has_actions:
+            raise UserError(f"{config.data}: has no poses, with which plans are compared")
+        self.horizon = round(config.seconds * self.world.description.fps)
+        config.planner.validate(self.horizon)
+        if config.index:
+            self.cases = read_index(config.index, self.dataset, self.horizon, self.world.description.min_history)
+        else:
+            self.cases = spread_cases(self.dataset, self.horizon, config.episodes, "seconds")
+        self.recorded = prior_actions(self.world, config, self.horizon)
+        self.spacing = self.dataset.info.spacing or 1.0
+        learned = config.planner.learned
+        self.network = load_goal_network(learned, self.world.device) if learned else None
+        if self.network is not None and self.network.description.horizon != self.horizon:
+            proposed = self.network.description.horizon
+            raise UserError(f"planner.learned proposes {proposed} steps, expected {self.horizon}, those of a plan")
+        self.truth_actions = torch.stack([true_actions(self.dataset, case, self.horizon) for case in self.cases])
+
+    def batches(self, size: int = 1) -> Iterator[tuple[range, Batch]]:
+        """The cases with their frames, on the world's device."""
+        for start in range(0, len(self.cases), size):
+            indices = range(start, min(start + size, len(self.cases)))
+            items = [self.dataset.window(self.cases[i].window, [self.horizon]) for i in indices]
+            yield indices, Batch.collate(items).to(self.world.device)
+
+    def planned(self, planner: Planner, score: WorldScore, bar: tqdm | None = None) -> tuple[Answers, list[Plan]]:
+        """Plans for every case, each with noise and candidates of its own seed."""
+        plans, costs, started = [], [], time.perf_counter()
+        for indices, batch in self.batches():
+            scored = score_of(score, batch, self.config.seed, indices.start)
+            plan = planner.plan(scored, 1, generator(self.config.seed, 1, indices.start))
+            plans.append(plan)
+            costs.append(scored(plan.actions[:, None])[:, 0].min(1).values)
+            if bar is not None:
+                bar.update()
+        seconds = (time.perf_counter() - started) / len(plans)
+        paths = integrate(torch.cat([plan.actions for plan in plans])).cpu()
+        return Answers(paths, seconds, torch.cat(costs).cpu()), plans
+
+    def baselines(self, planner: Planner, score: WorldScore) -> dict[str, Answers]:
+        """What the other methods answer."""
+        count, prior = len(self.cases), planner.prior
+        zeros = torch.zeros(self.horizon, 3)
+        mean = planner.family.actions(prior.mean).cpu()
+        straight = zeros.clone()
+        straight[:, 0] = self.recorded[..., 0].mean()
+        draw = torch.randint(len(prior.recorded), (count,), generator=generator(self.config.seed, 2))
+        same = {"prior": mean, "straight": straight, "stay": zeros}
+        found = {name: Answers(integrate(actions.expand(count, -1, -1))) for name, actions in same.items()}
+        found["random"] = Answers(integrate(planner.family.actions(prior.recorded[draw.to(prior.mean.device)])).cpu())
+        fitted = planner.family.actions(planner.family.values(self.truth_actions))
+        found["truth"] = Answers(integrate(fitted), costs=self._costs(score, fitted))
+        if self.network is not None:
+            policy, ranked = self._proposals(planner, score)
+            found |= {"policy": policy, "ranked": ranked}
+        return found
+
+    def _costs(self, score: WorldScore, actions: Tensor) -> Tensor:
+        """What the world makes of one candidate a case (N, H, 3): (N,)."""
+        costs = []
+        for indices, batch in self.batches():
+            scored = score_of(score, batch, self.config.seed, indices.start)
+            costs.append(scored(actions[indices][:, None].to(self.world.device))[:, 0].min(1).values)
+        return torch.cat(costs).cpu()
+
+    def _proposals(self, planner: Planner, score: WorldScore) -> tuple[Answers, Answers]:
+        """The policy's mean, and the best of its proposals by the world's costs."""
+        means, best = [], []
+        for indices, batch in self.batches():
+            frame, goal = to_float(batch.context[:, -1]), to_float(batch.target[:, 0])
+            scored = score_of(score, batch, self.config.seed, indices.start)
+            draws = generator(self.config.seed, 3, indices.start)
+            proposed = self.network.proposals(frame, goal, self.config.planner.optimizer.samples, draws)
+            means.append(proposed[:, 0])
+            best.append(proposed[0, scored(proposed).min(2).values.argmin(1)])
+        return Answers(integrate(torch.cat(means)).cpu()), Answers(integrate(torch.cat(best)).cpu())
+
+
+def run_open(config: OpenConfig) -> OpenResults:
+    """Plans every case with every method.
+
+    Raises:
+        UserError: something does not fit together.
+    """
+    benchmark = Benchmark(config)
+    planner = Planner.fit(config.planner, benchmark.recorded, benchmark.world.device)
+    score = WorldScore.of(benchmark.world, config.planner, planner.moments)
+    with tqdm(total=len(benchmark.cases), desc="planning", unit="episode") as bar:
+        answers, plans = benchmark.planned(planner, score, bar)
+    found = {"world": answers} | benchmark.baselines(planner, score)
+    truth = integrate(benchmark.truth_actions)
+    results = OpenResults(asdict(config), benchmark.cases, truth, found, benchmark.spacing)
+    shown = np.linspace(0, len(plans) - 1, min(config.pictures, len(plans))).round().astype(int)
+    results.pictures = [picture_of(benchmark, score, plans[i], int(i)) for i in shown]
+    return results
+
+
+@dataclass
+class CurvePoint:
+    """The error of plans of one budget."""
+
+    samples: int
+    iterations: int
+    repeats: int
+    steps: int
+    """Denoising steps."""
+    calls: int
+    """Frames times denoising steps that the network computes for a plan."""
+    seconds: float
+    """A plan."""
+    errors: list[Estimate]
+    """ATE, RPE, metres, degrees."""
+
+
+def run_curve(config: CurveConfig) -> list[CurvePoint]:
+    """The error against candidates, iterations, repeats and denoising steps, of the same cases.
+
+    Raises:
+        UserError: something does not fit together.
+    """
+    benchmark, points = Benchmark(config), []
+    truth, plans = integrate(benchmark.truth_actions), config.planner
+    grid = list(product(config.samples, config.iterations, config.repeats, config.steps))
+    cost = None
+    with tqdm(total=len(grid) * len(benchmark.cases), desc="planning", unit="episode") as bar:
+        for samples, iterations, repeats, steps in grid:
+            elites = max(2, round(samples * plans.optimizer.elites / plans.optimizer.samples))
+            optimizer = replace(plans.optimizer, samples=samples, iterations=iterations, elites=elites)
+            chosen = replace(plans, optimizer=optimizer, repeats=repeats, sampler=replace(plans.sampler, steps=steps))
+            planner = Planner.fit(chosen, benchmark.recorded, benchmark.world.device)
+            score = WorldScore.of(benchmark.world, chosen, planner.moments, cost)
+            cost = score.cost
+            answers, _ = benchmark.planned(planner, score, bar)
+            results = OpenResults({}, benchmark.cases, truth, {"world": answers}, benchmark.spacing)
+            calls = samples * iterations * repeats * steps * score.predictor.calls
+            points.append(
+                CurvePoint(samples, iterations, repeats, steps, calls, answers.seconds, results.estimates("world"))
+            )
+    return points
+
+
+def nwm_compatible(config: OpenConfig) -> OpenConfig:
+    """The protocol of the NWM release: 120 candidates on straight lines, 5 elites, once, 3 repeats, every frame, 250
+    denoising steps, LPIPS of the last frame, and the mean of the elites as the plan.
+    """
+    optimizer = replace(
+        config.planner.optimizer, name="cem", samples=120, elites=5, iterations=1, first="gaussian", result="mean"
+    )
+    sampler = replace(config.planner.sampler, steps=config.planner.sampler.steps or 250)
+    planner = replace(
+        config.planner, candidates="constant", optimizer=optimizer, cost="lpips", stride=1, repeats=3, sampler=sampler
+    )
+    return replace(config, planner=planner)
+
+
+def prior_actions(world: WorldModel, config: OpenConfig, horizon: int) -> Tensor:
+    """Steps (N, H, 3) of the split that candidates resemble.
+
+    Raises:
+        UserError: there are none.
+    """
+    recorded = recorded_actions(windows_for(world, replace(config, split=config.prior_split)).trajectories, horizon)
+    if not len(recorded):
+        raise UserError(f"prior_split: no walk of {config.prior_split!r} has poses of {horizon + 1} frames")
+    return recorded
+
+
+def true_actions(dataset: WindowDataset, case: Case, horizon: int) -> Tensor:
+    """What was done from a case on: (H, 3)."""
+    trajectory, times = dataset.trajectories[case.trajectory], slice(case.now, case.now + horizon + 1)
+    return walked(trajectory.position[times], trajectory.yaw[times])
+
+
+def score_of(score: WorldScore, batch: Batch, seed: int, number: int) -> Score:
+    """The score of a batch's cases, with noise of the case's number."""
+    noise = generator(seed, 0, number, device=batch.target.device)
+    goals = to_float(batch.target[:, -1])
+    return score.to_goals(to_float(batch.context), goals, noise, batch.mask, batch.condition.spacing)
+
+
+def picture_of(benchmark: Benchmark, score: WorldScore, plan: Plan, number: int) -> Picture:
+    """What is drawn of a case."""
+    _, batch = next(x for i, x in enumerate(benchmark.batches()) if i == number)
+    tried, costs = torch.cat(plan.tried, dim=1), torch.cat(plan.costs, dim=1)[0]
+    chosen = torch.stack((plan.actions[0], tried[0, costs.argmax()]))[None]
+    predictor = score.predictor
+    noise = predictor.draw_noise(generator(benchmark.config.seed, 0, number, device=batch.target.device))
+    state = predictor.begin(to_float(batch.context), batch.mask, batch.condition.spacing)
+    frames = predictor.world.decode(predictor.predict(state, chosen, noise))[0, :, -1]
+    case = benchmark.cases[number]
+    trajectory = benchmark.dataset.trajectories[case.trajectory]
+    return Picture(
+        case,
+        start=to_float(batch.context[0, -1]).cpu(),
+        goal=to_float(batch.target[0, -1]).cpu(),
+        best=frames[0].cpu(),
+        worst=frames[1].cpu(),
+        pose=torch.tensor([*trajectory.position[case.now], trajectory.yaw[case.now]]).float(),
+        paths=integrate(tried[0]).cpu(),
+        costs=costs.cpu(),
+        plan=integrate(plan.actions[0]).cpu(),
+    )

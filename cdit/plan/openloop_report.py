@@ -1,0 +1,155 @@
+"""Tables, pictures and pages of the open-loop benchmark."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+from cdit.common.files import write_json
+from cdit.common.statistics import Estimate
+from cdit.common.tables import html_table, markdown_table
+from cdit.evaluate.page import figure, html_page
+from cdit.plan.draw import OTHER, PLAN, TRUTH, beside, costs_as_colours, frame, from_above, map_of
+from cdit.plan.motion import placed
+from cdit.plan.openloop import METHODS, NOT_COMPARED, CurvePoint, OpenResults, Picture
+
+MEASURES = {"ATE": 2, "RPE": 2, "final distance [m]": 2, "final turn [°]": 1}
+"""Errors and their decimals."""
+
+
+def write_open(results: OpenResults, out: Path) -> str:
+    """Writes results.json, results.md, index.html and pictures; returns the Markdown."""
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    columns, rows = table(results)
+    below = differences(results)
+    text = f"{describe(results)}\n\n{markdown_table(columns, rows)}\n{markdown_table(*below)}"
+    (out / "results.md").write_text(text)
+    write_json(out / "results.json", numbers(results))
+    parts = [f"<h1>Plans of {results.about['checkpoint']}</h1>", f'<p class="note">{describe(results)}</p>']
+    parts += [html_table(columns, rows), html_table(*below)]
+    for i, picture in enumerate(results.pictures):
+        path = out / "pictures" / f"episode_{i}.png"
+        draw_episode(picture, results).save(path)
+        parts.append(figure(path, f"{picture.case.name}, frame {picture.case.now}", out))
+    (out / "index.html").write_text(html_page(f"Plans of {results.about['checkpoint']}", parts))
+    return text
+
+
+def table(results: OpenResults) -> tuple[list[str], list[list[str]]]:
+    """A row for each method."""
+    rows = []
+    for method, name in METHODS.items():
+        if method in results.answers:
+            answers = results.answers[method]
+            cells = [_cell(e, places) for e, places in zip(results.estimates(method), MEASURES.values(), strict=True)]
+            cost = "–" if answers.costs is None else f"{answers.costs.mean():.4g}"
+            rows.append([name, *cells, cost, f"{answers.seconds:.2f}" if answers.seconds else "–"])
+    return ["method", *MEASURES, "cost by the world", "s a plan"], rows
+
+
+def differences(results: OpenResults) -> tuple[list[str], list[list[str]]]:
+    """The planner's errors minus those of each baseline."""
+    rows = [
+        [f"world − {METHODS[method]}"]
+        + [_cell(e, places, "+") for e, places in zip(results.differences(method), MEASURES.values(), strict=True)]
+        for method in METHODS
+        if method in results.answers and method not in NOT_COMPARED
+    ]
+    return ["difference, case by case", *MEASURES], rows
+
+
+def describe(results: OpenResults) -> str:
+    """A sentence on what was measured."""
+    about, planner = results.about, results.about["planner"]
+    optimizer = planner["optimizer"]
+    worse = ""
+    if results.answers["truth"].costs is not None:
+        beaten = (results.answers["world"].costs < results.answers["truth"].costs).float().mean()
+        worse = f" The plan costs less than the true motion in {beaten:.0%} of the episodes."
+    return (
+        f"{len(results.cases)} episodes of {len({case.name for case in results.cases})} walks of split "
+        f"{about['split']} of {about['data']}, {about['seconds']:g} s ahead; {planner['candidates']} candidates, "
+        f"{optimizer['name']}, {optimizer['samples']} × {optimizer['iterations']}, {planner['repeats']} repeats, cost "
+        f"{planner['cost']}. ATE and RPE in units of {results.spacing:g} m; ± is half the width of the 95 % interval "
+        f"over walks.{worse}"
+    )
+
+
+def numbers(results: OpenResults) -> dict[str, Any]:
+    """All numbers, of every episode too."""
+    return {
+        "config": results.about,
+        "spacing": results.spacing,
+        "cases": [[case.name, case.now] for case in results.cases],
+        "errors": {method: results.errors(method).tolist() for method in results.answers},
+        "means": {method: [asdict(e) for e in results.estimates(method)] for method in results.answers},
+        "seconds": {method: answers.seconds for method, answers in results.answers.items() if answers.seconds},
+        "paths": {method: answers.paths.tolist() for method, answers in results.answers.items()},
+        "truth": results.truth.tolist(),
+    }
+
+
+def draw_episode(picture: Picture, results: OpenResults) -> Image.Image:
+    """Start, goal, what the world predicts of the plan and of the worst candidate, and all paths from above."""
+    number = results.cases.index(picture.case)
+    order = picture.costs.argsort(descending=True).tolist()  # the cheapest on top
+    colours = costs_as_colours(picture.costs.numpy())
+    start = np.zeros((1, 3))
+    world = [
+        (np.concatenate((placed_path(start, picture), placed_path(path.numpy(), picture))), colours[i], 0.7, None)
+        for i, path in ((i, picture.paths[i]) for i in order)
+    ]
+    for path, colour, label in ((results.truth[number], TRUTH, "true"), (picture.plan, PLAN, "plan")):
+        whole = np.concatenate((placed_path(start, picture), placed_path(path.numpy(), picture)))
+        world.append((whole, colour, 2.2, label))
+    pose = picture.pose.numpy()
+    ends = [(world[-2][0][-1], TRUTH), (world[-1][0][-1], PLAN)]
+    map_ = from_above(world, [(pose, OTHER), *ends], map_of(results.about["data"], picture.case.name))
+    frames = [frame(x) for x in (picture.start, picture.goal, picture.best, picture.worst)]
+    return beside([*frames, map_], ["start", "goal", "predicted, plan", "predicted, worst", "candidates by cost"])
+
+
+def placed_path(path: np.ndarray, picture: Picture) -> np.ndarray:
+    """A path in the frame at the start, in the world."""
+    return placed(torch.as_tensor(path).float(), picture.pose).numpy()
+
+
+def write_curve(points: Sequence[CurvePoint], out: Path, about: dict[str, Any]) -> str:
+    """Writes curve.json, curve.md and curve.png; returns the Markdown."""
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [
+        [
+            *(str(x) for x in (p.samples, p.iterations, p.repeats, p.steps, p.calls)),
+            f"{p.seconds:.2f}",
+            *(_cell(e, places) for e, places in zip(p.errors, MEASURES.values(), strict=True)),
+        ]
+        for p in points
+    ]
+    text = markdown_table(["candidates", "iterations", "repeats", "steps", "calls", "s a plan", *MEASURES], rows)
+    (out / "curve.md").write_text(text)
+    write_json(out / "curve.json", {"config": about, "points": [asdict(point) for point in points]})
+    shown = Figure(figsize=(9, 3.6), layout="constrained")
+    axes = shown.subplots(1, 2)
+    for i, measure in ((2, "final distance [m]"), (3, "final turn [°]")):
+        for steps in sorted({p.steps for p in points}):
+            of_steps = sorted((p for p in points if p.steps == steps), key=lambda p: p.calls)
+            means = np.array([p.errors[i].mean for p in of_steps])
+            low = [p.errors[i].mean if p.errors[i].low is None else p.errors[i].low for p in of_steps]
+            high = [p.errors[i].mean if p.errors[i].high is None else p.errors[i].high for p in of_steps]
+            spread = np.abs(np.array([low, high]) - means)
+            label = f"{steps} denoising step{'s' * (steps > 1)}"
+            axes[i - 2].errorbar([p.calls for p in of_steps], means, spread, marker="o", capsize=3, label=label)
+        axes[i - 2].set(xscale="log", xlabel="network evaluations a plan", ylabel=measure)
+    axes[0].legend()
+    shown.savefig(out / "curve.png", dpi=120)
+    return text
+
+
+def _cell(estimate: Estimate, places: int, sign: str = "") -> str:
+    text = f"{estimate.mean:{sign}.{places}f}"
+    return text if estimate.low is None else f"{text} ± {(estimate.high - estimate.low) / 2:.{places}f}"

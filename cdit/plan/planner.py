@@ -1,0 +1,190 @@
+"""Plans: candidates of a family, scored by a world, the best of which an optimiser finds.
+
+Suffixes: B contexts, S candidates of each, H steps.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from cdit.plan.candidates import Family, Prior, make_family
+from cdit.plan.config import PlannerConfig
+from cdit.plan.constraints import PROJECTIONS, Penalty
+from cdit.plan.costs import Cost, load_cost
+from cdit.plan.motion import integrate
+from cdit.plan.optimizers import optimize
+from cdit.plan.prediction import Predictor
+from cdit.world_model import WorldModel
+
+Score = Callable[[Tensor], Tensor]
+"""Costs (B, S, L) of candidates (B, S, H, 3) after each of L moments; lower is better."""
+
+
+@dataclass
+class Plan:
+    """The chosen steps of B contexts, and all that were tried."""
+
+    actions: Tensor
+    """(B, H, 3)."""
+    length: Tensor
+    """(B,) steps after which the plan is closest to the goal."""
+    tried: list[Tensor] = field(default_factory=list)
+    """Of each iteration the candidates, (B, S, H, 3)."""
+    costs: list[Tensor] = field(default_factory=list)
+    """Of each iteration their costs, (B, S)."""
+
+
+@dataclass
+class Planner:
+    """Finds the steps of lowest cost, whatever scores them."""
+
+    family: Family
+    prior: Prior
+    config: PlannerConfig
+
+    @classmethod
+    def fit(cls, config: PlannerConfig, actions: Tensor, device: torch.device | str = "cpu") -> "Planner":
+        """A planner whose candidates resemble recorded steps (N, H, 3)."""
+        family = make_family(config.candidates, actions.shape[1], config.knots)
+        return cls(family, Prior.fit(family, actions).to(device), config)
+
+    @property
+    def moments(self) -> list[int]:
+        """The steps after which the distance to the goal counts."""
+        return sorted(self.config.frames) or [self.family.horizon]
+
+    def project(self, actions: Tensor) -> Tensor:
+        """Steps (…, H, 3) that obey the constraint."""
+        projection = PROJECTIONS.get(self.config.constraint)
+        return actions if projection is None else projection(actions)
+
+    def plan(
+        self,
+        score: Score,
+        batch: int,
+        generator: torch.Generator,
+        start: Tensor | None = None,
+        penalty: Penalty | None = None,
+    ) -> Plan:
+        """The best steps.
+
+        Args:
+            score: costs at `moments`.
+            batch: B.
+            generator: of the candidates.
+            start: (B, H, 3), steps to continue from.
+            penalty: added to the costs.
+        """
+
+        def objective(values: Tensor) -> Tensor:
+            actions = self.project(self.family.actions(values))
+            costs = score(actions).min(2).values
+            return costs if penalty is None else costs + penalty(integrate(actions))
+
+        values = None if start is None else self.family.values(start).clamp(self.prior.low, self.prior.high)
+        found = optimize(objective, self.prior, self.config.optimizer, batch, generator, values)
+        actions = self.project(self.family.actions(found.values))
+        moments = torch.tensor(self.moments, device=actions.device)
+        length = moments[score(actions[:, None])[:, 0].argmin(1)] if len(moments) > 1 else moments.expand(batch)
+        tried = [self.project(self.family.actions(values)) for values in found.tried]
+        return Plan(actions, length, tried, found.costs)
+
+
+@dataclass
+class WorldScore:
+    """Scores candidates by the frames that a world predicts along them.
+
+    The past and the noise belong to the score, so that every iteration sees the same world.
+    """
+
+    predictor: Predictor
+    cost: Cost
+    repeats: int = 1
+    """Predictions of each candidate, whose costs are averaged."""
+
+    @classmethod
+    def of(cls, world: WorldModel, config: PlannerConfig, moments: list[int], cost: Cost | None = None) -> "WorldScore":
+        """The score of a config.
+
+        Args:
+            world: predicts.
+            config: how, and what is compared.
+            moments: the steps after which frames are compared.
+            cost: an instance of the config's cost, if there is one already.
+
+        Raises:
+            UserError: weights are not available.
+        """
+        sampler = config.sampler.over(world.description)
+        predictor = Predictor(world, moments, config.stride, sampler, config.chunk)
+        return cls(predictor, cost or load_cost(config.cost, world, config.learned), config.repeats)
+
+    def to_goals(
+        self,
+        context: Tensor,
+        goals: Tensor,
+        generator: torch.Generator,
+        mask: Tensor | None = None,
+        spacing: Tensor | float | None = None,
+    ) -> Score:
+        """The score of reaching goals.
+
+        Args:
+            context: (B, T, 3, H, W) past frames in [-1, 1].
+            goals: (B, 3, H, W).
+            generator: of the noise.
+            mask: (B, T), True where a past frame exists.
+            spacing: see `WorldModel.begin`.
+        """
+        state = self.predictor.begin(context, mask, spacing)
+        noises = [self.predictor.draw_noise(generator) for _ in range(self.repeats)]
+        goals = goals.to(context.device)
+
+        @torch.no_grad()
+        def score(actions: Tensor) -> Tensor:
+            total = 0.0
+            for noise in noises:
+                latents = self.predictor.predict(state, actions, noise)
+                frames = self.predictor.world.decode(latents)
+                total = total + self.cost(frames.flatten(1, 2), goals).unflatten(1, frames.shape[1:3])
+            return total / self.repeats
+
+        return score
+
+
+class CostWorld:
+    """A world and a cost as `get_cost`, for solvers of other packages, such as those of stable-worldmodel.
+
+    Args:
+        score: predicts and compares.
+        prior: if given, candidates are in its standard deviations around its mean, as solvers draw them; otherwise in
+            metres and radians.
+        seed: of the noise.
+    """
+
+    def __init__(self, score: WorldScore, prior: Prior | None = None, seed: int = 0):
+        self.score, self.prior, self.seed = score, prior, seed
+        self._last: tuple[Tensor, Tensor, Score] | None = None
+
+    def actions(self, candidates: Tensor) -> Tensor:
+        """Candidates (…, H, 3) in metres and radians."""
+        return candidates if self.prior is None else self.prior.mean + self.prior.std * candidates
+
+    def get_cost(self, info: dict[str, Tensor], candidates: Tensor) -> Tensor:
+        """Costs (B, S) of candidates (B, S, H, 3).
+
+        Args:
+            info: "pixels", the past frames (B, T, 3, H, W), and "goal", (B, 3, H, W), in [-1, 1]. A dimension S after
+                B, along which solvers repeat them, is allowed. A past is encoded once for consecutive calls.
+            candidates: per step.
+        """
+        context, goals = info["pixels"], info["goal"]
+        if context.ndim == 6:
+            context, goals = context[:, 0], goals[:, 0]
+        last = self._last
+        if last is None or not (torch.equal(last[0], context) and torch.equal(last[1], goals)):
+            generator = torch.Generator(context.device).manual_seed(self.seed)
+            last = self._last = context, goals, self.score.to_goals(context, goals, generator)
+        return last[2](self.actions(candidates)).min(2).values

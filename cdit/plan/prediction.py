@@ -1,0 +1,90 @@
+"""What a world model predicts for many candidates: the past is encoded once and shared by all of them.
+
+Suffixes: B contexts, S candidates of each, H steps of a candidate, L predicted frames.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cdit.batch import Condition
+from cdit.diffusion.config import SamplerConfig
+from cdit.plan.motion import between, integrate
+from cdit.world_model import WorldModel, WorldState
+
+
+@dataclass
+class Predictor:
+    """Predicts frames along candidates.
+
+    All candidates start from the same noise, so that their frames differ by their actions only.
+    """
+
+    world: WorldModel
+    frames: Sequence[int]
+    """Which frames after the last seen one, in ascending order."""
+    stride: int | None = None
+    """Frames in one predicted step, each of which joins the past of the next; None: every frame in one jump."""
+    sampler: SamplerConfig | None = None
+    """By default that of the world."""
+    chunk: int = 256
+    """Largest number of frames that are predicted at a time; halved whenever memory does not suffice."""
+
+    def begin(self, context: Tensor, mask: Tensor | None = None, spacing: Tensor | float | None = None) -> WorldState:
+        """Encodes past frames (B, T, 3, H, W); see `WorldModel.begin`."""
+        return self.world.begin(context, mask, spacing, self.world.description.fps / (self.stride or 1))
+
+    @torch.no_grad()
+    def predict(self, state: WorldState, actions: Tensor, noise: Tensor) -> Tensor:
+        """The latents (B, S, L, C, h, w) of the frames along candidates.
+
+        Args:
+            state: of `begin`.
+            actions: (B, S, H, 3), the motion during each step in the frame at its start, in metres and radians.
+            noise: (N, C, h, w) to start from, one for each predicted frame or step.
+        """
+        parts, start = [], 0
+        while start < actions.shape[1]:
+            goals = 1 if self.stride else len(self.frames)
+            chosen = actions[:, start : start + max(1, self.chunk // (goals * len(actions)))]
+            try:
+                parts.append(
+                    self._jumps(state, chosen, noise) if self.stride is None else self._steps(state, chosen, noise)
+                )
+            except torch.OutOfMemoryError:
+                if chosen.shape[1] == 1:
+                    raise
+                self.chunk = chosen.shape[1] * goals * len(actions) // 2
+                continue
+            start += chosen.shape[1]
+        return torch.cat(parts, dim=1)
+
+    @property
+    def calls(self) -> int:
+        """Frames that the network predicts for a candidate."""
+        return self.frames[-1] // self.stride if self.stride else len(self.frames)
+
+    def draw_noise(self, generator: torch.Generator) -> Tensor:
+        """Noise for `predict`."""
+        return torch.randn(self.calls, *self.world.latent_shape, generator=generator, device=generator.device)
+
+    def _jumps(self, state: WorldState, actions: Tensor, noise: Tensor) -> Tensor:
+        motion = integrate(actions)[:, :, [t - 1 for t in self.frames]]  # (B, S, L, 3)
+        seconds = torch.tensor(self.frames, device=motion.device) / self.world.description.fps
+        condition = Condition(seconds.expand(motion.shape[:3]).flatten(1), motion.flatten(1, 2))
+        sampled = self.world.sample(state, condition, self.sampler, noise=noise.repeat(actions.shape[1], 1, 1, 1))
+        return sampled.unflatten(1, motion.shape[1:3])
+
+    def _steps(self, state: WorldState, actions: Tensor, noise: Tensor) -> Tensor:
+        path = integrate(actions)[:, :, self.stride - 1 : self.frames[-1] : self.stride]
+        before = torch.cat((torch.zeros_like(path[:, :, :1]), path[:, :, :-1]), dim=2)
+        motion, found = between(before, path), {}
+        state = state.fork(actions.shape[1])
+        for i in range(motion.shape[2]):
+            sampled = self.world.sample(state, Condition(action=motion[:, :, i]), self.sampler, noise=noise[i])
+            found[(i + 1) * self.stride] = sampled
+            if i + 1 < motion.shape[2]:
+                state = self.world.advance(state, sampled, sampler=self.sampler)
+        return torch.stack([found[t] for t in self.frames], dim=2)

@@ -1,0 +1,104 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cdit.plan.config import CurveConfig, LearnConfig, OpenConfig, OptimizerConfig, PlannerConfig
+from cdit.plan.goal_network import GoalDescription, GoalNetwork, class_of, load_goal_network
+from cdit.plan.learn import Sampler, learn
+from cdit.plan.motion import integrate
+from cdit.plan.openloop import Benchmark, nwm_compatible, run_curve, run_open
+from cdit.plan.openloop_report import write_curve, write_open
+
+PLANNER = PlannerConfig(optimizer=OptimizerConfig(samples=12, iterations=2, elites=3), cost="pixels")
+
+
+@pytest.fixture
+def config(walks: Path, checkpoint: Path, tmp_path: Path) -> dict:
+    options = {"data": str(walks), "checkpoint": str(checkpoint), "out": str(tmp_path), "device": "cpu"}
+    return options | {"prior_split": "test", "planner": PLANNER, "episodes": 5, "seconds": 1.0, "pictures": 1}
+
+
+def test_every_method_answers_every_episode(config, tmp_path, dataset):
+    results = run_open(OpenConfig(**config))
+    assert {"world", "prior", "straight", "random", "stay", "truth"} == set(results.answers)
+    case = results.cases[2]
+    trajectory = dataset.trajectories[case.trajectory]
+    moved = np.linalg.norm(trajectory.position[case.now + 4] - trajectory.position[case.now])
+    assert results.errors("stay")[2, 2] == pytest.approx(moved, rel=1e-4)
+    worlds = results.answers["world"].costs
+    assert (worlds <= results.answers["truth"].costs + 1).all()
+    text = write_open(results, tmp_path)
+    assert "planned with the world" in text
+    saved = json.loads((tmp_path / "results.json").read_text())
+    assert len(saved["errors"]["world"]) == 5
+    assert (tmp_path / "index.html").is_file()
+    assert (tmp_path / "pictures" / "episode_0.png").is_file()
+
+
+def test_a_benchmark_repeats_itself(config):
+    first, again = (run_open(OpenConfig(**config, seed=3)) for _ in range(2))
+    torch.testing.assert_close(first.answers["world"].paths, again.answers["world"].paths)
+
+
+def test_true_actions_lead_to_the_goal(config, dataset):
+    benchmark = Benchmark(OpenConfig(**config))
+    for case, actions in zip(benchmark.cases, benchmark.truth_actions, strict=True):
+        window = dataset.window(case.window, [4])
+        torch.testing.assert_close(integrate(actions)[-1], window.condition.action[0], atol=1e-4, rtol=0)
+
+
+def test_the_protocol_of_the_release():
+    planner = nwm_compatible(OpenConfig(checkpoint="", data="", out="", planner=PLANNER)).planner
+    optimizer = planner.optimizer
+    assert (optimizer.samples, optimizer.elites, optimizer.iterations, planner.repeats) == (120, 5, 1, 3)
+    assert (planner.candidates, planner.stride, planner.cost, planner.sampler.steps) == ("constant", 1, "lpips", 250)
+
+
+def test_a_curve_has_every_budget(config, tmp_path):
+    curve = CurveConfig(**config, samples=[6, 12], iterations=[1], repeats=[1, 2], steps=[1])
+    points = run_curve(curve)
+    assert [(p.samples, p.repeats, p.calls) for p in points] == [(6, 1, 6), (6, 2, 12), (12, 1, 12), (12, 2, 24)]
+    assert "candidates" in write_curve(points, tmp_path, {})
+    assert (tmp_path / "curve.png").is_file()
+
+
+def test_pairs_say_how_far_and_what_was_done(dataset):
+    sampler = Sampler(dataset, horizon=4, seed=0)
+    pairs = sampler.draw(200)
+    # The walks' frames say which they are: green is 8 times the time, red says which walk.
+    time, goal = ((frames[:, 1, 0, 0] / 8).round().long() for frames in (pairs.frames, pairs.goals))
+    walk, goal_walk = ((frames[:, 0, 0, 0] / 60).round().long() - 1 for frames in (pairs.frames, pairs.goals))
+    same = pairs.steps <= 64
+    assert torch.equal(walk == goal_walk, same)
+    torch.testing.assert_close((goal - time)[same], pairs.steps[same])
+    for i in torch.nonzero(same)[:20, 0].tolist():
+        trajectory = dataset.trajectories[walk[i]]
+        moved = np.linalg.norm(trajectory.position[goal[i]] - trajectory.position[time[i]])
+        assert pairs.motion[i, :2].norm().item() == pytest.approx(moved, abs=1e-4)
+        assert (pairs.actions[i, pairs.steps[i] :] == 0).all()
+
+
+def test_classes_of_steps():
+    assert class_of(torch.tensor([0, 1, 2, 3, 4, 5, 64, 65])).tolist() == [0, 1, 2, 3, 3, 4, 7, 8]
+
+
+def test_a_goal_network_learns_and_is_saved(walks, checkpoint, tmp_path):
+    options = {"data": str(walks), "checkpoint": str(checkpoint), "device": "cpu", "split": "test"}
+    config = LearnConfig(**options, out=str(tmp_path), steps=3, batch_size=8, horizon=4, predicted=0)
+    learn(config)
+    network = load_goal_network(tmp_path)
+    frames = torch.rand(2, 3, 32, 32) * 2 - 1
+    proposed = network.proposals(frames, frames.flip(0), 6, torch.manual_seed(0))
+    assert proposed.shape == (2, 6, 4, 3)
+    torch.testing.assert_close(proposed[:, 0], network.propose(frames, frames.flip(0))[0])
+    assert ((network.arrival(frames, frames) > 0) & (network.arrival(frames, frames) < 1)).all()
+
+
+def test_steps_are_those_of_the_likely_class():
+    network = GoalNetwork(GoalDescription(4, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), 0.5, 0.5))
+    torch.nn.init.zeros_(network.head.weight)
+    network.head.bias.data[:9] = torch.tensor([0.0, 0, 0, 0, 50, 0, 0, 0, 0])
+    torch.testing.assert_close(network.steps(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)), torch.tensor([6.5]))
