@@ -22,7 +22,7 @@ from cdit.common.frames import to_float
 from cdit.common.randomness import seed_of
 from cdit.common.weights import weight_shapes
 from cdit.data.config import MAX_PIXELS, Crop
-from cdit.diffusion.config import DDPMConfig, FlowConfig, SamplerConfig, check_sampler
+from cdit.diffusion.config import DDPMConfig, FewStepConfig, FlowConfig, SamplerConfig, check_sampler
 from cdit.diffusion.objective import make_objective
 from cdit.model.attention import side_by_side
 from cdit.model.cdit import CDiT, ContextCache
@@ -95,6 +95,8 @@ class WorldDescription:
     """The objective of training."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """What the network of a flow predicts."""
+    few_step: FewStepConfig = field(default_factory=FewStepConfig)
+    """How average velocities were trained."""
     ddpm: DDPMConfig = field(default_factory=DDPMConfig)
     """What the network of a DDPM predicts."""
     objective_options: dict[str, Any] = field(default_factory=dict)
@@ -179,6 +181,8 @@ class WorldModel(nn.Module):
         self.cdit, self.codec, self.description = cdit, codec, description
         self.objective = make_objective(description)
         self._check(description.sampler)
+        if missing := self.objective.conditioners.keys() - cdit.conditioners.keys():
+            raise UserError(f"objective {description.objective} needs a network with the conditioner {missing.pop()}")
         self._compiled: Callable[..., Tensor] | None = None
 
     @property
@@ -266,10 +270,12 @@ class WorldModel(nn.Module):
             known = {name: x.repeat_interleave(2, 1) for name, x in known.items()}
             known["action_known"] = known["action_known"] & (torch.arange(2 * goals[1], device=device) % 2 == 0)
 
-        def predict(noisy: Tensor, timestep: Tensor) -> Tensor:
+        def predict(noisy: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
             if guided:
                 noisy = noisy.repeat_interleave(2, 1)
-            prediction = network(noisy, timestep.expand(noisy.shape[:2]), known, state.cache)
+            each = noisy.shape[:2]
+            conditions = known | {name: value.expand(each) for name, value in conditions.items()}
+            prediction = network(noisy, timestep.expand(each), conditions, state.cache)
             if not guided:
                 return prediction
             return self.objective.guide(prediction[:, 1::2], prediction[:, ::2], sampler.guidance)

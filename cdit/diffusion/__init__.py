@@ -1,18 +1,23 @@
-"""Objectives (rectified flow, DDPM) and how frames are sampled with them."""
+"""Objectives (rectified flow, its few-step forms, DDPM) and how frames are sampled with them."""
 
 from cdit.common.lazy import lazy_names
-from cdit.diffusion.config import TIMESTEPS, DDPMConfig, FlowConfig, SamplerConfig, check_sampler
+from cdit.diffusion.config import TIMESTEPS, DDPMConfig, FewStepConfig, FlowConfig, SamplerConfig, check_sampler
 
 __all__ = [
     "DDPM",
     "OBJECTIVES",
     "TIMESTEPS",
     "DDPMConfig",
+    "FewStepConfig",
     "Flow",
     "FlowConfig",
+    "MeanFlow",
     "Objective",
     "SamplerConfig",
+    "Shortcut",
     "check_sampler",
     "make_objective",
 ]
-__getattr__ = lazy_names(__name__, flow="Flow", ddpm="DDPM", objective="OBJECTIVES Objective make_objective")
+__getattr__ = lazy_names(
+    __name__, flow="Flow", few_step="MeanFlow Shortcut", ddpm="DDPM", objective="OBJECTIVES Objective make_objective"
+)

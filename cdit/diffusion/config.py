@@ -9,6 +9,9 @@ TIMESTEPS = 1000
 BETAS = (1e-4, 0.02)
 """First and last noise variance of a DDPM's linear chain."""
 
+SMALLEST_SHORTCUT = 1 / 128
+"""The shortest step of a shortcut model."""
+
 Quantity = Literal["clean", "velocity", "noise"]
 
 
@@ -23,15 +26,19 @@ class Scheduler(NamedTuple):
 _FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 _DDPM = {"beta_start": BETAS[0], "beta_end": BETAS[1], "prediction_type": "epsilon"}
 
+_FLOW_SCHEDULERS: dict[str, Scheduler | None] = {
+    "euler": Scheduler("FlowMatchEulerDiscreteScheduler", {}),
+    "heun": Scheduler("FlowMatchHeunDiscreteScheduler", {}),
+    "dpm": Scheduler("DPMSolverMultistepScheduler", _FLOW),
+    "unipc": Scheduler("UniPCMultistepScheduler", _FLOW),
+}
+
 # DDIM (Song et al. 2020) is DPM-Solver++ of first order; diffusers' own DDIMScheduler steps to t - ⌊1000 / steps⌋,
 # which differs from its next timestep unless the number of steps divides 1000.
 SCHEDULERS: dict[str, dict[str, Scheduler | None]] = {
-    "flow": {
-        "euler": Scheduler("FlowMatchEulerDiscreteScheduler", {}),
-        "heun": Scheduler("FlowMatchHeunDiscreteScheduler", {}),
-        "dpm": Scheduler("DPMSolverMultistepScheduler", _FLOW),
-        "unipc": Scheduler("UniPCMultistepScheduler", _FLOW),
-    },
+    "flow": _FLOW_SCHEDULERS,
+    "shortcut": {**_FLOW_SCHEDULERS, "average": None},
+    "mean_flow": {**_FLOW_SCHEDULERS, "average": None},
     "ddpm": {
         "ddpm": None,
         "ddim": Scheduler("DPMSolverMultistepScheduler", {**_DDPM, "solver_order": 1}),
@@ -47,8 +54,8 @@ class SamplerConfig:
     """How frames are sampled."""
 
     scheduler: str = "euler"
-    """For a flow euler, heun (two network calls a step), dpm (DPM-Solver++ 2M) or unipc; for a DDPM ddpm (ancestral
-    sampling), ddim, dpm or unipc."""
+    """For a flow euler, heun (two network calls a step), dpm (DPM-Solver++ 2M) or unipc; for a shortcut or mean_flow
+    also average, its own few steps; for a DDPM ddpm (ancestral sampling), ddim, dpm or unipc."""
     steps: int = 8
     """Number of denoising steps."""
     shift: float = 1.0
@@ -73,8 +80,8 @@ class SamplerOptions:
     """How frames are sampled; by default as in the model's config."""
 
     scheduler: str | None = None
-    """For a flow euler, heun (two network calls a step), dpm (DPM-Solver++ 2M) or unipc; for a DDPM ddpm (ancestral
-    sampling), ddim, dpm or unipc."""
+    """For a flow euler, heun (two network calls a step), dpm (DPM-Solver++ 2M) or unipc; for a shortcut or mean_flow
+    also average, its own few steps; for a DDPM ddpm (ancestral sampling), ddim, dpm or unipc."""
     steps: int | None = None
     """Number of denoising steps."""
     shift: float | None = None
@@ -140,6 +147,22 @@ class FlowConfig:
 
 
 @dataclass
+class FewStepConfig:
+    """How the average velocities of a shortcut or mean_flow are trained, besides the flow."""
+
+    share: float = 0.25
+    """Share of goals that train an interval; the others train the flow."""
+    teacher_decay: float = 0.999
+    """Decay per step of the running average of the network that targets come from: the half steps of a shortcut, the
+    velocity of a mean_flow. 1: the initial network; 0: the network itself, without an average in memory."""
+    derivative: Literal["forward", "difference"] = "forward"
+    """How a mean_flow is differentiated along the flow: by forward-mode differentiation, uncompiled and without fused
+    attention; or by the difference of two predictions, which needs float32 or better."""
+    difference: float = 0.005
+    """How far their times lie from the current one."""
+
+
+@dataclass
 class DDPMConfig:
     """What the network of a DDPM predicts."""
 
@@ -159,6 +182,11 @@ def check_sampler(objective: str, sampler: SamplerConfig) -> None:
     if sampler.scheduler not in possible:
         expected = f"expected one of {', '.join(possible)} for a {objective}"
         raise UserError(f"sampler.scheduler is {sampler.scheduler}, {expected}")
+    if objective == "shortcut" and sampler.scheduler == "average":
+        if sampler.steps not in (2**i for i in range(8)):
+            raise UserError(f"sampler.steps is {sampler.steps}, expected 1, 2, 4, …, 128 for a shortcut with average")
+        if sampler.shift != 1:
+            raise UserError(f"sampler.shift is {sampler.shift}, expected 1 for a shortcut with average")
     # A DDPM has integer timesteps: a step between equal ones divides by zero. The solvers' last step goes from 1 to 0.
     most = TIMESTEPS if sampler.scheduler == "ddpm" else TIMESTEPS - 1
     if objective == "ddpm" and sampler.steps > most:

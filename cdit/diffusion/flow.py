@@ -76,7 +76,12 @@ class Flow(DenoisingObjective):
         return {"clean": noisy - t * velocity, "velocity": velocity, "noise": noisy + (1 - t) * velocity}[target]
 
     def error(self, prediction: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
-        """Squared error of the chosen quantity, averaged over each frame, plus the perceptual loss: (…), in float32.
+        """Squared error of the chosen quantity, averaged over each frame, plus the perceptual loss: (…), in float32."""
+        error = self.squared_error(prediction, clean, noise, time)
+        return self.add_perceptual(error, prediction, clean, self.add_noise(clean, noise, time), time)
+
+    def squared_error(self, prediction: Tensor, clean: Tensor, noise: Tensor, time: Tensor) -> Tensor:
+        """Squared error of the chosen quantity, averaged over each frame: (…), in float32.
 
         Prediction and truth go through the same conversion, so the clamp only weights their difference.
         """
@@ -85,7 +90,10 @@ class Flow(DenoisingObjective):
         error = self.convert(prediction.float(), self.config.prediction, self.config.loss, noisy, time) - self.convert(
             truth, self.config.prediction, self.config.loss, noisy, time
         )
-        error = error.square().mean(dim=(-3, -2, -1))
+        return error.square().mean(dim=(-3, -2, -1))
+
+    def add_perceptual(self, error: Tensor, prediction: Tensor, clean: Tensor, noisy: Tensor, time: Tensor) -> Tensor:
+        """The error plus the perceptual loss of the clean frame that is predicted, if there is one."""
         if self.perceptual is None:
             return error
         predicted = self.convert(prediction.float(), self.config.prediction, "clean", noisy, time)
@@ -96,9 +104,10 @@ class Flow(DenoisingObjective):
 
         Not clamped for a clean frame: the last step has to end at the predicted frame, however small its t.
         """
+        prediction = prediction.to(torch.promote_types(prediction.dtype, torch.float32))
         if self.config.prediction == "clean":
-            return (noisy - prediction.float()) / spread(time, noisy)
-        return self.convert(prediction.float(), self.config.prediction, "velocity", noisy, time)
+            return (noisy - prediction) / spread(time, noisy)
+        return self.convert(prediction, self.config.prediction, "velocity", noisy, time)
 
     def guide(self, unknown: Tensor, known: Tensor, scale: float) -> Tensor:
         """Classifier-free guidance (Ho & Salimans 2022): from the prediction without the action past that with it."""

@@ -1,7 +1,7 @@
 """The interface of objectives: how the network is trained, and how frames are sampled with it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cdit.batch import EncodedBatch, KeyedDraws
 from cdit.common.registry import Registry
-from cdit.diffusion.config import DDPMConfig, FlowConfig, SamplerConfig
+from cdit.diffusion.config import DDPMConfig, FewStepConfig, FlowConfig, SamplerConfig
 from cdit.diffusion.sampling import Predict
 
 
@@ -18,6 +18,7 @@ class Settings(Protocol):
 
     objective: str
     flow: FlowConfig
+    few_step: FewStepConfig
     ddpm: DDPMConfig
     objective_options: dict[str, Any]
 
@@ -30,6 +31,8 @@ class Objective(ABC):
 
     schedulers: Collection[str]
     """Names of the schedulers that frames can be sampled with."""
+    conditioners: Mapping[str, str] = {}
+    """Further conditioners that the network needs, as in `model.extra_conditioners`."""
     outputs: int = 1
     """Output channels of the network for each channel of a frame."""
 
@@ -124,6 +127,20 @@ def _flow(settings: Settings) -> Objective:
     from cdit.diffusion.flow import Flow
 
     return Flow(settings.flow)
+
+
+@OBJECTIVES.register("shortcut")
+def _shortcut(settings: Settings) -> Objective:
+    from cdit.diffusion.few_step import Shortcut
+
+    return Shortcut(settings.flow, settings.few_step)
+
+
+@OBJECTIVES.register("mean_flow")
+def _mean_flow(settings: Settings) -> Objective:
+    from cdit.diffusion.few_step import MeanFlow
+
+    return MeanFlow(settings.flow, settings.few_step)
 
 
 @OBJECTIVES.register("ddpm")

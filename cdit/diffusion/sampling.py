@@ -1,13 +1,21 @@
 """From noise to a frame with a scheduler of diffusers, for all objectives."""
 
 from collections.abc import Callable
+from typing import Protocol
 
 import diffusers
 from torch import Tensor
 from tqdm import tqdm
 
-Predict = Callable[[Tensor, Tensor], Tensor]
-"""The network's prediction for noisy samples (…, C, H, W) at a scalar timestep, 0 (clean) to 1000."""
+
+class Predict(Protocol):
+    """The network with its context and conditions."""
+
+    def __call__(self, noisy: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
+        """Its prediction for noisy samples (…, C, H, W) at a scalar timestep, 0 (clean) to 1000.
+
+        Further scalar conditions, the same for all samples, are those of the objective's own conditioners.
+        """
 
 
 def denoise(

@@ -69,13 +69,14 @@ def network(config: TrainConfig) -> "tuple[CDiT, str]":
     from cdit.model import CDiT
 
     channels, *size = latent_shape(config.codec, config.data.image_size)
+    objective = make_objective(config)
     with torch.device("meta"):
         cdit = CDiT(
             tuple(size),
             channels,
             config.data.context_frames,
-            learn_variance=make_objective(config).outputs == 2,
-            **config.model.arguments(),
+            learn_variance=objective.outputs == 2,
+            **config.model.arguments(objective.conditioners),
         )
     kind = "pixels" if config.codec.kind == "pixels" else "latents"
     return cdit, (

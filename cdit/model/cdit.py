@@ -25,6 +25,7 @@ from cdit.model.blocks import Block, ContextBlock, ContextTokens, FinalLayer, Ou
 from cdit.model.conditioners import (
     CONDITIONERS,
     ActionConditioner,
+    IntervalConditioner,
     NoiseEmbedding,
     ScalarEmbedding,
     TimeShiftConditioner,
@@ -239,6 +240,9 @@ class CDiT(ModelMixin, ConfigMixin):
         nn.init.zeros_(self.patch_embed.proj.bias)
         if "action" in self.conditioners:
             nn.init.normal_(self.conditioners["action"].unknown, std=0.4)  # as large as embeddings of known actions
+        for conditioner in self.conditioners.values():
+            if isinstance(conditioner, IntervalConditioner):
+                nn.init.zeros_(conditioner.embedding.mlp.fc2.weight)  # no effect yet: a trained flow stays what it is
         if self.pos_embed is not None:
             nn.init.normal_(self.pos_embed, std=0.02)
         if self.noise_embed is not None:

@@ -3,6 +3,7 @@
 Shape suffixes: B batch (one target each), D width.
 """
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -30,14 +31,10 @@ class ScalarEmbedding(nn.Module):
     def forward(self, x_B: Tensor) -> Tensor:
         """(B,) to (B, D)."""
         dtype = self.mlp.fc1.weight.dtype
-        features = get_timestep_embedding(
-            x_B.to(torch.promote_types(dtype, torch.float32)),
-            FREQUENCIES,
-            flip_sin_to_cos=True,
-            downscale_freq_shift=0,
-            scale=self.scale,
-        )
-        return self.mlp(features.to(dtype))
+        half = FREQUENCIES // 2
+        exponents = torch.arange(half, dtype=torch.float32, device=x_B.device) * -math.log(10_000) / half
+        angles = self.scale * (x_B.to(torch.promote_types(dtype, torch.float32))[:, None] * exponents.exp())
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(dtype))
 
 
 class NoiseEmbedding(nn.Module):
@@ -64,6 +61,22 @@ class TimeShiftConditioner(nn.Module):
     def forward(self, condition: Mapping[str, Tensor]) -> Tensor:
         """(B, D)."""
         return self.embedding(condition["time_shift"].flatten())
+
+
+@CONDITIONERS.register("interval")
+class IntervalConditioner(nn.Module):
+    """Embeds `interval`, the part of diffusion time that one step leads over, in [0, 1]; 0 if there is none."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.embedding = ScalarEmbedding(width, scale=30.0)
+
+    def forward(self, condition: Mapping[str, Tensor]) -> Tensor:
+        """(B, D), or (1, D) without an interval."""
+        interval = condition.get("interval")
+        if interval is None:
+            interval = self.embedding.mlp.fc1.bias.new_zeros(1)
+        return self.embedding(interval.flatten())
 
 
 class ActionConditioner(nn.Module):

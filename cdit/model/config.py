@@ -1,5 +1,6 @@
 """The size and the dialect of a CDiT, as a section of a YAML config. Imports no torch."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -70,8 +71,13 @@ class ModelConfig:
     """Initial weights; published: those of the NWM release, with small embeddings of diffusion time, action and time
     shift, and narrower queries, keys and values."""
 
-    def arguments(self) -> dict[str, Any]:
-        """The arguments of `CDiT` that this config determines: all but frame size, channels and context length."""
+    def arguments(self, conditioners: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The arguments of `CDiT` that this config determines: all but frame size, channels and context length.
+
+        Args:
+            conditioners: further ones that the objective needs.
+        """
         arguments = asdict(self)
+        arguments["extra_conditioners"] |= conditioners or {}
         preset = PRESETS[arguments.pop("preset")]
         return arguments | {key: value if arguments[key] is None else arguments[key] for key, value in preset.items()}

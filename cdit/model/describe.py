@@ -19,6 +19,7 @@ PARTS = {
     r"time_embed": "diffusion time embedding",
     r"conditioners\.time_shift": "time shift embedding",
     r"conditioners\.action": "action embedding",
+    r"conditioners\.interval": "interval embedding",
     r"conditioners\.": "further conditioners",
     r"noise_embed": "noise level embedding",
     r"context_blocks": "context blocks",

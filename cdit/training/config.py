@@ -10,7 +10,7 @@ import yaml
 from cdit.codec.config import DEFAULT_WEIGHTS, CodecConfig
 from cdit.common.errors import UserError
 from cdit.data.config import DataConfig
-from cdit.diffusion.config import SCHEDULERS, DDPMConfig, FlowConfig, SamplerConfig, check_sampler
+from cdit.diffusion.config import SCHEDULERS, DDPMConfig, FewStepConfig, FlowConfig, SamplerConfig, check_sampler
 from cdit.heads.config import AttentionConfig
 from cdit.model.config import ModelConfig
 
@@ -159,10 +159,13 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network."""
     objective: str = "flow"
-    """Rectified flow (flow), the DDPM of DiT and NWM (ddpm), or one of your own, `my_module:Class` (see
+    """Rectified flow (flow), one whose few-step sampling is trained as well (shortcut, mean_flow; see
+    docs/sampling.md), the DDPM of DiT and NWM (ddpm), or one of your own, `my_module:Class` (see
     docs/extending.md)."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """The flow."""
+    few_step: FewStepConfig = field(default_factory=FewStepConfig)
+    """Average velocities of a shortcut or mean_flow."""
     ddpm: DDPMConfig = field(default_factory=DDPMConfig)
     """The DDPM."""
     objective_options: dict[str, Any] = field(default_factory=dict)

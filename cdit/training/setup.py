@@ -148,13 +148,14 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
     codec = load_codec(config.codec)
     channels, *size = codec.latent_shape(config.data.image_size)
     torch.manual_seed(config.seed)
+    objective = make_objective(config)
     cdit = CDiT(
         image_size=tuple(size),
         in_channels=channels,
         max_context=config.data.context_frames,
-        learn_variance=make_objective(config).outputs == 2,
+        learn_variance=objective.outputs == 2,
         focal=_focal(config, dataset),
-        **config.model.arguments(),
+        **config.model.arguments(objective.conditioners),
     )
     start = None if config.init_from is None else WorldModel.from_pretrained(config.init_from)
     if start is not None:
@@ -180,6 +181,7 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         units=units,
         objective=config.objective,
         flow=config.flow,
+        few_step=config.few_step,
         ddpm=config.ddpm,
         objective_options=config.objective_options,
         sampler=config.sampler,
@@ -197,7 +199,10 @@ def _take_weights(cdit: CDiT, codec: Codec, start: WorldModel, name: str) -> Non
     """
     if (start.codec.kind, start.codec.fingerprint()) != (codec.kind, codec.fingerprint()):
         raise UserError(f"init_from is {name}, whose codec ({start.codec.kind}) is not the config's ({codec.kind})")
-    own, given = ({**world.config, "image_size": tuple(world.config.image_size)} for world in (cdit, start.cdit))
+    own, given = (
+        {name: tuple(value) if isinstance(value, list) else value for name, value in network.config.items()}
+        for network in (cdit, start.cdit)
+    )
     free = {
         "dropout",
         "init",

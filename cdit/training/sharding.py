@@ -46,8 +46,8 @@ def prepare_networks(world: WorldModel, accelerator: Accelerator, sharded: bool,
     """Moves a world to the accelerator's device, replicated or sharded over its processes, and returns the network to
     train.
 
-    Networks of the objective that are trained, or are sharded CDiTs, are prepared in the same way; others are only
-    moved.
+    Networks of the objective that are trained, or are CDiTs, run in the same precision, the trained ones and sharded
+    CDiTs distributed in the same way; others are only moved.
     """
     world.codec.to(accelerator.device)
     networks = world.objective.networks
@@ -55,8 +55,12 @@ def prepare_networks(world: WorldModel, accelerator: Accelerator, sharded: bool,
         trained = any(p.requires_grad for p in network.parameters())
         if sharded and (trained or isinstance(network, CDiT)):
             networks[name] = shard(network, accelerator, compile)
+        elif trained:
+            networks[name] = accelerator.prepare(network)
+        elif isinstance(network, CDiT):
+            networks[name] = accelerator.prepare_model(network, evaluation_mode=True)  # precision and compilation alone
         else:
-            networks[name] = accelerator.prepare(network) if trained else network.to(accelerator.device)
+            networks[name] = network.to(accelerator.device)
     return shard(world.cdit, accelerator, compile) if sharded else accelerator.prepare(world.cdit)
 
 
