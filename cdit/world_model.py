@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -538,12 +539,17 @@ class WorldModel(nn.Module):
         """Reads a world model, or the best one of a training run's folder, in evaluation mode and float32.
 
         Args:
-            folder: the world model's, the run's, or the name of a world that ships with the package (`cdit.worlds`).
+            folder: the world model's, the run's, that of one of the run's checkpoints, whose averaged weights are
+                read, or the name of a world that ships with the package (`cdit.worlds`).
 
         Raises:
             UserError: the folder holds no world model, or a damaged one.
         """
         folder = resolve(folder)
+        if averages := sorted(folder.glob("average*.safetensors")):
+            world = cls.from_pretrained(folder.absolute().parents[1])
+            _take_average(world.cdit, averages)
+            return world
         candidates = [folder, folder / "best", folder / "last"]
         found = next((f for f in candidates if (f / DESCRIPTION).is_file()), None)
         if found is None:
@@ -564,3 +570,16 @@ class WorldModel(nn.Module):
             return cls(cdit, codec, description).eval()
         except Exception as error:  # the libraries that read these files raise many types
             raise UserError(f"{found}: not a readable world model ({error})") from error
+
+
+def _take_average(cdit: CDiT, files: list[Path]) -> None:
+    """Loads the averaged weights of a training checkpoint; sharded ones are split along their first dimension."""
+    try:
+        parts = [load_file(file) for file in files]
+        names = dict.fromkeys(name for part in parts for name in part)
+        if set(names) != {name for name, _ in cdit.named_parameters()}:
+            raise ValueError("other weights than those of the run's world model")
+        found = {name: [part[name] for part in parts if name in part] for name in names}
+        cdit.load_state_dict({n: torch.cat(some) if len(some) > 1 else some[0] for n, some in found.items()}, False)
+    except Exception as error:  # safetensors has its own exceptions
+        raise UserError(f"{files[0].parent}: not a readable checkpoint ({str(error).splitlines()[0]})") from error

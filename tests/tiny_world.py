@@ -52,7 +52,13 @@ def make_world(codec: Codec | None = None) -> WorldModel:
     codec = codec or PixelCodec()
     size = SIDE // codec.downscale
     cdit = CDiT(
-        (size, size), max_context=3, in_channels=codec.channels, patch_size=8, hidden_size=16, depth=1, num_heads=2
+        image_size=(size, size),  # diffusers takes a positional argument for a default, which from_config leaves out
+        max_context=3,
+        in_channels=codec.channels,
+        patch_size=8,
+        hidden_size=16,
+        depth=1,
+        num_heads=2,
     )
     for parameter in cdit.parameters():
         nn.init.normal_(parameter, std=0.1)

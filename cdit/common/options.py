@@ -13,7 +13,8 @@ class CheckpointOptions:
     """A trained model, and where it runs."""
 
     checkpoint: str
-    """Folder of a training run or of a world model, or the name of a world that ships with the package (maze)."""
+    """Folder of a training run, of one of its checkpoints (whose averaged weights are read) or of a world model, or the
+    name of a world that ships with the package (maze)."""
     device: str = "auto"
     """Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, …"""
 

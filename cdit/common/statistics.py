@@ -85,11 +85,25 @@ def paired_difference(
     return estimates(first - second, trajectories, seed, resamples)
 
 
-@cache
+def estimate_of_runs(values: Sequence[float]) -> Estimate:
+    """The mean over independent runs, such as trainings with several seeds, with Student's 95 % interval."""
+    values = np.asarray(values, np.float64)
+    count, mean = len(values), float(values.mean())
+    if count < 2:
+        return Estimate(mean, None, None)
+    half = math.sqrt(count - 1) * _student_tangent(count) * float(values.std(ddof=1)) / math.sqrt(count)
+    return Estimate(mean, mean - half, mean + half)
+
+
 def small_sample_scale(count: int) -> float:
     """How much wider a 95 % percentile interval over n ≥ 2 trajectories has to be: √(n / (n - 1)) · t / z."""
+    return math.sqrt(count) * _student_tangent(count) / 1.959964
+
+
+@cache
+def _student_tangent(count: int) -> float:
+    """The 97.5 % quantile of Student's t with n - 1 degrees of freedom, over √(n - 1)."""
     # Student's t with ν = n - 1 degrees of freedom is √ν·tan(θ), where θ has a density proportional to cos(θ)^(ν - 1).
     angles = (np.arange(200_000) + 0.5) / 200_000 * math.pi - math.pi / 2
     density = np.cos(angles) ** (count - 2)
-    angle = np.interp(0.975, (density.cumsum() - density / 2) / density.sum(), angles)
-    return math.sqrt(count) * math.tan(angle) / 1.959964
+    return math.tan(np.interp(0.975, (density.cumsum() - density / 2) / density.sum(), angles))

@@ -1,1 +1,1 @@
-"""Experiments on top of evaluation: ablations, sampler settings, turning."""
+"""Experiments on top of evaluation: ablations, sampler settings, turning, quality and heads over training time."""

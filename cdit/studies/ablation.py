@@ -20,7 +20,7 @@ import cdit
 from cdit.common.cli import parse_config
 from cdit.common.errors import UserError
 from cdit.common.files import read_json, write_json
-from cdit.common.statistics import Estimate, estimates, paired_difference
+from cdit.common.statistics import Estimate, estimate_of_runs, estimates, paired_difference
 from cdit.common.tables import markdown_table
 from cdit.data.config import DataConfig
 from cdit.data.windows import WindowDataset
@@ -29,6 +29,7 @@ from cdit.evaluate.results import RESULTS, Results
 from cdit.evaluate.tables import Row, digits, markdown
 from cdit.loading import spread
 from cdit.studies.config import AblationConfig
+from cdit.studies.history import History
 from cdit.world_model import DESCRIPTION
 
 TRAIN = Path(cdit.__path__[0]).parent / "train.py"
@@ -245,9 +246,10 @@ def evaluate(run: Run, config: AblationConfig, data: dict[str, Any]) -> None:
 def report(config: AblationConfig, runs: list[Run]) -> str:
     """Writes `results.md` and `results.json` into the ablation's folder, and returns the former.
 
-    A variant's numbers are means over its seeds, sample by sample. Intervals are over the trajectories of the test
-    split: how much a mean might change with other trajectories. How much it might change with another training is
-    seen from the seeds, whose differences are listed one by one.
+    The first table summarises each variant with intervals over its seeds: how much a number might change with another
+    training. In the others a variant's numbers are means over its seeds, sample by sample, and intervals are over the
+    trajectories of the test split: how much a mean might change with other trajectories. Differences of the seeds are
+    listed one by one.
     """
     found = {
         name: [Results.load(run.folder / EVALUATION).protocols["time"] for run in runs if run.variant == name]
@@ -256,9 +258,18 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
     reference = found[config.reference]
     trajectories = reference[0].trajectories
     measured = {row.metric for row in reference[0].rows}  # LPIPS may not be available
-    rows, compared = [], []
+    metrics = [metric for metric in config.metrics if metric in measured]
+    rows, compared, summary = [], [], {}
     for name, results in found.items():
-        for metric in [metric for metric in config.metrics if metric in measured]:
+        trainings = [History(run.folder) for run in runs if run.variant == name]
+        of_seeds = {
+            metric: [np.mean([one.values("model", metric, seconds) for seconds in config.seconds]) for one in results]
+            for metric in metrics
+        }
+        of_seeds["validation loss"] = [training.last("validation/loss") for training in trainings]
+        of_seeds["steps/s"] = [training.steps_per_second for training in trainings]
+        summary[name] = {column: estimate_of_runs(values) for column, values in of_seeds.items()}
+        for metric in metrics:
             for seconds in config.seconds:
                 ours, theirs = (
                     np.stack([result.values("model", metric, seconds) for result in some])
@@ -277,18 +288,37 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
         reached = "; ".join(f"{name} {', '.join(map(str, found))}" for name, found in steps.items())
         trained = f"Each run trained for {config.train_seconds:g} s. Steps by seed: {reached}.\n\n"
     text = (
-        f"# {config.name}\n\n{trained}{len(trajectories)} samples of {len(set(trajectories))} test trajectories; "
+        f"# {config.name}\n\n{trained}{summary_table(summary, len(config.seeds))}\n"
+        f"{len(trajectories)} samples of {len(set(trajectories))} test trajectories; "
         f"seeds {', '.join(map(str, config.seeds))}; ± is half the 95 % interval over trajectories.\n\n"
         f"{markdown(rows)}\n{differences_table(compared, config.reference)}"
     )
     (config.folder / "results.md").write_text(text)
     written = {
         "config": asdict(config),
+        "summary": {name: {column: asdict(one) for column, one in of.items()} for name, of in summary.items()},
         "means": [{key: value for key, value in row._asdict().items() if key != "values"} for row in rows],
         "differences": [asdict(comparison) for comparison in compared],
     }
     write_json(config.folder / RESULTS, written)
     return text
+
+
+def summary_table(summary: dict[str, dict[str, Estimate]], seeds: int) -> str:
+    """A Markdown table of variants down and numbers across, each a mean over the horizons."""
+    columns = list(next(iter(summary.values())))
+    places = {"psnr": 2, "validation loss": 5, "steps/s": 2}
+    lines = []
+    for name, estimates_of in summary.items():
+        cells = []
+        for column in columns:
+            one, digits = estimates_of[column], places.get(column, 3)
+            half = "" if one.low is None else f" ± {(one.high - one.low) / 2:.{digits}f}"
+            cells.append(f"{one.mean:.{digits}f}{half}")
+        lines.append([name, *cells])
+    spread = f"; ± is half of Student's 95 % interval over {seeds} seeds" if seeds > 1 else ""
+    shown = [column.upper() if column not in places or column == "psnr" else column for column in columns]
+    return f"Means over the horizons{spread}.\n\n{markdown_table(['variant', *shown], lines)}"
 
 
 def differences_table(compared: list[Comparison], reference: str) -> str:

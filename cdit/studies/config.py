@@ -119,3 +119,37 @@ class TurningConfig(DataOptions, CheckpointOptions):
     """Contexts per batch."""
     out: str | None = None
     """Folder that the table is written to, as turning.md."""
+
+
+@dataclass(kw_only=True)
+class CurveConfig(OutputOptions):
+    """The runs that are compared."""
+
+    curves: dict[str, list[str]]
+    """Folders of the runs of each curve by its name, such as {old: [runs/old], new: [runs/new]}."""
+    reference: str | None = None
+    """The curve that the others are compared with; by default the first."""
+    points: Literal["probes", "final"] = "probes"
+    """Every probe of a run, or only its final one. Set probe.samples and probe.final_samples of the runs alike:
+    otherwise the final probe measures other windows, and `probes` leaves it out. Earlier probes of a run are at a
+    higher learning rate than its last; `final`, with several runs of different length, compares finished ones."""
+    frames: list[int] | None = None
+    """Horizons in frames; by default all probe.offsets that the runs have in common."""
+
+
+@dataclass(kw_only=True)
+class GrowthConfig(OutputOptions, DataOptions, CheckpointOptions):
+    """The run, and the samples on which its heads are measured."""
+
+    checkpoint: str
+    """Folder of a training run that keeps checkpoints (checkpoint.keep_every)."""
+    checkpoints: int = 6
+    """How many of its checkpoints are measured, evenly spread."""
+    samples: int = 32
+    """Number of samples, each with all goals; one half chooses the best head, the other reports."""
+    offsets: list[int] = field(default_factory=lambda: [1, 4, 8])
+    """Goals, in frames ahead."""
+    times: list[float] = field(default_factory=lambda: [0.25, 0.75])
+    """Diffusion times between 0 (clean) and 1 (noise)."""
+    seed: int = 0
+    """Of the noise, of the halves and of the bootstrap."""

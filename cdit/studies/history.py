@@ -8,6 +8,7 @@ import numpy as np
 import yaml
 
 from cdit.common.errors import UserError
+from cdit.world_model import DESCRIPTION
 
 METRICS = "metrics.jsonl"
 RATE = "train/samples_per_second"
@@ -37,6 +38,11 @@ class History:
             raise UserError(f"{self.run / METRICS}: no row of training yet")
         self._steps, rates = map(np.array, zip(*timed, strict=True))
         self._seconds_per_step = self._samples / rates
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run has completed its last step."""
+        return (self.run / "last" / DESCRIPTION).is_file()
 
     @property
     def steps_per_second(self) -> float:

@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from cdit.common.statistics import estimates, paired_difference
+from cdit.common.statistics import Estimate, estimate_of_runs, estimates, paired_difference
 
 
 def brute_force(values: np.ndarray, names: list[str], seed: int, resamples: int) -> tuple[float, float]:
@@ -93,3 +93,16 @@ def test_a_constant_difference_is_certain_however_much_both_vary():
 def test_values_that_are_no_pairs():
     with pytest.raises(ValueError, match="same shape"):
         paired_difference(np.zeros(3), np.zeros((3, 1)), ["a", "b", "c"])
+
+
+@pytest.mark.parametrize(("count", "quantile"), [(2, 12.7062), (3, 4.3027), (5, 2.7764), (11, 2.2281)])
+def test_runs_have_students_interval(count: int, quantile: float):
+    values = np.random.default_rng(0).normal(3, 0.1, count)
+    found = estimate_of_runs(list(values))
+    assert found.mean == pytest.approx(values.mean())
+    half = quantile * values.std(ddof=1) / math.sqrt(count)
+    assert (found.low, found.high) == pytest.approx((found.mean - half, found.mean + half), rel=1e-4)
+
+
+def test_one_run_has_no_interval():
+    assert estimate_of_runs([2.0]) == Estimate(2.0, None, None)

@@ -199,6 +199,15 @@ def test_variants_are_measured_on_one_dataset(tmp_path: Path):
             check_comparable(config, {"Four frames": one, "One frame": other})
 
 
+def logged(run: Path, rate: float, loss: float) -> None:
+    """The config and the log of a run of batches of 4 contexts with 4 goals."""
+    (run / "config.yaml").write_text(yaml.safe_dump({"batch_size": 4, "data": {"goals": 4}, "log_every": 10}))
+    rows = [{"step": step, "train/samples_per_second": rate} for step in (10, 20)] + [
+        {"step": 20, "validation/loss": loss}
+    ]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def results_of(values: dict[float, np.ndarray], trajectories: list[str]) -> Results:
     rows = [Row("model", seconds, 1, "psnr", 0.0, found.tolist()) for seconds, found in values.items()]
     cases = [(name, now) for now, name in enumerate(trajectories)]
@@ -219,6 +228,7 @@ def test_means_over_seeds_and_paired_intervals(tmp_path: Path):
         folder.mkdir(parents=True)
         noise = random.normal(0, 0.01, 100)
         results_of({1.0: difficulty + gain[run.variant, run.seed] + noise}, trajectories).save(folder)
+        logged(run.folder, rate={3: 32.0, 4: 64.0}[run.seed], loss={3: 0.02, 4: 0.01}[run.seed])
     text = report(config, runs)
     assert "| plain | 20." in text
     assert "| better | +0.50 [+0.50, +0.50] (+0.60, +0.40) |" in text
@@ -228,6 +238,14 @@ def test_means_over_seeds_and_paired_intervals(tmp_path: Path):
     error = difficulty.reshape(10, 10).mean(1).std(ddof=1) / 10**0.5  # of the mean of ten equally long walks
     assert means["plain"]["high"] - means["plain"]["low"] == pytest.approx(2 * 2.262 * error, rel=0.1)
     assert written["differences"][0]["seeds"] == pytest.approx([0.6, 0.4], abs=0.01)
+    # Over two seeds, Student's interval is ± 12.706 · |a - b| / 2.
+    better = written["summary"]["better"]
+    assert better["psnr"]["mean"] == pytest.approx(difficulty.mean() + 0.5, abs=0.01)
+    assert better["validation loss"]["mean"] == pytest.approx(0.015)
+    assert better["validation loss"]["high"] == pytest.approx(0.015 + 12.706 * 0.005, rel=1e-4)
+    assert better["steps/s"]["mean"] == pytest.approx((32 + 64) / 2 / 16)
+    assert "| better | 2" in text.partition("samples of")[0]
+    assert "0.01500 ± 0.06353 | 3.00 ± 12.71 |" in text
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
@@ -247,4 +265,7 @@ def test_the_specs_in_the_repository_are_understood_by_training(path: Path, monk
 
 def test_the_papers_ablations_and_ours_are_there():
     names = {path.stem for path in SPECS}
-    assert names == {"goals", "context", "conditioning", "heads", "keys_values", "positions", "context_depth"}
+    assert names == {
+        "goals", "context", "conditioning", "heads", "keys_values", "positions", "context_depth", "recipe",
+        "recipe_without",
+    }  # fmt: skip

@@ -13,8 +13,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from cdit.common.errors import UserError
 from cdit.data.windows import WindowDataset
 from cdit.training.config import TrainConfig
 from cdit.training.probes import Probes
@@ -197,6 +198,29 @@ def test_a_perceptual_loss_is_resumed_exactly(train: Run, rows: Rows, tmp_path: 
     assert rows(straight, "train/loss") == rows(pieces, "train/loss")
     plain = train(tmp_path / "c", *perceptual, "--flow.perceptual.weight", "0", "--stop_at", "1")
     assert rows(plain, "train/loss")[0]["train/loss"] < rows(straight, "train/loss")[0]["train/loss"]
+
+
+def test_a_checkpoint_is_read_as_a_world_model(whole: Path, tmp_path: Path):
+    """With its averaged weights: those of the last one are saved as the run's model."""
+    last = WorldModel.from_pretrained(whole / "last").cdit.state_dict()
+    folders = {step: whole / f"checkpoints/step_{step:08d}" for step in (4, 6)}
+    read = {step: WorldModel.from_pretrained(folder).cdit.state_dict() for step, folder in folders.items()}
+    assert all(torch.equal(read[6][name], last[name]) for name in last)
+    assert not all(torch.equal(read[4][name], last[name]) for name in last)
+    damaged = tmp_path / "run/checkpoints/step_00000006"
+    shutil.copytree(whole / "last", tmp_path / "run/last")
+    damaged.mkdir(parents=True)
+    save_file({"other": torch.zeros(1)}, damaged / "average.safetensors")
+    with pytest.raises(UserError, match="step_00000006: not a readable checkpoint"):
+        WorldModel.from_pretrained(damaged)
+    # Sharded ones are put together.
+    average = load_file(folders[4] / "average.safetensors")
+    for i in range(2):
+        part = {name: chunks[i] for name, x in average.items() if len(chunks := x.chunk(2)) > i}
+        save_file({n: x.contiguous() for n, x in part.items()}, damaged / f"average-{i + 1:05d}-of-00002.safetensors")
+    (damaged / "average.safetensors").unlink()
+    sharded = WorldModel.from_pretrained(damaged).cdit.state_dict()
+    assert all(torch.equal(sharded[name], read[4][name]) for name in last)
 
 
 def test_open_losses_are_told_of_after_going_on(train: Run, rows: Rows, tmp_path: Path):
