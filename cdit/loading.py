@@ -2,8 +2,10 @@
 
 import sys
 from pathlib import Path
+from typing import Literal
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from cdit.common.errors import UserError
@@ -80,6 +82,23 @@ def windows_for(world: WorldModel, options: DataOptions, acting: bool = False) -
             f"{options.data}/dataset.json gives none: pass --spacing, the metres between consecutive frames"
         )
     return dataset
+
+
+def past_of_image(
+    world: WorldModel, frame: Tensor, history: Literal["auto", "missing", "still"] = "auto"
+) -> tuple[Tensor, Tensor]:
+    """One frame as the past of a model: (T, 3, H, W) and the mask (T,), True where a past frame exists.
+
+    Args:
+        world: the model.
+        frame: (3, H, W) uint8.
+        history: the frames before it: missing, or the same view with the camera standing still; "auto": missing for a
+            model that was trained with min_history 1.
+    """
+    past = world.cdit.config.max_context
+    still = history == "still" or (history == "auto" and world.description.min_history > 1)
+    mask = torch.ones(past, dtype=torch.bool) if still else torch.arange(past) == past - 1
+    return torch.where(mask[:, None, None, None], frame, torch.zeros_like(frame)), mask
 
 
 def spread(items: list[int], count: int) -> list[int]:

@@ -18,7 +18,7 @@ LAYERS = [
     {"doom", "loading", "nwm"},
     {"evaluate"},
     {"heads", "studies"},
-    {"benchmark", "plan", "sample", "training"},
+    {"benchmark", "drive", "plan", "sample", "training"},
 ]
 """Rooms import from their own layer and those above it in this list; commands (`__main__`) from any."""
 

@@ -1,7 +1,8 @@
 """Pictures and videos of frames: labelled grids and strips as Pillow images, MP4 and GIF."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -98,7 +99,7 @@ def rollout_video(
     prediction: Tensor,
     fps: float,
     scale: int | None = None,
-) -> list[Image.Image]:
+) -> Iterator[Image.Image]:
     """The frames of a video: the context, then truth beside prediction, with the time below.
 
     Args:
@@ -108,11 +109,10 @@ def rollout_video(
         fps: frames per second, for the labels.
         scale: see `to_image`; by default twice as large as in a grid.
 
-    Returns:
+    Yields:
         T + L images of one size. Frames are uint8, or float in [-1, 1].
     """
     scale = scale or max(1, round(2 * CELL / context.shape[-1]))
-    images = []
     for i in range(len(context) + len(prediction)):
         future = i - len(context)
         if future < 0:
@@ -122,11 +122,10 @@ def rollout_video(
         else:
             panels, headers = [truth[future], prediction[future]], ["truth", "predicted"]
         cells = [[to_image(panel, scale) for panel in panels]]
-        images.append(_table(cells, [], headers, [], footer=_seconds((future + 1) / fps)))
-    return images
+        yield _table(cells, [], headers, [], footer=_seconds((future + 1) / fps))
 
 
-def save_mp4(frames: Sequence[Image.Image] | Tensor, path: Path | str, fps: float) -> None:
+def save_mp4(frames: Iterable[Image.Image] | Tensor, path: Path | str, fps: float) -> None:
     """Writes an MP4 that browsers and W&B play: H.264, or MPEG-4 if FFmpeg was built without it.
 
     Args:
@@ -134,29 +133,31 @@ def save_mp4(frames: Sequence[Image.Image] | Tensor, path: Path | str, fps: floa
         path: the file.
         fps: frames per second.
     """
-    arrays = [np.asarray(frame.convert("RGB")) for frame in _images(frames)]
-    height, width = arrays[0].shape[:2]
+    images = iter(_images(frames))
+    first = next(images)
+    width, height = first.size
     pad = ((0, height % 2), (0, width % 2), (0, 0))  # chroma is stored at half the resolution
     with av.open(str(path), "w", format="mp4") as container:
         codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
         stream = container.add_stream(codec, rate=Fraction(fps).limit_denominator(1000))
         stream.width, stream.height, stream.pix_fmt = width + width % 2, height + height % 2, "yuv420p"
         stream.options = {"crf": "16"} if codec == "libx264" else {"qscale": "2"}
-        for array in arrays:
+        for image in chain([first], images):
+            array = np.asarray(image.convert("RGB"))
             for packet in stream.encode(av.VideoFrame.from_ndarray(np.pad(array, pad, "edge"), format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():
             container.mux(packet)
 
 
-def save_gif(frames: Sequence[Image.Image] | Tensor, path: Path | str, fps: float) -> None:
+def save_gif(frames: Iterable[Image.Image] | Tensor, path: Path | str, fps: float) -> None:
     """Writes a looping GIF; arguments as for `save_mp4`. Its time unit is a hundredth of a second."""
     first, *rest = _images(frames)
     first.save(path, format="GIF", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, disposal=1)
 
 
-def _images(frames: Sequence[Image.Image] | Tensor) -> list[Image.Image]:
-    return [to_image(frame, scale=1) for frame in frames] if isinstance(frames, Tensor) else list(frames)
+def _images(frames: Iterable[Image.Image] | Tensor) -> Iterable[Image.Image]:
+    return (to_image(frame, scale=1) for frame in frames) if isinstance(frames, Tensor) else frames
 
 
 def _seconds(time: float) -> str:

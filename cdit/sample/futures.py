@@ -21,7 +21,7 @@ from cdit.data.layout import DatasetInfo
 from cdit.evaluate.metrics import psnr
 from cdit.heads.inspection import inspect_attention
 from cdit.heads.report import AttentionReport
-from cdit.loading import load_world, spread, windows_for
+from cdit.loading import load_world, past_of_image, spread, windows_for
 from cdit.sample.config import SampleConfig
 from cdit.world_model import WorldModel
 
@@ -113,10 +113,7 @@ def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
     """The same image and actions for every sample."""
     actions = torch.from_numpy(read_actions(config.actions, _step(config, world)))
     frame = crop_and_resize(decode(Path(config.image)), tuple(world.description.image_size), world.description.crop)
-    past = world.cdit.config.max_context
-    still = config.history == "still" or (config.history == "auto" and world.description.min_history > 1)
-    mask = torch.ones(past, dtype=torch.bool) if still else torch.arange(past) == past - 1
-    context = torch.where(mask[:, None, None, None], frame, torch.zeros_like(frame))
+    context, mask = past_of_image(world, frame, config.history)
     return Scenes(
         names=[f"{i:02}_{Path(config.image).stem}" for i in range(config.samples)],
         sources=[config.image] * config.samples,
@@ -187,7 +184,7 @@ def write_rollouts(folder: Path, scenes: Scenes, rollout: Tensor, play_fps: floa
         context, mask = scenes.context[i], scenes.mask[i]
         truth = None if scenes.truth is None else scenes.truth[i]
         strip(context, truth, rollout[i], fps, context_mask=mask).save(folder / f"{name}.png")
-        video = rollout_video(context[mask], truth, rollout[i], fps)
+        video = list(rollout_video(context[mask], truth, rollout[i], fps))
         save_mp4(video, folder / f"{name}.mp4", play_fps)
         save_gif(video, folder / f"{name}.gif", play_fps)
 

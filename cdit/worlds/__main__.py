@@ -1,18 +1,24 @@
 """Packs a trained world model for shipping: half-precision weights and the card of what it is.
 
-    python -m cdit.worlds --checkpoint runs/maze --out cdit/worlds/maze --evaluation evaluation
+    python -m cdit.worlds --checkpoint runs/maze --out cdit/worlds/maze --evaluation evaluation --starts data/doom/maze
 
-The card, README.md, holds the training config, steps and time of the run, and the tables of `python -m cdit.evaluate`.
+Starts are a few short walks of a dataset, from which `python -m cdit.drive` begins. The card, README.md, holds the
+training config, steps and time of the run, and the tables of `python -m cdit.evaluate`.
 """
 
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import UserError
 from cdit.common.files import read_json, write_json
 from cdit.common.options import CheckpointOptions, OutputOptions, check_options
+
+WALKS, WALK_FRAMES = 8, 8
+"""Number and length of the walks to start from."""
 
 
 @dataclass(kw_only=True)
@@ -21,6 +27,8 @@ class PackConfig(CheckpointOptions, OutputOptions):
 
     evaluation: list[str]
     """Folders of results of `python -m cdit.evaluate`, whose tables go into the card."""
+    starts: str | None = None
+    """Dataset whose split `test` gives the walks to start from."""
     note: str = ""
     """A paragraph for the card: machine, data, licence of what the frames show."""
 
@@ -50,8 +58,38 @@ def main() -> None:
     card = [f"# {out.name}", config.note, _training(run_folder)]
     card += [table.read_text().replace(f"{run_folder}", out.name) for table in tables]
     (out / "README.md").write_text("\n\n".join(part.strip() for part in card if part) + "\n")
+    if config.starts is not None:
+        pack_starts(config.starts, out / "starts")
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 1e6:.1f} MB")
+
+
+def pack_starts(data: str, out: Path) -> None:
+    """Writes shards of a few short walks, spread over the test split of a dataset.
+
+    Raises:
+        UserError: the dataset has problems.
+    """
+    from cdit.data.config import Source
+    from cdit.data.layout import write_split, write_trajectory
+    from cdit.data.shard_writer import convert
+    from cdit.data.sources import open_source
+    from cdit.loading import spread
+
+    trajectories, info = open_source(Source(data), "test")
+    names = []
+    with TemporaryDirectory() as folder:
+        for i in spread(list(range(len(trajectories))), WALKS):
+            walk = trajectories[i]
+            start = max(0, min(5 * len(walk) // 8, len(walk) - WALK_FRAMES))
+            times = list(range(len(walk)))[start : start + WALK_FRAMES]
+            names.append(f"{walk.name}_{start:04}")
+            poses = () if walk.position is None else (walk.position[times], walk.yaw[times])
+            write_trajectory(Path(folder), names[-1], walk.frames(times).permute(0, 2, 3, 1).numpy(), *poses)
+        write_split(Path(folder), "test", names)
+        info.save(Path(folder))
+        shutil.rmtree(out, ignore_errors=True)
+        convert(Source(folder), out, None)
 
 
 def _training(run_folder: Path) -> str:

@@ -62,7 +62,7 @@ def test_strip_shows_the_context_and_evenly_spaced_futures():
 @pytest.mark.parametrize("with_truth", [True, False])
 def test_rollout_video_plays_the_context_first(with_truth: bool):
     truth = solid(GREEN, 5) if with_truth else None
-    images = rollout_video(solid(RED, 2), truth, solid(BLUE, 5), fps=4, scale=1)
+    images = list(rollout_video(solid(RED, 2), truth, solid(BLUE, 5), fps=4, scale=1))
     assert len(images) == 7
     assert len({image.size for image in images}) == 1
     assert areas(images[1]) == [512 if with_truth else 256, 0, 0]

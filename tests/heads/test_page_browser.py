@@ -1,7 +1,7 @@
 """The page in headless Chromium, from a file, with the network off. Weights are made so that all answers are known."""
 
 import json
-import shutil
+import sys
 from collections.abc import Collection, Iterator
 from html import escape
 from pathlib import Path
@@ -18,21 +18,14 @@ from cdit.heads.head_statistics import HeadRow
 from cdit.heads.measures import Layout
 from cdit.heads.page import AttentionPage
 
-selenium = pytest.importorskip("selenium", reason="needs selenium, of the extra `dev`")
-from selenium import webdriver  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.common.keys import Keys  # noqa: E402
+sys.path.append(str(Path(__file__).parents[1]))
+from browser import launched, needs_a_browser
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver on the PATH"),
-]
+pytestmark = needs_a_browser
 
-FLAGS = (
-    *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1300,1000"),
-)
 LAYOUT = Layout(3, 4, 6)
 SAMPLES, TIMES, LAYERS, HEADS = 2, (0.25, 0.75), (1, 3), 2
 ENTROPY = {(1, 0): 0.5, (1, 1): 3.0, (3, 0): float("nan"), (3, 1): 2.0}
@@ -97,17 +90,11 @@ def addresses(tmp_path_factory) -> dict[int, str]:
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[webdriver.Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    for flag in FLAGS:
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    driver.execute_cdp_cmd("Network.enable", {})
-    offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
-    driver.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
-    yield driver
-    driver.quit()
+    with launched() as driver:
+        driver.execute_cdp_cmd("Network.enable", {})
+        offline = {"offline": True, "latency": 0, "downloadThroughput": 0, "uploadThroughput": 0}
+        driver.execute_cdp_cmd("Network.emulateNetworkConditions", offline)
+        yield driver
 
 
 class Page:

@@ -1,0 +1,60 @@
+"""Options of `python -m cdit.drive`. Imports no torch."""
+
+from dataclasses import dataclass, field
+
+from cdit.common.errors import UserError
+from cdit.common.options import CheckpointOptions, DataOptions, check_options
+from cdit.diffusion.config import SamplerOptions
+from cdit.worlds import starts_of
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+@dataclass(kw_only=True)
+class DriveConfig(DataOptions, CheckpointOptions):
+    """What to drive, and who may."""
+
+    checkpoint: str = "maze"
+    """Folder of a training run or of a world model, or the name of a world that ships with the package (maze)."""
+    data: str | None = None
+    """Dataset folder with frames to start from; by default those that ship with the world, if any. The truth can be
+    shown beside the dream if the dataset was recorded in Doom and ViZDoom is installed."""
+    also: list[str] = field(default_factory=list)
+    """Further checkpoints to drive side by side with the first, of the same frame size and rate."""
+    sampler: SamplerOptions = field(default_factory=SamplerOptions)
+    """How frames are sampled at first; the page can change it."""
+    host: str = "127.0.0.1"
+    """Address to listen on. Others than this machine's need the token."""
+    port: int = 8600
+    """Port to listen on; 0 for any free one."""
+    token: str | None = None
+    """Secret that the page's address must have, as ?token=…; by default random if the host is not this machine."""
+    sessions: int = 4
+    """Largest number of pages that drive at the same time."""
+    session_mb: float = 256.0
+    """Memory in MB of a session's drive, which limits its length."""
+    idle_minutes: float = 10.0
+    """Minutes without input after which a session ends."""
+    record: str | None = None
+    """Folder for drives that are recorded as datasets; without it, the page does not record."""
+
+    @property
+    def start_data(self) -> str | None:
+        """The dataset to start from."""
+        return self.data or starts_of(self.checkpoint)
+
+    def check(self) -> None:
+        """Finds mistakes before anything is loaded.
+
+        Raises:
+            UserError: naming the option.
+        """
+        check_options(self)
+        for other in self.also:
+            check_options(CheckpointOptions(checkpoint=other))
+        ranges = {"port": (0, 65535), "sessions": (1, 1000), "session_mb": (1, 1e6), "idle_minutes": (0.01, 1e6)}
+        for name, (low, high) in ranges.items():
+            if not low <= getattr(self, name) <= high:
+                raise UserError(f"{name} is {getattr(self, name)}, expected {low:g} to {high:g}")
+        if self.token is not None and not (len(self.token) >= 16 and self.token.isalnum()):
+            raise UserError("token: expected at least 16 letters and digits")

@@ -1,0 +1,95 @@
+// Where the drive begins: a frame of the dataset, a picture of one's own, or a place in the engine.
+
+import { element, paint } from "./draw.js";
+
+let app;
+let how = null; // the fields of the message `begin`
+let seed;
+let buttons = [];
+
+function begin(fields) {
+  how = fields;
+  app.notify("");
+  for (const button of buttons) {
+    button.classList.toggle("on", button.dataset.start === JSON.stringify([fields.source, fields.start ?? fields.map]));
+  }
+  send();
+}
+
+function send() {
+  if (!how) return;
+  app.send("begin", { ...how, truth: start.withTruth, seed: Math.max(0, Math.floor(Number(seed.value)) || 0) });
+}
+
+/** A picture, cropped as the model's training frames were, as bytes. */
+async function pictureBytes(file) {
+  const [height, width] = app.hello.size;
+  const image = await createImageBitmap(file);
+  const wanted = { aspect: width / height, "4:3": 4 / 3, none: image.width / image.height }[app.hello.crop];
+  const [w, h] = [Math.min(image.width, image.height * wanted), Math.min(image.height, image.width / wanted)];
+  const canvas = element("canvas", { width, height });
+  const context = canvas.getContext("2d");
+  context.imageSmoothingQuality = "high";
+  context.drawImage(image, (image.width - w) / 2, (image.height - h) / 2, w, h, 0, 0, width, height);
+  image.close();
+  const pixels = context.getImageData(0, 0, width, height).data;
+  return new Uint8Array(height * width * 3).map((_, i) => pixels[4 * Math.floor(i / 3) + (i % 3)]);
+}
+
+async function choosePicture(event) {
+  const [file] = event.target.files;
+  event.target.value = "";
+  if (!file) return;
+  try {
+    app.sendBytes(await pictureBytes(file));
+  } catch {
+    app.notify(`${file.name} is not a picture that this browser can read`);
+    return;
+  }
+  begin({ source: "picture" });
+}
+
+export const start = {
+  name: "start",
+  title: "Start",
+  about: "from a frame of the data, a picture, the engine",
+  open: true,
+  withTruth: false,
+
+  build(page, body) {
+    app = page;
+    const { hello } = app;
+    const [height, width] = hello.size;
+    const pictures = element("div", { className: "thumbnails" });
+    hello.starts.forEach((fields, i) => {
+      const canvas = element("canvas");
+      paint(canvas, hello.arrays.starts, height, width, i * height * width * 3);
+      const button = element("button", { title: fields.name, onclick: () => begin({ source: "data", start: fields.start }) }, canvas);
+      button.setAttribute("aria-label", `start from ${fields.name}`);
+      button.dataset.start = JSON.stringify(["data", fields.start]);
+      pictures.append(button);
+      buttons.push(button);
+    });
+    seed = element("input", { type: "number", min: 0, value: 0, onchange: send });
+    const row = element("div", { className: "row" });
+    if (hello.count) {
+      const anywhere = () => begin({ source: "data", start: Math.floor(Math.random() * hello.count) });
+      row.append(element("button", { textContent: "Any frame", onclick: anywhere }));
+    }
+    const file = element("input", { type: "file", accept: "image/*", onchange: choosePicture });
+    row.append(element("label", { className: "file" }, "Picture …", file));
+    for (const map of hello.maps) {
+      const button = element("button", { textContent: `In ${map}`, onclick: () => begin({ source: "map", map }) });
+      button.dataset.start = JSON.stringify(["map", map]);
+      if (hello.maps.length <= 4) row.append(button);
+      buttons.push(button);
+    }
+    row.append(element("label", {}, "noise", seed));
+    body.append(pictures, row);
+    if (hello.starts.length) begin({ source: "data", start: hello.starts[0].start });
+    else app.notify("Choose a picture to start from.");
+  },
+
+  /** The same start and noise again. */
+  again: send,
+};

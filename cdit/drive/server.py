@@ -1,0 +1,467 @@
+"""The server: connections, their pace and their bounds.
+
+One thread computes for all sessions, a step at a time. A session holds one frame to send, the newest: a client that
+takes long to acknowledge frames misses some.
+"""
+
+import asyncio
+import logging
+import math
+import secrets
+from collections import deque
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from time import perf_counter
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import numpy as np
+import torch
+from aiohttp import WSCloseCode, WSMsgType, web
+
+from cdit.common.errors import UserError
+from cdit.drive.config import LOCAL, DriveConfig
+from cdit.drive.dream import with_heads
+from cdit.drive.drive import Begin, Drive, Inside, Stage, View, shown
+from cdit.drive.wire import Malformed, Message, pack
+
+T = TypeVar("T")
+
+IN_FLIGHT = 2
+"""Frames that may be sent before one is acknowledged."""
+MAX_TEXT = 2**14
+"""Bytes of a message, besides pictures."""
+MAX_WAITING = 32
+"""Commands and answers that may wait; a client that sends more, or takes none, is not the page."""
+STALLED = 5.0
+"""Seconds without an acknowledgement after which driving pauses."""
+SHUTDOWN = 10.0
+"""Seconds that sessions get to end when the server does."""
+MAX_SPEED, MAX_TURN, MAX_PACE = 20.0, 2 * math.pi, 60
+MAX_HEADS, MAX_SAMPLES, MAX_CALLS = 12, 16, 64
+TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
+    "frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+
+log = logging.getLogger("cdit.drive")
+
+
+class Server:
+    """Serves the page, and sessions on it.
+
+    Args:
+        config: the options.
+        stage: the worlds and their starts.
+    """
+
+    def __init__(self, config: DriveConfig, stage: Stage):
+        self.config, self.stage = config, stage
+        self.token = config.token or (None if config.host in LOCAL else secrets.token_urlsafe(16))
+        self.sessions: set[Session] = set()
+        self._compute = ThreadPoolExecutor(1, "compute")
+        page = resources.files("cdit.drive") / "page"
+        self._files = {file.name: file.read_bytes() for file in page.iterdir() if Path(file.name).suffix in TYPES}
+        self.app = web.Application(client_max_size=MAX_TEXT)
+        self.app.router.add_get("/", self._index)
+        self.app.router.add_get("/page/{name}", self._file)
+        self.app.router.add_get("/drive", self._connect)
+        self.app.on_response_prepare.append(self._add_headers)
+        self.app.on_shutdown.append(self._end_sessions)
+        self.app.on_cleanup.append(self._end_threads)
+
+    def address(self, port: int) -> str:
+        """The page's address."""
+        host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
+        return f"http://{host}:{port}/" + (f"?token={self.token}" if self.token else "")
+
+    async def compute(self, function: Callable[..., T], *args: Any) -> T:
+        """Runs a function in the thread that computes for all."""
+        return await asyncio.get_running_loop().run_in_executor(self._compute, partial(function, *args))
+
+    async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(HEADERS)
+
+    async def _index(self, request: web.Request) -> web.Response:
+        self._check(request)
+        return self._response("index.html")
+
+    async def _file(self, request: web.Request) -> web.Response:
+        name = request.match_info["name"]
+        if name not in self._files:
+            raise web.HTTPNotFound
+        return self._response(name)
+
+    def _response(self, name: str) -> web.Response:
+        return web.Response(body=self._files[name], content_type=TYPES[Path(name).suffix], charset="utf-8")
+
+    def _check(self, request: web.Request) -> None:
+        """Rejects names of this server that others chose (DNS rebinding), and requests without the token."""
+        if self.config.host in LOCAL and _host(f"//{request.host}") not in LOCAL:
+            raise web.HTTPForbidden(text=f"expected the host {self.config.host}")
+        given = request.query.get("token", "")
+        if self.token and not secrets.compare_digest(given.encode(), self.token.encode()):
+            raise web.HTTPForbidden(text="expected the token that the server printed, as ?token=…")
+
+    async def _connect(self, request: web.Request) -> web.StreamResponse:
+        self._check(request)
+        if urlsplit(request.headers.get("Origin", "")).netloc != request.host:
+            raise web.HTTPForbidden(text="expected a page of this server")
+        height, width = self.stage.description.image_size
+        limit = max(MAX_TEXT, 3 * height * width)
+        socket = web.WebSocketResponse(timeout=2.0, heartbeat=20.0, max_msg_size=limit, compress=False)
+        if not socket.can_prepare(request):
+            raise web.HTTPBadRequest(text="expected a websocket")
+        await socket.prepare(request)
+        if len(self.sessions) >= self.config.sessions:
+            text = f"{len(self.sessions)} people are driving already, as many as this server takes"
+            await socket.send_bytes(pack("end", {"message": text}))
+            await socket.close(code=WSCloseCode.TRY_AGAIN_LATER)
+            return socket
+        session = Session(self, socket)
+        self.sessions.add(session)
+        try:
+            await session.run()
+        finally:
+            self.sessions.discard(session)
+        return socket
+
+    async def _end_sessions(self, app: web.Application) -> None:
+        """Ends all, and waits for their engines to end."""
+        ending = [session.end("the server has stopped", WSCloseCode.GOING_AWAY) for session in self.sessions]
+        await asyncio.gather(*ending, return_exceptions=True)
+        until = perf_counter() + SHUTDOWN
+        while self.sessions and perf_counter() < until:
+            await asyncio.sleep(0.02)
+
+    async def _end_threads(self, app: web.Application) -> None:
+        self._compute.shutdown(cancel_futures=True)
+
+
+class Session:
+    """One page: reads what a person does, steps the drive at their pace, and sends the newest frame.
+
+    Args:
+        server: whose.
+        socket: the connection.
+    """
+
+    def __init__(self, server: Server, socket: web.WebSocketResponse):
+        self._server, self._socket, self._stage = server, socket, server.stage
+        self._drive = Drive(server.stage)
+        self._running, self._flows, self._pace, self._runs = True, False, 12.0, 0
+        self._command, self._input = (0.0, 0.0, 0.0), 0
+        self._todo: deque[Callable[[], Awaitable[None]]] = deque()
+        self._wake = asyncio.Event()
+        self._answers: deque[bytes] = deque()
+        self._newest: tuple[View, dict[str, Any]] | None = None
+        self._ready = asyncio.Event()
+        self._sent = self._acknowledged = 0
+        self._picture: torch.Tensor | None = None
+        self._active = self._heard = perf_counter()
+
+    async def run(self) -> None:
+        """Until the connection ends."""
+        self._answers.append(await self._server.compute(self._hello))
+        self._ready.set()
+        tasks = [asyncio.create_task(work) for work in (self._drives(), self._sends())]
+        try:
+            await self._reads()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await asyncio.shield(self._server.compute(self._drive.close))
+
+    async def end(self, reason: str, code: int) -> None:
+        """Ends the session with a message to the person."""
+        with suppress(ConnectionError, asyncio.TimeoutError):
+            await asyncio.wait_for(self._socket.send_bytes(pack("end", {"message": reason})), 1.0)
+        await self._socket.close(code=code, message=reason.encode()[:100])
+
+    # ---- reading ----
+
+    async def _reads(self) -> None:
+        async for message in self._socket:
+            try:
+                if message.type == WSMsgType.TEXT:
+                    self._read(message.data)
+                elif message.type == WSMsgType.BINARY:
+                    self._read_picture(message.data)
+                if len(self._todo) > MAX_WAITING:
+                    raise Malformed("too many commands at once")
+            except Malformed as error:
+                await self.end(f"not understood: {error}", WSCloseCode.POLICY_VIOLATION)
+                return
+
+    def _read_picture(self, data: bytes) -> None:
+        height, width = self._stage.description.image_size
+        if len(data) != height * width * 3:
+            raise Malformed(f"expected a picture of {width}×{height} pixels, three bytes each")
+        self._picture = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(height, width, 3).permute(2, 0, 1)
+
+    def _read(self, text: str) -> None:
+        message, now = Message(text), perf_counter()
+        if message.type == "ack":
+            self._acknowledged = max(self._acknowledged, message.integer("frame", 0, self._sent))
+            self._heard = now
+            self._ready.set()
+            return
+        self._active = self._heard = now
+        read = getattr(self, f"_read_{message.type}", None)
+        if read is None or message.type not in COMMANDS:
+            raise Malformed("unknown type")
+        read(message)
+        self._wake.set()
+
+    def _read_drive(self, message: Message) -> None:
+        self._command = (
+            message.number("forward", -MAX_SPEED, MAX_SPEED),
+            message.number("left", -MAX_SPEED, MAX_SPEED),
+            message.number("turn", -MAX_TURN, MAX_TURN),
+        )
+        self._input = message.integer("id", 0, 2**53)
+
+    def _read_run(self, message: Message) -> None:
+        self._running = message.flag("on")
+        self._flows = message.flag("flows")
+        self._pace = message.number("pace", 0.1, MAX_PACE)
+        self._runs += 1
+
+    def _read_step(self, message: Message) -> None:
+        self._todo.append(self._step)
+
+    def _read_back(self, message: Message) -> None:
+        self._running = False
+        self._do(self._drive.back)
+
+    def _read_begin(self, message: Message) -> None:
+        how = Begin(truth=message.flag("truth"), seed=message.integer("seed", 0, 2**31 - 1))
+        source = message.choice("source", ("data", "picture", "map"))
+        if source == "data":
+            how.start = message.integer("start", 0, len(self._stage.starts) - 1)
+        elif source == "map":
+            how.map_name = message.choice("map", self._stage.maps)
+        elif self._picture is None:
+            raise Malformed("expected a picture first")
+        else:
+            how.picture = self._picture
+        self._running = True
+        self._do(self._drive.begin, how)
+
+    def _read_from_here(self, message: Message) -> None:
+        self._do(self._drive.from_here)
+
+    def _read_inside(self, message: Message) -> None:
+        cdit = self._stage.worlds[0].cdit
+        heads = message.pairs("heads", (len(cdit.blocks), cdit.config.num_heads), MAX_HEADS)
+        patch = message.pairs("patch", cdit.grid, 1)
+        inside = Inside(patch[0] if patch else None, heads, message.integer("call", -1, MAX_CALLS))
+        self._do(setattr, self._drive, "inside", inside)
+
+    def _read_off(self, message: Message) -> None:
+        cdit = self._stage.worlds[0].cdit
+        heads = message.pairs("heads", (len(cdit.blocks), cdit.config.num_heads), 10_000)
+        self._do(setattr, self._drive.dreams[0], "off", with_heads(heads))
+
+    def _read_doubt(self, message: Message) -> None:
+        samples = message.integer("samples", 0, MAX_SAMPLES)
+        if samples == 1:
+            raise Malformed("samples: expected 0, or at least 2")
+        self._do(setattr, self._drive, "doubt", samples)
+
+    def _read_compare(self, message: Message) -> None:
+        world = message.integer("world", 0, len(self._stage.worlds) - 1) if message.has("world") else None
+        self._do(self._drive.compare, world)
+
+    def _read_sampler(self, message: Message) -> None:
+        known = {name for world in self._stage.worlds for name in world.objective.schedulers}
+        scheduler, steps = message.choice("scheduler", sorted(known)), message.integer("steps", 1, MAX_CALLS)
+        self._do(self._drive.sample_with, message.integer("dream", 0, 1), scheduler, steps)
+
+    def _read_save(self, message: Message) -> None:
+        self._todo.append(partial(self._save, message.choice("what", ("video", "actions", "dataset"))))
+
+    # ---- driving ----
+
+    def _do(self, function: Callable[..., Any], *args: Any) -> None:
+        """Has the drive do something, then shows it."""
+
+        async def work() -> None:
+            await self._server.compute(function, *args)
+            await self._show()
+
+        self._todo.append(work)
+
+    async def _drives(self) -> None:
+        """Does what the person wants, and steps at their pace in between."""
+        due = 0.0
+        while True:
+            now = perf_counter()
+            if self._todo:
+                await self._careful(self._todo.popleft()())
+            elif self._running and (self._flows or any(self._command)) and self._drive.beginning is not None:
+                if now < due:
+                    await _set_or_after(self._wake, due - now)
+                    continue
+                due = max(due + 1 / self._pace, now)
+                await self._careful(self._step())
+            else:
+                self._wake.clear()
+                await self._wake.wait()
+
+    async def _careful(self, work: Coroutine[Any, Any, None]) -> None:
+        """Tells the person what went wrong; ends the session for what should not."""
+        try:
+            await work
+        except UserError as error:
+            self._running = False
+            self._answer("notice", {"message": str(error)})
+            await self._show()
+        except Exception:
+            log.exception("a session has failed")
+            await self.end("the server has failed; its log says why", WSCloseCode.INTERNAL_ERROR)
+            raise
+
+    async def _step(self) -> None:
+        command, number, began = self._command, self._input, perf_counter()
+        went = await self._server.compute(self._drive.step, *command)
+        if not went:
+            self._running = False
+            full = self._drive.steps >= self._drive.limit
+            text = f"a drive has at most {self._drive.limit} frames here" if full else "the walk has ended here"
+            self._answer("notice", {"message": f"{text}: step back, save it, or start again"})
+        self._active = perf_counter()
+        await self._show(number, 1000 * (self._active - began))
+        if self._sent > self._acknowledged and self._active - self._heard > STALLED:
+            self._running = False  # nobody watches
+
+    async def _show(self, number: int | None = None, milliseconds: float | None = None) -> None:
+        view = await self._server.compute(self._drive.view, self._command)
+        status = {"running": self._running, "runs": self._runs, "input": number, "milliseconds": milliseconds}
+        self._newest = view, status
+        self._ready.set()
+
+    async def _save(self, what: str) -> None:
+        if what == "dataset":
+            if self._server.config.record is None:
+                raise UserError("start the server with --record FOLDER to record drives")
+            where = await asyncio.to_thread(self._drive.record, Path(self._server.config.record))
+            self._answer("notice", {"message": f"recorded as {where}"})
+        elif what == "video":
+            content = await asyncio.to_thread(self._drive.video)
+            self._answer("file", {"name": "drive.mp4"}, {"content": np.frombuffer(content, np.uint8)})
+        else:
+            self._answer("actions", {"name": "drive.json", "actions": self._drive.actions()})
+
+    # ---- sending ----
+
+    def _answer(self, kind: str, facts: dict[str, Any], arrays: dict[str, np.ndarray] | None = None) -> None:
+        self._answers.append(pack(kind, facts, arrays))
+        self._ready.set()
+
+    async def _sends(self) -> None:
+        """Answers in their order, and the newest frame whenever few are on their way."""
+        idle = 60 * self._server.config.idle_minutes
+        while True:
+            while self._answers:
+                await self._socket.send_bytes(self._answers.popleft())
+            if self._newest is not None and self._sent - self._acknowledged < IN_FLIGHT:
+                (view, status), self._newest = self._newest, None
+                self._sent += 1
+                facts = {**view.facts, **status, "frame": self._sent}
+                await self._socket.send_bytes(pack("frame", facts, view.arrays))
+            else:
+                await _set_or_after(self._ready, 1.0)
+            if perf_counter() - self._active > idle:
+                await self.end("the session has ended, as nobody drove", WSCloseCode.OK)
+                return
+
+    def _hello(self) -> bytes:
+        stage = self._stage
+        chosen, names, pictures = stage.thumbnails()
+        worlds = [
+            {
+                "name": Path(name).name or name,
+                "sampler": asdict(world.description.sampler),
+                "schedulers": list(world.objective.schedulers),
+                "layers": len(world.cdit.blocks),
+                "heads": world.cdit.config.num_heads,
+                "grid": world.cdit.grid,
+            }
+            for name, world in zip(stage.names, stage.worlds, strict=True)
+        ]
+        height, width = stage.description.image_size
+        facts = {
+            "worlds": worlds,
+            "fps": stage.description.fps,
+            "crop": stage.description.crop,
+            "size": [height, width],
+            "spacing": stage.spacing,
+            "starts": [{"start": i, "name": name} for i, name in zip(chosen, names, strict=True)],
+            "count": len(stage.starts),
+            "maps": stage.maps,
+            "no_truth": stage.no_truth,
+            "records": self._server.config.record is not None,
+        }
+        return pack("hello", facts, {"starts": shown(pictures)})
+
+
+COMMANDS = {name.removeprefix("_read_") for name in vars(Session) if name.startswith("_read_")} - {"picture"}
+
+
+async def _set_or_after(event: asyncio.Event, seconds: float) -> None:
+    """Until the event is set, or some time has passed. (Python 3.11's `wait_for` may overlook a cancellation.)"""
+    timer = asyncio.get_running_loop().call_later(seconds, event.set)
+    try:
+        await event.wait()
+        event.clear()
+    finally:
+        timer.cancel()
+
+
+def _host(address: str) -> str | None:
+    try:
+        return urlsplit(address).hostname
+    except ValueError:
+        return None
+
+
+def serve(config: DriveConfig) -> None:
+    """Loads the worlds and serves until Ctrl-C.
+
+    Raises:
+        UserError: a checkpoint or the dataset cannot be used, or the port is taken.
+    """
+    server = Server(config, Stage(config))
+    asyncio.run(_serve(server))
+
+
+async def _serve(server: Server) -> None:
+    """Serves until a signal."""
+    import signal
+
+    runner = web.AppRunner(server.app, access_log=None, shutdown_timeout=2.0)
+    await runner.setup()
+    site = web.TCPSite(runner, server.config.host, server.config.port)
+    try:
+        await site.start()
+    except OSError as error:
+        await runner.cleanup()
+        raise UserError(f"host, port: cannot listen on {server.config.host}:{server.config.port} ({error})") from error
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
+    for name in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(name, stop.set)
+    print(f"drive at {server.address(runner.addresses[0][1])}  (Ctrl-C ends it)", flush=True)
+    await stop.wait()
+    await runner.cleanup()
+    print("stopped")
