@@ -67,9 +67,23 @@ class Condition(TensorData):
         first = next(iter(replace(self, spacing=None).named_tensors().values()), None)
         return None if first is None else tuple(first.shape[:dims])
 
+    def part(self, goals: slice) -> "Condition":
+        """Of some of the goals of a single sample, the first dimension; the spacing is kept."""
+        return replace(replace(self, spacing=None)[goals], spacing=self.spacing)
+
     def select(self, dim: int, index: int) -> "Condition":
         """Selects one index along a dimension, such as that of goals (1), and removes it; the spacing is kept."""
         return replace(replace(self, spacing=None).map(lambda x: x.select(dim, index)), spacing=self.spacing)
+
+
+@dataclass
+class Following(TensorData):
+    """The N consecutive frames after the current one, for rollouts."""
+
+    frames: Tensor
+    """(B, N, 3, H, W) uint8, or their latents' moments; in an `EncodedBatch` (B, N, C, h, w) latents."""
+    condition: Condition | dict[str, Tensor]
+    """Of each frame, with the motion and time from the frame before it; in an `EncodedBatch` for `CDiT.forward`."""
 
 
 @dataclass
@@ -88,6 +102,8 @@ class Batch(TensorData):
     """(B,) int64 key of each sample's random draws (see `KeyedDraws`)."""
     weight: Tensor | None = None
     """(B,) float32, weight of each sample; 0 for padding."""
+    following: Following | None = None
+    """With data.rollout."""
     skipped: list[str] = field(default_factory=list)
     """A message for each sample that could not be read and was replaced by one of weight 0."""
 
@@ -111,6 +127,9 @@ class EncodedBatch(TensorData):
     """Probability with which `dropped` hides the action of a goal."""
     noise_level: Tensor | None = None
     """(B, T) standard deviations of the noise in the past frames; None: there is none."""
+    following: Following | None = None
+    as_past: Callable[[Tensor], Tensor] | None = None
+    """The form in which sampled latents join the past, see `Codec.as_past`."""
 
     @property
     def past(self) -> tuple[Tensor, Tensor | None, Tensor | None]:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cdit.batch import Batch, Condition, EncodedBatch, KeyedDraws
+from cdit.batch import Batch, Condition, EncodedBatch, Following, KeyedDraws
 from cdit.codec.codec import Codec, load_codec
 from cdit.codec.config import CodecConfig
 from cdit.common.cli import parser_instance
@@ -23,7 +23,14 @@ from cdit.common.frames import to_float
 from cdit.common.randomness import seed_of
 from cdit.common.weights import weight_shapes
 from cdit.data.config import MAX_PIXELS, Crop
-from cdit.diffusion.config import DDPMConfig, FewStepConfig, FlowConfig, SamplerConfig, check_sampler
+from cdit.diffusion.config import (
+    DDPMConfig,
+    FewStepConfig,
+    FlowConfig,
+    SamplerConfig,
+    SelfRolloutConfig,
+    check_sampler,
+)
 from cdit.diffusion.objective import make_objective
 from cdit.model.attention import side_by_side
 from cdit.model.cdit import CDiT, ContextCache
@@ -100,6 +107,8 @@ class WorldDescription:
     """How average velocities were trained."""
     ddpm: DDPMConfig = field(default_factory=DDPMConfig)
     """What the network of a DDPM predicts."""
+    self_rollout: SelfRolloutConfig = field(default_factory=SelfRolloutConfig)
+    """How it was trained on its own rollouts, if that is its objective."""
     objective_options: dict[str, Any] = field(default_factory=dict)
     """Options of a user-defined objective."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -450,7 +459,9 @@ class WorldModel(nn.Module):
         # Checked on the CPU, which needs no synchronisation; without masks faster kernels can be used.
         mask = None if batch.mask.all() else batch.mask.to(self.device)
         past = batch.context.shape[1]
-        recorded = torch.cat([x.to(self.device, non_blocking=True) for x in (batch.context, batch.target)], dim=1)
+        goals, following = past + batch.target.shape[1], batch.following
+        recorded = [batch.context, batch.target, *([following.frames] if following else [])]
+        recorded = torch.cat([x.to(self.device, non_blocking=True) for x in recorded], dim=1)
         noise = None
         if self.codec.samples:
             keys = [seed_of(key, 1) for key in batch.key.tolist()]
@@ -465,7 +476,18 @@ class WorldModel(nn.Module):
             draws = KeyedDraws([seed_of(key, 2) for key in batch.key.tolist()], self.device)
             level = self.cdit.config.context_noise * draws.rand(past) * (draws.rand(1) >= clean_context)
             context = context + level[..., None, None, None] * draws.randn(past, *self.latent_shape)
-        return EncodedBatch(context, mask, latents[:, past:], condition, action_dropout, level)
+        if following:
+            following = Following(latents[:, goals:], self.network_condition(following.condition.to(self.device)))
+        return EncodedBatch(
+            context,
+            mask,
+            latents[:, past:goals],
+            condition,
+            action_dropout,
+            noise_level=level,
+            following=following,
+            as_past=self.codec.as_past,
+        )
 
     def network_condition(self, condition: Condition) -> dict[str, Tensor]:
         """Normalised conditions by name, as `CDiT.forward` takes them; without actions for a model trained without.

@@ -65,6 +65,9 @@ class DataConfig:
     """Smallest goal offset in frames; negative goals are in the past."""
     max_offset: int = 8
     """Largest goal offset in frames, inclusive."""
+    rollout: int = 0
+    """Number of frames right after the current one that a sample holds besides its goals, for objectives that roll
+    out (self_rollout)."""
     min_future: int = 0
     """Windows end where at least this many frames follow the current one (the NWM release: 64)."""
     fps: float | None = None
@@ -110,6 +113,7 @@ class DataConfig:
             "min_history": (1 <= self.min_history <= self.context_frames, "between 1 and context_frames"),
             "goals": (self.goals >= 1, "at least 1"),
             "max_offset": (self.max_offset >= self.min_offset, "at least min_offset"),
+            "rollout": (self.rollout >= 0, "at least 0"),
             "min_future": (self.min_future >= 0, "at least 0"),
             "fps": (self.fps is None or self.fps > 0, "positive"),
             "spacing": (self.spacing is None or self.spacing > 0, "positive"),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from cdit.batch import Batch, Condition
+from cdit.batch import Batch, Condition, Following
 from cdit.common.randomness import seed_of
 from cdit.data.config import DataConfig
 from cdit.data.frames import FrameStore
@@ -41,7 +41,8 @@ class WindowDataset(Dataset):
 
     An item is a `Batch` of one sample, without the dimension B. Context frames before the start of the trajectory are
     zeros; actions are float32 with dyaw in [-π, π), and zeros where unknown; `key` is `seed_of(seed, step, sample)`;
-    `condition.extra` has the conditions that all trajectories have, at the goal, as float32, int64 or bool.
+    `condition.extra` has the conditions that all trajectories have, at the goal, as float32, int64 or bool. With
+    `config.rollout`, `following` has the frames of `path`.
 
     After `use_latents`, context and target of an item are the latents' moments (T, S, C, h, w) and (G, S, C, h, w) in
     float32 (see cdit.data.latents); `window` and `path` still return frames.
@@ -62,7 +63,7 @@ class WindowDataset(Dataset):
         self.seed = seed
         # The current times of a trajectory of length T run from `first` to T - 1 - `reserved`.
         self._first = max(config.min_history - 1, -config.max_offset)
-        self._reserved = max(config.min_offset, config.min_future)
+        self._reserved = max(config.min_offset, config.min_future, config.rollout)
         min_frames = self._first + self._reserved + 1
         cache = ShardCache(config.shard_cache, config.shard_cache_gb)
         may_lack = config.on_error == "skip" and split == config.train_split
@@ -87,8 +88,14 @@ class WindowDataset(Dataset):
         low, high = max(self.config.min_offset, -past), min(self.config.max_offset, future)
         seed = seed_of(self.seed, step, sample)
         draws = np.random.default_rng(seed)
-        goals = now + draws.integers(low, high, size=self.config.goals, endpoint=True)
-        item = self._item(trajectory, now, goals.tolist(), [now] * len(goals), self._latents or self.frames)
+        goals = (now + draws.integers(low, high, size=self.config.goals, endpoint=True)).tolist()
+        steps, count = range(now, now + self.config.rollout), len(goals)
+        origins = [now] * count + list(steps)
+        item = self._item(trajectory, now, goals + [t + 1 for t in steps], origins, self._latents or self.frames)
+        if steps:
+            following = Following(item.target[count:], item.condition.part(slice(count, None)))
+            condition = item.condition.part(slice(count))
+            item = replace(item, target=item.target[:count], condition=condition, following=following)
         return replace(item, key=torch.tensor(seed), weight=torch.tensor(weight, dtype=torch.float32))
 
     def use_latents(self, encoding: Encoding) -> None:

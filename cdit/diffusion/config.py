@@ -170,6 +170,16 @@ class DDPMConfig:
     """Whether the network also predicts the variance of a reverse step, trained by the variational bound."""
 
 
+@dataclass
+class SelfRolloutConfig:
+    """Training on the world's own rollouts of data.rollout frames, by the sampler of the config."""
+
+    base: str = "flow"
+    """The objective that is trained besides: a flow."""
+    weight: float = 1.0
+    """Weight of the squared error of the clean frames of a rollout."""
+
+
 def check_sampler(objective: str, sampler: SamplerConfig) -> None:
     """Checks that an objective supports this sampler.
 

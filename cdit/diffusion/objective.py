@@ -8,8 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from cdit.batch import EncodedBatch, KeyedDraws
+from cdit.common.errors import UserError
 from cdit.common.registry import Registry
-from cdit.diffusion.config import DDPMConfig, FewStepConfig, FlowConfig, SamplerConfig
+from cdit.diffusion.config import (
+    DDPMConfig,
+    FewStepConfig,
+    FlowConfig,
+    SamplerConfig,
+    SelfRolloutConfig,
+    check_sampler,
+)
 from cdit.diffusion.sampling import Predict
 
 
@@ -20,6 +28,8 @@ class Settings(Protocol):
     flow: FlowConfig
     few_step: FewStepConfig
     ddpm: DDPMConfig
+    self_rollout: SelfRolloutConfig
+    sampler: SamplerConfig
     objective_options: dict[str, Any]
 
 
@@ -148,6 +158,17 @@ def _ddpm(settings: Settings) -> Objective:
     from cdit.diffusion.ddpm import DDPM
 
     return DDPM(settings.ddpm)
+
+
+@OBJECTIVES.register("self_rollout")
+def _self_rollout(settings: Settings) -> Objective:
+    from cdit.diffusion.self_rollout import SelfRollout
+
+    config = settings.self_rollout
+    check_sampler(config.base, settings.sampler)
+    if config.base == "self_rollout":
+        raise UserError("self_rollout.base is self_rollout, expected a flow")
+    return SelfRollout(OBJECTIVES.get(config.base)(settings), config, settings.sampler)
 
 
 def make_objective(settings: Settings) -> Objective:

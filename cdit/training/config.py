@@ -1,6 +1,7 @@
 """The complete configuration of a training run. Sections that describe a room are defined in that room."""
 
 import os
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,15 @@ import yaml
 from cdit.codec.config import DEFAULT_WEIGHTS, CodecConfig
 from cdit.common.errors import UserError
 from cdit.data.config import DataConfig
-from cdit.diffusion.config import SCHEDULERS, DDPMConfig, FewStepConfig, FlowConfig, SamplerConfig, check_sampler
+from cdit.diffusion.config import (
+    SCHEDULERS,
+    DDPMConfig,
+    FewStepConfig,
+    FlowConfig,
+    SamplerConfig,
+    SelfRolloutConfig,
+    check_sampler,
+)
 from cdit.heads.config import AttentionConfig
 from cdit.model.config import ModelConfig
 
@@ -36,6 +45,8 @@ class OptimizerConfig:
     """Decay rate of Muon's momentum."""
     weight_decay: float = 0.01
     """Decoupled weight decay, on matrices only."""
+    only: str | None = None
+    """A regular expression: only parameters whose names it matches are trained, such as ada_ln, the modulation."""
     max_grad_norm: float = 1.0
     """Global gradient norm is clipped to this."""
     max_bad_steps: int = 10
@@ -160,14 +171,16 @@ class TrainConfig:
     """The network."""
     objective: str = "flow"
     """Rectified flow (flow), one whose few-step sampling is trained as well (shortcut, mean_flow; see
-    docs/sampling.md), the DDPM of DiT and NWM (ddpm), or one of your own, `my_module:Class` (see
-    docs/extending.md)."""
+    docs/sampling.md), one that is also trained on its own rollouts (self_rollout; see docs/rollouts.md), the DDPM of
+    DiT and NWM (ddpm), or one of your own, `my_module:Class` (see docs/extending.md)."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """The flow."""
     few_step: FewStepConfig = field(default_factory=FewStepConfig)
     """Average velocities of a shortcut or mean_flow."""
     ddpm: DDPMConfig = field(default_factory=DDPMConfig)
     """The DDPM."""
+    self_rollout: SelfRolloutConfig = field(default_factory=SelfRolloutConfig)
+    """Training on the world's own rollouts."""
     objective_options: dict[str, Any] = field(default_factory=dict)
     """Options of an objective of your own."""
     units: Literal["farthest_goal", "nwm"] = "farthest_goal"
@@ -241,6 +254,7 @@ class TrainConfig:
         not_negative = {
             "seed": self.seed,
             "model.context_noise": self.model.context_noise,
+            "self_rollout.weight": self.self_rollout.weight,
             "model.context_depth": self.model.context_depth,
             "model.output_channels": self.model.output_channels,
             "flow.time_std": self.flow.time_std,
@@ -281,6 +295,13 @@ class TrainConfig:
             raise UserError(f"ema.decay is {self.ema.decay}, expected between 0 and 1")
         if self.name in ("", "..") or Path(self.name).name != self.name:
             raise UserError(f"name is {self.name!r}, expected one path component")
+        if self.objective == "self_rollout" and not (self.data.rollout and self.sampler.guidance == 1):
+            raise UserError("self_rollout needs data.rollout, a number of frames, and sampler.guidance 1")
+        if self.optimizer.only is not None:
+            try:
+                re.compile(self.optimizer.only)
+            except re.error as error:
+                raise UserError(f"optimizer.only is {self.optimizer.only!r}, no regular expression: {error}") from error
         if not 0 <= self.sampler.context_noise <= self.model.context_noise:
             raise UserError(
                 f"sampler.context_noise is {self.sampler.context_noise}, expected at least 0 and at most "

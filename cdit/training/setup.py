@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -183,11 +184,18 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         flow=config.flow,
         few_step=config.few_step,
         ddpm=config.ddpm,
+        self_rollout=config.self_rollout,
         objective_options=config.objective_options,
         sampler=config.sampler,
     )
     world = WorldModel(cdit, codec, description)
     world.objective.attach(cdit, codec.decode)
+    if config.optimizer.only:
+        chosen = re.compile(config.optimizer.only)
+        for name, parameter in cdit.named_parameters():
+            parameter.requires_grad_(bool(chosen.search(name)))
+        if not any(p.requires_grad for p in cdit.parameters()):
+            raise UserError(f"optimizer.only is {config.optimizer.only}, which matches no parameter")
     return world
 
 

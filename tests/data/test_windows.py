@@ -200,6 +200,22 @@ def test_path_composes_to_the_direct_action(dataset):
         windows.path(4, 16)
 
 
+def test_frames_that_follow_are_those_of_the_path(dataset):
+    """In every window, with the goals of before."""
+    plain = WindowDataset(config_of(dataset, max_offset=2), "train")
+    data = WindowDataset(config_of(dataset, max_offset=2, rollout=5), "train")
+    assert len(data) == sum(length - 5 for length in LENGTHS.values())
+    places = {plain.locate(i): i for i in range(len(plain))}
+    for window in range(len(data)):
+        item, path = data[WindowKey(window, 3, 1)], data.path(window, 5)
+        assert torch.equal(item.following.frames, path.target)
+        assert item.following.condition.named_tensors().keys() == path.condition.named_tensors().keys()
+        for name, value in path.condition.named_tensors().items():
+            assert torch.equal(item.following.condition.named_tensors()[name], value)
+        alike = plain[WindowKey(places[data.locate(window)], 3, 1)].named_tensors()
+        assert all(torch.equal(item.named_tensors()[name], value) for name, value in alike.items())
+
+
 def test_video_without_poses(video_dataset):
     windows = WindowDataset(config_of(video_dataset), "train")
     item = windows[3]

@@ -288,6 +288,26 @@ def test_training_is_that_of_one_process(run: Path, straight: Path, rows: Callab
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("variables", [{}, WISH], ids=["replicated", "sharded"])
+def test_rollouts_and_noise_of_two_processes_are_those_of_one(
+    train: Callable[..., Path],
+    launch: Callable[..., subprocess.CompletedProcess],
+    tiny: Path,
+    rows: Callable[..., list[dict[str, float]]],
+    tmp_path: Path,
+    variables: dict[str, str],
+):
+    options = ["--objective", "self_rollout", "--data.rollout", "2", "--steps", "3", "--probe.final_samples", "1"]
+    options += ["--model.context_noise", "0.3", "--sampler.context_noise", "0.1"]
+    alone = train(tmp_path / "alone", *options)
+    done = launch(TRAIN, "--config", tiny, "--output", tmp_path, *options, processes=2, **variables)
+    assert done.returncode == 0, done.stderr
+    for field in ("train/loss", "train/gradient_norm", "validation/loss"):
+        expected, measured = rows(alone, field), rows(tmp_path / "tiny", field)
+        assert [row[field] for row in measured] == pytest.approx([row[field] for row in expected], rel=1e-3), field
+
+
+@pytest.mark.slow
 def test_checkpoints_hold_each_processes_half(run: Path):
     checkpoint = run / "checkpoints" / "step_00000006"
     for kind in ("model", "average", "optimizer"):

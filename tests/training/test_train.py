@@ -151,6 +151,24 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(train: Run, whole: Path
     assert same_weights(run / "last" / WEIGHTS, whole / "last" / WEIGHTS)
 
 
+def test_modulation_trained_on_rollouts_goes_on_as_if_it_had_not_been_stopped(
+    train: Run, straight: Path, rows: Rows, tmp_path: Path
+):
+    start = ("--init_from", str(straight / "last"), "--optimizer.only", "ada_ln", "--optimizer.warmup_steps", "0")
+    options = ("--objective", "self_rollout", "--data.rollout", "2", *start, "--steps", "4")
+    run = train(tmp_path / "whole", *options)
+    train(tmp_path, *options, "--stop_at", "2")
+    again = train(tmp_path, *options, "--resume", "auto")
+    assert rows(again) == rows(run)
+    for file in ("average.safetensors", "model.safetensors"):
+        assert same_weights(*(r / "checkpoints/step_00000004" / file for r in (again, run)))
+    before, after = (load_file(folder / WEIGHTS) for folder in (straight / "last", run / "last"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in before if "ada_ln" in name}
+    world = WorldModel.from_pretrained(run / "last")
+    assert (world.description.objective, world.description.self_rollout.base) == ("self_rollout", "flow")
+
+
 def test_other_micro_batches_from_here_on(train: Run, straight: Path, rows: Rows, tmp_path: Path):
     """What a machine with less memory needs."""
     train(tmp_path, "--stop_at", "3", "--micro_batch_size", "4")
