@@ -29,6 +29,11 @@ class RolloutConfig:
     """The horizons that are measured; rollouts end with the last one."""
     fps: list[float] = field(default_factory=lambda: [1.0, 4.0])
     """Steps per second, one rollout for each; they must divide the model's frames per second."""
+    curves: bool = False
+    """Also measure every second up to the last horizon, sharpness, jumps on the same cases, how well the model still
+    turns where it is asked to, and whether it returns after a turn; and draw all that as curves (docs/rollouts.md)."""
+    turn: float = 15.0
+    """Degrees within one step that curves ask for."""
     samples: int = 64
     """Number of contexts, evenly spread over the split."""
     index: str | None = None
@@ -95,6 +100,10 @@ class EvaluateConfig(TrackingOptions, OutputOptions, DataOptions, CheckpointOpti
         for name, rates in (("time.seconds", self.time.seconds), ("rollout.seconds", self.rollout.seconds)):
             if min(rates) <= 0:
                 raise UserError(f"{name} is {rates}, expected more than 0")
+        if not 0 < self.rollout.turn <= 90:
+            raise UserError(f"rollout.turn is {self.rollout.turn:g}, expected more than 0 and at most 90")
+        if self.rollout.curves and "rollout" not in self.protocols:
+            raise UserError("rollout.curves needs protocols with rollout")
         if min(self.rollout.fps) <= 0:
             raise UserError(f"rollout.fps is {self.rollout.fps}, expected more than 0")
         if self.timeout_minutes <= 0:

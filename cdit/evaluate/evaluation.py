@@ -20,6 +20,7 @@ from cdit.data.windows import WindowDataset
 from cdit.diffusion import SamplerConfig
 from cdit.evaluate.cases import content_hash, read_index, spread_cases
 from cdit.evaluate.config import EvaluateConfig
+from cdit.evaluate.curves import draw_curves, drift_studies, side_by_side
 from cdit.evaluate.frechet import Features
 from cdit.evaluate.metrics import load_metrics
 from cdit.evaluate.page import draw, write_markdown, write_page
@@ -78,6 +79,11 @@ def evaluate(config: EvaluateConfig) -> None:
             found, name = part.read(), study.protocol.name
             results.protocols[name] = summarize(study.protocol, study.cases, found, config.seed)
             pictures[name] = draw(study.protocol, found, out / "pictures")
+        if config.rollout.curves:
+            results.protocols["curves"] = side_by_side(results.protocols)
+            pictures["curves"] = {"every second; bands are 95 % intervals": out / "pictures" / "curves.png"}
+            (out / "pictures").mkdir(exist_ok=True)
+            draw_curves(results.protocols, *pictures["curves"].values())
         results.save(out)
         print(write_markdown(results, out / "results.md"))
         write_page(results, pictures, out / "index.html")
@@ -143,14 +149,17 @@ def build_studies(config: EvaluateConfig, world: WorldModel, dataset: WindowData
     if "rollout" in config.protocols:
         release = (world.description.units, dataset.info.spacing) if config.nwm_compat else None
         for rate in config.rollout.fps:
-            protocols.append(("rollout", config.rollout, rollout(config.rollout.seconds, rate, fps, release)))
+            protocol = rollout(config.rollout.seconds, rate, fps, release, config.rollout.curves)
+            protocols.append(("rollout", config.rollout, protocol))
     for section, options, protocol in protocols:
-        reach = max(protocol.offsets)
+        reach = protocol.reach
         if options.index:
             cases = read_index(options.index, dataset, reach, world.description.min_history)
         else:
             cases = spread_cases(dataset, reach, options.samples, f"{section}.seconds")
         studies.append(Study(protocol, cases, config.batch_size, config.pictures, config.seed))
+    if config.rollout.curves:
+        studies += drift_studies(studies[-1], config.rollout, world, dataset)
     return studies
 
 
@@ -160,13 +169,14 @@ def build_judge(config: EvaluateConfig, world: WorldModel, studies: Sequence[Stu
     Raises:
         UserError: a package or weights are missing.
     """
+    names = [*config.metrics, *(["sharpness"] if config.rollout.curves else [])]
     judge = Judge(
-        load_metrics(device, tuple(world.description.image_size), config.metrics),
+        load_metrics(device, tuple(world.description.image_size), names),
         Features(config.fid_network, "fid_network").to(device) if "fid" in config.metrics else None,
         Features(config.fvd_network, "fvd_network").to(device) if "fvd" in config.metrics else None,
         truncate=config.nwm_compat,
     )
-    for protocol in (study.protocol for study in studies if study.protocol.name != "time"):
+    for protocol in (study.protocol for study in studies if study.protocol.name.startswith("rollout")):
         if judge.videos and not judge.sees(protocol):
             print(
                 f"FVD is left out of {protocol.name}: {config.fvd_network} needs videos of {judge.videos.min_frames} "
@@ -182,7 +192,7 @@ def made_of(
     """Everything that the results of a study depend on, with the hash of the weights."""
     return {
         "weights": weights,
-        "data": content_hash(dataset, study.cases, max(study.protocol.offsets)),
+        "data": content_hash(dataset, study.cases, study.protocol.reach),
         "spacing": dataset.info.spacing,
         "protocol": asdict(study.protocol),
         "cases": [(case.name, case.now) for case in study.cases],

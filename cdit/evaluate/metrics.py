@@ -33,10 +33,12 @@ HIGHER_IS_BETTER = {
     "lpips_vgg": False,
     "dreamsim": False,
     "sharpness": None,
+    "right_sign": True,
+    "turn": None,
     "fid": False,
     "fvd": False,
 }
-"""Direction of each metric, in the order of tables; None: sharpness is best at 1."""
+"""Direction of each metric, in the order of tables; None: best at 1."""
 
 
 def psnr(prediction: Tensor, truth: Tensor) -> Tensor:

@@ -39,8 +39,8 @@ def draw(protocol: Protocol, found: Mapping[str, Tensor], folder: Path) -> dict[
         return {}
     folder.mkdir(parents=True, exist_ok=True)
     files = {"last frame seen, truth and prediction at each horizon": folder / f"{protocol.name}.png"}
-    horizons = [f"{seconds:+g} s" for seconds in protocol.seconds]
-    truth, prediction = (found[f"shown/{name}"][:, protocol.measured] for name in ("truth", "model"))
+    horizons = [f"{seconds:+g} s" for seconds in protocol.shown]
+    truth, prediction = (found[f"shown/{name}"][:, protocol.indices(protocol.shown)] for name in ("truth", "model"))
     comparison_grid(found["shown/context"], truth, prediction, horizons).save(*files.values())
     return files | (draw_rollouts(protocol, found, folder) if isinstance(protocol, Rollout) else {})
 
@@ -62,7 +62,7 @@ def write_markdown(results: Results, path: Path) -> str:
     """Writes the tables of all protocols, and returns the text."""
     parts = [_about(results.about)]
     for result in results.protocols.values():
-        parts += [f"## {result.name}", describe_samples(result), markdown(result.rows).rstrip()]
+        parts += [f"## {result.name}", describe_samples(result), markdown(result.shown_rows).rstrip()]
     text = "\n\n".join(parts) + "\n"
     path.write_text(text)
     return text
@@ -82,7 +82,7 @@ def write_page(results: Results, pictures: Mapping[str, Mapping[str, Path]], pat
         parts += [
             f"<h2>{escape(name)}</h2>",
             f'<p class="note">{escape(describe_samples(result))}</p>',
-            html(result.rows),
+            html(result.shown_rows),
         ]
         parts += [figure(file, caption, path.parent) for caption, file in pictures[name].items()]
     path.write_text(html_page(title, parts))

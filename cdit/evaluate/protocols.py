@@ -6,7 +6,7 @@ autoregressively at 1 and 4 frames per second.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -35,11 +35,25 @@ class Protocol(ABC):
     """The model's frames per second."""
     offsets: list[int]
     """How many frames ahead each of the G predicted frames is."""
+    shown: list[float] = field(default_factory=list, kw_only=True)
+    """The horizons in tables and pictures; by default all."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "shown", list(self.shown or self.seconds))
+
+    @property
+    def reach(self) -> int:
+        """How many frames after the current one the protocol needs."""
+        return max(self.offsets)
 
     @property
     def measured(self) -> list[int]:
         """Indices of the horizons in `offsets`."""
-        return [self.offsets.index(round(seconds * self.fps)) for seconds in self.seconds]
+        return self.indices(self.seconds)
+
+    def indices(self, seconds: Sequence[float]) -> list[int]:
+        """Indices of horizons in `offsets`."""
+        return [self.offsets.index(round(second * self.fps)) for second in seconds]
 
     @abstractmethod
     def actions(self, trajectory: Trajectory, now: int) -> np.ndarray:
@@ -118,8 +132,16 @@ def direct(seconds: Sequence[float], fps: float) -> Direct:
     return Direct("time", list(seconds), fps, offsets)
 
 
-def rollout(seconds: Sequence[float], rate: float, fps: float, release: tuple[Units, float] | None = None) -> Rollout:
+def rollout(
+    seconds: Sequence[float],
+    rate: float,
+    fps: float,
+    release: tuple[Units, float] | None = None,
+    every_second: bool = False,
+) -> Rollout:
     """The protocol *rollout* at a rate in frames per second, up to the last of the horizons.
+
+    With `every_second` all whole seconds are measured, too.
 
     Raises:
         UserError: the rate does not divide the model's, or a horizon lies between two steps.
@@ -129,7 +151,14 @@ def rollout(seconds: Sequence[float], rate: float, fps: float, release: tuple[Un
         raise UserError(f"rollout.fps is {rate:g}, expected a divisor of the model's {fps:g} frames per second")
     steps = max(_frames(horizon, rate, "rollout.seconds") for horizon in seconds)
     offsets = [stride * step for step in range(1, steps + 1)]
-    return Rollout(f"rollout_{rate:g}fps", list(seconds), fps, offsets, stride, release)
+    measured = whole_seconds(seconds, rate) if every_second else list(seconds)
+    return Rollout(f"rollout_{rate:g}fps", measured, fps, offsets, stride, release, shown=list(seconds))
+
+
+def whole_seconds(seconds: Sequence[float], rate: float) -> list[float]:
+    """The horizons, and every whole second up to the last of them that a step at that rate ends at."""
+    whole = (float(second) for second in range(1, int(max(seconds)) + 1))
+    return sorted({*seconds, *(second for second in whole if abs(second * rate - round(second * rate)) < 1e-6)})
 
 
 def moved(batch: Batch, motion: Condition) -> Batch:

@@ -35,6 +35,13 @@ class ProtocolResult:
     """(trajectory, time) of each sample."""
     rows: list[Row]
     """Method by method, then metric by metric, then horizon by horizon; the differences between methods last."""
+    shown: list[float] = field(default_factory=list)
+    """The horizons in tables; all if empty."""
+
+    @property
+    def shown_rows(self) -> list[Row]:
+        """The rows of tables."""
+        return [row for row in self.rows if not self.shown or row.seconds in self.shown]
 
     @property
     def trajectories(self) -> list[str]:
@@ -70,6 +77,7 @@ class Results:
                 "samples": len(result.cases),
                 "trajectories": len(set(result.trajectories)),
                 "cases": result.cases,
+                "shown": result.shown,
                 "rows": [row._asdict() for row in result.rows],
             }
             for name, result in self.protocols.items()
@@ -92,6 +100,7 @@ class Results:
                     found["fps"],
                     [(trajectory, now) for trajectory, now in found["cases"]],
                     [_row(row) for row in found["rows"]],
+                    found.get("shown", []),
                 )
                 for name, found in about.pop("protocols").items()
             }
@@ -134,7 +143,7 @@ def summarize(protocol: Protocol, cases: Sequence[Case], found: dict[str, Tensor
                 values = (found[f"{one}/{metric}"].double().numpy() for one in pair)
                 for at, mean in zip(horizons, paired_difference(*values, names, seed), strict=True):
                     rows.append(Row(method, *at, metric, mean.mean, None, mean.low, mean.high))
-    return ProtocolResult(protocol.name, protocol.fps, [(case.name, case.now) for case in cases], rows)
+    return ProtocolResult(protocol.name, protocol.fps, [(case.name, case.now) for case in cases], rows, protocol.shown)
 
 
 def difference(

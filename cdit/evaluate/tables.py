@@ -7,12 +7,15 @@ from cdit.common.tables import html_table, markdown_table
 from cdit.evaluate.methods import DIFFERENCES, METHODS
 from cdit.evaluate.metrics import HIGHER_IS_BETTER
 
+NAMES = {"right_sign": "turns to the right side", "turn": "measured / asked turn"}
+"""Titles of metrics whose name in capitals would not say what they are."""
+
 
 class Row(NamedTuple):
     """One number of a table."""
 
     method: str
-    """A key of `METHODS` or `DIFFERENCES`."""
+    """A key of `METHODS` or `DIFFERENCES`, or a text for tables; that of a difference has a minus sign."""
     seconds: float
     """The horizon."""
     frames: int
@@ -48,7 +51,7 @@ def _tables(rows: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
         chosen = {(row.method, row.seconds): row for row in rows if row.metric == metric}
         methods, horizons = (list(dict.fromkeys(keys)) for keys in zip(*chosen, strict=True))
         arrow = {True: " ↑", False: " ↓", None: ""}[HIGHER_IS_BETTER.get(metric)]
-        columns = [metric.upper() + arrow, *(f"{seconds:g} s" for seconds in horizons)]
+        columns = [NAMES.get(metric, metric.upper()) + arrow, *(f"{seconds:g} s" for seconds in horizons)]
         lines = [
             [(METHODS | DIFFERENCES).get(method, method), *(_cell(chosen[method, seconds]) for seconds in horizons)]
             for method in methods
@@ -59,5 +62,6 @@ def _tables(rows: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
 
 def _cell(row: Row) -> str:
     places = digits(row.metric)
-    text = f"{row.mean:{'+' if row.method in DIFFERENCES else ''}.{places}f}"
+    is_difference = row.method in DIFFERENCES or " − " in row.method
+    text = f"{row.mean:{'+' if is_difference else ''}.{places}f}"
     return text if row.low is None else f"{text} ± {(row.high - row.low) / 2:.{places}f}"

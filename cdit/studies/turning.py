@@ -22,9 +22,9 @@ from cdit.common.tables import markdown_table
 from cdit.data.frames import focal_lengths
 from cdit.data.motion import local_motion
 from cdit.data.windows import WindowDataset
+from cdit.evaluate.image_flow import measured_turn
 from cdit.loading import load_world, spread, windows_for
 from cdit.studies.config import TurningConfig
-from cdit.studies.image_flow import measured_turn
 from cdit.world_model import WorldModel
 
 PURE_TURN = 0.12

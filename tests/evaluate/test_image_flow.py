@@ -7,7 +7,7 @@ from torch import Tensor
 
 from cdit.data.frames import crop_and_resize, focal_lengths
 from cdit.data.layout import Camera
-from cdit.studies.image_flow import horizontal_shift, measured_turn
+from cdit.evaluate.image_flow import horizontal_shift, measured_turn
 
 
 def texture(width: int, height: int = 48, count: int = 4) -> Tensor:
