@@ -26,7 +26,8 @@ class SelfRollout(Objective):
 
     Frames are sampled one after the other, without gradients, by the world's sampler. At one of the sampler's network
     calls for each frame, drawn at random, the network is called once more with gradients, and the clean frame that its
-    prediction implies is compared with the recorded one.
+    prediction implies is compared with the recorded one: by squared error, and by the flow's perceptual loss if it has
+    one.
 
     Args:
         base: the flow, which also samples.

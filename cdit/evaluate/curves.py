@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from cdit.batch import Batch, Condition
@@ -163,47 +165,50 @@ def side_by_side(results: Mapping[str, ProtocolResult]) -> ProtocolResult:
 
 
 def draw_curves(results: Mapping[str, ProtocolResult], path: Path) -> None:
-    """Draws each measure over the seconds, with bands for the intervals."""
-    curves = results["curves"]
-    panels = [(NAMES.get(metric, metric.upper()), "seconds of rollout", [
-        (method, [row for row in curves.rows if (row.method, row.metric) == (method, metric)])
-        for method in dict.fromkeys(row.method for row in curves.rows if " − " not in row.method)
-    ]) for metric in dict.fromkeys(row.metric for row in curves.rows)]  # fmt: skip
-    for metric in dict.fromkeys(row.metric for row in results["control"].rows) if "control" in results else ():
-        rows = [row for row in results["control"].rows if row.metric == metric]
-        panels.append((NAMES[metric], "seconds of rollout before the turn", [("model", rows)]))
-    if "return" in results:
-        rows = results["return"].rows
-        metric = next((name for name in ("lpips", "psnr") if any(row.metric == name for row in rows)), rows[0].metric)
+    """Draws each measure over the seconds, with bands for the intervals: *curves*, *control* and *return*."""
+    panels = []
+    for metric, rows in _by_metric(results["curves"]):
+        rows = [row for row in rows if " − " not in row.method]
+        panels.append((metric, NAMES.get(metric, metric.upper()), "seconds of rollout", rows))
+    own = _label(f"rollout_{results['curves'].fps:g}fps")
+    for metric, rows in _by_metric(results["control"]) if "control" in results else ():
+        rows = [row._replace(method=own) for row in rows]
+        panels.append((metric, NAMES[metric], "seconds of rollout before the turn", rows))
+    found = dict(_by_metric(results["return"])) if "return" in results else {}
+    for metric in [name for name in ("lpips", "psnr") if name in found][:1]:
         title = f"{metric.upper()} to the first frame: 90° left, then back"
-        panels.append((title, "seconds", [("model", [row for row in rows if row.metric == metric])]))
-    columns = 3
-    figure = Figure(figsize=(12, 3.2 * math.ceil(len(panels) / columns)), dpi=100, layout="constrained")
-    places = figure.subplots(math.ceil(len(panels) / columns), columns, squeeze=False).flatten()
-    labels: dict[str, str] = {}
-    for place, (title, axis, lines) in zip(places, panels, strict=False):
-        for label, rows in lines:
-            if rows:
-                colour = labels.setdefault(label, COLOURS[len(labels) % len(COLOURS)])
-                _draw_line(place, rows, label, colour)
+        panels.append((metric, title, "seconds", [row._replace(method=own) for row in found[metric]]))
+
+    columns, height = 3, math.ceil(len(panels) / 3)
+    figure = Figure(figsize=(12, 3.2 * height), dpi=100, layout="constrained")
+    places = figure.subplots(height, columns, squeeze=False).flatten()
+    lines: dict[str, Line2D] = {}
+    for place in places[len(panels) :]:
+        place.set_axis_off()
+    for place, (metric, title, axis, rows) in zip(places, panels, strict=False):
+        for method in dict.fromkeys(row.method for row in rows):
+            line = sorted((row for row in rows if row.method == method), key=lambda row: row.seconds)
+            seconds, colour = [row.seconds for row in line], COLOURS[len(lines) % len(COLOURS)]
+            colour = lines[method].get_color() if method in lines else colour
+            (lines[method],) = place.plot(seconds, [row.mean for row in line], color=colour, marker="o", markersize=3)
+            if all(row.low is not None for row in line):
+                ends = ([row.low for row in line], [row.high for row in line])
+                place.fill_between(seconds, *ends, color=colour, alpha=0.12, linewidth=0)
+        if HIGHER_IS_BETTER[metric] is None:
+            place.axhline(1, color="#1f2328", linewidth=0.8)
+        if metric == "right_sign":
+            place.set_ylim(0, 1.03)
+        place.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         place.set_title(title, fontsize=10)
         place.set_xlabel(axis, fontsize=8)
         place.grid(alpha=0.3)
-    for place in places[len(panels) :]:
-        place.set_axis_off()
-    named = {label: line for place in places for line, label in zip(*place.get_legend_handles_labels(), strict=True)}
-    figure.legend(named.values(), named, loc="outside lower center", ncols=len(named), fontsize=8)
+    figure.legend(lines.values(), lines, loc="outside lower center", ncols=len(lines), fontsize=8)
     figure.savefig(path)
 
 
-def _draw_line(place: "matplotlib.axes.Axes", rows: list[Row], label: str, colour: str) -> None:  # noqa: F821
-    rows = sorted(rows, key=lambda row: row.seconds)
-    seconds = [row.seconds for row in rows]
-    place.plot(seconds, [row.mean for row in rows], color=colour, marker="o", markersize=3, linewidth=1.2, label=label)
-    if all(row.low is not None for row in rows):
-        place.fill_between(
-            seconds, [row.low for row in rows], [row.high for row in rows], color=colour, alpha=0.15, linewidth=0
-        )
+def _by_metric(result: ProtocolResult) -> list[tuple[str, list[Row]]]:
+    metrics = dict.fromkeys(row.metric for row in result.rows)
+    return [(metric, [row for row in result.rows if row.metric == metric]) for metric in metrics]
 
 
 def _rows(result: ProtocolResult, method: str, metric: str, label: str) -> list[Row]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from cdit.batch import Batch, Condition, Following, KeyedDraws
 from cdit.codec import PixelCodec
 from cdit.common.errors import UserError
-from cdit.diffusion import FlowConfig, SamplerConfig, SelfRollout, SelfRolloutConfig
+from cdit.diffusion import FewStepConfig, FlowConfig, SamplerConfig, SelfRollout, SelfRolloutConfig
 from cdit.model import CDiT
 from cdit.world_model import WorldDescription, WorldModel
 
@@ -115,6 +115,30 @@ def test_a_window_alone_has_the_loss_it_has_among_others():
             one = KeyedDraws([i], torch.device("cpu"))
             alone = world.objective.loss(world.cdit, world.encode(batch[i : i + 1]), one)
             torch.testing.assert_close(alone[0], together[i], rtol=1e-4, atol=1e-5)
+
+
+def test_calls_over_an_interval_are_repeated_with_it():
+    world = build()
+    cdit = CDiT.from_config({**world.cdit.config, "extra_conditioners": {"interval": "interval"}})
+    for p in cdit.parameters():
+        nn.init.normal_(p, std=0.15)
+    description = replace(
+        world.description,
+        self_rollout=SelfRolloutConfig("mean_flow"),
+        sampler=SamplerConfig("average", 2),
+        few_step=FewStepConfig(derivative="difference"),
+    )
+    world, calls = WorldModel(cdit, PixelCodec(), description).eval(), []
+    hook = cdit.register_forward_pre_hook(lambda _, args: calls.append(args))
+    inputs, _ = world.objective.roll_out(cdit, world.encode(windows()), draws())
+    hook.remove()
+    noisy, timestep, condition = inputs[:3]
+    assert torch.equal(condition["interval"], torch.full((9, 1), 0.5))
+    assert set(timestep.flatten().tolist()) == {500.0, 1000.0}
+    assert len(calls) == 6
+    seen = {(row, t[0].item()) for x, t, *_ in calls for row in map(float, x.flatten(1).sum(1))}
+    assert {(float(x.sum()), t.item()) for x, t in zip(noisy, timestep, strict=True)} <= seen
+    assert world.objective.loss(cdit, world.encode(windows()), draws()).isfinite().all()
 
 
 def test_it_samples_as_its_base():

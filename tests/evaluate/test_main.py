@@ -125,6 +125,28 @@ def test_what_it_leaves(evaluate: Callable[..., Done], checkpoint: Path):
         time.values("model", "psnr", 1.0)
 
 
+def test_curves_measure_every_second_and_leave_a_plot(evaluate: Callable[..., Done], computed: list):
+    options = ["--protocols", "[rollout]", "--rollout.curves", "true", "--rollout.seconds", "[1.5,3]"]
+    done = evaluate(*options, "--rollout.fps", "[4]")
+    assert done.code == 0
+    assert "control is left out" in done.err  # the walks have no camera
+    found, text, page = results()["protocols"], Path("out/results.md").read_text(), Path("out/index.html").read_text()
+    assert list(found) == ["rollout_4fps", "jump", "return", "curves"]
+    seconds = {row["seconds"] for row in found["rollout_4fps"]["rows"] if row["metric"] == "sharpness"}
+    assert seconds == {1, 1.5, 2, 3}
+    assert "| rollout at 4 fps − in one jump |" in text
+    assert "| PSNR ↑ | 1.5 s | 3 s |" in text
+    assert 'src="pictures/curves.png"' in page
+    assert Path("out/pictures/curves.png").is_file()
+    loaded = Results.load("out").protocols
+    one = difference(loaded["rollout_4fps"], loaded["jump"], "psnr", 2.0)
+    (row,) = (r for r in loaded["curves"].rows if " − " in r.method and (r.metric, r.seconds) == ("psnr", 2.0))
+    assert row.mean == pytest.approx(one.mean)
+    computed.clear()
+    assert evaluate(*options, "--rollout.fps", "[4]").code == 0
+    assert not computed
+
+
 def test_an_interrupted_evaluation_goes_on(evaluate: Callable[..., Done], computed: list, monkeypatch):
     assert evaluate("--out", "straight").code == 0
     assert computed == ALL

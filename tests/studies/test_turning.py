@@ -6,43 +6,23 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from cylinder import CAMERA, SIZE, view, write_turning
 from torch import Tensor, nn
 
-from cdit.common.frames import to_uint8
 from cdit.data.config import DataConfig
 from cdit.data.frames import focal_lengths
-from cdit.data.layout import Camera, DatasetInfo, write_split, write_trajectory
 from cdit.data.windows import WindowDataset
 from cdit.diffusion import SamplerConfig
 from cdit.studies.config import TurningConfig
 from cdit.studies.turning import predicted_turns, true_turns, turning_table
 
-SIZE, FOV, STEP = (40, 40), 1.2, 0.2
-CAMERA = Camera(width=40, height=40, horizontal_fov=FOV, eye_height=1.0)
-
-
-def view(yaw: Tensor) -> Tensor:
-    """What cameras in the middle of one textured cylinder see: (N, 3, H, W) for yaws (N,), counter-clockwise."""
-    random = torch.Generator().manual_seed(1)
-    coarse = torch.rand(1, 3, 12, 80, generator=random) * 2 - 1
-    panorama = F.interpolate(coarse, (96, 640), mode="bicubic").clamp(-1, 1).expand(len(yaw), -1, -1, -1)
-    x = (torch.arange(40) + 0.5 - 20) / CAMERA.focal_length
-    angle = (x.atan() - yaw[:, None] + np.pi) % (2 * np.pi) - np.pi
-    height = (x[:, None] * x.atan().cos()).expand(len(yaw), -1, -1)
-    grid = torch.stack(((angle / np.pi)[:, None].expand(-1, 40, -1), height), dim=-1)
-    return F.grid_sample(panorama, grid, align_corners=False, padding_mode="border")
+STEP = 0.2
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A camera that turns to the left on the spot, by `STEP` a frame."""
-    yaw = torch.arange(14) * STEP - 1.3
-    frames = to_uint8(view(yaw)).permute(0, 2, 3, 1).numpy()
-    write_trajectory(tmp_path / "data", "a", frames, np.zeros((14, 2)), yaw.numpy(), quality=98)
-    write_split(tmp_path / "data", "test", ["a"])
-    DatasetInfo("turning", fps=4.0, metric_waypoint_spacing=0.3, camera=CAMERA).save(tmp_path / "data")
-    return tmp_path / "data"
+    return write_turning(tmp_path / "data", torch.arange(14) * STEP - 1.3)
 
 
 @pytest.mark.parametrize(("obeys", "share", "ratio"), [(1.0, 1.0, 1.0), (-1.0, 0.0, -1.0), (0.5, 1.0, 0.5)])
