@@ -16,9 +16,12 @@ from cdit.world_model import WorldDescription, WorldModel
 STEPS, LEVEL = 2, 0.2
 
 
-def build(prediction: str = "clean", **changes) -> WorldModel:
+SIZES = {"patch_size": 4, "hidden_size": 32, "depth": 2, "num_heads": 2, "context_noise": 0.4}
+
+
+def build(prediction: str = "clean", conditioners: dict[str, str] | None = None, **changes) -> WorldModel:
     torch.manual_seed(0)
-    cdit = CDiT((8, 8), 3, 2, patch_size=4, hidden_size=32, depth=2, num_heads=2, context_noise=0.4)
+    cdit = CDiT((8, 8), 3, 2, **SIZES, extra_conditioners=conditioners)
     for p in cdit.parameters():
         nn.init.normal_(p, std=0.15)
     description = WorldDescription(
@@ -118,17 +121,16 @@ def test_a_window_alone_has_the_loss_it_has_among_others():
 
 
 def test_calls_over_an_interval_are_repeated_with_it():
-    world = build()
-    cdit = CDiT.from_config({**world.cdit.config, "extra_conditioners": {"interval": "interval"}})
-    for p in cdit.parameters():
-        nn.init.normal_(p, std=0.15)
-    description = replace(
-        world.description,
-        self_rollout=SelfRolloutConfig("mean_flow"),
-        sampler=SamplerConfig("average", 2),
-        few_step=FewStepConfig(derivative="difference"),
+    world, calls = (
+        build(
+            conditioners={"interval": "interval"},
+            self_rollout=SelfRolloutConfig("mean_flow"),
+            sampler=SamplerConfig("average", 2),
+            few_step=FewStepConfig(derivative="difference"),
+        ),
+        [],
     )
-    world, calls = WorldModel(cdit, PixelCodec(), description).eval(), []
+    cdit = world.cdit
     hook = cdit.register_forward_pre_hook(lambda _, args: calls.append(args))
     inputs, _ = world.objective.roll_out(cdit, world.encode(windows()), draws())
     hook.remove()

@@ -96,7 +96,7 @@ def test_a_world_without_drift_returns_to_where_it_was(dataset: WindowDataset):
     torch.testing.assert_close(scores[:, :5], scores[:, 6:11].flip(1), atol=0.1, rtol=0)  # the same views on the way
     away = psnr(view(YAW[world.nows] + math.pi / 2), view(YAW[world.nows]))
     torch.testing.assert_close(scores[:, 5], away, atol=1.0, rtol=0)  # of JPEG frames
-    assert (scores[:, 11] > scores[:, 5] + 15).all()
+    assert (scores[:, 11] > scores[:, 5] + 12).all()  # of JPEG frames, too
 
 
 def test_a_turn_larger_than_what_is_seen_is_refused(dataset: WindowDataset):
