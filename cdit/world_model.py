@@ -524,7 +524,7 @@ class WorldModel(nn.Module):
         condition = condition.to(self.device)
         if condition.time_shift is None:
             shape = condition.shape(2) or (state.batch, state.candidates)
-            shift = torch.full(shape, 1 / state.fps, dtype=self.cdit.dtype, device=self.device)
+            shift = torch.full(shape, 1 / state.fps, dtype=next(self.cdit.parameters()).dtype, device=self.device)
             condition = replace(condition, time_shift=shift)
         return condition if condition.spacing is not None else replace(condition, spacing=state.spacing)
 

@@ -157,7 +157,8 @@ class FewStepConfig:
     velocity of a mean_flow. 1: the initial network; 0: the network itself, without an average in memory."""
     derivative: Literal["forward", "difference"] = "forward"
     """How a mean_flow is differentiated along the flow: by forward-mode differentiation, uncompiled and without fused
-    attention; or by the difference of two predictions, which needs float32 or better."""
+    attention; or by the difference of two predictions, noisier in bfloat16 but possible for networks with reprojection,
+    which have no forward mode."""
     difference: float = 0.005
     """How far their times lie from the current one."""
 

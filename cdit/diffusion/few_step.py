@@ -162,6 +162,16 @@ class MeanFlow(FewStep):
     network may predict clean frames, from which the velocity follows.
     """
 
+    def attach(self, cdit: nn.Module, decode: Callable[[Tensor], Tensor]) -> None:
+        """See `FewStep.attach`.
+
+        Raises:
+            UserError: the network has no derivative in forward mode.
+        """
+        if self.few_step.derivative == "forward" and cdit.config.reprojection:
+            raise UserError("few_step.derivative is forward, expected difference for a network with reprojection")
+        super().attach(cdit, decode)
+
     def draw_interval(self, draws: KeyedDraws, time: Tensor) -> tuple[Tensor, Tensor]:
         """Intervals of a uniform share of the time."""
         return time, time * draws.rand(time.shape[1])

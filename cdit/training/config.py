@@ -279,8 +279,8 @@ class TrainConfig:
             "optimizer.betas": self.optimizer.betas,
             "optimizer.momentum": [self.optimizer.momentum],
         }
-        if self.model.reprojection and (self.objective, self.flow.prediction) != ("flow", "clean"):
-            raise UserError("model.reprojection needs objective flow with flow.prediction clean")
+        if self.model.reprojection and (self.objective == "ddpm" or self.flow.prediction != "clean"):
+            raise UserError("model.reprojection needs a flow (also shortcut, mean_flow) with flow.prediction clean")
         if self.model.reprojection and not (self.model.use_action and self.model.output_channels):
             raise UserError("model.reprojection needs model.use_action and model.output_channels")
         for name, values in shares.items():

@@ -234,6 +234,24 @@ def test_forward_mode_passes_compiled_networks():
     assert torch.equal(found, expected)
 
 
+def test_a_network_with_reprojection_takes_differences():
+    """Sampling a picture at moved places has no derivative in forward mode."""
+    torch.manual_seed(0)
+    cdit = CDiT(
+        (4, 4), 3, 1, 2, 16, 1, 2, output_channels=4, reprojection=True, extra_conditioners=MeanFlow.conditioners
+    )
+    with pytest.raises(UserError, match=r"few_step\.derivative is forward, expected difference"):
+        make(MeanFlow).attach(cdit, torch.clone)
+    objective = make(MeanFlow, share=1.0, derivative="difference")
+    objective.attach(cdit, torch.clone)
+    batch = batch_of(2, 2)
+    batch.condition = {"time_shift": torch.ones(2, 2), "motion": 0.1 * torch.ones(2, 2, 3)}
+    loss = objective.loss(cdit, batch, draws(2))
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert cdit.output_convolutions.conv3.weight.grad.any()
+
+
 # --- sampling ---
 
 
