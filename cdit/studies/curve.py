@@ -135,7 +135,7 @@ def report(found: Mapping[tuple[str, int], Curves], last_frame: Mapping[tuple[st
             factor = "–" if theirs.at_most and ours.at_most else f"{bound}{theirs.seconds / ours.seconds:.1f}"
             times = [f"{'≤ ' if one.at_most else ''}{one.seconds / 60:.1f} min" for one in (theirs, ours)]
             shown = [f"{value:.{digits}f}" for value in (last_frame[metric, ahead], level)]
-            lines.append([f"{metric.upper()}, {ahead} frames ahead", *shown, name, *times, factor])
+            lines.append([_title(metric, ahead), *shown, name, *times, factor])
     columns = ["", "last frame", "level", "recipe", reference, "recipe's time", "factor"]
     return (
         f"# Quality against training time\n\nTraining time that {reference} and each other recipe need for the best "
@@ -155,7 +155,12 @@ def picture(found: Mapping[tuple[str, int], Curves], last_frame: Mapping[tuple[s
                 axes.plot(minutes, [point.value for point in points], "o-", color=colour, markersize=3, label=name)
             axes.axhline(last_frame[metric, ahead], color="#1c1c22", linestyle=":", label="last context frame")
             axes.set_xscale("log")
-            axes.set(title=f"{metric.upper()}, {ahead} frames ahead", xlabel="training time (minutes)")
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.set(title=_title(metric, ahead), xlabel="training time (minutes)")
             axes.grid(alpha=0.3, which="both")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
     return figure
+
+
+def _title(metric: str, ahead: int) -> str:
+    return f"{metric.upper()}, {ahead} frame{'' if ahead == 1 else 's'} ahead"

@@ -84,7 +84,7 @@ def test_a_recipe_that_learns_four_times_as_fast(tmp_path: Path, points: str, ca
     draw_curves(CurveConfig(curves=runs, points=points, out=str(tmp_path / "out")))
     text = (tmp_path / "out" / "curve.md").read_text()
     assert text in capsys.readouterr().out
-    assert "| LPIPS, 1 frames ahead | 0.029 | 0.059 | new | 16.0 min | 4.0 min | 4.0 |" in text
+    assert "| LPIPS, 1 frame ahead | 0.029 | 0.059 | new | 16.0 min | 4.0 min | 4.0 |" in text
     assert "| PSNR, 4 frames ahead | 340.00 | 680.00 | new | 16.0 min | 4.0 min | 4.0 |" in text
     assert Image.open(tmp_path / "out" / "curve.png").size[0] > 500
 
