@@ -2,10 +2,12 @@
 
     python -m cdit.plan open --checkpoint RUN --data FOLDER --out OUT
     python -m cdit.plan curve --checkpoint RUN --data FOLDER --out OUT
+    python -m cdit.plan diagnose --checkpoint RUN --data FOLDER --out OUT
     python -m cdit.plan learn --checkpoint RUN --data FOLDER --out LEARNED
 
 `open` plans to the frame two seconds ahead, in 100 episodes of a dataset, and compares the plans with what was done and
-with baselines. `curve` repeats that for several budgets of candidates and denoising steps. `learn` trains a small
+with baselines. `curve` repeats that for several budgets of candidates and denoising steps. `diagnose` measures how well
+costs order what the world predicts. `learn` trains a small
 network on the walks that the world was trained on: steps to go to a goal image, what to do, whether it is reached.
 """
 
@@ -13,11 +15,12 @@ from pathlib import Path
 
 from cdit.common.cli import Command, parse_command, run
 from cdit.common.options import check_options
-from cdit.plan.config import CurveConfig, LearnConfig, OpenConfig
+from cdit.plan.config import CurveConfig, DiagnoseConfig, LearnConfig, OpenConfig
 
 COMMANDS = {
     "open": Command(OpenConfig, "plan in recorded episodes, compared with what was done (open loop)"),
     "curve": Command(CurveConfig, "measure the error of plans against their budget"),
+    "diagnose": Command(DiagnoseConfig, "measure how well costs order what the world predicts"),
     "learn": Command(LearnConfig, "train the network that knows the steps to go, and a policy"),
 }
 
@@ -46,13 +49,19 @@ def _curve(config: CurveConfig) -> None:
     print(write_curve(run_curve(config), Path(config.out), asdict(config)))
 
 
+def _diagnose(config: DiagnoseConfig) -> None:
+    from cdit.plan.diagnose import diagnose
+
+    diagnose(config)
+
+
 def _learn(config: LearnConfig) -> None:
     from cdit.plan.learn import learn
 
     learn(config)
 
 
-COMMANDS_OF = {"open": _open, "curve": _curve, "learn": _learn}
+COMMANDS_OF = {"open": _open, "curve": _curve, "diagnose": _diagnose, "learn": _learn}
 
 if __name__ == "__main__":
     run(main)

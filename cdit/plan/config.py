@@ -11,6 +11,20 @@ LEARNED = ("steps", "motion")
 COSTS = ("pixels", "latents", "lpips", "dreamsim", *LEARNED, "features:NAME")
 
 
+def check_cost(cost: str, learned: str | None) -> None:
+    """Checks the name of a cost.
+
+    Raises:
+        UserError: there is no such cost, or it is learned and there is no folder.
+    """
+    kind, _, name = cost.partition(":")
+    known = {cost.partition(":")[0] for cost in COSTS}
+    if kind not in known or (kind == "features") != bool(name):
+        raise UserError(f"planner.cost is {cost!r}, expected one of {', '.join(COSTS)}")
+    if cost in LEARNED and learned is None:
+        raise UserError(f"planner.cost is {cost}, which is learned: give planner.learned, or another cost")
+
+
 @dataclass
 class OptimizerConfig:
     """How the best candidate is looked for."""
@@ -98,12 +112,7 @@ class PlannerConfig:
             UserError: a value is out of its range; the message names the field.
         """
         self.optimizer.validate()
-        kind, _, name = self.cost.partition(":")
-        known = {cost.partition(":")[0] for cost in COSTS}
-        if kind not in known or (kind == "features") != bool(name):
-            raise UserError(f"planner.cost is {self.cost!r}, expected one of {', '.join(COSTS)}")
-        if self.cost in LEARNED and self.learned is None:
-            raise UserError(f"planner.cost is {self.cost}, which is learned: give planner.learned, or another cost")
+        check_cost(self.cost, self.learned)
         requirements = {
             "knots": (self.knots >= 2, "at least 2"),
             "repeats": (self.repeats >= 1, "at least 1"),
@@ -216,3 +225,24 @@ class CurveConfig(OpenConfig):
             values = getattr(self, name)
             if not values or min(values) < least:
                 raise UserError(f"{name} is {values}, expected numbers of at least {least}")
+
+
+@dataclass(kw_only=True)
+class DiagnoseConfig(OpenConfig):
+    """The costs that are compared."""
+
+    costs: list[str] = field(default_factory=lambda: ["pixels", "lpips"])
+    """Costs, see planner.cost."""
+    candidates: int = 24
+    """Candidates of a case."""
+    noises: int = 3
+    """Predictions of each candidate."""
+
+    def validate(self) -> None:
+        """Checks the values; see `OpenConfig.validate`."""
+        super().validate()
+        for name, least in (("candidates", 4), ("noises", 1)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        for cost in self.costs:
+            check_cost(cost, self.planner.learned)

@@ -23,7 +23,7 @@ from cdit.data.windows import WindowDataset
 from cdit.evaluate.cases import Case, read_index, spread_cases
 from cdit.loading import load_world, windows_for
 from cdit.plan.candidates import recorded_actions, walked
-from cdit.plan.config import CurveConfig, OpenConfig
+from cdit.plan.config import CurveConfig, DiagnoseConfig, OpenConfig
 from cdit.plan.goal_network import load_goal_network
 from cdit.plan.motion import integrate, path_errors
 from cdit.plan.planner import Plan, Planner, Score, WorldScore
@@ -117,7 +117,8 @@ class Benchmark:
         if not self.dataset.info.has_actions:
             raise UserError(f"{config.data}: has no poses, with which plans are compared")
         self.horizon = round(config.seconds * self.world.description.fps)
-        config.planner.validate(self.horizon)
+        if not isinstance(config, DiagnoseConfig):  # which has costs of its own
+            config.planner.validate(self.horizon)
         if config.index:
             self.cases = read_index(config.index, self.dataset, self.horizon, self.world.description.min_history)
         else:

@@ -1,0 +1,164 @@
+"""Whether a cost can be planned with: how it orders what the world predicts, measured before any plan is made.
+
+For every case, candidates are predicted several times with different noise. All costs judge the same frames.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from cdit.common.files import write_json
+from cdit.common.frames import to_float
+from cdit.common.randomness import generator
+from cdit.common.statistics import Estimate, estimates
+from cdit.common.tables import markdown_table
+from cdit.plan.config import DiagnoseConfig
+from cdit.plan.costs import load_cost
+from cdit.plan.motion import integrate, wrap
+from cdit.plan.openloop import Benchmark
+from cdit.plan.planner import Planner
+from cdit.plan.prediction import Predictor
+
+NEAR, FAR = 1.0, 2.0
+"""Candidates that end within `NEAR` metres of the goal, or beyond `FAR`, with a radian counted as a metre."""
+APART = 0.5
+"""Candidates are compared whose distances differ by more than this."""
+COLUMNS = {
+    "rank correlation": "Spearman's, of cost and true distance over the candidates of a case",
+    "chosen [m]": "true distance of the cheapest candidate",
+    "ordered near": "share of pairs of candidates, the closer one near the goal, that the cost orders correctly",
+    "ordered far": "the same for pairs far from it",
+    "signal / noise near": "deviation of the cost over candidates near the goal, over that between predictions of one",
+    "signal / noise far": "the same far from it",
+}
+
+
+@dataclass
+class Diagnosis:
+    """What a cost is worth, for N cases."""
+
+    cost: str
+    values: np.ndarray
+    """(N, 6), see `COLUMNS`; NaN where a case has no such candidates."""
+
+    def estimates(self, walks: list[str]) -> list[Estimate | None]:
+        """Means of the columns over the cases that have them, with intervals over walks."""
+        found = []
+        for column in self.values.T:
+            kept = np.isfinite(column)
+            names = [walk for walk, keep in zip(walks, kept, strict=True) if keep]
+            found.append(estimates(column[kept], names)[0] if names else None)
+        return found
+
+
+def diagnose(config: DiagnoseConfig) -> None:
+    """Judges every cost, and writes diagnose.md and diagnose.json.
+
+    Raises:
+        UserError: something does not fit together.
+    """
+    benchmark = Benchmark(config)
+    world, walks = benchmark.world, [case.name for case in benchmark.cases]
+    planner = Planner.fit(config.planner, benchmark.recorded, world.device)
+    predictor = Predictor(
+        world, [benchmark.horizon], config.planner.stride, config.planner.sampler.over(world.description)
+    )
+    costs = {name: load_cost(name, world, config.planner.learned) for name in config.costs}
+    found = {name: [] for name in costs}
+    for indices, batch in tqdm(benchmark.batches(), total=len(walks), desc="candidates", unit="case"):
+        number = indices.start
+        actions, distance = candidates(benchmark, planner, number, config.candidates)
+        state = predictor.begin(to_float(batch.context), batch.mask, batch.condition.spacing)
+        judged = {name: [] for name in costs}
+        for repeat in range(config.noises):
+            noise = predictor.draw_noise(generator(config.seed, 4, number, repeat, device=world.device))
+            frames = world.decode(predictor.predict(state, actions[None].to(world.device), noise))[:, :, 0]
+            for name, cost in costs.items():
+                judged[name].append(cost(frames, to_float(batch.target[:, 0]))[0].cpu())
+        for name in costs:
+            found[name].append(judge(torch.stack(judged[name]), distance))
+    diagnoses = [Diagnosis(name, np.array(values)) for name, values in found.items()]
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    text = report(diagnoses, walks, config)
+    (out / "diagnose.md").write_text(text)
+    write_json(
+        out / "diagnose.json", {d.cost: np.where(np.isfinite(d.values), d.values, -1).tolist() for d in diagnoses}
+    )
+    print(text)
+
+
+def candidates(benchmark: Benchmark, planner: Planner, number: int, count: int) -> tuple[Tensor, Tensor]:
+    """Steps (S, H, 3) of candidates of a case, half of them near what was done, and their distances to the goal (S,).
+
+    A radian counts as a metre.
+    """
+    draws, prior = generator(benchmark.config.seed, 5, number), planner.prior
+    index = torch.randint(len(prior.recorded), (count,), generator=draws)
+    values = prior.recorded.cpu()[index]
+    truth = planner.family.values(benchmark.truth_actions[number])
+    near = count // 2
+    values[:near] = truth + 0.7 * prior.std.cpu() * torch.randn(near, *truth.shape, generator=draws)
+    actions = planner.family.actions(values)
+    offset = integrate(actions)[:, -1] - integrate(benchmark.truth_actions[number])[-1]
+    return actions, offset[:, :2].norm(dim=1) + wrap(offset[:, 2]).abs()
+
+
+def judge(costs: Tensor, distance: Tensor) -> list[float]:
+    """The numbers of `COLUMNS` for the costs (R, S) of S candidates in R predictions, and their distances (S,)."""
+    first = costs[0]
+    near, far = distance < NEAR, distance > FAR
+    return [
+        spearman(first, distance),
+        distance[first.argmin()].item(),
+        *(ordered(first, distance, group) for group in (near, far)),
+        *(signal_to_noise(costs[:, group]) for group in (near, far)),
+    ]
+
+
+def spearman(first: Tensor, second: Tensor) -> float:
+    """Rank correlation of two lists without ties; NaN for fewer than three."""
+    if len(first) < 3:
+        return float("nan")
+    ranks = torch.stack((first, second)).argsort(1).argsort(1).double()
+    return torch.corrcoef(ranks)[0, 1].item()
+
+
+def ordered(costs: Tensor, distance: Tensor, group: Tensor) -> float:
+    """Share of pairs that the costs order as the distances do: pairs that are `APART`, the closer one of the group."""
+    closer = (distance[None, :] - distance[:, None] > APART) & group[:, None]
+    right = costs[:, None] < costs[None, :]
+    return right[closer].float().mean().item() if closer.any() else float("nan")
+
+
+def signal_to_noise(costs: Tensor) -> float:
+    """Deviation over candidates of costs (R, S) averaged over predictions, over the deviation between predictions."""
+    if costs.shape[0] < 2 or costs.shape[1] < 3:
+        return float("nan")
+    noise = costs.var(0).mean().sqrt()
+    return (costs.mean(0).std() / noise.clamp(min=1e-12)).item()
+
+
+def report(diagnoses: list[Diagnosis], walks: list[str], config: DiagnoseConfig) -> str:
+    """A table, with what its columns mean."""
+    rows = []
+    for diagnosis in diagnoses:
+        cells = [_cell(estimate) for estimate in diagnosis.estimates(walks)]
+        rows.append([diagnosis.cost, *cells])
+    about = (
+        f"{len(walks)} cases of split {config.split} of {config.data}, {config.seconds:g} s ahead, {config.candidates} "
+        f"candidates, half of them close to the true motion, each predicted {config.noises} times."
+    )
+    meaning = "".join(f"- {name}: {text}\n" for name, text in COLUMNS.items())
+    return f"{about}\n\n{markdown_table(['cost', *COLUMNS], rows)}\n{meaning}"
+
+
+def _cell(estimate: Estimate | None) -> str:
+    if estimate is None:
+        return "–"
+    text = f"{estimate.mean:.2f}"
+    return text if estimate.low is None else f"{text} ± {(estimate.high - estimate.low) / 2:.2f}"
