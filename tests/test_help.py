@@ -18,7 +18,7 @@ COMMANDS = [
     ["-m", "cdit.data.shard", "convert"],
     ["-m", "cdit.model", "scale"],
     ["-m", "cdit.nwm", "convert"],
-    *(["-m", "cdit.plan", name] for name in ("open", "curve", "diagnose", "learn")),
+    *(["-m", "cdit.plan", name] for name in ("open", "curve", "diagnose", "learn", "episodes", "act")),
     ["-m", "cdit.studies", "ablate"],
     ["-m", "cdit.studies", "steps"],
     ["-m", "cdit.studies", "turning"],

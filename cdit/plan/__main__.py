@@ -4,24 +4,29 @@
     python -m cdit.plan curve --checkpoint RUN --data FOLDER --out OUT
     python -m cdit.plan diagnose --checkpoint RUN --data FOLDER --out OUT
     python -m cdit.plan learn --checkpoint RUN --data FOLDER --out LEARNED
+    python -m cdit.plan episodes --file EPISODES.json
+    python -m cdit.plan act --checkpoint RUN --data FOLDER --episodes EPISODES.json --out OUT --planner.learned LEARNED
 
 `open` plans to the frame two seconds ahead, in 100 episodes of a dataset, and compares the plans with what was done and
 with baselines. `curve` repeats that for several budgets of candidates and denoising steps. `diagnose` measures how well
 costs order what the world predicts. `learn` trains a small
 network on the walks that the world was trained on: steps to go to a goal image, what to do, whether it is reached.
+`episodes` draws starts and goals in a Doom map, and `act` lets agents go there (closed loop).
 """
 
 from pathlib import Path
 
 from cdit.common.cli import Command, parse_command, run
 from cdit.common.options import check_options
-from cdit.plan.config import CurveConfig, DiagnoseConfig, LearnConfig, OpenConfig
+from cdit.plan.config import ActConfig, CurveConfig, DiagnoseConfig, EpisodesConfig, LearnConfig, OpenConfig
 
 COMMANDS = {
     "open": Command(OpenConfig, "plan in recorded episodes, compared with what was done (open loop)"),
     "curve": Command(CurveConfig, "measure the error of plans against their budget"),
     "diagnose": Command(DiagnoseConfig, "measure how well costs order what the world predicts"),
     "learn": Command(LearnConfig, "train the network that knows the steps to go, and a policy"),
+    "episodes": Command(EpisodesConfig, "draw starts and goals in a Doom map"),
+    "act": Command(ActConfig, "let agents go to image goals in Doom (closed loop)"),
 }
 
 
@@ -61,7 +66,29 @@ def _learn(config: LearnConfig) -> None:
     learn(config)
 
 
-COMMANDS_OF = {"open": _open, "curve": _curve, "diagnose": _diagnose, "learn": _learn}
+def _episodes(config: EpisodesConfig) -> None:
+    from cdit.plan.episodes import draw_episodes, save_episodes
+
+    episodes = draw_episodes(config.map, config.distances, config.count, config.seed)
+    save_episodes(episodes, Path(config.file))
+    print(f"done: {config.file} ({len(episodes)} episodes)")
+
+
+def _act(config: ActConfig) -> None:
+    from cdit.plan.act import act
+    from cdit.plan.act_report import write_act
+
+    print(write_act(config, *act(config)))
+
+
+COMMANDS_OF = {
+    "open": _open,
+    "curve": _curve,
+    "diagnose": _diagnose,
+    "learn": _learn,
+    "episodes": _episodes,
+    "act": _act,
+}
 
 if __name__ == "__main__":
     run(main)

@@ -246,3 +246,90 @@ class DiagnoseConfig(OpenConfig):
                 raise UserError(f"{name} is {getattr(self, name)}, expected at least {least}")
         for cost in self.costs:
             check_cost(cost, self.planner.learned)
+
+
+AgentName = Literal[
+    "random", "straight", "policy", "ranked", "world", "engine", "world_distance", "engine_distance", "graph", "expert"
+]
+
+
+@dataclass(kw_only=True)
+class EpisodesConfig:
+    """Episodes of the closed loop."""
+
+    file: str
+    """JSON file to write."""
+    map: str = "my_way_home"
+    """Name of a Doom map."""
+    distances: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0, 8.0, 16.0])
+    """Metres along free space from start to goal, one stratum each."""
+    count: int = 100
+    """Episodes of each distance with the goal's place in view at the start, and as many without."""
+    seed: int = 0
+    """Seed of the draws."""
+
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: a value is out of its range; the message names the field.
+        """
+        if self.count < 1:
+            raise UserError(f"count is {self.count}, expected at least 1")
+        if not self.distances or min(self.distances) < 1:
+            raise UserError(f"distances is {self.distances}, expected numbers of at least 1")
+
+
+@dataclass(kw_only=True)
+class ActConfig(TrackingOptions, OutputOptions, DataOptions, CheckpointOptions):
+    """The closed loop: agents, episodes, and how plans are made."""
+
+    split: str = "train"
+    """Split whose motions candidates resemble, and whose frames the graph remembers."""
+    episodes: str
+    """JSON file that `python -m cdit.plan episodes` wrote."""
+    agents: list[AgentName] = field(
+        default_factory=lambda: ["random", "straight", "policy", "ranked", "world", "expert"]
+    )
+    """Who acts: random candidates; straight ahead; policy, inverse dynamics; ranked, its proposals ranked by the world;
+    world, planned with the world; engine, planned with the engine as a perfect world, by the same cost; world_distance
+    and engine_distance, planned by the true distance, with motions as they are commanded, or as the engine executes
+    them; graph, the policy from one remembered frame to the next; expert, along the shortest way on the map."""
+    planner: PlannerConfig = field(default_factory=lambda: PlannerConfig(frames=[2, 4, 8]))
+    """How plans are made. planner.learned also tells when a goal is reached."""
+    horizon: int = 8
+    """Steps of a plan."""
+    execute: int = 4
+    """Steps that are executed before the next plan."""
+    arrived: float = 0.5
+    """Probability at which the learned network stops."""
+    most: int | None = None
+    """Most episodes of each stratum."""
+    radius: float = 0.5
+    """Metres within which a goal is reached."""
+    degrees: float = 30.0
+    """Degrees within which a goal is reached."""
+    avoid: list[float] = field(default_factory=list)
+    """A rectangle of the map that no plan may cross, x1, y1, x2, y2 in metres."""
+    graph_frames: int = 1500
+    """Frames that the graph remembers."""
+    videos: int = 2
+    """Episodes of each agent and stratum that are filmed."""
+    seed: int = 0
+    """Seed of candidates and noise."""
+
+    def validate(self) -> None:
+        """Checks the values.
+
+        Raises:
+            UserError: a value is out of its range; the message names the field.
+        """
+        self.planner.validate(self.horizon)
+        if self.planner.learned is None:
+            raise UserError(
+                "planner.learned: expected the folder of a goal network, which tells when a goal is reached"
+            )
+        if not 1 <= self.execute <= self.horizon:
+            raise UserError(f"execute is {self.execute}, expected 1 to {self.horizon}")
+        if self.avoid and (len(self.avoid) != 4 or self.avoid[0] >= self.avoid[2] or self.avoid[1] >= self.avoid[3]):
+            raise UserError(f"avoid is {self.avoid}, expected x1, y1, x2, y2 with x1 < x2 and y1 < y2")

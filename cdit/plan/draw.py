@@ -14,6 +14,7 @@ from cdit.common.pictures import BACKGROUND, FONT, INK, to_image
 from cdit.doom.dataset import map_path
 from cdit.doom.geometry import MapGeometry
 from cdit.doom.maps import MAPS, file_name
+from cdit.plan.free_space import walls
 
 PLAN, TRUTH, OTHER = "#d1242f", "#1a7f37", "#0969da"
 
@@ -23,11 +24,6 @@ def map_of(data: str, trajectory: str) -> np.ndarray | None:
     name = next((name for name in MAPS if file_name(name) == trajectory.rpartition("_")[0]), None)
     path = None if name is None else map_path(Path(data), name)
     return walls(MapGeometry.load(path)) if path is not None and path.is_file() else None
-
-
-def walls(geometry: MapGeometry) -> np.ndarray:
-    """Lines (N, 4) that nobody passes."""
-    return geometry.segments[geometry.blocking | (geometry.beyond < 0)]
 
 
 def from_above(

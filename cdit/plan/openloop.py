@@ -26,7 +26,7 @@ from cdit.plan.candidates import recorded_actions, walked
 from cdit.plan.config import CurveConfig, DiagnoseConfig, OpenConfig
 from cdit.plan.goal_network import load_goal_network
 from cdit.plan.motion import integrate, path_errors
-from cdit.plan.planner import Plan, Planner, Score, WorldScore
+from cdit.plan.planner import Plan, Planner, Towards, WorldScore
 from cdit.world_model import WorldModel
 
 METHODS = {
@@ -287,7 +287,7 @@ def true_actions(dataset: WindowDataset, case: Case, horizon: int) -> Tensor:
     return walked(trajectory.position[times], trajectory.yaw[times])
 
 
-def score_of(score: WorldScore, batch: Batch, seed: int, number: int) -> Score:
+def score_of(score: WorldScore, batch: Batch, seed: int, number: int) -> Towards:
     """The score of a batch's cases, with noise of the case's number."""
     noise = generator(seed, 0, number, device=batch.target.device)
     goals = to_float(batch.target[:, -1])
@@ -299,10 +299,7 @@ def picture_of(benchmark: Benchmark, score: WorldScore, plan: Plan, number: int)
     _, batch = next(x for i, x in enumerate(benchmark.batches()) if i == number)
     tried, costs = torch.cat(plan.tried, dim=1), torch.cat(plan.costs, dim=1)[0]
     chosen = torch.stack((plan.actions[0], tried[0, costs.argmax()]))[None]
-    predictor = score.predictor
-    noise = predictor.draw_noise(generator(benchmark.config.seed, 0, number, device=batch.target.device))
-    state = predictor.begin(to_float(batch.context), batch.mask, batch.condition.spacing)
-    frames = predictor.world.decode(predictor.predict(state, chosen, noise))[0, :, -1]
+    frames = score_of(score, batch, benchmark.config.seed, number).frames(chosen)[0, :, -1]
     case = benchmark.cases[number]
     trajectory = benchmark.dataset.trajectories[case.trajectory]
     return Picture(

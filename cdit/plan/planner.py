@@ -16,7 +16,7 @@ from cdit.plan.costs import Cost, load_cost
 from cdit.plan.motion import integrate
 from cdit.plan.optimizers import optimize
 from cdit.plan.prediction import Predictor
-from cdit.world_model import WorldModel
+from cdit.world_model import WorldModel, WorldState
 
 Score = Callable[[Tensor], Tensor]
 """Costs (B, S, L) of candidates (B, S, H, 3) after each of L moments; lower is better."""
@@ -128,7 +128,7 @@ class WorldScore:
         generator: torch.Generator,
         mask: Tensor | None = None,
         spacing: Tensor | float | None = None,
-    ) -> Score:
+    ) -> "Towards":
         """The score of reaching goals.
 
         Args:
@@ -140,18 +140,33 @@ class WorldScore:
         """
         state = self.predictor.begin(context, mask, spacing)
         noises = [self.predictor.draw_noise(generator) for _ in range(self.repeats)]
-        goals = goals.to(context.device)
+        return Towards(self, state, goals.to(context.device), noises)
 
-        @torch.no_grad()
-        def score(actions: Tensor) -> Tensor:
-            total = 0.0
-            for noise in noises:
-                latents = self.predictor.predict(state, actions, noise)
-                frames = self.predictor.world.decode(latents)
-                total = total + self.cost(frames.flatten(1, 2), goals).unflatten(1, frames.shape[1:3])
-            return total / self.repeats
 
-        return score
+@dataclass
+class Towards:
+    """The score of reaching goals from one past."""
+
+    score: WorldScore
+    state: WorldState
+    goals: Tensor
+    """(B, 3, H, W)."""
+    noises: list[Tensor]
+    """One for each repeat, see `Predictor.predict`."""
+
+    def frames(self, actions: Tensor, repeat: int = 0) -> Tensor:
+        """What is predicted along candidates (B, S, H, 3): (B, S, L, 3, H, W)."""
+        predictor = self.score.predictor
+        return predictor.world.decode(predictor.predict(self.state, actions, self.noises[repeat]))
+
+    @torch.no_grad()
+    def __call__(self, actions: Tensor) -> Tensor:
+        """See `Score`."""
+        costs = []
+        for repeat in range(len(self.noises)):
+            frames = self.frames(actions, repeat)
+            costs.append(self.score.cost(frames.flatten(1, 2), self.goals).unflatten(1, frames.shape[1:3]))
+        return torch.stack(costs).mean(0)
 
 
 class CostWorld:

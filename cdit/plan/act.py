@@ -1,0 +1,291 @@
+"""The closed loop: agents act in an environment, episode by episode, and are judged."""
+
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cdit.common.errors import UserError
+from cdit.common.files import read_json, sha256, write_json
+from cdit.loading import load_world, windows_for
+from cdit.plan.agents import (
+    Agent,
+    Candidates,
+    EngineScores,
+    Expert,
+    MotionScores,
+    Move,
+    Planned,
+    Policy,
+    Remembering,
+    Task,
+    WorldScores,
+)
+from cdit.plan.candidates import recorded_actions
+from cdit.plan.config import ActConfig
+from cdit.plan.environment import DoomEnvironment, Environment, Seen
+from cdit.plan.episodes import Episode, load_episodes
+from cdit.plan.film import film
+from cdit.plan.free_space import FreeSpace
+from cdit.plan.goal_network import load_goal_network
+from cdit.plan.graph import Graph
+from cdit.plan.planner import Planner, WorldScore
+
+OUTCOMES = "outcomes.jsonl"
+
+
+@dataclass
+class Outcome:
+    """What became of an episode."""
+
+    agent: str
+    episode: int
+    """Its number in the file."""
+    stratum: float
+    visible: bool
+    stopped: bool
+    """Whether the agent ended it."""
+    success: bool
+    """Whether it stopped at the goal."""
+    passed: bool
+    """Whether it was at the goal at any time."""
+    distance: float
+    """Metres left at the end, along free space."""
+    degrees: float
+    """Error of the heading at the end."""
+    spl: float
+    """Success weighted by path length (Anderson et al. 2018, arXiv 1807.06757)."""
+    soft_spl: float
+    """Progress weighted by path length, as in Habitat: max(0, 1 - distance / at start) · shortest / walked."""
+    walked: float
+    """Metres."""
+    steps: int
+    contacts: int
+    """Steps at whose end a wall is touched."""
+    violations: int
+    """Steps that end in the place to avoid."""
+    seconds: float
+    """A plan, on average; 0 without plans."""
+
+
+@dataclass
+class Trace:
+    """An episode as it was."""
+
+    past: list[Seen]
+    """All frames, from the first of the walk in."""
+    moves: list[tuple[int, Move]] = field(default_factory=list)
+    """Plans, and the index of the frame at which each was made."""
+    seconds: list[float] = field(default_factory=list)
+    """Of each plan."""
+
+
+def run_episode(environment: Environment, agent: Agent, task: Task, radius: float, angle: float) -> Trace:
+    """Acts until the agent stops or its budget is spent.
+
+    Args:
+        environment: acts there.
+        agent: acts.
+        task: the episode, with its goal image.
+        radius: metres within which a goal is reached.
+        angle: radians within which it is.
+    """
+    trace = Trace(environment.reset(task.episode))
+    agent.begin(task)
+    left, stopped = task.episode.budget, False
+    while left > 0 and not stopped:
+        started = time.perf_counter()
+        move = agent.act(trace.past, radius, angle)
+        trace.seconds.append(time.perf_counter() - started)
+        trace.moves.append((len(trace.past) - 1, move))
+        stopped = not len(move.actions)
+        for action in move.actions[:left]:
+            trace.past.append(environment.step(action))
+            left -= 1
+            if agent.stops(trace.past[-1], radius, angle):
+                break
+    return trace
+
+
+def judged(trace: Trace, task: Task, agent: str, number: int, config: ActConfig) -> Outcome:
+    """The outcome of an episode."""
+    episode, begin = task.episode, next(iter(i for i, _ in trace.moves))
+    poses = np.array([seen.pose for seen in trace.past[begin:]])
+    distance = task.distances.at(poses[:, :2])
+    turn = np.degrees(np.abs((poses[:, 2] - episode.goal[2] + np.pi) % (2 * np.pi) - np.pi))
+    reached = (distance <= config.radius) & (turn <= config.degrees)
+    walked = float(np.linalg.norm(np.diff(poses[:, :2], axis=0), axis=1).sum())
+    stopped = not len(trace.moves[-1][1].actions)
+    efficiency = episode.distance / max(episode.distance, walked)
+    x1, y1, x2, y2 = config.avoid or (math.inf,) * 4
+    inside = (poses[:, 0] > x1) & (poses[:, 0] < x2) & (poses[:, 1] > y1) & (poses[:, 1] < y2)
+    plans = trace.seconds[:-1] if stopped else trace.seconds
+    return Outcome(
+        agent,
+        number,
+        episode.stratum,
+        episode.visible,
+        stopped,
+        success=bool(stopped and reached[-1]),
+        passed=bool(reached.any()),
+        distance=float(min(distance[-1], 1e3)),
+        degrees=float(turn[-1]),
+        spl=float(stopped and reached[-1]) * efficiency,
+        soft_spl=max(0.0, 1 - float(distance[-1]) / episode.distance) * efficiency,
+        walked=walked,
+        steps=len(poses) - 1,
+        contacts=sum(seen.contact for seen in trace.past[begin + 1 :]),
+        violations=int(inside.sum()),
+        seconds=float(np.mean(plans)) if plans else 0.0,
+    )
+
+
+def act(config: ActConfig) -> tuple[list[Episode], list[Outcome]]:
+    """Runs what is missing in OUT/outcomes.jsonl, and films some of it.
+
+    Raises:
+        UserError: something does not fit together.
+    """
+    episodes, out = load_episodes(config.episodes), Path(config.out)
+    chosen = select(episodes, config.most)
+    (out / "videos").mkdir(parents=True, exist_ok=True)
+    check_same(config, out)
+    done = {(outcome.agent, outcome.episode): outcome for outcome in read_outcomes(out)}
+    maps = dict.fromkeys(episodes[i].map for i in chosen)
+    missing = [(name, i) for name in config.agents for i in chosen if (name, i) not in done]
+    with ExitStack() as stack, tqdm(total=len(missing), unit="episode") as bar:
+        for map_name in maps if missing else ():
+            setting = stack.enter_context(Setting(config, map_name))
+            for name in config.agents:
+                bar.set_description(name)
+                todo = [i for agent, i in missing if agent == name and episodes[i].map == map_name]
+                agent = setting.agent(name) if todo else None
+                for i in todo:
+                    task = setting.task(episodes[i], i)
+                    angle = math.radians(config.degrees)
+                    trace = run_episode(setting.environment, agent, task, config.radius, angle)
+                    done[name, i] = outcome = judged(trace, task, name, i, config)
+                    first = [j for j in chosen if stratum(episodes[j]) == stratum(episodes[i])][: config.videos]
+                    if i in first:
+                        film(trace, task, outcome, setting.space, out / "videos" / f"{name}_{i}.mp4")
+                    with open(out / OUTCOMES, "a") as file:
+                        file.write(json.dumps(asdict(outcome)) + "\n")
+                    bar.update()
+    return episodes, [done[name, i] for name in config.agents for i in chosen]
+
+
+def check_same(config: ActConfig, out: Path) -> None:
+    """Checks that outcomes in a folder were made in the same way.
+
+    Raises:
+        UserError: they were not.
+    """
+    path, kept = out / "made_of.json", asdict(config)
+    for name in ("out", "agents", "most", "videos", "tracking", "project"):
+        del kept[name]
+    kept["episodes"] = sha256(Path(config.episodes))
+    if path.is_file() and read_json(path) != kept:
+        raise UserError(f"out: {out} has outcomes that were made with other options: give another folder")
+    write_json(path, kept)
+
+
+def stratum(episode: Episode) -> tuple[str, float, bool]:
+    """What episodes are told apart by in tables."""
+    return episode.map, episode.stratum, episode.visible
+
+
+def select(episodes: list[Episode], most: int | None) -> list[int]:
+    """Numbers of the first episodes of each stratum."""
+    count: dict[Any, int] = {}
+    chosen = []
+    for i, episode in enumerate(episodes):
+        count[stratum(episode)] = count.get(stratum(episode), 0) + 1
+        if most is None or count[stratum(episode)] <= most:
+            chosen.append(i)
+    return chosen
+
+
+def read_outcomes(out: Path) -> Iterator[Outcome]:
+    """The outcomes that were written, but for a last line that was cut off."""
+    path = out / OUTCOMES
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            yield Outcome(**json.loads(line))
+        except (ValueError, TypeError):
+            continue
+
+
+class Setting:
+    """One map, with everything that agents need there. A context manager.
+
+    Args:
+        config: of the closed loop.
+        map_name: of the map.
+    """
+
+    def __init__(self, config: ActConfig, map_name: str):
+        self.config = config
+        self.world = load_world(config.checkpoint, config.device)
+        size = self.world.description.image_size
+        if size[0] != size[1]:
+            raise UserError(
+                f"checkpoint: predicts frames of {size[0]}×{size[1]}, expected squares, as the engine shows"
+            )
+        self.dataset = windows_for(self.world, config)
+        self.recorded = recorded_actions(self.dataset.trajectories, config.horizon)
+        if not len(self.recorded):
+            raise UserError(
+                f"{config.data}: no walk of {config.horizon + 1} frames with poses, which candidates resemble"
+            )
+        self.network = load_goal_network(config.planner.learned, self.world.device)
+        if self.network.description.horizon != config.horizon:
+            proposed = self.network.description.horizon
+            raise UserError(f"planner.learned proposes {proposed} steps, expected horizon, {config.horizon}")
+        self.planner = Planner.fit(config.planner, self.recorded, self.world.device)
+        self.score = WorldScore.of(self.world, config.planner, self.planner.moments)
+        self.environment, self.other = (DoomEnvironment(map_name, size[0]) for _ in range(2))
+        self.space = FreeSpace(self.environment.geometry)
+
+    def __enter__(self) -> "Setting":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.environment.engine.close()
+        self.other.engine.close()
+
+    def task(self, episode: Episode, number: int) -> Task:
+        """An episode, with its goal image."""
+        goal = self.other.goal(episode)
+        return Task(goal, self.config.seed + number, episode, self.space.distances(np.array(episode.goal[:2])))
+
+    def agent(self, name: str) -> Agent:
+        """The agent of that name, see `ActConfig.agents`."""
+        shared = self.network, self.config.arrived, self.config.execute
+        moments, device = self.planner.moments, self.world.device
+        planned = {"planner": self.planner, "avoid": self.config.avoid}
+        makers = {
+            "random": lambda: Candidates(*shared, recorded=self.recorded, straight=False),
+            "straight": lambda: Candidates(*shared, recorded=self.recorded, straight=True),
+            "policy": lambda: Policy(*shared),
+            "ranked": lambda: Planned(*shared, scores=WorldScores(self.score), proposes=True, **planned),
+            "world": lambda: Planned(*shared, scores=WorldScores(self.score), **planned),
+            "engine": lambda: Planned(
+                *shared, scores=EngineScores(self.other, moments, self.score.cost, device), **planned
+            ),
+            "world_distance": lambda: Planned(*shared, scores=MotionScores(moments), privileged=True, **planned),
+            "engine_distance": lambda: Planned(
+                *shared, scores=EngineScores(self.other, moments), privileged=True, **planned
+            ),
+            "graph": lambda: Remembering(
+                *shared, graph=Graph.build(self.dataset, self.network, self.config.graph_frames)
+            ),
+            "expert": lambda: Expert(*shared),
+        }
+        return makers[name]()

@@ -1,0 +1,297 @@
+"""Who acts in the closed loop. The rows of the table separate causes: dynamics, cost, optimiser, stopping."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cdit.common.randomness import generator
+from cdit.plan.constraints import Penalty, staying_out
+from cdit.plan.environment import DoomEnvironment, Seen
+from cdit.plan.episodes import Episode
+from cdit.plan.free_space import Distances
+from cdit.plan.goal_network import GoalNetwork
+from cdit.plan.graph import Graph
+from cdit.plan.motion import integrate, placed
+from cdit.plan.planner import Planner, Score, Towards, WorldScore
+
+MASTERED = 0.6
+"""Share of the radius and angle of success within which agents that know the true distance stop."""
+
+
+@dataclass
+class Task:
+    """An episode as agents see it, and what only those with privileges look at."""
+
+    goal: Tensor
+    """(3, H, W), the goal image."""
+    seed: int
+    """Of the agent's draws."""
+    episode: Episode
+    """Privileged."""
+    distances: Distances
+    """Privileged: to the goal, on the map."""
+
+
+@dataclass
+class Move:
+    """What to do next."""
+
+    actions: Tensor
+    """(n, 3), carried out before the agent is asked again; none to stop."""
+    path: Tensor | None = None
+    """(H, 3), the whole plan in the frame at its start, for the video."""
+    dream: Tensor | None = None
+    """(3, H, W), what is expected at its end."""
+
+
+STOP = Move(torch.zeros(0, 3))
+
+
+class Agent:
+    """Acts until it believes to be at the goal, by the learned probability of having arrived.
+
+    Args:
+        network: compares frames with the goal.
+        arrived: probability at which to stop.
+        execute: steps of a plan that are carried out.
+    """
+
+    privileged = False
+    """Whether it knows where it is, and stops by that."""
+
+    def __init__(self, network: GoalNetwork, arrived: float, execute: int):
+        self.network, self.arrived, self.execute = network, arrived, execute
+
+    def begin(self, task: Task) -> None:
+        """Starts an episode."""
+        self.task, self.asked = task, 0
+
+    def act(self, past: list[Seen], radius: float, angle: float) -> Move:
+        """What to do, given all that was seen, oldest first; radius in metres and angle in radians tell success."""
+        if self.stops(past[-1], MASTERED * radius, MASTERED * angle):
+            return STOP
+        self.asked += 1
+        return self.move(past)
+
+    def stops(self, seen: Seen, radius: float, angle: float) -> bool:
+        """Whether the goal seems to be reached."""
+        if self.privileged:
+            turn = math.remainder(seen.pose[2] - self.task.episode.goal[2], 2 * math.pi)
+            return bool(self.task.distances.at(seen.pose[:2]) < radius and abs(turn) < angle)
+        device = self.network.head.weight.device
+        return self.network.arrival(seen.frame[None].to(device), self.task.goal[None].to(device)).item() > self.arrived
+
+    def move(self, past: list[Seen]) -> Move:
+        """The next steps of an agent that has not arrived."""
+        raise NotImplementedError
+
+    def random(self) -> torch.Generator:
+        """Draws of the present move, on the CPU."""
+        return generator(self.task.seed, self.asked)
+
+
+class Candidates(Agent):
+    """A recorded motion, drawn anew each time; or walking straight ahead."""
+
+    def __init__(self, *shared: object, recorded: Tensor, straight: bool):
+        super().__init__(*shared)
+        self.recorded, self.straight = recorded, straight
+
+    def move(self, past: list[Seen]) -> Move:
+        """See `Agent`."""
+        actions = self.recorded[torch.randint(len(self.recorded), (), generator=self.random())].clone()
+        if self.straight:
+            actions = torch.zeros_like(actions)
+            actions[:, 0] = self.recorded[..., 0].mean()
+        return Move(actions[: self.execute], integrate(actions))
+
+
+class Policy(Agent):
+    """Inverse dynamics: what was done on the way from such a frame to such a goal."""
+
+    def move(self, past: list[Seen]) -> Move:
+        """See `Agent`."""
+        return self.towards(past, self.task.goal)
+
+    def towards(self, past: list[Seen], goal: Tensor) -> Move:
+        """The steps to a goal image."""
+        device = self.network.head.weight.device
+        mean, _ = self.network.propose(past[-1].frame[None].to(device), goal[None].to(device))
+        actions = mean[0].cpu()
+        return Move(actions[: self.execute], integrate(actions))
+
+
+class Planned(Agent):
+    """A planner with whatever scores its candidates.
+
+    Args:
+        shared: see `Agent`.
+        planner: finds the best candidate.
+        scores: makes the score of a move from all that was seen and the task.
+        avoid: a rectangle that no plan may cross, in the world.
+        proposes: whether candidates are proposals of the policy, which are ranked only.
+        privileged: whether it stops by the true distance.
+    """
+
+    def __init__(
+        self,
+        *shared: object,
+        planner: Planner,
+        scores: Callable[[list[Seen], Task, torch.Generator], Score],
+        avoid: list[float] | None = None,
+        proposes: bool = False,
+        privileged: bool = False,
+    ):
+        super().__init__(*shared)
+        self.planner, self.scores, self.avoid = planner, scores, avoid
+        self.proposes, self.privileged = proposes, privileged
+
+    def begin(self, task: Task) -> None:
+        """See `Agent`."""
+        super().begin(task)
+        self.last: Tensor | None = None
+
+    def move(self, past: list[Seen]) -> Move:
+        """See `Agent`."""
+        random, penalty = self.random(), self._penalty(past[-1])
+        score = self.scores(past, self.task, random)
+        if self.proposes:
+            actions, length = self._ranked(past, score, random, penalty)
+        else:
+            plan = self.planner.plan(score, 1, random, self.last, penalty)
+            actions, length = plan.actions, int(plan.length)
+        count = max(1, min(self.execute, length))
+        left = actions[:, count:]
+        self.last = torch.cat((left, left[:, -1:].expand(-1, count, -1)), dim=1) if left.shape[1] else None
+        dream = score.frames(actions[:, None])[0, 0, -1].cpu() if isinstance(score, Towards) else None
+        return Move(actions[0, :count].cpu(), integrate(actions[0]).cpu(), dream)
+
+    def _ranked(
+        self, past: list[Seen], score: Score, random: torch.Generator, penalty: Penalty | None
+    ) -> tuple[Tensor, int]:
+        device = self.network.head.weight.device
+        goal, frame = self.task.goal[None].to(device), past[-1].frame[None].to(device)
+        count = self.planner.config.optimizer.samples
+        proposed = self.network.proposals(frame, goal, count, random)
+        costs = score(proposed).min(2).values
+        if penalty is not None:
+            costs = costs + penalty(integrate(proposed))
+        return proposed[:, costs[0].argmin()], proposed.shape[2]
+
+    def _penalty(self, seen: Seen) -> Penalty | None:
+        if not self.avoid:
+            return None
+        x1, y1, x2, y2 = self.avoid
+        pose = torch.from_numpy(seen.pose).float()
+
+        def forbidden(position: Tensor) -> Tensor:
+            flat = torch.cat((position, torch.zeros_like(position[..., :1])), dim=-1)
+            x, y, _ = placed(flat, pose.to(flat)).unbind(-1)
+            return (x > x1) & (x < x2) & (y > y1) & (y < y2)
+
+        return staying_out(forbidden)
+
+
+class Expert(Agent):
+    """Walks the shortest way on the map, and turns at the goal."""
+
+    privileged = True
+
+    def move(self, past: list[Seen]) -> Move:
+        """See `Agent`."""
+        pose, goal = past[-1].pose.copy(), np.array(self.task.episode.goal)
+        actions = []
+        for _ in range(self.execute):
+            offset = self._ahead(pose[:2]) - pose[:2]
+            far = np.linalg.norm(goal[:2] - pose[:2])
+            heading = goal[2] if far < 0.25 else math.atan2(offset[1], offset[0])
+            turn = math.remainder(heading - pose[2], 2 * math.pi)
+            dyaw = float(np.clip(turn, -0.5, 0.5))
+            dx = 0.0 if abs(turn) > 0.6 else min(0.35, far) * (far > 0.1)
+            actions.append([dx, 0.0, dyaw])
+            pose += [dx * math.cos(pose[2]), dx * math.sin(pose[2]), dyaw]
+        steps = torch.tensor(actions)
+        return Move(steps, integrate(steps))
+
+    def _ahead(self, position: np.ndarray) -> np.ndarray:
+        """A place a little ahead on the way."""
+        way = self.task.distances.path(position)
+        return way[min(2, len(way) - 1)]
+
+
+class Remembering(Policy):
+    """The policy from one remembered frame to the next, along a graph of them, until the goal is close."""
+
+    def __init__(self, *shared: object, graph: Graph):
+        super().__init__(*shared)
+        self.graph = graph
+
+    def begin(self, task: Task) -> None:
+        """See `Agent`."""
+        super().begin(task)
+        self.route = self.graph.to_goal(task.goal)
+
+    def move(self, past: list[Seen]) -> Move:
+        """See `Agent`."""
+        target, image = self.route.next(past[-1].frame)
+        move = self.towards(past, self.task.goal if target is None else image)
+        move.dream = image
+        return move
+
+
+@dataclass
+class WorldScores:
+    """Scores by what a world predicts from the last frames that were seen."""
+
+    score: WorldScore
+
+    def __call__(self, past: list[Seen], task: Task, random: torch.Generator) -> Score:
+        """See `Planned`."""
+        world = self.score.predictor.world
+        longest = world.cdit.config.max_context
+        context = torch.stack([seen.frame for seen in past[-longest:]])[None].to(world.device)
+        return self.score.to_goals(context, task.goal[None].to(world.device), random)
+
+
+@dataclass
+class EngineScores:
+    """Scores by what the engine does: the same cost of its frames, or the true distance."""
+
+    environment: DoomEnvironment
+    moments: list[int]
+    cost: Callable[[Tensor, Tensor], Tensor] | None = None
+    """None: the true distance."""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def __call__(self, past: list[Seen], task: Task, random: torch.Generator) -> Score:
+        """See `Planned`."""
+
+        def score(actions: Tensor) -> Tensor:
+            frames, poses = self.environment.simulate(past[-1].pose, actions[0], self.moments)
+            if self.cost is None:
+                return torch.from_numpy(task.distances.cost(poses, task.episode.goal[2])).float()[None].to(actions)
+            shown = frames.flatten(0, 1)[None].to(self.device)
+            return self.cost(shown, task.goal[None].to(self.device)).unflatten(1, frames.shape[:2])
+
+        return score
+
+
+@dataclass
+class MotionScores:
+    """Scores by the true distance from where the commanded motion leads: no walls, no inertia."""
+
+    moments: list[int]
+
+    def __call__(self, past: list[Seen], task: Task, random: torch.Generator) -> Score:
+        """See `Planned`."""
+        pose = torch.from_numpy(past[-1].pose).float()
+
+        def score(actions: Tensor) -> Tensor:
+            poses = placed(integrate(actions.cpu()), pose)[:, :, [t - 1 for t in self.moments]]
+            return torch.from_numpy(task.distances.cost(poses.numpy(), task.episode.goal[2])).to(actions)
+
+        return score

@@ -1,0 +1,221 @@
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rooms import build, room
+
+from cdit.common.errors import UserError
+from cdit.plan.act import Trace, act, judged, run_episode, select
+from cdit.plan.act_report import write_act
+from cdit.plan.agents import Candidates, EngineScores, Expert, MotionScores, Move, Planned, Policy, Remembering, Task
+from cdit.plan.config import ActConfig, OptimizerConfig, PlannerConfig
+from cdit.plan.environment import DoomEnvironment, Seen
+from cdit.plan.episodes import Episode, draw_episodes, in_view, load_episodes, save_episodes
+from cdit.plan.free_space import FreeSpace
+from cdit.plan.goal_network import GoalDescription, GoalNetwork
+from cdit.plan.graph import Graph
+from cdit.plan.motion import placed
+from cdit.plan.planner import Planner
+
+WALL_WITH_GAP = [*room(0, 0, 10, 8), (5, 0, 5, 5.0, 0, -1), (5.2, 5.0, 5.2, 0, 0, -1), (5, 5.0, 5.2, 5.0, 0, -1)]
+NETWORK = GoalNetwork(GoalDescription(8, (0.1, 0.1, 0.1), (1.0, 1.0, 1.0), 0.5, 0.5)).eval()
+SHARED = (NETWORK, 0.5, 4)
+RECORDED = torch.randn(300, 8, 3, generator=torch.manual_seed(0)).cumsum(1) * torch.tensor([0.03, 0.02, 0.08])
+RECORDED[..., 0] += 0.2
+
+
+@pytest.fixture(scope="module")
+def space() -> FreeSpace:
+    return FreeSpace(build(WALL_WITH_GAP, [(0, 4)]))
+
+
+def test_distances_go_round_walls(space: FreeSpace):
+    distances = space.distances(np.array([8.0, 2.0]))
+    assert distances.at(np.array([8.0, 6.0])) == pytest.approx(4, rel=0.03)
+    # The way round passes the corners of the wall at a clearance of 0.6 m.
+    round_corner = math.dist((2, 2), (4.4, 5.6)) + math.dist((4.4, 5.6), (5.8, 5.6)) + math.dist((5.8, 5.6), (8, 2))
+    assert distances.at(np.array([2.0, 2.0])) == pytest.approx(round_corner, rel=0.06)
+    assert distances.at(np.array([8.1, 2.1])) == pytest.approx(math.hypot(0.1, 0.1))
+    way = distances.path(np.array([2.0, 2.0]))
+    np.testing.assert_allclose(way[-1], [8, 2])
+    assert all(space.free[space.cell(place)] for place in way)
+
+
+def test_goals_are_in_view_or_not():
+    geometry = build(WALL_WITH_GAP, [(0, 4)])
+    start = np.array([2.0, 2.0, 0.0])
+    assert in_view(geometry, start, np.array([4.0, 2.0]), math.radians(90))
+    assert not in_view(geometry, start, np.array([8.0, 2.0]), math.radians(90))  # the wall
+    assert not in_view(geometry, start, np.array([2.0, 6.0]), math.radians(90))  # to the side
+
+
+class Plane:
+    """An environment where every motion is carried out as it is."""
+
+    def reset(self, episode: Episode) -> list[Seen]:
+        self.pose = torch.tensor(episode.start)
+        return [self._seen(torch.zeros(3))]
+
+    def goal(self, episode: Episode) -> torch.Tensor:
+        return torch.zeros(3, 64, 64)
+
+    def step(self, action: torch.Tensor) -> Seen:
+        self.pose = placed(action[None].double(), self.pose.double())[0]
+        return self._seen(action)
+
+    def _seen(self, motion: torch.Tensor) -> Seen:
+        return Seen(torch.zeros(3, 64, 64), motion, self.pose.double().numpy(), contact=False)
+
+
+def task_in(space: FreeSpace, start=(2.0, 6.5, 0.0), goal=(8.0, 6.5, 0.5)) -> Task:
+    distance = float(space.distances(np.array(goal[:2])).at(np.array(start[:2])))
+    episode = Episode("room", 1, start, start, goal, distance, 6.0, True)
+    return Task(torch.zeros(3, 64, 64), 0, episode, space.distances(np.array(goal[:2])))
+
+
+def config_of(**options) -> ActConfig:
+    return ActConfig(**{"checkpoint": "", "data": "", "out": "", "episodes": "", **options})
+
+
+def by_distance(**options) -> Planned:
+    optimizer = OptimizerConfig(samples=60, iterations=3, elites=6)
+    planner = Planner.fit(PlannerConfig(optimizer=optimizer, cost="pixels", frames=[2, 4, 8]), RECORDED)
+    return Planned(*SHARED, planner=planner, scores=MotionScores([2, 4, 8]), privileged=True, **options)
+
+
+@pytest.mark.parametrize("agent", [Expert(*SHARED), by_distance()], ids=["expert", "planned"])
+def test_agents_that_know_the_distance_arrive(space: FreeSpace, agent):
+    task = task_in(space, start=(2.0, 2.0, 0.0), goal=(8.0, 2.0, -1.0))
+    trace = run_episode(Plane(), agent, task, 0.5, math.radians(30))
+    outcome = judged(trace, task, "expert", 0, config_of())
+    assert outcome.success
+    assert outcome.spl > 0.7
+
+
+def test_an_agent_stays_out_of_where_it_must_not_go(space: FreeSpace):
+    task, avoid = task_in(space), [4.0, 6.2, 6.0, 7.0]
+    outcomes = [
+        judged(run_episode(Plane(), by_distance(avoid=a), task, 0.5, 0.5), task, "x", 0, config_of(avoid=avoid))
+        for a in ([], avoid)
+    ]
+    assert outcomes[0].violations > 0
+    assert (outcomes[1].violations, outcomes[1].success) == (0, True)
+
+
+def test_an_episode_is_judged_by_hand(space: FreeSpace):
+    task, actions = task_in(space, goal=(4.0, 6.5, 0.0)), torch.tensor([[1.0, 1.0, 0.0], [1.0, -1.0, 0.2]])
+
+    class Scripted(Candidates):
+        def act(self, past, radius, angle):
+            return Move(actions if len(past) == 1 else actions[:0])
+
+        def stops(self, seen, radius, angle):
+            return False
+
+    trace = run_episode(Plane(), Scripted(*SHARED, recorded=RECORDED, straight=False), task, 0.5, 0.5)
+    outcome = judged(trace, task, "x", 0, config_of())
+    assert (outcome.steps, outcome.stopped, outcome.success) == (2, True, True)
+    assert outcome.walked == pytest.approx(2 * math.sqrt(2))
+    assert outcome.spl == pytest.approx(task.episode.distance / (2 * math.sqrt(2)))
+    assert outcome.soft_spl == pytest.approx(outcome.spl)
+    assert outcome.degrees == pytest.approx(math.degrees(0.2), rel=1e-4)
+    elsewhere = judged(trace, replace(task, episode=replace(task.episode, goal=(4.0, 6.5, 1.5))), "x", 0, config_of())
+    assert (elsewhere.success, elsewhere.spl) == (False, 0)
+    assert elsewhere.soft_spl > 0
+
+
+def test_budgets_end_episodes(space: FreeSpace):
+    task = task_in(space)
+    NETWORK.head.bias.data[9] = -50.0  # never believes to have arrived
+    trace = run_episode(Plane(), Candidates(*SHARED, recorded=RECORDED, straight=True), task, 0.5, 0.5)
+    assert len(trace.past) == task.episode.budget + 1
+    assert not judged(trace, task, "x", 0, config_of()).stopped
+
+
+def test_policies_stop_when_they_believe_to_be_there(space: FreeSpace):
+    NETWORK.head.bias.data[9] = 50.0
+    trace = run_episode(Plane(), Policy(*SHARED), task_in(space), 0.5, 0.5)
+    assert isinstance(trace, Trace)
+    assert len(trace.past) == 1
+
+
+def test_a_graph_leads_along_walks_and_across_them(dataset, monkeypatch: pytest.MonkeyPatch):
+    # Frames of walk "a" are close to those of walk "b" by the network of this test if their times agree.
+    def steps(frames, goals):
+        here, there = ((x[:, 1, 0, 0] + 1) * 127.5 / 8 for x in (frames, goals))
+        walks = ((x[:, 0, 0, 0] + 1) * 127.5 / 60 for x in (frames, goals))
+        apart = (next(walks) - next(walks)).abs()
+        return (there - here).abs() + 20 * ((there < here - 0.5) | (apart > 1.5))
+
+    network = GoalNetwork(GoalDescription(4, (1.0,) * 3, (1.0,) * 3, 0.5, 0.5))
+    monkeypatch.setattr(network, "steps", steps)
+    graph = Graph.build(dataset, network, count=20, every=2)
+    first = len(range(0, len(dataset.trajectories[0]), 2))
+    assert graph.edges[0][0] == (1, 2.0)
+    assert any(other >= first for node in range(first) for other, _ in graph.edges[node])
+    goal = dataset.frames.read(1, [24])[0] / 127.5 - 1
+    route = graph.to_goal(goal)
+    start = dataset.frames.read(0, [0])[0] / 127.5 - 1
+    target, image = route.next(start)
+    assert target is not None
+    assert image.shape == start.shape
+    assert route.distance[target] < route.distance[0]
+    assert route.next(goal)[0] is None
+    assert isinstance(Remembering(*SHARED, graph=graph), Policy)
+
+
+def test_episodes_are_kept_and_chosen(tmp_path: Path, space: FreeSpace):
+    episodes = [replace(task_in(space).episode, seed=i, stratum=2.0 + i % 2) for i in range(6)]
+    save_episodes(episodes, tmp_path / "episodes.json")
+    assert load_episodes(tmp_path / "episodes.json") == episodes
+    assert select(episodes, 2) == [0, 1, 2, 3]
+    (tmp_path / "episodes.json").write_text('{"version": 1, "episodes": [{"map": 3}]}')
+    with pytest.raises(UserError, match=r"episodes\.json"):
+        load_episodes(tmp_path / "episodes.json")
+
+
+@pytest.mark.slow
+def test_the_engine_as_the_world_and_the_true_distance_as_the_cost_succeed(tmp_path: Path):
+    pytest.importorskip("vizdoom", reason="the engine is part of the extra 'doom'")
+    episodes = draw_episodes("my_way_home", [2.0], 1, seed=0)
+    assert [e.visible for e in episodes] == [True, False]
+    assert episodes == draw_episodes("my_way_home", [2.0], 1, seed=0)
+    optimizer = OptimizerConfig(samples=24, iterations=2, elites=4)
+    planner = Planner.fit(PlannerConfig(optimizer=optimizer, cost="pixels", frames=[2, 4, 8]), RECORDED)
+    with DoomEnvironment("my_way_home", 64) as environment, DoomEnvironment("my_way_home", 64) as other:
+        space = FreeSpace(environment.geometry)
+        for episode in episodes:
+            start = environment.reset(episode)[-1].pose
+            np.testing.assert_allclose(start, episode.start, atol=1e-6)
+            distances = space.distances(np.array(episode.goal[:2]))
+            task = Task(other.goal(episode), 0, episode, distances)
+            agent = Planned(*SHARED, planner=planner, scores=EngineScores(other, [2, 4, 8]), privileged=True)
+            trace = run_episode(environment, agent, task, 0.5, math.radians(30))
+            assert judged(trace, task, "engine_distance", 0, config_of()).success
+
+
+@pytest.mark.slow
+def test_the_command_keeps_what_it_has_done(walks: Path, tmp_path: Path):
+    pytest.importorskip("vizdoom", reason="the engine is part of the extra 'doom'")
+    NETWORK.save(tmp_path / "learned")
+    save_episodes(draw_episodes("my_way_home", [1.0], 1, seed=0), tmp_path / "episodes.json")
+    optimizer = OptimizerConfig(samples=4, iterations=1, elites=2)
+    planner = PlannerConfig(optimizer=optimizer, cost="steps", learned=str(tmp_path / "learned"), frames=[8])
+    config = config_of(
+        checkpoint="maze", data=str(walks), split="test", out=str(tmp_path / "out"), device="cpu", planner=planner,
+        episodes=str(tmp_path / "episodes.json"), agents=["random", "world", "graph"], videos=1, graph_frames=20,
+    )  # fmt: skip
+    text = write_act(config, *act(config))
+    assert "planned with the world" in text
+    outcomes = (tmp_path / "out" / "outcomes.jsonl").read_text()
+    assert len(outcomes.splitlines()) == 6
+    assert len(list((tmp_path / "out" / "videos").glob("*.mp4"))) == 6
+    assert write_act(config, *act(config)) == text
+    assert (tmp_path / "out" / "outcomes.jsonl").read_text() == outcomes
+    assert len(json.loads((tmp_path / "out" / "results.json").read_text())["outcomes"]) == 6
+    with pytest.raises(UserError, match="other options"):
+        act(replace(config, execute=2))
