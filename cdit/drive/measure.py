@@ -7,6 +7,7 @@ Starts the server and drives, as fast as it goes, with the keys of a person. Nee
 Prints a Markdown table. The server, the browser and its drawing share the machine.
 """
 
+import os
 import platform
 import re
 import shutil
@@ -203,6 +204,7 @@ def serving(config: MeasureConfig) -> Iterator[str]:
             yield found[0]
         finally:
             server.terminate()
+            server.communicate()
 
 
 @contextmanager
@@ -232,8 +234,6 @@ def browsing() -> Iterator[Browser]:
 
 def machine() -> str:
     """The processor's name and the number of cores that this process may use."""
-    import os
-
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.is_file() else []
     models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

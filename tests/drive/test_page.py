@@ -100,7 +100,7 @@ class Page:
     def run(self, script: str, *arguments: Any) -> Any:
         return self.driver.execute_script(script, *arguments)
 
-    def until(self, condition: str, timeout: float = 120) -> None:
+    def until(self, condition: str, timeout: float = 300) -> None:
         end = time.monotonic() + timeout
         while not self.run(f"return Boolean({condition})"):
             assert time.monotonic() < end, (condition, self.text("#notice"))
@@ -366,7 +366,7 @@ def test_a_picture_of_a_hundred_megapixels_is_cropped_in_the_browser(page, site,
     before = psutil.Process(site[1].pid).memory_info().rss
     page.steps()
     page.find("input[type=file]").send_keys(str(tmp_path / "large.png"))
-    page.until("drive.last.step === 0 && drive.last.arrays['dream 0'][2] === 220")
+    page.until("drive.last.step === 0 && drive.last.arrays['dream 0'][2] === 220", timeout=600)
     shown = page.pixels("[data-name='dream 0'] canvas")[..., :3]
     assert np.abs(shown.astype(int) - (20, 120, 220)).max() <= 2
     assert psutil.Process(site[1].pid).memory_info().rss - before < 100e6

@@ -4,14 +4,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from cdit import worlds
 from cdit.codec import PixelCodec
+from cdit.data.config import Source
+from cdit.data.layout import DatasetInfo, write_split, write_trajectory
+from cdit.data.sources import open_source
 from cdit.model import CDiT
 from cdit.world_model import WorldDescription, WorldModel
+from cdit.worlds.__main__ import pack_starts
 
 
 @pytest.fixture
@@ -60,3 +65,31 @@ def test_a_folder_of_that_name_comes_first(tmp_path, monkeypatch):
     assert worlds.resolve("toy") == tmp_path / "shipped" / "toy"
     (tmp_path / "toy").mkdir()
     assert worlds.resolve("toy") == Path("toy")
+
+
+def test_starts_are_short_walks_with_their_poses(tmp_path):
+    lengths = {"a": 40, "b": 5}
+    for number, (name, length) in enumerate(lengths.items()):
+        frames = np.full((length, 8, 8, 3), 100 * number, np.uint8)
+        position = np.arange(2 * length, dtype=float).reshape(length, 2)
+        write_trajectory(tmp_path / "walks", name, frames, position, np.arange(length) / 10)
+    write_split(tmp_path / "walks", "test", list(lengths))
+    DatasetInfo("walks", source={"maps": ["a"]}).save(tmp_path / "walks")
+    pack_starts(str(tmp_path / "walks"), tmp_path / "toy" / "starts")
+    (first, second), info = open_source(Source(str(tmp_path / "toy" / "starts")), "test")
+    assert info.source == {"maps": ["a"]}
+    assert [(walk.name, len(walk)) for walk in (first, second)] == [("a_0025", 8), ("b_0000", 5)]
+    assert first.position[0].tolist() == [50, 51]
+    assert first.yaw[-1] == pytest.approx(3.2)
+    assert second.frames([4]).float().mean() == pytest.approx(100, abs=1)
+    pack_starts(str(tmp_path / "walks"), tmp_path / "toy" / "starts")  # again, in its place
+
+
+def test_starts_ship_with_a_world_that_has_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(worlds, "FOLDER", tmp_path)
+    for name in ("toy", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "world_model.json").touch()
+    (tmp_path / "toy" / "starts").mkdir()
+    assert worlds.starts_of("toy") == str(tmp_path / "toy" / "starts")
+    assert worlds.starts_of("other") is None

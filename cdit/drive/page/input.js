@@ -32,6 +32,10 @@ export function listenToKeys(onChange, shortcuts) {
       if (!event.repeat || event.code === "Backspace") shortcuts[event.code]();
     }
   });
+  // What was clicked or chosen would otherwise take the keys that drive.
+  const clicked = "button, summary, input[type=checkbox], input[type=range]";
+  addEventListener("click", (event) => event.detail && event.target.closest(clicked)?.blur());
+  addEventListener("change", (event) => event.target.tagName === "SELECT" && event.target.blur());
   addEventListener("keyup", (event) => held.delete(event.code) && change());
   const release = () => held.size && change(held.clear());
   addEventListener("blur", release);
