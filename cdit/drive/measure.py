@@ -106,7 +106,7 @@ class Browser:
         self.key("keyUp", "KeyA")
         count, first, last = self.run("drive.listeners.pop(); return [shown.length, shown[0], shown.at(-1)]")
         time.sleep(0.5)
-        return 1000 * (count - 1) / (last - first)
+        return 1000 * (count - 1) / (last - first) if count > 1 else 0.0
 
     def latencies(self, presses: int) -> list[float]:
         """Milliseconds from presses of a key, at rest, to the picture, sorted."""
