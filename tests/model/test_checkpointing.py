@@ -44,6 +44,8 @@ def assert_equal(first: tuple[Tensor, dict[str, Tensor]], second: tuple[Tensor, 
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_outputs_and_gradients_are_bit_equal(dialect, bfloat16):
     model, data = build(dialect, dropout=0.3).train(), batch() | masks()
+    if model.config.context_noise:
+        data["noise_level"] = torch.full((2, 3), 0.3)
     plain = gradients(model, data, bfloat16)
     assert_equal(plain, gradients(enable(model), data, bfloat16))
     model.disable_gradient_checkpointing()

@@ -13,6 +13,8 @@ def test_every_parameter_has_the_gradient_of_a_finite_difference(dialect):
     data = batch(dtype=torch.float64) | masks()
     data["context"][1, 0] = float("nan")  # a missing frame: gradients must not notice
     data["action"][0, 1] = float("nan")  # an unknown action
+    if model.config.context_noise:
+        data["noise_level"] = torch.full((2, 3), 0.3)
     generator = torch.Generator().manual_seed(5)
     weights = torch.randn(call(model, **data).shape, generator=generator, dtype=torch.float64)
 
