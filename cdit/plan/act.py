@@ -188,7 +188,7 @@ def check_same(config: ActConfig, out: Path) -> None:
         UserError: they were not.
     """
     path, kept = out / "made_of.json", asdict(config)
-    for name in ("out", "agents", "most", "videos", "tracking", "project"):
+    for name in ("out", "agents", "most", "videos"):
         del kept[name]
     kept["episodes"] = sha256(Path(config.episodes))
     if path.is_file() and read_json(path) != kept:
