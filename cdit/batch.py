@@ -132,9 +132,10 @@ class EncodedBatch(TensorData):
     """The form in which sampled latents join the past, see `Codec.as_past`."""
 
     @property
-    def past(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """The past frames, their mask and noise levels: the last arguments of `CDiT.forward`."""
-        return self.context, self.mask, self.noise_level
+    def past(self) -> tuple[Tensor | None, ...]:
+        """The past frames, their mask and, if they have any, noise levels: the last arguments of `CDiT.forward`."""
+        noise = () if self.noise_level is None else (self.noise_level,)
+        return self.context, self.mask, *noise
 
     def dropped(self, draws: "KeyedDraws") -> dict[str, Tensor]:
         """The condition with the action hidden from some of the goals, for classifier-free guidance in sampling."""

@@ -43,6 +43,7 @@ class GaussianField(nn.Module):
         super().__init__()
         self.anchor, self.dtype, self.can_push = nn.Parameter(torch.zeros(())), torch.float32, False
         self.config = SimpleNamespace(max_context=3, in_channels=3, image_size=(SIDE, SIDE), context_noise=0.0)
+        self.config.reprojection, self.conditioners = False, nn.ModuleDict()
 
     def encode_context(self, frames: Tensor, mask: Tensor | None) -> SimpleNamespace:
         return SimpleNamespace(batch=len(frames))

@@ -92,7 +92,7 @@ def test_a_file_imports_no_module_and_says_which_it_needs(kind: str, tmp_path: P
         ("codec.kind", "mine:TaughtFlow", "codec.kind is 'mine:TaughtFlow', expected a subclass of Codec"),
         ("codec.kind", "half", "codec.kind is 'half', expected one of pixels.*or my_module:Class"),
         ("objective", "mine:Missing", "objective is 'mine:Missing', expected a subclass of Objective"),
-        ("objective", "taught", "objective is 'taught', expected one of flow, ddpm"),
+        ("objective", "taught", "objective is 'taught', expected one of flow, shortcut"),
         ("model.extra_conditioners", '{"a": "mine:TaughtFlow"}', "extra_conditioners is 'mine:TaughtFlow', expected a"),
     ],
 )
