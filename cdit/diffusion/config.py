@@ -155,12 +155,12 @@ class FewStepConfig:
     teacher_decay: float = 0.999
     """Decay per step of the running average of the network that targets come from: the half steps of a shortcut, the
     velocity of a mean_flow. 1: the initial network; 0: the network itself, without an average in memory."""
-    derivative: Literal["forward", "difference"] = "forward"
-    """How a mean_flow is differentiated along the flow: by forward-mode differentiation, uncompiled and without fused
-    attention; or by the difference of two predictions, noisier in bfloat16 but possible for networks with reprojection,
-    which have no forward mode."""
-    difference: float = 0.005
-    """How far their times lie from the current one."""
+    derivative: Literal["difference", "forward"] = "difference"
+    """How a mean_flow is differentiated along the flow: by the difference of two predictions, which smooths how the
+    network follows diffusion time; or exactly, by forward-mode differentiation, uncompiled, without fused attention and
+    not for networks with reprojection."""
+    difference: float = 0.02
+    """How far the times of the two predictions lie from the current one."""
 
 
 @dataclass
