@@ -82,7 +82,7 @@ class SelfRollout(Objective):
 
         Also the recorded frames, (N·B, 1, C, h, w).
         """
-        following, (frames, mask, level) = batch.following, batch.past
+        following, frames, mask, level = batch.following, batch.context, batch.mask, batch.noise_level
         count = following.frames.shape[1]
         noise, drawn = draws.randn(*following.frames.shape[1:]), draws.rand(count)
         if level is None and self.sampler.context_noise:
