@@ -2,6 +2,8 @@
 
 import os
 import socket
+import sys
+from contextlib import redirect_stdout
 from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
@@ -81,7 +83,9 @@ def load_lpips(backbone: Backbone = "alex", timeout: float = 10.0) -> Lpips:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(timeout)
     try:
-        return Lpips(architecture.get_state_dict(progress=False, check_hash=True, weights_only=True), backbone)
+        with redirect_stdout(sys.stderr):  # torch.hub prints there that it downloads
+            weights = architecture.get_state_dict(progress=False, check_hash=True, weights_only=True)
+        return Lpips(weights, backbone)
     except (OSError, RuntimeError, HTTPException) as error:  # not reachable, damaged, incomplete
         raise WeightsNotAvailable(
             f"{name} could not be downloaded ({error}); connect once, or set {variable} to a safetensors file with "

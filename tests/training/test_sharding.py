@@ -105,10 +105,11 @@ def alone(run: str) -> dict:
 @pytest.mark.slow
 @pytest.mark.parametrize("dialect", RUNS)
 def test_each_process_holds_its_rows_and_no_more(shared: dict[str, list[dict]], dialect: str):
-    sizes = {tuple(tensor.shape) for tensor in shared[dialect][0]["whole"]["weights"].values()}
-    assert {shape[0] for shape in sizes} >= {1, 36}  # of which one process has nothing, and both have as much
+    rows = {len(tensor) for tensor in shared[dialect][0]["whole"]["weights"].values()}
+    assert 36 in rows  # of which both processes have as much
+    assert any(n % 2 for n in rows)  # of which the second has less
     if dialect == "encoder":
-        assert 35 in {shape[0] for shape in sizes}
+        assert {1, 35} <= rows  # of one row the second has nothing
     for kind in KINDS:
         complete = sum(tensor.numel() for tensor in shared[dialect][0]["whole"][kind].values())
         for name, tensor in shared[dialect][0]["whole"][kind].items():
