@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +20,7 @@ from cdit.common.cli import parser_instance
 from cdit.common.errors import UserError, writing
 from cdit.common.files import read_json, write_json
 from cdit.common.frames import to_float
+from cdit.common.limits import Positive, within
 from cdit.common.randomness import seed_of
 from cdit.common.weights import weight_shapes
 from cdit.data.config import MAX_PIXELS, Crop
@@ -87,37 +88,29 @@ class WorldDescription:
 
     image_size: tuple[int, int]
     """Height and width of a frame in pixels."""
-    fps: float
+    fps: Positive[Annotated[float, within(0, 1e6)]]
     """Frames per second of the past frames and of a rollout."""
     crop: Crop = "aspect"
     """How recorded frames were resized to it (see cdit.data.frames.crop_and_resize)."""
     has_actions: bool = True
     """Whether it was trained with actions; otherwise it is conditioned on time shifts only."""
-    action_dropout: float = 0.0
+    action_dropout: Annotated[float, within(0, 1)] = 0.0
     """Share of actions hidden in training; guidance on the action needs more than 0."""
-    min_history: int = 1
+    min_history: Positive[int] = 1
     """Smallest number of past frames it was trained with."""
     units: Units = field(default_factory=Units)
     """Normalisation of actions and times."""
     objective: str = "flow"
-    """The objective of training."""
     flow: FlowConfig = field(default_factory=FlowConfig)
-    """What the network of a flow predicts."""
     few_step: FewStepConfig = field(default_factory=FewStepConfig)
-    """How average velocities were trained."""
     ddpm: DDPMConfig = field(default_factory=DDPMConfig)
-    """What the network of a DDPM predicts."""
     self_rollout: SelfRolloutConfig = field(default_factory=SelfRolloutConfig)
-    """How it was trained on its own rollouts, if that is its objective."""
     objective_options: dict[str, Any] = field(default_factory=dict)
-    """Options of a user-defined objective."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
-    """How frames are sampled by default."""
     version: int = VERSION
-    """Version of this format."""
 
     def validate(self) -> None:
-        """Checks the values.
+        """Checks what the fields' types cannot express.
 
         Raises:
             UserError: a value is out of its range; the message names the field.
@@ -125,12 +118,7 @@ class WorldDescription:
         numbers = [*self.units.action_scale, *self.units.action_offset, self.units.time_scale]
         requirements = {
             "image_size": min(self.image_size) >= 1 and math.prod(self.image_size) <= MAX_PIXELS,
-            "fps": 0 < self.fps < 1e6,
-            "action_dropout": 0 <= self.action_dropout <= 1,
-            "min_history": self.min_history >= 1,
             "units": all(map(math.isfinite, numbers)) and (self.units.spacing is None or 0 < self.units.spacing < 1e6),
-            "sampler.steps": 1 <= self.sampler.steps <= 100_000,
-            "sampler.context_noise": self.sampler.context_noise >= 0,
         }
         for name, holds in requirements.items():
             if not holds:
@@ -146,7 +134,6 @@ class WorldState:
     """
 
     cache: ContextCache
-    """The cached keys and values."""
     batch: int
     """B."""
     fps: float

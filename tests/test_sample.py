@@ -221,7 +221,7 @@ WALKS = ["--checkpoint", "world", "--data", "walks"]
         ([*WALKS, "--sampler.steps", "0"], "sampler.steps is 0"),
         ([*WALKS, "--sampler.guidance", "2"], "without action_dropout"),
         (["--checkpoint", "blind", "--data", "walks", "--actions", "forward*3"], "without actions"),
-        ([*WALKS, "--horizons", "[0]"], "horizons is [0]"),
+        ([*WALKS, "--horizons", "[0]"], "horizons is 0"),
         ([*WALKS, "--fps", "0"], "fps is 0"),
         (["--checkpoint", "mixed", "--image", "view.png", "--actions", "stay", "--spacing", "0"], "spacing is 0"),
         ([*WALKS, "--device", "abacus"], "'abacus'"),

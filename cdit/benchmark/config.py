@@ -1,13 +1,14 @@
 """The options of the benchmark. Imports no torch."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 from cdit.common.errors import UserError
+from cdit.common.limits import Distinct, Limit, Positive
 from cdit.model import ModelConfig
 
 ModeName = Literal[
-    "train", "sample", "rollout", "plan", "data", "scale", "profile", "attention", "context", "checkpoints", "probes",
+    "train", "sample", "rollout", "plan", "data", "scale", "profile", "attention", "context", "probes",
     "latents",
 ]  # fmt: skip
 ContenderName = Literal["ours", "ours-nwm", "NWM-as-published", "DiT-concat"]
@@ -18,11 +19,11 @@ Precision = Literal["no", "bf16"]
 class PlanConfig:
     """Planning: many action sequences from one context."""
 
-    candidates: int = 120
+    candidates: Positive[int] = 120
     """Action sequences."""
-    horizon: int = 8
+    horizon: Positive[int] = 8
     """Frames predicted for each candidate."""
-    measured: int | None = None
+    measured: Positive[int] | None = None
     """Candidates to run; the cost of all is extrapolated. By default all on a GPU, 4 on a CPU."""
 
 
@@ -30,13 +31,13 @@ class PlanConfig:
 class ScaleConfig:
     """Sizes at which a denoising step is timed."""
 
-    past_frames: list[int] = field(default_factory=lambda: [1, 2, 4, 6, 8, 12, 16])
+    past_frames: Distinct[list[Positive[int]]] = field(default_factory=lambda: [1, 2, 4, 6, 8, 12, 16])
     """Numbers of past frames."""
-    sides: list[int] = field(default_factory=lambda: [16, 24, 32, 40])
+    sides: Distinct[list[Positive[int]]] = field(default_factory=lambda: [16, 24, 32, 40])
     """Heights and widths of what is denoised."""
-    batches: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    batches: Distinct[list[Positive[int]]] = field(default_factory=lambda: [1, 2, 4, 8])
     """Numbers of contexts, with one goal each."""
-    candidates: list[int] = field(default_factory=lambda: [1, 4, 16])
+    candidates: Distinct[list[Positive[int]]] = field(default_factory=lambda: [1, 4, 16])
     """Numbers of goals of one context."""
 
 
@@ -54,9 +55,9 @@ class DataSize:
 
     recorded_size: tuple[int, int] = (480, 640)
     """Height and width of the frames on disk, JPEGs."""
-    frames: int = 64
+    frames: Positive[int] = 64
     """Number of frames."""
-    batches: int = 32
+    batches: Positive[int] = 32
     """Batches read per measurement."""
     workers: list[int] = field(default_factory=lambda: [0, 2])
     """Numbers of loader processes to compare."""
@@ -72,39 +73,37 @@ class BenchmarkConfig:
     """Folder for results.json, tables.md and plots."""
     device: str = "auto"
     """Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, …"""
-    rounds: int = 5
+    rounds: Positive[int] = 5
     """Rounds, in each of which all alternatives are timed in turn."""
     min_seconds: float = 0.02
     """Shorter calls are repeated within a round to take at least this many seconds."""
-    contenders: list[ContenderName] = field(
+    contenders: Distinct[list[ContenderName]] = field(
         default_factory=lambda: ["ours", "ours-nwm", "NWM-as-published", "DiT-concat"]
     )
     """Contenders; all are in memory at the same time, and ratios are relative to the first."""
     mixed_precision: Precision = "bf16"
     """Autocast precision; weights are float32."""
     compile: bool = False
-    """Also compile our networks, which takes a while. The peers run as published."""
-    image_size: tuple[int, int] = (28, 28)
+    """Also time our networks compiled; the peers run as published."""
+    image_size: tuple[Positive[int], Positive[int]] = (28, 28)
     """Height and width of what is denoised."""
-    channels: int = 4
+    channels: Positive[int] = 4
     """Channels of what is denoised."""
-    context_frames: int = 4
+    context_frames: Positive[int] = 4
     """Past frames."""
-    batch_size: int = 2
+    batch_size: Positive[int] = 2
     """Contexts of a training step."""
-    goals: int = 4
+    goals: Positive[int] = 4
     """Goals of each context."""
-    steps: list[int] = field(default_factory=lambda: [1, 4, 8, 25, 50, 250])
+    steps: Distinct[list[Positive[int]]] = field(default_factory=lambda: [1, 4, 8, 25, 50, 250])
     """Numbers of denoising steps at which sampling is timed."""
-    measured_steps: int | None = None
+    measured_steps: Annotated[int, Limit("at least 2", lambda x: x >= 2)] | None = None
     """Largest number of denoising steps to run; longer samplings are extrapolated. By default unlimited on a GPU, 8 on
     a CPU."""
-    rollout_length: int = 2
+    rollout_length: Positive[int] = 2
     """Frames of a rollout."""
-    probe_every: int = 1000
+    probe_every: Positive[int] = 1000
     """Training steps between two probes of attention (probe.every), whose share of the training time is measured."""
-    checkpoint_every: int = 20
-    """Training steps between two checkpoints (checkpoint.every), whose cost is measured."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The network; the peers have its width, depth, heads and patches."""
     codec: CodecSize = field(default_factory=CodecSize)
@@ -122,27 +121,5 @@ class BenchmarkConfig:
         Raises:
             UserError: a value is out of its range; the message names the field.
         """
-        limits: dict[str, int | list[int] | None] = {
-            "rounds": self.rounds,
-            "context_frames": self.context_frames,
-            "batch_size": self.batch_size,
-            "goals": self.goals,
-            "rollout_length": self.rollout_length,
-            "channels": self.channels,
-            "plan.candidates": self.plan.candidates,
-            "plan.horizon": self.plan.horizon,
-            "data.batches": self.data.batches,
-            "contenders": [len(name) for name in self.contenders],
-            "steps": self.steps,
-            "scale.past_frames": self.scale.past_frames,
-            "scale.sides": self.scale.sides,
-            "scale.batches": self.scale.batches,
-            "scale.candidates": self.scale.candidates,
-        }
-        for name, value in limits.items():
-            if min(value if isinstance(value, list) else [value], default=0) < 1:
-                raise UserError(f"{name} is {value}, expected at least 1")
-        if self.measured_steps is not None and self.measured_steps < 2:
-            raise UserError(f"measured_steps is {self.measured_steps}, expected at least 2")
         if len(set(self.scale.past_frames)) < 3:
             raise UserError(f"scale.past_frames is {self.scale.past_frames}, expected three or more for a parabola")

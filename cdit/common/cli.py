@@ -1,7 +1,7 @@
 """Command lines from typed dataclasses: help from docstrings, YAML files, one clear error, exit code 2."""
 
 import sys
-from argparse import RawDescriptionHelpFormatter
+from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, fields, is_dataclass
@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, get_lo
 from tqdm import tqdm
 
 from cdit.common.errors import DISK_ERRORS, Interrupted, UserError
+from cdit.common.limits import check_limits, readable
 from cdit.common.plain import check_plain, safe_loader
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
@@ -29,9 +30,7 @@ class Command(NamedTuple):
     """A subcommand."""
 
     config_class: type
-    """The dataclass of its options."""
     help: str
-    """What it does, in one line."""
     default_file: Path | None = None
     """See `parse_config`."""
     positional: bool = False
@@ -41,7 +40,10 @@ class Command(NamedTuple):
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Help whose description keeps its lines."""
+    """Help whose description keeps its lines, with limits in words."""
+
+    def _expand_help(self, action: Action) -> str:
+        return readable(super()._expand_help(action))
 
 
 class _Parser(ArgumentParser):
@@ -58,7 +60,7 @@ class _Parser(ArgumentParser):
         return super().parse_string(content, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error(message.rstrip() + "".join(f" (config file: {file})" for file in self.files), ex)
+        super().error(readable(message.rstrip()) + "".join(f" (config file: {file})" for file in self.files), ex)
 
 
 def parse_config(
@@ -154,7 +156,7 @@ def _program() -> str:
 
 
 def _filled(text: str) -> str:
-    """Paragraphs as wide as the terminal; those that are indented as they are."""
+    """Paragraphs filled to the width of the terminal; indented ones are unchanged."""
     width = get_terminal_size().columns - 2
     paragraphs = text.strip("\n").split("\n\n")
     return "\n\n".join(p.rstrip() if p.startswith(" ") else fill(p, width) for p in paragraphs)
@@ -200,7 +202,8 @@ def parser_instance(config_class: type[T], values: dict[str, Any]) -> T:
     """Builds a (nested) config dataclass from plain values, with the same checks as the command line.
 
     Raises:
-        UserError: a value that no config can hold, or something else in place of a group of fields.
+        UserError: a value that no config can hold or that is out of its limits (see `cdit.common.limits`), or something
+            else in place of a group of fields.
         Exception: jsonargparse's, for other fields or types than the dataclass has.
     """
     try:
@@ -210,7 +213,9 @@ def parser_instance(config_class: type[T], values: dict[str, Any]) -> T:
     _check_groups(config_class, values)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(config_class, "it", fail_untyped=True)
-    return parser.instantiate(parser.parse_object({"it": values})).it
+    config = parser.instantiate(parser.parse_object({"it": values})).it
+    check_limits(config)
+    return config
 
 
 def _check_groups(config_class: type, values: Any, name: str = "") -> None:

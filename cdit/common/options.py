@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from cdit.common.errors import UserError
+from cdit.common.limits import Positive
 from cdit.worlds import resolve
 
 
@@ -34,7 +35,7 @@ class DataOptions:
     source: str = "auto"
     """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), or a
     source of your own, `my_module:Class`."""
-    spacing: float | None = None
+    spacing: Positive[float] | None = None
     """Metres between consecutive frames, which models trained on several datasets ask for; by default the one in
     dataset.json."""
 
@@ -63,10 +64,10 @@ def names(text: str | None) -> list[str] | None:
 
 
 def check_options(options: object) -> None:
-    """Finds typos in paths and numbers before torch is imported and anything is loaded.
+    """Finds typos in paths before torch is imported and anything is loaded.
 
     Raises:
-        UserError: the checkpoint or a folder does not exist, or spacing is not positive; the message names the option.
+        UserError: the checkpoint or a folder does not exist; the message names the option.
     """
     for name in ("checkpoint", "data", "splits"):
         path = getattr(options, name, None)
@@ -74,6 +75,3 @@ def check_options(options: object) -> None:
             continue  # a source of your own may need no folder
         if not (resolve(path) if name == "checkpoint" else Path(path)).exists():
             raise UserError(f"{name} is {path}, which does not exist")
-    spacing = getattr(options, "spacing", None)
-    if spacing is not None and spacing <= 0:
-        raise UserError(f"spacing is {spacing:g}, expected more than 0")

@@ -81,7 +81,7 @@ def read_actions(source: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_
     try:
         content = read_bytes(path, MAX_TEXT)
     except DataError as error:
-        raise UserError(f"{error}: no readable file of actions") from error
+        raise UserError(f"{error}: not a readable file of actions") from error
     try:
         actions = np.asarray(_READERS[path.suffix](content), np.float64)
     except UserError as error:

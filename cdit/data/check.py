@@ -15,8 +15,9 @@ from tqdm import tqdm
 
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import DataError, UserError
+from cdit.common.limits import Positive
 from cdit.common.options import names
-from cdit.data.config import Source
+from cdit.data.config import StoredDataset
 from cdit.data.trajectory import read_names, read_split
 
 if TYPE_CHECKING:
@@ -34,16 +35,9 @@ class Findings:
 
 
 def check(
-    source: Source, splits: Iterable[str] | None = None, decode_frames: bool = True, min_frames: int = 2
+    source: StoredDataset, splits: Iterable[str] | None = None, decode_frames: bool = True, min_frames: int = 2
 ) -> Findings:
-    """Reads the splits of a dataset and decodes each frame, with a progress bar.
-
-    Args:
-        source: the dataset.
-        splits: names of the splits; by default train, test and all others.
-        decode_frames: whether to decode the frames as well.
-        min_frames: smallest number of frames of a trajectory.
-    """
+    """Reads splits of a dataset, by default train, test and all others, and decodes each frame."""
     from cdit.data.sources import is_sharded, listed_splits  # import torch, for which --help does not wait
 
     if source.source in ("auto", "shards") and is_sharded(source.folder):
@@ -72,7 +66,9 @@ def check(
     return findings
 
 
-def _read(source: Source, split: str, min_frames: int) -> "tuple[list[str], Sequence[TrajectorySource], list[str]]":
+def _read(
+    source: StoredDataset, split: str, min_frames: int
+) -> "tuple[list[str], Sequence[TrajectorySource], list[str]]":
     """Names of the split's trajectories, those without problems, and the problems."""
     folder = source.folder
     if source.source in ("auto", "folder"):
@@ -96,14 +92,7 @@ def _read(source: Source, split: str, min_frames: int) -> "tuple[list[str], Sequ
 def frame_problems(
     trajectory: "TrajectorySource", name: str, threads: ThreadPoolExecutor, bar: tqdm | None = None
 ) -> list[str]:
-    """Decodes all frames of a trajectory and returns the problems, one line each.
-
-    Args:
-        trajectory: whose frames.
-        name: of the trajectory, for messages.
-        threads: decode the frames.
-        bar: is updated by one for each frame.
-    """
+    """Decodes all frames of a trajectory, called `name` in messages; returns the problems, one line each."""
 
     def size(time: int) -> str | DataError:
         try:
@@ -128,26 +117,15 @@ def frame_problems(
 
 
 @dataclass
-class CheckConfig:
+class CheckConfig(StoredDataset):
     """What to check."""
 
-    folder: str
-    """The dataset folder."""
     split: str | None = None
     """Splits to check, separated by commas; by default train, test and all others."""
-    splits: str | None = None
-    """Folder with <split>/traj_names.txt; by default FOLDER/splits."""
-    min_frames: int = 2
+    min_frames: Positive[int] = 2
     """Fewest frames a trajectory may have."""
     fast: bool = False
     """Do not decode the frames."""
-    follow_links: bool = False
-    """Whether links within the dataset folder may lead out of it."""
-    source: str = "auto"
-    """How the dataset is stored: frames in a folder (auto), video files (video), or a source of your own,
-    `my_module:Class`."""
-    fps: float | None = None
-    """Frames per second at which videos are sampled; by default as in dataset.json, or 4 without one."""
 
 
 def main() -> None:
@@ -157,8 +135,7 @@ def main() -> None:
         DataError: there are problems; the message lists them all.
     """
     config = parse_config(CheckConfig, __doc__, positional=True)
-    source = Source(config.folder, config.splits, config.fps, follow_links=config.follow_links, source=config.source)
-    findings = check(source, names(config.split), not config.fast, config.min_frames)
+    findings = check(config, names(config.split), not config.fast, config.min_frames)
     if findings.problems:
         raise DataError(f"{config.folder}: {len(findings.problems)} problems\n  " + "\n  ".join(findings.problems))
     summary = "; ".join(

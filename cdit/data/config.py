@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cdit.common.errors import UserError
+from cdit.common.limits import NotNegative, Positive, check_limits
 
 Crop = Literal["aspect", "4:3", "none"]
 Precision = Literal["float16", "float32"]
@@ -15,22 +16,28 @@ MAX_PIXELS = 2**26
 
 
 @dataclass
-class Source:
-    """One dataset of a mix."""
+class StoredDataset:
+    """A dataset, wherever it is stored."""
 
     folder: str
     """The dataset: a folder, or the URL of shards."""
     splits: str | None = None
     """Folder with <split>/traj_names.txt; by default <folder>/splits."""
-    fps: float | None = None
+    fps: Positive[float] | None = None
     """Frames per second; by default as in dataset.json, or 4 without one."""
-    spacing: float | None = None
-    """Metres between consecutive frames; by default as in dataset.json, or 1."""
     follow_links: bool = False
-    """Whether links within the folder may lead out of it."""
+    """Whether links within the folder may lead out of it; the folder may be a link in any case."""
     source: str = "auto"
     """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), or a
-    source of your own, `my_module:function`."""
+    source of your own, `my_module:Class` (see docs/extending.md)."""
+
+
+@dataclass
+class Source(StoredDataset):
+    """One dataset of a mix."""
+
+    spacing: Positive[float] | None = None
+    """Metres between consecutive frames, the unit of normalised actions; by default as in dataset.json, or 1."""
 
 
 @dataclass
@@ -50,48 +57,48 @@ class DataConfig:
     """Split to train on."""
     test_split: str = "test"
     """Split to evaluate on."""
-    image_size: tuple[int, int] = (64, 64)
+    image_size: tuple[Positive[int], Positive[int]] = (64, 64)
     """Height and width of the frames given to the model."""
     crop: Crop = "aspect"
     """Centre crop before the resize: to the aspect ratio of image_size; to 4:3, then squeezed (the NWM release); or
     none, only squeezed."""
-    context_frames: int = 4
+    context_frames: Positive[int] = 4
     """Past frames given to the model, including the current one."""
-    min_history: int = 1
+    min_history: Positive[int] = 1
     """Windows start where at least this many context frames exist (1 to context_frames); the others are masked."""
-    goals: int = 4
+    goals: Positive[int] = 4
     """Goals per context."""
     min_offset: int = 1
     """Smallest goal offset in frames; negative goals are in the past."""
     max_offset: int = 8
     """Largest goal offset in frames, inclusive."""
-    rollout: int = 0
+    rollout: NotNegative[int] = 0
     """Number of frames right after the current one that a sample holds besides its goals, for objectives that roll
     out (self_rollout)."""
-    min_future: int = 0
+    min_future: NotNegative[int] = 0
     """Windows end where at least this many frames follow the current one (the NWM release: 64)."""
-    fps: float | None = None
+    fps: Positive[float] | None = None
     """Frames per second; by default as in dataset.json, or 4 without one."""
-    spacing: float | None = None
+    spacing: Positive[float] | None = None
     """Metres between consecutive frames, the unit of normalised actions; by default as in dataset.json, or 1."""
     follow_links: bool = False
     """Whether links within the folder may lead out of it; the folder may be a link in any case."""
     source: str = "auto"
     """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), or a
-    source of your own, `my_module:function` (see docs/data.md)."""
-    cache_gb: float = 4.0
+    source of your own, `my_module:Class` (see docs/extending.md)."""
+    cache_gb: NotNegative[float] = 4.0
     """Memory for decoded frames in GB, per process and split, allocated as it fills."""
-    workers: int = 2
+    workers: NotNegative[int] = 2
     """Loader processes; 0 loads in the main process."""
-    lanes: int = 64
+    lanes: Positive[int] = 64
     """Number of places in the dataset from which shards are read at the same time: a multiple of the largest number of
     processes that will train this run. The order of windows depends on it."""
-    shuffle_shards: int = 2
+    shuffle_shards: Positive[int] = 2
     """Number of shards over which the windows of a lane are shuffled; a lane needs one more than that at a time."""
     shard_cache: str | None = None
     """Folder for downloaded shards, shared by the processes of a machine; by default
     $XDG_CACHE_HOME/cdit/shards."""
-    shard_cache_gb: float = 64.0
+    shard_cache_gb: Positive[float] = 64.0
     """Capacity of that folder in GB: at least this machine's share of lanes × (shuffle_shards + 1) shards; with less,
     shards are downloaded repeatedly."""
     on_error: Literal["stop", "skip"] = "stop"
@@ -107,25 +114,11 @@ class DataConfig:
         Raises:
             UserError: a value is out of its range; the message names the field.
         """
-        requirements = {
-            "image_size": (min(self.image_size) >= 1, "two positive numbers"),
-            "context_frames": (self.context_frames >= 1, "at least 1"),
-            "min_history": (1 <= self.min_history <= self.context_frames, "between 1 and context_frames"),
-            "goals": (self.goals >= 1, "at least 1"),
-            "max_offset": (self.max_offset >= self.min_offset, "at least min_offset"),
-            "rollout": (self.rollout >= 0, "at least 0"),
-            "min_future": (self.min_future >= 0, "at least 0"),
-            "fps": (self.fps is None or self.fps > 0, "positive"),
-            "spacing": (self.spacing is None or self.spacing > 0, "positive"),
-            "cache_gb": (self.cache_gb >= 0, "at least 0"),
-            "workers": (self.workers >= 0, "at least 0"),
-            "lanes": (self.lanes >= 1, "at least 1"),
-            "shuffle_shards": (self.shuffle_shards >= 1, "at least 1"),
-            "shard_cache_gb": (self.shard_cache_gb > 0, "positive"),
-        }
-        for name, (holds, expected) in requirements.items():
-            if not holds:
-                raise UserError(f"data.{name} is {getattr(self, name)}, expected {expected}")
+        check_limits(self, "data.")
+        if self.min_history > self.context_frames:
+            raise UserError(f"data.min_history is {self.min_history}, expected at most context_frames")
+        if self.max_offset < self.min_offset:
+            raise UserError(f"data.max_offset is {self.max_offset}, expected at least min_offset")
         if (self.folder is None) == (not self.mix):
             raise UserError("give either data.folder, a dataset folder, or data.mix, several")
         names = ("prepare", "splits", "fps", "spacing", "follow_links", "source")
@@ -136,4 +129,4 @@ class DataConfig:
     @property
     def sources(self) -> list[Source]:
         """The datasets: those of the mix, or the single one."""
-        return self.mix or [Source(self.folder, self.splits, self.fps, self.spacing, self.follow_links, self.source)]
+        return self.mix or [Source(self.folder, self.splits, self.fps, self.follow_links, self.source, self.spacing)]

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from cdit.codec.config import CodecConfig
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import UserError
+from cdit.common.limits import Positive
 from cdit.data.config import DataConfig, Precision
 
 
@@ -28,7 +29,7 @@ class EncodeConfig:
     """Splits to encode, separated by commas; by default all."""
     precision: Precision = "float16"
     """Type of the stored numbers."""
-    batch_size: int = 16
+    batch_size: Positive[int] = 16
     """Frames encoded at once."""
     verify: bool = False
     """Only verify the checksums of existing files, and name every file that is missing or damaged."""
@@ -38,8 +39,6 @@ def main() -> None:
     """The command line."""
     config = parse_config(EncodeConfig, __doc__, sections=("data", "codec"))
     config.data.validate()
-    if config.batch_size < 1:
-        raise UserError(f"batch_size is {config.batch_size}, expected at least 1")
     if not config.verify and config.codec.kind == "pixels":
         raise UserError("codec.kind is pixels, which are not encoded: expected kl or tiny")
 

@@ -80,13 +80,7 @@ def crop_and_resize(image: Tensor, image_size: tuple[int, int], crop: Crop) -> T
 
 
 def focal_lengths(camera: Camera, image_size: tuple[int, int], crop: Crop) -> tuple[float, float]:
-    """Horizontal and vertical focal length in pixels of a frame after `crop_and_resize`.
-
-    Args:
-        camera: of the recorded frames.
-        image_size: (height, width) of the frame.
-        crop: the crop that was used.
-    """
+    """Horizontal and vertical focal length in pixels of a frame after `crop_and_resize`."""
     height, width = image_size
     cropped_height, cropped_width = camera.height, camera.width
     if crop == "aspect":

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from typing import Annotated
 
 import av
 import numpy as np
@@ -21,6 +22,7 @@ from tqdm import tqdm
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import DataError, UserError
 from cdit.common.files import check_name
+from cdit.common.limits import Between, Positive, check_limits, within
 from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
 from cdit.data.video import duration, frame_time, open_video, video_errors
 
@@ -34,15 +36,15 @@ MIN_FRAMES = 16
 class VideoOptions:
     """How videos become trajectories."""
 
-    fps: float = 4.0
+    fps: Positive[float] = 4.0
     """Frames per second to sample."""
-    size: int = 256
+    size: Positive[int] = 256
     """Shorter side of the frames in pixels; smaller videos keep their size."""
-    quality: int = 95
+    quality: Annotated[int, within(1, 100)] = 95
     """JPEG quality, 1 to 100."""
     segment_seconds: float = 60.0
     """Longest trajectory, in seconds."""
-    test_fraction: float = 0.1
+    test_fraction: Between = 0.1
     """Share of the videos, or of the duration of a single video, that becomes the test split."""
 
     @property
@@ -56,16 +58,9 @@ class VideoOptions:
         Raises:
             UserError: a value is out of its range; the message names the option.
         """
-        requirements = {
-            "fps": (self.fps > 0, "positive"),
-            "size": (self.size >= 1, "at least 1"),
-            "quality": (1 <= self.quality <= 100, "1 to 100"),
-            "segment_seconds": (self.segment_frames >= MIN_FRAMES, f"at least {MIN_FRAMES} frames long"),
-            "test_fraction": (0 < self.test_fraction < 1, "between 0 and 1, both excluded"),
-        }
-        for name, (holds, expected) in requirements.items():
-            if not holds:
-                raise UserError(f"--{name} is {getattr(self, name)}, expected {expected}")
+        check_limits(self, "--")
+        if self.segment_frames < MIN_FRAMES:
+            raise UserError(f"--segment_seconds is {self.segment_seconds}, expected at least {MIN_FRAMES} frames")
 
 
 @dataclass(kw_only=True)
@@ -111,13 +106,13 @@ def convert(videos: Sequence[Path], out: Path, options: VideoOptions) -> dict[st
             names["train" if start < cut else "test"].append(name)
     for split, split_names in names.items():
         if not split_names:
-            raise DataError(f"{videos[-1]}: ends before the duration it states; too short for the {split} split")
+            raise DataError(f"{videos[-1]}: ends before its stated duration; too short for the {split} split")
         write_split(out, split, split_names)
     return names
 
 
 def _frame_counts(videos: Sequence[Path], options: VideoOptions) -> list[int]:
-    """Number of frames of each video, from the duration it states."""
+    """Number of frames of each video, from its stated duration."""
     problems = [f"{name}: {n} videos of this name" for name, n in Counter(v.stem for v in videos).items() if n > 1]
     least = MIN_FRAMES * (2 if len(videos) == 1 else 1)
     counts = []
@@ -141,14 +136,7 @@ def _frame_counts(videos: Sequence[Path], options: VideoOptions) -> list[int]:
 
 
 def _convert_video(video: Path, out: Path, options: VideoOptions, count: int, cut: float) -> list[tuple[str, int]]:
-    """Writes the missing trajectories of a video.
-
-    Args:
-        video: the file.
-        out: the dataset folder.
-        options: rate, size, quality, longest trajectory.
-        count: how many frames are expected, for the progress bar.
-        cut: a frame at which a new trajectory always starts.
+    """Writes the missing trajectories of a video of about `count` frames; one always starts at frame `cut`.
 
     Returns:
         (name, first frame) of each trajectory, in time order.

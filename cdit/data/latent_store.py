@@ -85,7 +85,7 @@ def _in_shards(trajectories: Sequence[TrajectorySource], encoding: Encoding) -> 
         return None
     if shard.split.latents.encoding != encoding:
         raise DataError(
-            f"{shard.shards.location}: its latents were made with {shard.split.latents.encoding}; asked for "
+            f"{shard.shards.location}: its latents were made with {shard.split.latents.encoding}; expected "
             f"{encoding}. Make shards of latents of this encoding (python -m cdit.data.shard), or train on the images, "
             "where they are in the shards, with --data.latents no"
         )

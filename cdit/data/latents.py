@@ -40,13 +40,11 @@ class Encoding:
     """How frames are encoded to latents: the settings of a cache, or those that a run requires."""
 
     codec: str
-    """Kind of the codec."""
     name: str = field(compare=False)
     """Where its weights came from, for information."""
     fingerprint: str
     """Of its encoder."""
     image_size: tuple[int, int]
-    """Height and width of the frames."""
     crop: Crop
     """How recorded frames were resized to it (see cdit.data.frames.crop_and_resize)."""
 
@@ -60,11 +58,8 @@ class LatentInfo:
     """The contents of `latents.json`."""
 
     encoding: Encoding
-    """The settings of the encoder."""
     precision: Precision
-    """Of the stored numbers."""
     version: int = FORMAT_VERSION
-    """Version of this format."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -104,7 +99,7 @@ class LatentCache:
         if cache := cls.open(dataset):
             cache.expect(encoding)
             if cache.info.precision != precision:
-                raise DataError(f"{cache.folder} holds {cache.info.precision}, asked for {precision}: delete it first")
+                raise DataError(f"{cache.folder} holds {cache.info.precision}, expected {precision}: delete it first")
             return cache
         cache = cls(dataset / LATENTS, LatentInfo(encoding, precision))
         cache.folder.mkdir(parents=True, exist_ok=True)
@@ -119,7 +114,7 @@ class LatentCache:
         """
         if self.info.encoding != encoding:
             raise DataError(
-                f"{self.folder} was made with {self.info.encoding}; asked for {encoding}. Delete it and run "
+                f"{self.folder} was made with {self.info.encoding}; expected {encoding}. Delete it and run "
                 "`python -m cdit.data.encode` with this config, or train on the images with --data.latents no"
             )
 
@@ -136,12 +131,7 @@ class LatentCache:
         write_whole(final, save({TENSOR: latents}, {METADATA: shard}))
 
     def problem(self, trajectory: TrajectorySource, checksum: bool = False) -> str | None:
-        """The problem of a trajectory's latents; None if there is none.
-
-        Args:
-            trajectory: of the latents.
-            checksum: whether to read the numbers as well, not only the metadata.
-        """
+        """The problem of a trajectory's metadata or, with `checksum`, also of its numbers; None if there is none."""
         path = self.file(trajectory)
         if not path.is_file():
             return f"{path}: missing"
@@ -155,7 +145,7 @@ class LatentCache:
         except Exception as error:  # safetensors and torch raise many types
             return f"{path}: damaged ({error})"
         if shard != self._belongs(trajectory):
-            return f"{path}: of another trajectory or encoding"
+            return f"{path}: from another trajectory or encoding"
         if dtype != self.info.dtype:
             return f"{path}: not in {self.info.precision}"
         if len(shape) != 5:

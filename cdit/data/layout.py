@@ -14,13 +14,14 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from cdit.common.cli import parser_instance
-from cdit.common.errors import DataError, UserError
+from cdit.common.errors import DataError
 from cdit.common.files import parse_json, read_text, write_json
+from cdit.common.limits import Limit, Positive, within
 
 FORMAT_VERSION = 1
 POSES = "traj_data.pkl"
@@ -33,15 +34,13 @@ LATENTS = "latents"
 class Camera:
     """A pinhole camera with square pixels, as the recorded frames show it (after cropping)."""
 
-    width: int
-    """Frame width in pixels."""
-    height: int
-    """Frame height in pixels."""
-    horizontal_fov: float
+    width: Annotated[int, within(1, 2**16)]
+    height: Annotated[int, within(1, 2**16)]
+    horizontal_fov: Annotated[float, Limit("between 0 and π", lambda x: 0 < x < np.pi)]
     """Full horizontal field of view in radians."""
-    eye_height: float
+    eye_height: Annotated[float, within(-1e6, 1e6)]
     """Height of the camera above the floor in metres."""
-    pitch: float = 0.0
+    pitch: Annotated[float, within(-np.pi, np.pi)] = 0.0
     """Angle of the optical axis above the horizon in radians."""
 
     @property
@@ -55,41 +54,16 @@ class DatasetInfo:
     """The contents of `dataset.json`."""
 
     name: str
-    """Name of the dataset."""
-    fps: float = 4.0
+    fps: Positive[Annotated[float, within(0, 1e6)]] = 4.0
     """Recorded frames per second."""
-    metric_waypoint_spacing: float | None = None
+    metric_waypoint_spacing: Positive[Annotated[float, within(0, 1e6)]] | None = None
     """Typical distance between consecutive frames in metres, the unit of normalised actions; None without poses."""
     has_actions: bool = True
     """Whether trajectories carry poses."""
     camera: Camera | None = None
-    """The camera, if known."""
     source: dict[str, Any] = field(default_factory=dict)
     """How the dataset was made: recipe options, maps, seed, engine version."""
     version: int = FORMAT_VERSION
-    """Version of this format."""
-
-    def validate(self) -> None:
-        """Checks the values.
-
-        Raises:
-            UserError: a value is out of its range; the message names the field.
-        """
-        requirements = {
-            "fps": 0 < self.fps < 1e6,
-            "metric_waypoint_spacing": self.metric_waypoint_spacing is None or 0 < self.metric_waypoint_spacing < 1e6,
-        }
-        if self.camera:
-            requirements |= {
-                "camera.width": 0 < self.camera.width < 2**16,
-                "camera.height": 0 < self.camera.height < 2**16,
-                "camera.horizontal_fov": 0 < self.camera.horizontal_fov < np.pi,
-                "camera.eye_height": abs(self.camera.eye_height) < 1e6,
-                "camera.pitch": abs(self.camera.pitch) < np.pi,
-            }
-        for name, holds in requirements.items():
-            if not holds:
-                raise UserError(f"{name} is out of range")
 
     def save(self, folder: Path, name: str = DESCRIPTION) -> None:
         """Writes `<folder>/dataset.json` (or the file `name` there) atomically."""
@@ -115,11 +89,9 @@ class DatasetInfo:
         """
         values = parse_json(text, origin, FORMAT_VERSION)
         try:
-            info = parser_instance(cls, values)
-            info.validate()
+            return parser_instance(cls, values)
         except Exception as error:
             raise DataError(f"{origin}: not a dataset description ({error})") from error
-        return info
 
 
 def write_trajectory(

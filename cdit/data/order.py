@@ -21,9 +21,6 @@ def laned(bounds: np.ndarray, seed: int, epoch: int, lanes: int, reach: int) -> 
 
     Args:
         bounds: (S + 1,) start of the windows of each shard, and the end of the last.
-        seed: first part of the permutation's key.
-        epoch: second part.
-        lanes: number of lanes, at least 1.
         reach: number of shards over which windows are shuffled, at least 1.
 
     Returns:

@@ -24,7 +24,7 @@ def load(path: Path | str) -> Any:
     """Reads a pickle (any protocol) of numbers, strings, numpy arrays and dicts, lists, tuples and sets of these.
 
     Raises:
-        DataError: the file is missing, damaged or larger than `MAX_BYTES`, or asks for anything else, which is named
+        DataError: the file is missing, damaged or larger than `MAX_BYTES`, or refers to anything else, which is named
             and not run.
     """
     data = read_bytes(path, MAX_BYTES)
@@ -38,7 +38,7 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         full_name = f"{module}.{name}".replace("numpy._core.", "numpy.core.")
         if full_name not in _ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {full_name[:100]}, expected numpy arrays and plain containers")
+            raise pickle.UnpicklingError(f"it refers to {full_name[:100]}, expected numpy arrays and plain containers")
         return _ALLOWED[full_name]
 
 

@@ -20,12 +20,9 @@ class KeyedBatchSampler:
     weight 0, so that every process does the same work.
 
     Args:
-        windows: number of windows in the dataset.
         batch_size: windows in a step's batch, over all processes and micro-batches.
-        seed: first part of the permutations' key.
         start_step: the first step, counted from 0.
         steps: the last step is `steps - 1`, whatever `start_step` is.
-        process_index: this process, from 0.
         processes: number of processes that share each batch.
         micro_batches: number of parts into which each process splits its share (gradient accumulation); yielded in
             order.

@@ -12,34 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdit.common.cli import Command, parse_command, run
-from cdit.common.errors import DataError, UserError
+from cdit.common.errors import DataError
+from cdit.common.limits import Positive
 from cdit.common.options import names
-from cdit.data.config import Content, Source
+from cdit.data.config import Content, StoredDataset
 
 
-@dataclass
-class ConvertConfig:
+@dataclass(kw_only=True)
+class ConvertConfig(StoredDataset):
     """What to pack."""
 
-    folder: str
-    """The dataset folder."""
     out: str
     """The folder to write to."""
     split: str | None = None
     """Splits to write, separated by commas; by default all."""
-    splits: str | None = None
-    """Folder with <split>/traj_names.txt; by default FOLDER/splits."""
     content: Content = "frames"
-    """What to pack: the frames, the latents that cdit.data.encode has written, or both."""
-    shard_mb: float = 256.0
+    """What to pack: the frames, the latents that cdit.data.encode has written, or both. Frames of other sources than
+    folders are written as JPEGs."""
+    shard_mb: Positive[float] = 256.0
     """Size of a shard in MB."""
-    follow_links: bool = False
-    """Whether links within the dataset folder may lead out of it."""
-    source: str = "auto"
-    """How the dataset is stored: frames in a folder (auto), video files (video), or a source of your own,
-    `my_module:Class`. Frames that are not files are written as JPEGs."""
-    fps: float | None = None
-    """Frames per second at which videos are sampled; by default as in dataset.json, or 4 without one."""
 
 
 @dataclass
@@ -65,16 +56,11 @@ def main() -> None:
         DataError: `verify` has found problems; the message lists them all.
     """
     name, config = parse_command(COMMANDS, __doc__)
-    if name == "convert" and config.shard_mb <= 0:
-        raise UserError(f"shard_mb is {config.shard_mb}, expected more than 0")
 
     from cdit.data.shard_writer import convert, verify  # imports torch
 
     if name == "convert":
-        source = Source(
-            config.folder, config.splits, config.fps, follow_links=config.follow_links, source=config.source
-        )
-        convert(source, Path(config.out), names(config.split), config.content, config.shard_mb)
+        convert(config, Path(config.out), names(config.split), config.content, config.shard_mb)
         print(f"{config.out}: written; check it with python -m cdit.data.shard verify {config.out}")
         return
     problems, counts = verify(config.shards, not config.fast)

@@ -35,11 +35,8 @@ class FileRecord:
     """The expected name, size and checksum of a file."""
 
     file: str
-    """Name in the dataset folder."""
     bytes: int
-    """Size."""
     sha256: str
-    """Checksum in hexadecimal."""
 
 
 def default_folder() -> Path:

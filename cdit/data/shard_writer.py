@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cdit.common.errors import DataError, UserError, writing
 from cdit.common.files import read_json, sha256, write_json, write_whole
 from cdit.data.check import frame_problems
-from cdit.data.config import Content
+from cdit.data.config import Content, StoredDataset
 from cdit.data.latents import TENSOR, LatentCache, opened
 from cdit.data.layout import DESCRIPTION as DATASET
 from cdit.data.layout import write_trajectory
@@ -40,7 +40,7 @@ from cdit.data.shards import (
     is_sharded,
 )
 from cdit.data.source import TrajectorySource
-from cdit.data.sources import Source, listed_splits, open_source
+from cdit.data.sources import listed_splits, open_source
 from cdit.data.trajectory import Trajectory
 
 WORK = ".unfinished"
@@ -49,7 +49,7 @@ CHUNK = 64
 
 
 def convert(
-    source: Source, out: Path, splits: Sequence[str] | None, content: Content = "frames", shard_mb: float = 256.0
+    source: StoredDataset, out: Path, splits: Sequence[str] | None, content: Content = "frames", shard_mb: float = 256.0
 ) -> None:
     """Writes a dataset's splits to shards, in the order of the splits; existing shards are kept.
 
@@ -68,7 +68,7 @@ def convert(
     there = Shards(out) if is_sharded(out) else None
     finished = dict(there.splits) if there else {}
     if again := [split for split in splits if split in finished]:
-        raise UserError(f"{out}: holds split {again[0]!r} already; remove the folder, or name other --splits")
+        raise UserError(f"{out}: already contains split {again[0]!r}; remove the folder, or choose others with --split")
     if is_sharded(source.folder):
         raise DataError(f"{source.folder}: holds shards; expected the folder that they were made from")
     trajectories, infos = {}, []
@@ -79,7 +79,7 @@ def convert(
     if not (folder / DATASET).is_file():
         info.name = folder.resolve().name
     if there and there.info != info:
-        raise UserError(f"{out}: holds shards of another dataset, by its dataset.json")
+        raise UserError(f"{out}: contains shards of another dataset, according to its dataset.json")
     cache = None
     if content != "frames":
         cache = LatentCache.open(folder)
@@ -102,7 +102,6 @@ class _Entry:
     source: Path
     size: int
     modified: int
-    """Of the source."""
     is_latents: bool
 
     @property
@@ -239,7 +238,7 @@ def _tar(entries: Iterable[_Entry]) -> Iterator[bytes]:
         try:
             yield header.tobuf(tarfile.USTAR_FORMAT, "utf-8", "surrogateescape")
         except ValueError as error:
-            raise DataError(f"{entry.source}: does not go into a shard ({error})") from error
+            raise DataError(f"{entry.source}: does not fit into a shard ({error})") from error
         content = _npy(entry.source) if entry.is_latents else entry.source.read_bytes()
         if len(content) != entry.size:
             raise DataError(f"{entry.source}: changed while it was read")
@@ -281,10 +280,6 @@ def _groups(sizes: Sequence[int], target: float) -> list[list[int]]:
 
 def verify(location: str, decode_frames: bool = True) -> tuple[list[str], str]:
     """Reads everything, with a progress bar, and compares checksums and contents with the tables.
-
-    Args:
-        location: folder or URL of the shards.
-        decode_frames: whether to find and decode each frame as well.
 
     Returns:
         The problems, one line each, naming the file; and a summary.

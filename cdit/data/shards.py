@@ -2,7 +2,7 @@
 
     <folder>/shards.json            the splits: their tables, and their shards with the trajectories in each
     <folder>/dataset.json           what the dataset is (see cdit.data.layout)
-    <folder>/<split>.safetensors    the split's table: the position of each frame in its shard, and its pose
+    <folder>/<split>.safetensors    the split's table: position of each frame in its shard, and its pose
     <folder>/<split>-00000.tar, …   the shards: WebDataset's, whole trajectories with their
         <trajectory>/000000.jpg, …  frames (the JPEG or PNG files of the original dataset) and
         <trajectory>/latents.npy    latents (T, S, C, h, w), either or both
@@ -67,13 +67,10 @@ class SplitRecord:
     """A split."""
 
     table: FileRecord
-    """Of offsets and poses."""
     shards: list[ShardRecord]
     """In the order of the split's trajectories."""
     frames: bool
-    """Whether the frames are in the shards."""
     poses: bool
-    """Whether the table has poses."""
     latents: LatentInfo | None
     """The encoding of the latents in the shards, if any."""
     latent_shape: tuple[int, ...]
@@ -86,11 +83,7 @@ def is_sharded(folder: str | Path) -> bool:
 
 
 class Shards:
-    """A dataset in shards, in a folder or at any fsspec URL.
-
-    Args:
-        location: the folder or URL.
-        cache: for remote shards; local ones are read in place.
+    """A dataset in shards, in a folder, where they are read in place, or at any fsspec URL.
 
     Raises:
         DataError: the index is missing or damaged, or of a newer version.
@@ -222,7 +215,7 @@ class Shard:
             DataError: it is missing or has fewer bytes.
         """
         if not 0 <= offset <= offset + size <= self.record.bytes:
-            raise DataError(f"{self}: asked for bytes {offset} to {offset + size} of {self.record.bytes}")
+            raise DataError(f"{self}: bytes {offset} to {offset + size} requested, but it has {self.record.bytes}")
         while True:
             path = self.shards.file(self.record)
             try:
@@ -237,7 +230,7 @@ class Shard:
                 if not (self.shards.is_remote and isinstance(error, FileNotFoundError)):
                     raise DataError(f"{self}: not readable ({error.strerror})") from error
         if len(content) < size:
-            raise DataError(f"{self}: ends before byte {offset + size}, though the index gives it {self.record.bytes}")
+            raise DataError(f"{self}: ends before byte {offset + size}, but has {self.record.bytes} in the index")
         return content
 
 
@@ -275,7 +268,7 @@ class ShardTrajectory:
             DataError: the shards hold only latents.
         """
         if self.offset is None:
-            raise DataError(f"{self.shard}: holds latents only, and frames are needed")
+            raise DataError(f"{self.shard}: contains latents only, but frames are needed")
         return FrameMember(self, time)
 
     def frames(self, times: Sequence[int]) -> Tensor:
@@ -305,7 +298,7 @@ class FrameMember:
         stem, _, suffix = name.rpartition(".")
         expected = f"{self.trajectory.name}/{self.time:06d}"
         if (stem, stored) != (expected, size) or suffix not in FRAME_SUFFIXES:
-            raise DataError(f"{self}: not where the index says, but {name!a}")
+            raise DataError(f"{self}: found {name!a} where the index says it is")
         return content[BLOCK:]
 
 
@@ -360,7 +353,7 @@ def member(block: bytes, origin: str) -> tuple[str, int]:
     try:
         header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
     except (tarfile.HeaderError, ValueError) as error:
-        raise DataError(f"{origin}: no file begins here in the shard ({error})") from error
+        raise DataError(f"{origin}: no file starts here in the shard ({error})") from error
     if header.type not in (tarfile.REGTYPE, tarfile.AREGTYPE):
         raise DataError(f"{origin}: {header.name!a} is not a plain file")
     if header.size < 0:
@@ -413,9 +406,9 @@ def _shard(values: dict[str, Any], origin: str) -> ShardRecord:
 def _file(values: dict[str, Any], origin: str) -> FileRecord:
     file, checksum = values["file"], values["sha256"]
     if not FILE.fullmatch(file):
-        raise DataError(f"{origin}: {file!a} is no name of a shard or table")
+        raise DataError(f"{origin}: {file!a} is not the name of a shard or table")
     if not re.fullmatch("[0-9a-f]{64}", checksum):
-        raise DataError(f"{origin}: {file} has no SHA-256")
+        raise DataError(f"{origin}: {file} has no valid SHA-256")
     return FileRecord(file, _count(values["bytes"]), checksum)
 
 

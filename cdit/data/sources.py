@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cdit.common.errors import DataError
-from cdit.data.config import Source
+from cdit.data.config import Source, StoredDataset
 from cdit.data.layout import Camera
 from cdit.data.shard_cache import ShardCache
 from cdit.data.shards import ShardSource, is_sharded
@@ -41,13 +41,13 @@ class WindowInfo:
     """The camera of the recorded frames (before crop and resize), if it is known and the same for all."""
 
 
-def listed_splits(source: Source) -> list[str]:
+def listed_splits(source: StoredDataset) -> list[str]:
     """The splits that a dataset lists. Without lists, train, and test for videos."""
     lists = Path(source.splits or Path(source.folder, "splits")).glob("*/traj_names.txt")
     return sorted(path.parent.name for path in lists) or ["train", *(["test"] if source.source == "video" else [])]
 
 
-def open_source(source: Source, split: str, cache: ShardCache | None = None, may_lack: bool = False) -> Opened:
+def open_source(source: StoredDataset, split: str, cache: ShardCache | None = None, may_lack: bool = False) -> Opened:
     """Opens a split of one dataset of a config, see `DatasetSource.open`.
 
     Raises:
@@ -69,12 +69,7 @@ def read_sources(
 ) -> tuple[list[TrajectorySource], list[float], WindowInfo]:
     """The trajectories of a split that have at least `min_frames`, dataset after dataset.
 
-    Args:
-        sources: the datasets.
-        split: name of the split.
-        min_frames: frames of a window; reports on stderr how many trajectories are shorter.
-        cache: keeps remote files.
-        may_lack: whether frames may be missing; they then fail when they are read.
+    Reports on stderr how many are shorter. Further arguments are those of `DatasetSource.open`.
 
     Returns:
         The trajectories; for each the spacing of its dataset in metres; and what all have in common.

@@ -86,10 +86,7 @@ def read_split(
     """Reads the trajectories of a split; frames are listed, not decoded.
 
     Args:
-        folder: the dataset.
-        split: name of the split.
         split_folder: the folder of `<split>/traj_names.txt`; by default `<folder>/splits`.
-        min_frames: fewer frames are a problem.
         follow_links: whether links may lead out of the dataset's folder, which is otherwise a problem.
         may_lack: whether frames may be missing if poses tell the number of frames; they then fail when they are read.
 

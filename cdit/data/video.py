@@ -40,7 +40,7 @@ SUFFIXES = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".mpg", ".mpeg", ".
 FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,gif,m4v,h264,hevc"
 """FFmpeg's names of the demuxers that are used: others, such as playlists, open further files."""
 SEEK_BEYOND = 4
-"""Seconds ahead to which a reader seeks; what is nearer is decoded through."""
+"""A reader seeks to times further ahead than this, in seconds, and decodes up to nearer ones."""
 OPEN_VIDEOS = 4
 """Videos that a process keeps open."""
 
@@ -148,17 +148,17 @@ def video_errors(path: Path) -> Iterator[None]:
 
 
 def duration(container: av.container.InputContainer, path: Path) -> float:
-    """Seconds, as the file states them.
+    """Seconds, from the file's metadata.
 
     Raises:
-        DataError: it does not.
+        DataError: the file has none.
     """
     stream = container.streams.video[0]
     if stream.duration is not None:
         return float(stream.duration * stream.time_base)
     if container.duration is not None:
         return container.duration / av.time_base
-    raise DataError(f"{path}: states no duration; `ffmpeg -i {path} -c copy NEW.mp4` adds one")
+    raise DataError(f"{path}: has no duration; `ffmpeg -i {path} -c copy NEW.mp4` adds one")
 
 
 def frame_time(frame: av.VideoFrame, path: Path) -> Fraction:
@@ -168,7 +168,7 @@ def frame_time(frame: av.VideoFrame, path: Path) -> Fraction:
         DataError: it has no time stamp.
     """
     if frame.pts is None:
-        raise DataError(f"{path}: frames without time stamps")
+        raise DataError(f"{path}: frames have no time stamps")
     return frame.pts * frame.time_base
 
 
@@ -255,16 +255,16 @@ def _with_poses(trajectory: VideoTrajectory, path: Path | None) -> VideoTrajecto
     length, fps = len(trajectory), trajectory.fps
     time = conditions.pop("time", None)
     if time is None:
-        if abs(len(position) - length) > 1:  # stated durations are rounded
+        if abs(len(position) - length) > 1:  # durations in metadata are rounded
             raise DataError(
-                f"{path}: {len(position)} poses, but the video has {length} frames at {fps:g} a second; add a column "
-                "time, in seconds, to have poses interpolated"
+                f"{path}: {len(position)} poses, but the video has {length} frames at {fps:g} a second; a column "
+                "time, in seconds, makes them interpolated"
             )
         length = min(length, len(position))
         at = slice(length)
     else:
         if time.ndim != 1 or not (np.diff(time) > 0).all() or time[0] > 0.5 / fps:
-            raise DataError(f"{path}: time has to increase, and to begin at 0, with the video's first frame")
+            raise DataError(f"{path}: time must increase and start at 0, the video's first frame")
         length = min(length, int(time[-1] * fps) + 1)
         instants = np.arange(length) / fps
         at = np.maximum(np.searchsorted(time, instants, side="right") - 1, 0)

@@ -28,7 +28,6 @@ class WindowKey(NamedTuple):
     """A window, and the key of its random draws."""
 
     window: int
-    """Index of the window in the dataset."""
     step: int
     sample: int
     """Index of the sample in the step's global batch."""
@@ -46,11 +45,6 @@ class WindowDataset(Dataset):
 
     After `use_latents`, context and target of an item are the latents' moments (T, S, C, h, w) and (G, S, C, h, w) in
     float32 (see cdit.data.latents); `window` and `path` still return frames.
-
-    Args:
-        config: which dataset and windows.
-        split: name of the split.
-        seed: first part of the key of all random draws.
 
     Raises:
         UserError: a config value is out of range.
@@ -177,7 +171,7 @@ class WindowDataset(Dataset):
         """The context at `now`, and the goals with the motion and time from each one's origin, in frames."""
         trajectory = self.trajectories[index]
         if not all(0 <= goal < len(trajectory) for goal in goals):
-            raise IndexError(f"{trajectory.name} has frames 0 to {len(trajectory) - 1}, asked for {goals}")
+            raise IndexError(f"{trajectory.name} has frames 0 to {len(trajectory) - 1}, but {goals} were requested")
         size = self.config.context_frames
         history = list(range(max(0, now - size + 1), now + 1))
         frames = store.read(index, history + goals)

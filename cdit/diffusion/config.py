@@ -1,9 +1,10 @@
 """The diffusion sections of a config, and the schedulers of each objective. Imports no torch."""
 
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from cdit.common.errors import UserError
+from cdit.common.limits import NotNegative, Positive, within
 
 TIMESTEPS = 1000
 BETAS = (1e-4, 0.02)
@@ -56,13 +57,13 @@ class SamplerConfig:
     scheduler: str = "euler"
     """For a flow euler, heun (two network calls a step), dpm (DPM-Solver++ 2M) or unipc; for a shortcut or mean_flow
     also average, its own few steps; for a DDPM ddpm (ancestral sampling), ddim, dpm or unipc."""
-    steps: int = 8
+    steps: Annotated[int, within(1, 100_000)] = 8
     """Number of denoising steps."""
-    shift: float = 1.0
+    shift: Positive[float] = 1.0
     """Moves the steps of a flow towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
     guidance: float = 1.0
     """Scale of classifier-free guidance on the action; 1: off. Needs training with action_dropout."""
-    context_noise: float = 0.0
+    context_noise: NotNegative[float] = 0.0
     """Noise level that a rollout declares for its own frames, which are used as they are; 0: as clean as recorded
     frames. At most model.context_noise."""
 
@@ -82,13 +83,13 @@ class SamplerOptions:
     scheduler: str | None = None
     """For a flow euler, heun (two network calls a step), dpm (DPM-Solver++ 2M) or unipc; for a shortcut or mean_flow
     also average, its own few steps; for a DDPM ddpm (ancestral sampling), ddim, dpm or unipc."""
-    steps: int | None = None
+    steps: Positive[int] | None = None
     """Number of denoising steps."""
-    shift: float | None = None
+    shift: Positive[float] | None = None
     """Moves the steps of a flow towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
     guidance: float | None = None
     """Scale of classifier-free guidance on the action; 1: off. Needs a model trained with action_dropout."""
-    context_noise: float | None = None
+    context_noise: NotNegative[float] | None = None
     """Noise level that a rollout declares for its own frames, which are used as they are; 0: as clean as recorded
     frames. At most the model.context_noise of training."""
 
@@ -96,14 +97,8 @@ class SamplerOptions:
         """The model's sampler, with the options that are given here replaced.
 
         Raises:
-            UserError: a value is out of range.
+            UserError: the model cannot be sampled like this.
         """
-        if self.steps is not None and self.steps < 1:
-            raise UserError(f"sampler.steps is {self.steps}, expected at least 1")
-        if self.shift is not None and self.shift <= 0:
-            raise UserError(f"sampler.shift is {self.shift}, expected more than 0")
-        if self.context_noise is not None and self.context_noise < 0:
-            raise UserError(f"sampler.context_noise is {self.context_noise}, expected at least 0")
         if self.guidance not in (None, 1.0) and not description.action_dropout:
             raise UserError(f"sampler.guidance is {self.guidance}, but the model was trained without action_dropout")
         given = {name: value for name, value in asdict(self).items() if value is not None}
@@ -116,13 +111,13 @@ class SamplerOptions:
 class PerceptualConfig:
     """A perceptual loss on the predicted clean frame, added to the flow's."""
 
-    weight: float = 0.0
+    weight: NotNegative[float] = 0.0
     """Weight of LPIPS in the loss; 0: off. The evaluation should then include a metric that was not trained on, such
     as lpips_vgg or dreamsim beside alex."""
     backbone: Literal["alex", "vgg"] = "alex"
     """Network of LPIPS. Weights are downloaded by torchvision, or read from the safetensors file that the environment
     variable CDIT_LPIPS_BACKBONE (alex) or CDIT_LPIPS_VGG_BACKBONE (vgg) names."""
-    max_time: float = 0.5
+    max_time: NotNegative[float] = 0.5
     """Largest diffusion time at which it applies: from more noise, the clean frame is predicted as a blurred mean."""
 
 
@@ -138,9 +133,9 @@ class FlowConfig:
     """How diffusion times are drawn in training."""
     time_mean: float = 0.0
     """Mean of the logit of the diffusion time; larger is noisier."""
-    time_std: float = 1.0
+    time_std: NotNegative[float] = 1.0
     """Standard deviation of the logit of the diffusion time."""
-    min_time: float = 0.05
+    min_time: Positive[float] = 0.05
     """Conversions never divide by a t or 1 - t smaller than this; they are exact if both are larger."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
     """A perceptual loss in addition."""
@@ -177,7 +172,7 @@ class SelfRolloutConfig:
 
     base: str = "flow"
     """The objective that is trained besides: a flow."""
-    weight: float = 1.0
+    weight: NotNegative[float] = 1.0
     """Weight of the squared error of the clean frames of a rollout."""
 
 

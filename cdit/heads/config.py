@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 from cdit.codec.config import DEFAULT_WEIGHTS
 from cdit.common.errors import UserError
+from cdit.common.limits import Between, Distinct, NotNegative, Offsets, Positive, check_limits
 from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, TrackingOptions, check_options
 from cdit.diffusion.config import SamplerOptions
 
@@ -22,43 +23,38 @@ Mode = Literal["zero", "mean"]
 class AttentionConfig:
     """Which attention is inspected."""
 
-    kinds: list[Kind] = field(default_factory=lambda: ["cross"])
+    kinds: Distinct[list[Kind]] = field(default_factory=lambda: ["cross"])
     """cross (to the past frames), self (within the target), or both. The page shows cross-attention."""
     layers: list[int] | None = None
     """Blocks, counted from 0; all by default. Figures show the first, the middle and the last of them."""
-    times: list[float] = field(default_factory=lambda: [0.25, 0.75])
+    times: Distinct[list[Between]] = field(default_factory=lambda: [0.25, 0.75])
     """Diffusion times between 0 (clean) and 1 (noise)."""
-    samples: int = 8
+    samples: NotNegative[int] = 8
     """Number of samples to measure, each with all its goals; 0 turns the report off."""
-    drawn: int = 1
+    drawn: NotNegative[int] = 1
     """Number of samples to draw: their first and last goal on the page, their first goal in figures."""
     patch: tuple[int, int] | None = None
     """Row and column of the target patch whose attention figures show, from 0 at the top left; the centre by
     default."""
 
     def resolve(self, cdit: "CDiT", field: str = "attention") -> tuple[list[int], tuple[int, int]]:
-        """The layers and the patch to inspect in a network.
-
-        Args:
-            cdit: the network.
-            field: prefix of field names in error messages; empty if the fields are top-level options.
+        """The layers and the patch to inspect in a network; `field` is the prefix of names in messages.
 
         Raises:
             UserError: the network has no such layer or patch, or a value is out of range; the message names the field.
         """
+        prefix = f"{field}." if field else ""
+        check_limits(self, prefix)
         depth, (rows, columns) = len(cdit.blocks), cdit.grid
         layers = list(range(depth)) if self.layers is None else sorted(set(self.layers))
         row, column = (rows // 2, columns // 2) if self.patch is None else self.patch
         requirements = {
-            "kinds": (self.kinds and len(set(self.kinds)) == len(self.kinds), "cross, self or both"),
             "layers": (layers and all(0 <= layer < depth for layer in layers), f"numbers from 0 to {depth - 1}"),
-            "times": (self.times and all(0 < time < 1 for time in self.times), "numbers between 0 and 1"),
-            "drawn": (self.drawn >= 0, "at least 0"),
             "patch": (0 <= row < rows and 0 <= column < columns, f"one of the {rows} × {columns} patches of a frame"),
         }
         for name, (holds, expected) in requirements.items():
             if not holds:
-                raise UserError(f"{field}{'.' if field else ''}{name} is {getattr(self, name)}, expected {expected}")
+                raise UserError(f"{prefix}{name} is {getattr(self, name)}, expected {expected}")
         return layers, (row, column)
 
 
@@ -68,13 +64,13 @@ class ImportanceConfig:
 
     layers: list[int] | None = None
     """Blocks, counted from 0; all by default."""
-    kinds: list[Kind] = field(default_factory=lambda: ["cross", "self"])
+    kinds: Distinct[list[Kind]] = field(default_factory=lambda: ["cross", "self"])
     """Which attentions."""
     mode: Mode = "zero"
     """What replaces a head's output: zeros, or its mean over the samples."""
-    times: list[float] = field(default_factory=lambda: [0.25, 0.5, 0.75])
+    times: Distinct[list[Between]] = field(default_factory=lambda: [0.25, 0.5, 0.75])
     """Diffusion times over which the loss is averaged."""
-    batch_size: int = 8
+    batch_size: Positive[int] = 8
     """Samples per forward pass."""
 
 
@@ -91,13 +87,13 @@ class HeadsConfig(TrackingOptions, AttentionConfig, OutputOptions, DataOptions, 
     actions: str | None = None
     """With frames, the motion from each image to the next, as in sample.py: words such as forward*8,turn_left*4 or a
     file. Unknown by default."""
-    kinds: list[Kind] = field(default_factory=lambda: ["cross", "self"])
+    kinds: Distinct[list[Kind]] = field(default_factory=lambda: ["cross", "self"])
     """cross (to the past frames), self (within the target), or both. The page shows cross-attention."""
-    samples: int = 32
+    samples: Positive[int] = 32
     """Number of samples to measure, each with all its goals."""
-    drawn: int = 4
+    drawn: NotNegative[int] = 4
     """Number of samples to draw: their first and last goal on the page, their first goal in figures."""
-    offsets: list[int] | None = None
+    offsets: Offsets | None = None
     """Goals, in frames ahead; 1, 4 and 8 by default, with frames 1."""
     importance: Literal["no", "loss", "lpips"] = "no"
     """Also ablate each head by itself and more and more heads at once, and measure the denoising loss (loss) and how
@@ -128,7 +124,3 @@ class HeadsConfig(TrackingOptions, AttentionConfig, OutputOptions, DataOptions, 
             raise UserError("give either data, a dataset folder, or frames, a folder of images")
         if self.actions is not None and self.frames is None:
             raise UserError("actions can only be given with frames; a dataset has its own")
-        if self.samples < 1:
-            raise UserError(f"samples is {self.samples}, expected at least 1")
-        if self.offsets is not None and (not self.offsets or 0 in self.offsets):
-            raise UserError(f"offsets is {self.offsets}, expected non-zero numbers of frames")

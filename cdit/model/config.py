@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from cdit.common.limits import NotNegative, Positive, Share
+
 PRESETS = {
     "tiny": {"hidden_size": 192, "depth": 6, "num_heads": 6},
     "S": {"hidden_size": 384, "depth": 12, "num_heads": 6},
@@ -19,17 +21,17 @@ class ModelConfig:
 
     preset: Literal["tiny", "S", "B", "L", "XL"] = "S"
     """Sets hidden_size, depth and num_heads unless they are given."""
-    hidden_size: int | None = None
+    hidden_size: Positive[int] | None = None
     """Width of a token."""
-    depth: int | None = None
+    depth: Positive[int] | None = None
     """Number of blocks."""
-    num_heads: int | None = None
+    num_heads: Positive[int] | None = None
     """Heads of each attention; must divide hidden_size."""
-    patch_size: int = 2
+    patch_size: Positive[int] = 2
     """Side of a patch, in pixels (pixel codec) or latent cells."""
-    mlp_ratio: float = 4.0
+    mlp_ratio: Positive[float] = 4.0
     """Hidden width of the MLP over hidden_size."""
-    context_depth: int = 0
+    context_depth: NotNegative[int] = 0
     """Number of encoder blocks over each past frame, computed once per frame, not at each denoising step."""
     context_modulation: bool = False
     """Whether keys and values depend on diffusion time and action (as published), so that they cannot be reused."""
@@ -39,7 +41,7 @@ class ModelConfig:
     """Whether the condition shifts and scales the rotary coordinates at which each head of cross-attention attends."""
     context_norm: Literal["both", "keys", "none"] = "both"
     """Whether tokens of past frames are normalised before projection: for keys and values, keys only, or neither."""
-    context_noise: float = 0.0
+    context_noise: NotNegative[float] = 0.0
     """Largest standard deviation of noise that is added to past frames in training, different for each; the network
     sees each frame's. Rollouts can then treat their own frames as slightly noisy (see sampler.context_noise); 0: off.
     About 0.3 for pixels, 0.7 for latents."""
@@ -49,7 +51,7 @@ class ModelConfig:
     """Whether queries and keys are normalised per head."""
     norm: Literal["pre", "post"] = "pre"
     """Norm before each branch, or after it (residual post-norm of Swin V2)."""
-    output_channels: int = 0
+    output_channels: NotNegative[int] = 0
     """Channels per pixel (or latent cell) of three 3×3 convolutions after the last linear map; 0: none."""
     place_embedding: bool = False
     """Whether tokens of all frames get a learned vector of their patch: rotary positions tell only differences."""
@@ -57,7 +59,7 @@ class ModelConfig:
     """Whether the network also predicts the inverse depth of each pixel, reprojects the last past frame to the target's
     pose with it, and blends it with what it generates. Needs output_channels, clean predictions, actions, and the
     camera of the dataset."""
-    dropout: float = 0.0
+    dropout: Share = 0.0
     """Probability of zeroing an output of a branch in training."""
     use_action: bool = True
     """Whether the model is conditioned on the action."""

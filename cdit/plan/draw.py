@@ -7,10 +7,11 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 from torch import Tensor
 
-from cdit.common.pictures import BACKGROUND, FONT, INK, to_image
+from cdit.common.charts import font
+from cdit.common.pictures import INK, PAPER, to_image
 from cdit.doom.dataset import map_path
 from cdit.doom.geometry import MapGeometry
 from cdit.doom.maps import MAPS, file_name
@@ -79,11 +80,11 @@ def beside(images: Sequence[Image.Image], labels: Sequence[str], height: int = 3
     """Images of one height next to each other, labels above."""
     scaled = [image.resize((round(image.width * height / image.height), height), 0) for image in images]
     gap, line = 8, 22
-    whole = Image.new("RGB", (sum(image.width + gap for image in scaled) + gap, height + line + gap), BACKGROUND)
+    whole = Image.new("RGB", (sum(image.width + gap for image in scaled) + gap, height + line + gap), PAPER)
     draw, x = ImageDraw.Draw(whole), gap
     for image, label in zip(scaled, labels, strict=True):
         whole.paste(image, (x, line))
-        draw.text((x + image.width / 2, line / 2), label, INK, ImageFont.truetype(FONT, 12), "mm")
+        draw.text((x + image.width / 2, line / 2), label, INK, font(12), "mm")
         x += image.width + gap
     return whole
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cdit.common.pictures import BACKGROUND, EMPTY, save_mp4
+from cdit.common.pictures import EMPTY, PAPER, save_mp4
 from cdit.doom.engine import FPS
 from cdit.plan.agents import Task
 from cdit.plan.draw import OTHER, PLAN, TRUTH, beside, frame, from_above
@@ -31,7 +31,7 @@ def film(trace: "Trace", task: Task, outcome: "Outcome", space: FreeSpace, path:
         move = next((m for i, m in reversed(trace.moves) if i <= now), move)
         made = max(i for i, _ in trace.moves if i <= now)
         paths = [
-            (poses[begin:], BACKGROUND, 0.0, None),  # so that the map does not move
+            (poses[begin:], PAPER, 0.0, None),  # so that the map does not move
             (way, TRUTH, 1.0, None),
             (poses[begin : now + 1], OTHER, 2.0, None),
         ]

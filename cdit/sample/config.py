@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cdit.common.errors import UserError
+from cdit.common.limits import Positive
 from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, check_options
 from cdit.diffusion.config import SamplerOptions
 from cdit.heads.config import AttentionConfig
@@ -20,29 +21,29 @@ class SampleConfig(DataOptions, OutputOptions, CheckpointOptions):
     history: Literal["auto", "missing", "still"] = "auto"
     """With image, the frames before it: missing, or the same view with the camera standing still. By default missing
     for a model that was trained with data.min_history 1, otherwise still."""
-    samples: int = 4
+    samples: Positive[int] = 4
     """Number of samples: contexts spread over the split, or futures of the image that differ in their noise."""
-    length: int = 16
-    """Frames to predict, unless actions are given, which make one each."""
+    length: Positive[int] = 16
+    """Frames to predict, unless actions are given, each of which predicts one."""
     actions: str | None = None
     """Actions to take instead of the recorded ones, one per frame: words such as forward*8,turn_left*4, or a file.
     Words: forward, back, left, right, which take metres, as in forward(0.5) (by default the spacing of the dataset or
     model); turn_left, turn_right, which take degrees, as in turn_left(30) (by default 15); stay. forward+turn_left(5)*8
     does both at once. Files: .csv, .json or .npy with rows dx, dy, dyaw in metres and radians (x forward, y left, yaw
     counter-clockwise)."""
-    horizons: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    horizons: list[Positive[int]] = field(default_factory=lambda: [1, 2, 4, 8])
     """Frames ahead to predict in one jump, up to the length. Best within the offsets that the model was trained on
     (data.max_offset)."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     """How frames are sampled."""
-    fps: float | None = None
+    fps: Positive[float] | None = None
     """Frame rate of the videos; by default the model's, which is real time."""
     attention: bool = False
     """Also write what each head attends to while the first frame is denoised, to OUT/attention (see cdit.heads)."""
     inspect: AttentionConfig = field(default_factory=AttentionConfig)
     """With attention: what of it."""
     compile: bool = False
-    """Compile the network, which takes a while and pays off if much is sampled."""
+    """Compile the network: slow to start, faster for many samples."""
     seed: int = 0
     """Seed of the noise; the same seed gives the same pictures."""
 
@@ -58,13 +59,6 @@ class SampleConfig(DataOptions, OutputOptions, CheckpointOptions):
             raise UserError('an image has no recorded actions: give actions, such as --actions "forward*8"')
         if self.image is None and self.history != "auto":
             raise UserError("history is an option of image; a dataset has its own past frames")
-        for name in ("samples", "length"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}, expected at least 1")
-        if self.fps is not None and self.fps <= 0:
-            raise UserError(f"fps is {self.fps:g}, expected more than 0")
-        if any(horizon < 1 for horizon in self.horizons):
-            raise UserError(f"horizons is {self.horizons}, expected positive numbers of frames")
         if self.attention and self.inspect.samples < 1:
             raise UserError(f"inspect.samples is {self.inspect.samples}, expected at least 1")
         check_options(self)

@@ -44,7 +44,6 @@ class Run:
     seed: int
     folder: Path
     options: list[str]
-    """Options of train.py."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +66,13 @@ class Comparison:
 
 
 def ablate(config: AblationConfig) -> None:
-    """Trains and evaluates what has not been yet, and writes results.md and results.json.
+    """Trains and evaluates what is missing, and writes results.md and results.json.
 
     Raises:
-        UserError: the spec is wrong, which is found before anything is trained, or a training or evaluation failed.
+        UserError: the spec is invalid (nothing was trained), or a training or evaluation failed.
     """
     if config.reference not in config.variants:
         raise UserError(f"reference is {config.reference!r}, expected one of {', '.join(config.variants)}")
-    if not config.seeds:
-        raise UserError("seeds is [], expected at least one")
-    if config.slices < 1:
-        raise UserError(f"slices is {config.slices}, expected at least 1")
     runs = [run for name in config.variants for run in runs_of(config, name)]
     if len({run.folder for run in runs}) < len(runs):
         raise UserError("variants and seeds: two runs would share a folder, which is named by letters, digits and seed")
@@ -86,7 +81,7 @@ def ablate(config: AblationConfig) -> None:
     for run in runs:
         check_folder(run, resolved[run.variant])
         options = evaluation_options(run, config, resolved[run.variant]["data"])
-        parse_config(EvaluateConfig, "options of cdit.evaluate", options).validate()
+        parse_config(EvaluateConfig, "options of cdit.evaluate", options)
     slices = 1 if config.train_seconds is None else config.slices
     for turn in range(slices):
         for number in range(len(runs)):
@@ -142,10 +137,6 @@ def check_comparable(config: AblationConfig, resolved: dict[str, dict[str, Any]]
 def check_folder(run: Run, resolved: dict[str, Any]) -> None:
     """Checks that a run that the folder holds, if there is one, was trained with this config.
 
-    Args:
-        run: the run.
-        resolved: config of its variant, with any seed.
-
     Raises:
         UserError: it was not; the message names the fields that differ.
     """
@@ -157,16 +148,14 @@ def check_folder(run: Run, resolved: dict[str, Any]) -> None:
     changed = [name for name in changed if name not in ("resume", "stop_at_seconds")]
     if changed:
         raise UserError(
-            f"{run.folder} holds a run of another config (other {', '.join(changed)}): give another name, or delete it"
+            f"{run.folder} holds a run of another config (other {', '.join(changed)}): change name, or delete it"
         )
 
 
 def train(run: Run, config: AblationConfig, share: float = 1.0) -> None:
-    """Trains, or continues an interrupted training, unless it is done already.
+    """Trains, or continues an interrupted training, unless it is finished.
 
     Args:
-        run: the run.
-        config: of the ablation.
         share: of the `train_seconds` after which this slice ends.
 
     Raises:
@@ -322,7 +311,7 @@ def summary_table(summary: dict[str, dict[str, Estimate]], seeds: int) -> str:
 
 
 def differences_table(compared: list[Comparison], reference: str) -> str:
-    """For each metric a Markdown table: the variants' differences from the reference, in all and seed by seed."""
+    """For each metric a Markdown table: the variants' differences from the reference, overall and per seed."""
     tables = []
     for metric in dict.fromkeys(comparison.metric for comparison in compared):
         chosen = [comparison for comparison in compared if comparison.metric == metric]

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from cdit.common.limits import Distinct, Positive
 from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions
 from cdit.diffusion.config import SamplerOptions
 from cdit.evaluate.config import EvaluateConfig, TimeConfig
@@ -23,15 +24,15 @@ class AblationConfig:
     """The variant that the others are compared with."""
     train: dict[str, Any] = field(default_factory=dict)
     """Options of train.py for all variants."""
-    seeds: list[int] = field(default_factory=lambda: [0])
+    seeds: Distinct[list[int]] = field(default_factory=lambda: [0])
     """Each variant is trained once with each seed."""
-    train_seconds: float | None = None
-    """Train each run for so many seconds instead of so many steps (see train.py)."""
-    slices: int = 10
-    """Number of turns that the runs take with train_seconds, so that what slows the machine down slows all alike."""
-    seconds: list[float] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0])
+    train_seconds: Positive[float] | None = None
+    """Train each run for this many seconds instead of a number of steps (see train.py)."""
+    slices: Positive[int] = 10
+    """Number of turns that the runs take with train_seconds, so that other load affects all of them equally."""
+    seconds: list[Positive[float]] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0])
     """Horizons that are measured, each predicted in one jump."""
-    cases: int = 256
+    cases: Positive[int] = 256
     """Number of contexts of the test split that are measured, the same for all variants."""
     metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim", "lpips"])
     """Metrics, see `python -m cdit.evaluate --help`."""
@@ -58,11 +59,11 @@ class AblationConfig:
 class GridConfig:
     """The settings that are tried: each scheduler with each number of steps and each shift."""
 
-    scheduler: list[str] | None = None
+    scheduler: Distinct[list[str]] | None = None
     """By default all that the model's objective allows."""
-    steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    steps: Distinct[list[Positive[int]]] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
     """Numbers of denoising steps, each one call of the network (two with heun)."""
-    shift: list[float] | None = None
+    shift: Distinct[list[Positive[float]]] | None = None
     """Shifts of a flow's steps, by default 0.5, 1, 2 and 3."""
 
 
@@ -72,7 +73,7 @@ class ReferenceConfig:
 
     scheduler: str | None = None
     """By default euler for a flow, ddim for a DDPM."""
-    steps: int = 250
+    steps: Positive[int] = 250
     """Number of denoising steps."""
 
 
@@ -86,7 +87,7 @@ class StepsConfig(OutputOptions, DataOptions, CheckpointOptions):
     """Settings that are tried."""
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     """The setting that the others should match."""
-    batch_size: int = 16
+    batch_size: Positive[int] = 16
     """Contexts per batch. The noise depends on it."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Autocast precision of predictions."""
@@ -107,15 +108,15 @@ class StepsConfig(OutputOptions, DataOptions, CheckpointOptions):
 class TurningConfig(DataOptions, CheckpointOptions):
     """The model, and the turns it predicts."""
 
-    contexts: int = 128
+    contexts: Positive[int] = 128
     """Number of contexts, evenly spread over the split."""
-    turns: list[float] = field(default_factory=lambda: [5.0, 10.0, 15.0, 20.0])
+    turns: Distinct[list[float]] = field(default_factory=lambda: [5.0, 10.0, 15.0, 20.0])
     """Turns within one frame in degrees; each is tried to the left and to the right."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     """How frames are sampled."""
     seed: int = 0
     """Seed of the noise."""
-    batch_size: int = 16
+    batch_size: Positive[int] = 16
     """Contexts per batch."""
     out: str | None = None
     """Folder that the table is written to, as turning.md."""

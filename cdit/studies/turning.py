@@ -1,8 +1,8 @@
 """Does the predicted picture turn with the camera?
 
-A pure turn to the left by Δyaw moves the picture to the right, by f·tan(Δyaw) at its centre, whatever is in it. For
-test contexts and turns of several sizes the next frame is predicted and the turn in it measured. True pairs of frames
-between which the camera hardly changed its place show how precise the measurement is.
+A turn to the left by Δyaw moves the picture to the right, by f·tan(Δyaw) at its centre, independent of its content.
+For test contexts and turns of several sizes the next frame is predicted and the turn in it measured. True pairs of
+frames between which the camera hardly moved show how precise the measurement is.
 """
 
 import math
@@ -36,7 +36,6 @@ class Turn:
     """Turns of one size, and what was measured."""
 
     name: str
-    """Its name in the table."""
     asked: Tensor
     """(N,) radians, counter-clockwise."""
     measured: Tensor
@@ -52,10 +51,8 @@ def measure_turning(config: TurningConfig) -> None:
     """Predicts, measures and prints the table.
 
     Raises:
-        UserError: something does not fit together; nothing was computed.
+        UserError: checkpoint, data and options are incompatible; nothing was computed.
     """
-    if config.contexts < 1 or config.batch_size < 1:
-        raise UserError("contexts and batch_size must be at least 1")
     world = load_world(config.checkpoint, config.device)
     if not world.description.has_actions:
         raise UserError(f"{config.checkpoint}: was trained without actions")
@@ -65,7 +62,7 @@ def measure_turning(config: TurningConfig) -> None:
         raise UserError(f"{config.data}/dataset.json: has no camera, which relates turns to pixels")
     focal = focal_lengths(dataset.info.camera, dataset.config.image_size, dataset.config.crop)
     half_view = math.degrees(math.atan(dataset.config.image_size[1] / 2 / focal[0]))
-    if not config.turns or not all(0 < turn < half_view for turn in config.turns):
+    if not all(0 < turn < half_view for turn in config.turns):
         raise UserError(
             f"turns is {config.turns}, expected degrees between 0 and {half_view:.0f}, half the field of view"
         )
@@ -137,12 +134,7 @@ def predicted_turns(
 
 
 def turning_table(turns: list[Turn], focal: float) -> str:
-    """Share of correct signs, and the shift at the centre of the picture relative to f·tan(Δyaw).
-
-    Args:
-        turns: the rows.
-        focal: horizontal focal length in pixels.
-    """
+    """Share of correct signs, and the shift at the picture's centre relative to f·tan(Δyaw), f (`focal`) in pixels."""
     columns = [
         "turn",
         "frames",

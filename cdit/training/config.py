@@ -4,12 +4,13 @@ import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 
 from cdit.codec.config import DEFAULT_WEIGHTS, CodecConfig
 from cdit.common.errors import UserError
+from cdit.common.limits import Limit, NotNegative, Offsets, Positive, Share, within
 from cdit.data.config import DataConfig
 from cdit.diffusion.config import (
     SCHEDULERS,
@@ -30,26 +31,26 @@ class OptimizerConfig:
 
     name: Literal["adamw", "muon"] = "adamw"
     """AdamW, or Muon for the matrices of the blocks and AdamW for everything else."""
-    learning_rate: float = 3e-4
+    learning_rate: Positive[float] = 3e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "constant", "wsd"] = "cosine"
     """After the warm-up: a cosine to zero at the last step, constant, or constant until the last `decay_share` of the
     steps and then linear to zero (wsd: warm-up, stable, decay; Hägele et al. 2024, arXiv 2405.18392)."""
-    decay_share: float = 0.2
+    decay_share: Annotated[float, Limit("more than 0 and at most 1", lambda x: 0 < x <= 1)] = 0.2
     """Share of the run's steps over which wsd decays."""
-    warmup_steps: int = 100
+    warmup_steps: NotNegative[int] = 100
     """Steps of linear warm-up."""
-    betas: tuple[float, float] = (0.9, 0.99)
+    betas: tuple[Share, Share] = (0.9, 0.99)
     """Decay rates of AdamW's moments."""
-    momentum: float = 0.95
+    momentum: Share = 0.95
     """Decay rate of Muon's momentum."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative[float] = 0.01
     """Decoupled weight decay, on matrices only."""
     only: str | None = None
     """A regular expression: only parameters whose names it matches are trained, such as ada_ln, the modulation."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive[float] = 1.0
     """Global gradient norm is clipped to this."""
-    max_bad_steps: int = 10
+    max_bad_steps: Positive[int] = 10
     """Steps whose gradient norm is not finite are skipped and counted, and their batch is saved to <run>/bad_steps/;
     after this many in a row training stops."""
 
@@ -58,9 +59,9 @@ class OptimizerConfig:
 class EMAConfig:
     """The running average of the weights that validation, probes and saved models use."""
 
-    decay: float = 0.9999
+    decay: Annotated[float, within(0, 1)] = 0.9999
     """Largest decay per step."""
-    warmup_power: float = 0.75
+    warmup_power: NotNegative[float] = 0.75
     """The decay grows as 1 - (1 + step)^-power up to its largest value, starting from a copy after the first step, so
     that the initial weights leave no trace; 0 for a fixed decay from the initial weights on (the NWM release)."""
 
@@ -69,11 +70,11 @@ class EMAConfig:
 class ValidationConfig:
     """Loss on held-out windows, with the running average of the weights."""
 
-    every: int = 500
+    every: Positive[int] = 500
     """Steps between validations; also validated at the end."""
-    samples: int = 256
+    samples: Positive[int] = 256
     """Number of windows, drawn once for the whole run."""
-    time_bins: int = 5
+    time_bins: Positive[int] = 5
     """Number of equal bins of diffusion time for which the loss is reported."""
 
 
@@ -81,19 +82,19 @@ class ValidationConfig:
 class ProbeConfig:
     """What is sampled, measured and drawn during training, always from the same windows."""
 
-    every: int = 1000
+    every: NotNegative[int] = 1000
     """Steps between probes; 0: only at the end."""
-    samples: int = 32
+    samples: Positive[int] = 32
     """Windows measured at each probe."""
-    final_samples: int = 256
+    final_samples: Positive[int] = 256
     """Windows measured after the last step."""
-    offsets: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    offsets: Offsets = field(default_factory=lambda: [1, 2, 4, 8])
     """Frames ahead to predict directly."""
-    rows: int = 6
+    rows: Positive[int] = 6
     """Samples shown in each picture."""
-    rollouts: int = 2
+    rollouts: NotNegative[int] = 2
     """Autoregressive rollout videos."""
-    rollout_frames: int = 16
+    rollout_frames: NotNegative[int] = 16
     """Their length in frames; 0 for none."""
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     """Attention maps."""
@@ -103,11 +104,11 @@ class ProbeConfig:
 class CheckpointConfig:
     """Checkpoints, from which a run can continue."""
 
-    every: int = 1000
+    every: Positive[int] = 1000
     """Steps between checkpoints; one is always written at the end."""
-    keep: int = 2
+    keep: Positive[int] = 2
     """How many of the newest checkpoints are kept."""
-    keep_every: int = 0
+    keep_every: NotNegative[int] = 0
     """Checkpoints whose step is a multiple of this are also kept; 0: none."""
     background: bool = True
     """Whether a thread writes them from a copy in memory while training continues."""
@@ -131,37 +132,37 @@ class TrainConfig:
     context_noise; those of cdit start without effect."""
     allow_changes: bool = False
     """Continue even if settings that the weights depend on have changed."""
-    seed: int = 0
+    seed: NotNegative[int] = 0
     """Key of all randomness: weights, batches, goals, noise, diffusion times."""
-    steps: int = 1000
+    steps: Positive[int] = 1000
     """Optimizer steps of the whole run. If they change when resuming, the schedule follows the new number."""
-    stop_at: int | None = None
+    stop_at: Positive[int] | None = None
     """Stop after this step without changing schedules, to train a run in pieces (see resume)."""
-    train_seconds: float | None = None
+    train_seconds: Positive[float] | None = None
     """Train for this time instead of `steps`: seconds without validation, probes and checkpoints, summed over resumes.
     The learning rate follows its schedule over `steps` by the share of the time that has passed."""
-    stop_at_seconds: float | None = None
+    stop_at_seconds: Positive[float] | None = None
     """Stop after this many seconds of training without changing schedules, to train a run in slices."""
-    batch_size: int = 32
+    batch_size: Positive[int] = 32
     """Contexts (each with data.goals goals) per step, over all processes."""
-    micro_batch_size: int | None = None
+    micro_batch_size: Positive[int] | None = None
     """Contexts per process and forward pass; smaller ones accumulate gradients. None: all at once."""
     mixed_precision: Literal["no", "bf16", "fp16"] = "bf16"
     """Autocast precision."""
     deterministic: bool = False
     """On a GPU, use only deterministic kernels, and fail where there is none; slower. On a CPU all kernels are
     deterministic for a fixed number of threads."""
-    timeout_minutes: float = 30.0
+    timeout_minutes: Positive[float] = 30.0
     """How long processes wait for each other before all exit. Must be longer than a probe, which one process runs
     alone; record data that takes longer beforehand."""
     compile: bool = False
-    """Whether to compile the network (torch.compile); pays off on a GPU and in long CPU runs."""
+    """Whether to compile the network (torch.compile); worthwhile on a GPU and in long CPU runs."""
     activation_checkpointing: bool = False
     """Whether blocks keep only their input for the backward pass and recompute the rest: the same gradients and far
     less memory for about a third more compute."""
-    action_dropout: float = 0.0
+    action_dropout: Share = 0.0
     """Share of goals whose action is hidden in training, for guidance on the action in sampling."""
-    clean_context: float = 0.5
+    clean_context: Share = 0.5
     """With model.context_noise, share of windows whose past frames get no noise."""
     data: DataConfig = field(default_factory=DataConfig)
     """The dataset and its windows."""
@@ -202,7 +203,7 @@ class TrainConfig:
     in the folder of the run."""
     project: str = "cdit"
     """Name of the Weights & Biases project."""
-    log_every: int = 20
+    log_every: Positive[int] = 20
     """Steps between logged training metrics."""
 
     @property
@@ -211,88 +212,20 @@ class TrainConfig:
         return Path(self.output) / self.name
 
     def validate(self) -> None:
-        """Checks what types cannot express.
+        """Checks what the fields' types cannot express, and imports user-defined modules that are named.
 
         Raises:
-            UserError: a value is out of its range; the message names the field.
+            UserError: a value cannot be used; the message names the field.
         """
         self.data.validate()
         self._load_plugins()
         check_sampler(self.objective, self.sampler)
-        positive = {
-            "steps": self.steps,
-            "batch_size": self.batch_size,
-            "micro_batch_size": 1 if self.micro_batch_size is None else self.micro_batch_size,
-            "stop_at": 1 if self.stop_at is None else self.stop_at,
-            "train_seconds": 1 if self.train_seconds is None else self.train_seconds,
-            "stop_at_seconds": 1 if self.stop_at_seconds is None else self.stop_at_seconds,
-            "sampler.steps": self.sampler.steps,
-            "optimizer.learning_rate": self.optimizer.learning_rate,
-            "optimizer.max_grad_norm": self.optimizer.max_grad_norm,
-            "flow.min_time": self.flow.min_time,
-            "sampler.shift": self.sampler.shift,
-            "validation.every": self.validation.every,
-            "validation.samples": self.validation.samples,
-            "validation.time_bins": self.validation.time_bins,
-            "probe.samples": self.probe.samples,
-            "probe.final_samples": self.probe.final_samples,
-            "checkpoint.every": self.checkpoint.every,
-            "checkpoint.keep": self.checkpoint.keep,
-            "optimizer.max_bad_steps": self.optimizer.max_bad_steps,
-            "timeout_minutes": self.timeout_minutes,
-            "probe.rows": self.probe.rows,
-            "log_every": self.log_every,
-            **{
-                f"model.{name}": value
-                for name, value in asdict(self.model).items()
-                if name in ("hidden_size", "depth", "num_heads", "patch_size", "mlp_ratio") and value is not None
-            },
-        }
-        for name, value in positive.items():
-            if not value > 0:
-                raise UserError(f"{name} is {value}, expected a positive number")
-        not_negative = {
-            "seed": self.seed,
-            "model.context_noise": self.model.context_noise,
-            "self_rollout.weight": self.self_rollout.weight,
-            "model.context_depth": self.model.context_depth,
-            "model.output_channels": self.model.output_channels,
-            "flow.time_std": self.flow.time_std,
-            "flow.perceptual.weight": self.flow.perceptual.weight,
-            "flow.perceptual.max_time": self.flow.perceptual.max_time,
-            "optimizer.warmup_steps": self.optimizer.warmup_steps,
-            "optimizer.weight_decay": self.optimizer.weight_decay,
-            "ema.warmup_power": self.ema.warmup_power,
-            "probe.every": self.probe.every,
-            "checkpoint.keep_every": self.checkpoint.keep_every,
-            "probe.rollouts": self.probe.rollouts,
-            "probe.rollout_frames": self.probe.rollout_frames,
-            "probe.attention.samples": self.probe.attention.samples,
-        }
-        for name, value in not_negative.items():
-            if not value >= 0:
-                raise UserError(f"{name} is {value}, expected at least 0")
-        shares = {
-            "action_dropout": [self.action_dropout],
-            "clean_context": [self.clean_context],
-            "model.dropout": [self.model.dropout],
-            "optimizer.betas": self.optimizer.betas,
-            "optimizer.momentum": [self.optimizer.momentum],
-        }
         if self.model.reprojection and (self.objective == "ddpm" or self.flow.prediction != "clean"):
             raise UserError("model.reprojection needs a flow (also shortcut, mean_flow) with flow.prediction clean")
         if self.model.reprojection and not (self.model.use_action and self.model.output_channels):
             raise UserError("model.reprojection needs model.use_action and model.output_channels")
-        for name, values in shares.items():
-            if not all(0 <= value < 1 for value in values):
-                shown = ", ".join(map(str, values))
-                raise UserError(f"{name} is {shown}, expected at least 0 and less than 1")
         if self.flow.perceptual.weight and min(self.data.image_size) < 32:
             raise UserError(f"data.image_size is {self.data.image_size}, expected at least 32 for flow.perceptual")
-        if not 0 < self.optimizer.decay_share <= 1:
-            raise UserError(f"optimizer.decay_share is {self.optimizer.decay_share}, expected more than 0, at most 1")
-        if not 0 <= self.ema.decay <= 1:
-            raise UserError(f"ema.decay is {self.ema.decay}, expected between 0 and 1")
         if self.name in ("", "..") or Path(self.name).name != self.name:
             raise UserError(f"name is {self.name!r}, expected one path component")
         if self.objective == "self_rollout" and not (self.data.rollout and self.sampler.guidance == 1):
@@ -301,16 +234,16 @@ class TrainConfig:
             try:
                 re.compile(self.optimizer.only)
             except re.error as error:
-                raise UserError(f"optimizer.only is {self.optimizer.only!r}, no regular expression: {error}") from error
-        if not 0 <= self.sampler.context_noise <= self.model.context_noise:
+                raise UserError(
+                    f"optimizer.only is {self.optimizer.only!r}: not a regular expression ({error})"
+                ) from error
+        if self.sampler.context_noise > self.model.context_noise:
             raise UserError(
-                f"sampler.context_noise is {self.sampler.context_noise}, expected at least 0 and at most "
-                f"model.context_noise, {self.model.context_noise:g}"
+                f"sampler.context_noise is {self.sampler.context_noise}, expected at most model.context_noise, "
+                f"{self.model.context_noise:g}"
             )
         if self.sampler.guidance != 1 and self.action_dropout == 0:
             raise UserError(f"sampler.guidance is {self.sampler.guidance}, which needs action_dropout above 0")
-        if not self.probe.offsets or 0 in self.probe.offsets:
-            raise UserError(f"probe.offsets is {self.probe.offsets}, expected non-zero numbers of frames")
 
     def _load_plugins(self) -> None:
         """Imports the modules of user-defined codecs, objectives and conditioners."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from cdit.common.errors import UserError
+from cdit.common.errors import writing
 from cdit.common.files import to_json, write_whole
 from cdit.common.wandb_run import WandbRun
 from cdit.training.config import TrainConfig
@@ -82,20 +82,15 @@ def _known(row: dict[str, float | None]) -> dict[str, float]:
 
 def _append(path: Path, line: str) -> None:
     """Appends a line and flushes it to disk, because the next checkpoint relies on it."""
-    try:
-        with path.open("a") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    with writing(path), path.open("a") as file:
+        file.write(line + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _keep_lines(path: Path, count: int) -> list[str]:
     """Truncates a file to its first `count` lines, since a resumed run writes later ones again; returns them."""
-    try:
-        lines = path.read_text(errors="replace").splitlines()[:count] if path.is_file() else []
+    lines = path.read_text(errors="replace").splitlines()[:count] if path.is_file() else []
+    with writing(path):
         write_whole(path, "".join(line + "\n" for line in lines))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
     return lines

@@ -232,10 +232,10 @@ def test_two_processes_write_what_one_does(dataset, arguments, command):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (("--data.image_size", "[24, 24]"), r"frames of 24×32, crop aspect; asked for .*frames of 24×24"),
-        (("--data.crop", "none"), r"crop aspect; asked for .*crop none"),
-        (("--precision", "float32"), r"holds float16, asked for float32"),
-        (("--codec.name", "OTHER"), r"made with kl .*/kl \(encoder .*\).*; asked for kl .*/other \(encoder "),
+        (("--data.image_size", "[24, 24]"), r"frames of 24×32, crop aspect; expected .*frames of 24×24"),
+        (("--data.crop", "none"), r"crop aspect; expected .*crop none"),
+        (("--precision", "float32"), r"holds float16, expected float32"),
+        (("--codec.name", "OTHER"), r"made with kl .*/kl \(encoder .*\).*; expected kl .*/other \(encoder "),
     ],
 )
 def test_another_cache_is_not_overwritten(dataset, tmp_path, arguments, command, changed, message):

@@ -148,10 +148,10 @@ def test_without_a_cache_frames_are_read(dataset):
 @pytest.mark.parametrize(
     ("asked", "shown"),
     [
-        ({"fingerprint": "f" * 64}, r"encoder 0123456789ab\).*asked for .*encoder ffffffffffff\)"),
-        ({"codec": "tiny"}, r"with kl some/autoencoder .*asked for tiny some/autoencoder"),
-        ({"image_size": (16, 12)}, r"frames of 12×16.*asked for .*frames of 16×12"),
-        ({"crop": "4:3"}, r"crop aspect; asked for .*crop 4:3"),
+        ({"fingerprint": "f" * 64}, r"encoder 0123456789ab\).*expected .*encoder ffffffffffff\)"),
+        ({"codec": "tiny"}, r"with kl some/autoencoder .*expected tiny some/autoencoder"),
+        ({"image_size": (16, 12)}, r"frames of 12×16.*expected .*frames of 16×12"),
+        ({"crop": "4:3"}, r"crop aspect; expected .*crop 4:3"),
     ],
 )
 def test_a_cache_of_another_encoding_is_refused_by_name(dataset, cache, asked, shown):
@@ -170,7 +170,7 @@ def test_the_same_weights_from_elsewhere_are_the_same_codec(dataset, cache):
 
 
 def test_another_precision_is_not_mixed_in(dataset, cache):
-    with pytest.raises(DataError, match="holds float32, asked for float16"):
+    with pytest.raises(DataError, match="holds float32, expected float16"):
         LatentCache.create(dataset, ENCODING, "float16")
 
 
@@ -225,8 +225,8 @@ def fill_one(file: Path, encoding: Encoding, length: int = 13, precision: str = 
         (spoil_by_truncation, "damaged"),
         (spoil_by_nonsense, "damaged"),
         (spoil_by_emptiness, "damaged"),
-        (spoil_by_foreign_trajectory, "of another trajectory or encoding"),
-        (spoil_by_foreign_encoding, "of another trajectory or encoding"),
+        (spoil_by_foreign_trajectory, "from another trajectory or encoding"),
+        (spoil_by_foreign_encoding, "from another trajectory or encoding"),
         (spoil_by_length, "12 frames, but the trajectory has 13"),
         (spoil_by_precision, "not in float32"),
     ],
@@ -298,7 +298,7 @@ def test_a_mix_reads_latents_where_all_have_them(dataset, video_dataset, cache, 
 
 def test_every_part_of_a_mix_is_checked(dataset, video_dataset, cache):
     fill(video_dataset, replace(ENCODING, crop="none"))
-    with pytest.raises(DataError, match=r"video.latents was made with .*crop none; asked for .*crop aspect"):
+    with pytest.raises(DataError, match=r"video.latents was made with .*crop none; expected .*crop aspect"):
         mix(dataset, video_dataset).use_latents(ENCODING)
 
 

@@ -126,10 +126,10 @@ def test_latents_are_those_of_the_cache(folder, tmp_path, content, precision):
     if content == "both":
         assert same(after.window(2, [1]), windows(folder).window(2, [1]))
     else:
-        with pytest.raises(DataError, match=r"train-00000\.tar: holds latents only"):
+        with pytest.raises(DataError, match=r"train-00000\.tar: contains latents only"):
             after.window(2, [1])
     other = Encoding("kl", "some/autoencoder", "f" * 64, (12, 16), "aspect")
-    with pytest.raises(DataError, match=r"encoder 0123456789ab\).*asked for .*encoder ffffffffffff\)"):
+    with pytest.raises(DataError, match=r"encoder 0123456789ab\).*expected .*encoder ffffffffffff\)"):
         after.use_latents(other)
 
 
@@ -154,7 +154,7 @@ def test_splits_are_added_one_by_one(folder, tmp_path):
     train.use_latents(ENCODING)
     assert train[1].context.dtype == torch.float32
     assert verify(str(out))[0] == []
-    with pytest.raises(UserError, match="holds split 'test' already"):
+    with pytest.raises(UserError, match="already contains split"):
         converted(folder, out)
     with pytest.raises(DataError, match="no split 'unknown' in these shards, only train, test"):
         windows(out, "unknown")
@@ -227,7 +227,7 @@ def test_a_name_that_does_not_fit_a_tar_header(tmp_path):
     (folder / name).parent.mkdir(parents=True)
     (folder / "walk_0").rename(folder / name)
     write_split(folder, "train", [name])
-    with pytest.raises(DataError, match=r"0\.jpg: does not go into a shard \(name is too long"):
+    with pytest.raises(DataError, match=r"0\.jpg: does not fit into a shard \(name is too long"):
         converted(folder, tmp_path / "shards")
 
 
@@ -256,7 +256,7 @@ def test_trajectories_stay_in_their_folder(shards, name):
 @pytest.mark.parametrize("name", ["../train-00000.tar", "/dev/zero", ".hidden.tar", "a/b.tar", "train-00000.tgz", ""])
 def test_shards_stay_in_their_folder(shards, name):
     edit(shards, lambda split: split["shards"][0].update(file=name))
-    with pytest.raises(DataError, match="is no name of a shard or table"):
+    with pytest.raises(DataError, match="is not the name of a shard or table"):
         windows(shards)
 
 

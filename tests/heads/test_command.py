@@ -267,7 +267,7 @@ def test_the_untrained_network_is_another_of_the_same_kind(place):
         ([], "either data, a dataset folder, or frames"),
         (["--data", "walks", "--frames", "images"], "either data, a dataset folder, or frames"),
         (["--data", "walks", "--actions", "forward"], "actions can only be given with frames"),
-        (["--data", "walks", "--samples", "0"], "samples is 0, expected at least 1"),
+        (["--data", "walks", "--samples", "0"], "samples is 0, expected more than 0"),
         (["--data", "walks", "--layers", "[2]"], "error: layers is [2], expected numbers from 0 to 1"),
         (["--data", "walks", "--offsets", "[0]"], "offsets is [0]"),
         (["--data", "walks", "--offsets", "[30]"], "offsets is [30]: no trajectory of split 'test'"),

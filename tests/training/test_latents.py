@@ -122,8 +122,8 @@ def test_each_step_samples_the_posterior_anew(config: Callable[..., TrainConfig]
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--data.image_size", "[16, 16]"], r"frames of 32×32.*asked for .*frames of 16×16"),
-        (["--data.crop", "none"], r"crop aspect.*asked for .*crop none"),
+        (["--data.image_size", "[16, 16]"], r"frames of 32×32.*expected .*frames of 16×16"),
+        (["--data.crop", "none"], r"crop aspect.*expected .*crop none"),
     ],
 )
 def test_training_refuses_another_cache(
