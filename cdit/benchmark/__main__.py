@@ -4,7 +4,7 @@
     python -m cdit.benchmark plan rollout data    # any modes, in this order
 
 Modes: train, sample, rollout, plan, data (does the loader keep up?), scale (the cost of one more past frame), profile
-(where the time of a training step goes); and for choices made in this package attention, context, checkpoints, probes,
+(where the time of a training step goes); and for choices made in this package attention, context, probes,
 latents.
 
 Contenders: ours; ours-nwm, the published network and its DDPM in our code; NWM-as-published, a plain implementation of

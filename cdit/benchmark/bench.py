@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
+from PIL import Image
 
 from cdit.batch import EncodedBatch
 from cdit.benchmark.config import BenchmarkConfig, ModeName
@@ -25,7 +25,7 @@ MODULES: dict[str, str] = {
     "sampling": "sample rollout plan",
     "scale": "scale",
     "loading": "data latents",
-    "choices": "attention context checkpoints probes",
+    "choices": "attention context probes",
 }
 """Modules of this package, and the modes in each: generators of tables from a `Bench`."""
 MODES: dict[ModeName, str] = {mode: module for module, modes in MODULES.items() for mode in modes.split()}
@@ -36,8 +36,7 @@ class Bench:
     """A running benchmark."""
 
     config: BenchmarkConfig
-    figures: dict[str, Figure] = field(default_factory=dict)
-    """Plots by name."""
+    figures: dict[str, Image.Image] = field(default_factory=dict)
 
     def run(self) -> None:
         """Runs the modes, prints their tables, and writes results.json, tables.md and a PNG of every plot to `out`."""
@@ -55,7 +54,7 @@ class Bench:
                 write_json(folder / "results.json", values, indent=1)
                 (folder / "tables.md").write_text("\n".join([f"{about}\n", *map(str, tables)]))
                 for name, figure in self.figures.items():
-                    figure.savefig(folder / f"{name}.png")
+                    figure.save(folder / f"{name}.png")
 
     @cached_property
     def device(self) -> torch.device:
@@ -103,12 +102,9 @@ class Bench:
         call: Callable[[Contender, SamplerConfig], object],
         steps: Sequence[int] = (),
     ) -> dict[tuple[str, int], np.ndarray]:
-        """Seconds (rounds,) of a call by contender and number of denoising steps; long ones are extrapolated.
+        """Seconds (rounds,) of a call by contender and number of denoising steps: its default and `steps`.
 
-        Args:
-            contenders: to time.
-            call: to time.
-            steps: numbers of steps, in addition to each contender's default.
+        Those of more than `measured_steps` are extrapolated.
         """
         most = self.measured_steps
         wanted = [(c, n) for c in contenders for n in (c.sampler.steps, *steps)]

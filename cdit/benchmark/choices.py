@@ -1,13 +1,11 @@
-"""Choices made in this package: attention kernels, context caching, checkpoints, probes."""
+"""Choices made in this package: attention kernels, context caching, probes."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from contextlib import contextmanager
 from tempfile import TemporaryDirectory
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from torch import Tensor
 
 from cdit.batch import Batch, Condition
@@ -19,9 +17,6 @@ from cdit.heads.config import AttentionConfig
 from cdit.heads.inspection import inspect_attention
 from cdit.model import CDiT
 from cdit.model.attention import KeysValues, attention_weights, scaled_dot_product_attention
-from cdit.training.config import CheckpointConfig, EMAConfig, TrainConfig
-from cdit.training.durable.checkpoints import Checkpoints, RunState
-from cdit.training.ema import EMA
 
 
 def attention(bench: Bench) -> Iterator[Table]:
@@ -123,38 +118,6 @@ def observers(cdit: CDiT) -> Iterator[None]:
     finally:
         for block in cdit.blocks:
             block.cross_attn.observer = None
-
-
-def checkpoints(bench: Bench) -> Iterator[Table]:
-    """Training steps without a checkpoint, with one that a thread writes, and with one that the steps wait for."""
-    config, ours = bench.config, bench.contender("ours")
-    accelerator = Accelerator(cpu=bench.device.type == "cpu", mixed_precision="no")
-    step = ours.training_step(bench.batch())
-    optimizer, ema = ours.optimizer[0], EMA(ours.network, EMAConfig())
-    with TemporaryDirectory() as folder, ExitStack() as stack:
-
-        def with_checkpoint(background: bool) -> Callable[[], None]:
-            run = TrainConfig(name=str(background), output=folder, checkpoint=CheckpointConfig(keep=1))
-            run.checkpoint.background = background
-            written = stack.enter_context(Checkpoints(accelerator, run, {"model": ours.network}, optimizer, ema))
-
-            def call() -> None:
-                written.save(RunState())
-                without()
-                written.wait()
-
-            return call
-
-        def without() -> None:
-            for _ in range(config.checkpoint_every):
-                step()
-
-        row = bench.compare(
-            f"{config.checkpoint_every} steps and a checkpoint",
-            {"no checkpoint": without, "by a thread": with_checkpoint(True), "waited for": with_checkpoint(False)},
-        )
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors")) / 2
-    yield Table(f"Checkpoints of {size / 1e6:.3g} MB", [row])
 
 
 def probes(bench: Bench) -> Iterator[Table]:

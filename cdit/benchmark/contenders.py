@@ -100,13 +100,7 @@ class Contender:
     def training_step(
         self, batch: EncodedBatch, precision: Precision | None = None, network: Callable[..., Tensor] | None = None
     ) -> Callable[[], None]:
-        """A step: loss, gradients, their norm clipped, the optimizer, the average of the weights.
-
-        Args:
-            batch: to train on.
-            precision: of products; by default the config's.
-            network: instead of `self.predict`.
-        """
+        """A step: loss of `network` (by default `predict`), gradients, their norm clipped, optimizer, average."""
         optimizer, average = self.optimizer
         network = self.predict if network is None else network
         self.network.train()
@@ -232,7 +226,7 @@ class Published(Contender):
         return network, DDPM(DDPMConfig())
 
     def predict(
-        self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Tensor], past: Tensor, mask: None = None
+        self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Tensor], past: Tensor, *_: None
     ) -> Tensor:
         """Every goal with a copy of its context."""
         inputs = (noisy, timestep, condition["action"], condition["time_shift"])

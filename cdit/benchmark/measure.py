@@ -45,7 +45,6 @@ class Table:
     title: str
     rows: list[Row]
     note: str = ""
-    """A note for readers."""
 
     def __str__(self) -> str:
         columns = list(self.rows[0])

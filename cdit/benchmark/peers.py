@@ -107,17 +107,7 @@ class FinalLayer(nn.Module):
 
 
 class Peer(nn.Module):
-    """What both have in common: embeddings, blocks, and the final layer from tokens to a frame.
-
-    Args:
-        size: (height, width) of what is denoised.
-        channels: of what is denoised; the output has twice as many, the second half for the variance.
-        frames: past frames.
-        patch: side of a patch.
-        width: of a token.
-        depth: blocks.
-        heads: of each attention.
-    """
+    """Embeddings, blocks, and the final layer to twice as many channels, the second half for the variance."""
 
     block: type["PublishedBlock | DiTBlock"]
 

@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
-from matplotlib.figure import Figure
 from numpy.polynomial.polynomial import polyfit, polyval
+from PIL import Image
 
 from cdit.benchmark.bench import Bench
 from cdit.benchmark.contenders import Ours, random_batch
 from cdit.benchmark.measure import Call, Row, Spread, Table, median
+from cdit.common.charts import Line, line_chart
 from cdit.model.describe import counted_flops
 
 Series = dict[str, Callable[[int], Call]]
@@ -79,17 +80,13 @@ def fits(seconds: dict[str, np.ndarray], flops: dict[str, np.ndarray], past: lis
     return Table("a + b·T + c·T² for T past frames, one denoising step of one frame", rows)
 
 
-def plot(seconds: dict[str, np.ndarray], sizes: list[int], unit: str, fitted: bool = False) -> Figure:
+def plot(seconds: dict[str, np.ndarray], sizes: list[int], unit: str, fitted: bool = False) -> Image.Image:
     """Milliseconds against sizes; lines are parabolas through the medians, or join them."""
-    figure = Figure(figsize=(6.4, 4.2), dpi=120, layout="constrained")
-    axes = figure.add_subplot()
-    for name, values in seconds.items():
+    lines = []
+    for i, (name, values) in enumerate(seconds.items()):
         medians = 1000 * np.median(values, axis=1)
-        (dots,) = axes.plot(sizes, medians, "o" if fitted else "o-", label=name, markersize=4)
+        lines.append(Line(name, sizes, medians, f"C{i}", "o" if fitted else "o-"))
         if fitted:
             grid = np.linspace(min(sizes), max(sizes), 100)
-            axes.plot(grid, polyval(grid, polyfit(sizes, medians, 2)), color=dots.get_color(), linewidth=1)
-    axes.set(xlabel=unit, ylabel="ms", ylim=(0, None))
-    axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    return figure
+            lines.append(Line("", grid, polyval(grid, polyfit(sizes, medians, 2)), f"C{i}", "-"))
+    return line_chart({"": lines}, unit, "ms", from_zero=True)

@@ -1,24 +1,24 @@
 """Pictures and videos of frames: labelled grids and strips as Pillow images, MP4 and GIF."""
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from fractions import Fraction
 from itertools import chain
 from pathlib import Path
 
 import av
-import matplotlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from cdit.common.charts import font
 from cdit.common.frames import to_uint8
 
 CELL = 128
 """Frames narrower than this are magnified, by a whole factor, to about this many pixels."""
 
-BACKGROUND, INK, FAINT, EMPTY = "#ffffff", "#1f2328", "#7d8590", "#f0f2f4"
-GAP, GROUP_GAP, MARGIN = 4, 16, 12
-FONT = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+GAP = 6
+INK, FAINT, PAPER, EMPTY = "#1c1c22", "#787882", "#ffffff", "#f0f2f4"
 
 
 def to_image(frame: Tensor, scale: int | None = None) -> Image.Image:
@@ -54,7 +54,8 @@ def comparison_grid(
         columns += [] if truth is None else [(horizon, "truth", truth[:, goal])]
         columns += [(horizon, "predicted", prediction[:, goal])]
     cells = [[to_image(column[sample], scale) for *_, column in columns] for sample in range(len(prediction))]
-    return _table(cells, [group for group, *_ in columns], [label for _, label, _ in columns], rows)
+    labels = [(row,) for row in rows]
+    return sheet("", "", [label for _, label, _ in columns], labels, cells, [group for group, *_ in columns])
 
 
 def strip(
@@ -83,14 +84,14 @@ def strip(
     shown = np.unique(np.linspace(length / min(columns, length), length, min(columns, length)).round().astype(int)) - 1
     groups = ["past"] * past + ["future"] * len(shown)
     headers = [_seconds((i - past + 1) / fps) for i in range(past)] + [_seconds((i + 1) / fps) for i in shown]
-    seen = [
-        to_image(frame, scale) if context_mask is None or context_mask[i] else None for i, frame in enumerate(context)
-    ]
+    seen = [to_image(frame, scale) for frame in context]
+    if context_mask is not None:
+        seen = [x if exists else Image.new("RGB", x.size, EMPTY) for x, exists in zip(seen, context_mask, strict=True)]
     futures = {"predicted": prediction} if truth is None else {"truth": truth, "predicted": prediction}
     cells: list[list[Image.Image | None]] = []
     for future in futures.values():
         cells.append([*(seen if not cells else [None] * past), *(to_image(future[i], scale) for i in shown)])
-    return _table(cells, groups, headers, list(futures), blanks_are_empty=True)
+    return sheet("", "", headers, [(name,) for name in futures], cells, groups)
 
 
 def rollout_video(
@@ -113,16 +114,16 @@ def rollout_video(
         T + L images of one size. Frames are uint8, or float in [-1, 1].
     """
     scale = scale or max(1, round(2 * CELL / context.shape[-1]))
+    names = ["predicted"] if truth is None else ["truth", "predicted"]
     for i in range(len(context) + len(prediction)):
         future = i - len(context)
+        time = _seconds((future + 1) / fps)
         if future < 0:
-            panels, headers = [context[i]] * (1 if truth is None else 2), ["given"] * (1 if truth is None else 2)
-        elif truth is None:
-            panels, headers = [prediction[future]], ["predicted"]
+            panels = [context[i]] * len(names)
         else:
-            panels, headers = [truth[future], prediction[future]], ["truth", "predicted"]
+            panels = [prediction[future]] if truth is None else [truth[future], prediction[future]]
         cells = [[to_image(panel, scale) for panel in panels]]
-        yield _table(cells, [], headers, [], footer=_seconds((future + 1) / fps))
+        yield sheet("", "", names, [], cells, footer=time if future >= 0 else f"given, {time}")
 
 
 def save_mp4(frames: Iterable[Image.Image] | Tensor, path: Path | str, fps: float) -> None:
@@ -164,49 +165,70 @@ def _seconds(time: float) -> str:
     return "now" if time == 0 else f"{time:+.2f}".rstrip("0").rstrip(".").replace("-", "−") + " s"
 
 
-def _table(
+def sheet(
+    title: str,
+    subtitle: str,
+    columns: Sequence[str],
+    rows: Sequence[Sequence[str]],
     cells: Sequence[Sequence[Image.Image | None]],
-    groups: Sequence[str],
-    headers: Sequence[str],
-    rows: Sequence[str],
-    blanks_are_empty: bool = False,
+    spans: Sequence[str] = (),
+    gap: int = GAP,
     footer: str = "",
 ) -> Image.Image:
-    """Images of one size in rows and columns with headers; neighbouring columns of one group share its header.
+    """A table of images with headings.
 
-    A None is a cell without image: grey, or white if `blanks_are_empty` and the whole column's lower rows are blank.
+    Args:
+        title: in bold at the top; with the subtitle left out if empty.
+        subtitle: below it.
+        columns: headings.
+        rows: lines of text at the left of each row, if any; the first is bold if there are several.
+        cells: images; columns are as wide and rows as high as the largest. None: blank.
+        spans: a heading for each column, written once above neighbours that share it; others are set apart.
+        gap: between cells.
+        footer: centred below the table.
     """
-    cell = next(image for row in cells for image in row if image is not None)
-    size = 12 if cell.width >= 96 else 10
-    font, line = ImageFont.truetype(FONT, size), size + 8
-    starts_group = [bool(groups) and i > 0 and groups[i] != groups[i - 1] for i in range(len(headers))]
-    left = MARGIN + (10 + int(max(font.getlength(label) for label in rows)) if rows else 0)
-    xs, x = [], left
-    for starts in starts_group:
-        x += GROUP_GAP - GAP if starts else 0
-        xs.append(x)
-        x += cell.width + GAP
-    top = MARGIN + line * (2 if any(groups) else 1)
-    bottom = top + len(cells) * (cell.height + GAP) - GAP
-    image = Image.new("RGB", (x - GAP + MARGIN, bottom + (line if footer else 0) + MARGIN), BACKGROUND)
-    draw = ImageDraw.Draw(image)
+    rows, spans = rows or [()] * len(cells), spans or [""] * len(columns)
+    labels = [list(zip(lines, _faces(len(lines)), strict=True)) for lines in rows]
+    x = 2 * GAP + max((2 * GAP + _width(*label) for lines in labels for label in lines), default=0)
+    lefts, headings, end = [], [], 0
+    for i, column in enumerate(columns):
+        if i and spans[i] != spans[i - 1]:
+            x = max(x + 4 * GAP, end + 2 * GAP)
+        if not i or spans[i] != spans[i - 1]:
+            headings.append((x, spans[i]))
+            end = x + _width(spans[i], font(13, bold=True))
+        lefts.append(x)
+        x += max(max(line[i].width for line in cells if line[i]), _width(column, font(12))) + gap
+    width = max(x, end, 2 * GAP + max(_width(title, font(17, bold=True)), _width(subtitle, font(12))))
+    span_top = 62 if title else 8
+    column_top = span_top + (24 if any(spans) else 0)
+    tops = [column_top + 22]
+    for lines, line in zip(rows, cells, strict=True):
+        tops.append(tops[-1] + max(16 * len(lines), *(cell.height for cell in line if cell)) + gap)
+    canvas = Image.new("RGB", (width + 2 * GAP, tops[-1] + GAP + (20 if footer else 0)), PAPER)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((2 * GAP, 8), title, INK, font(17, bold=True))
+    draw.text((2 * GAP, 34), subtitle, FAINT, font(12))
+    for left, heading in headings:
+        draw.text((left, span_top), heading, INK, font(13, bold=True))
+    for left, column in zip(lefts, columns, strict=True):
+        draw.text((left, column_top), column, INK, font(12))
+    for i, line in enumerate(cells):
+        middle = (tops[i] + tops[i + 1] - gap) / 2
+        for j, (label, face) in enumerate(labels[i]):
+            y = middle + 16 * (j - (len(labels[i]) - 1) / 2)
+            draw.text((2 * GAP, y), label, FAINT if j else INK, face, anchor="lm")
+        for left, cell in zip(lefts, line, strict=True):
+            if cell:
+                canvas.paste(cell, (left, round(middle - cell.height / 2)))
+    draw.text((canvas.width / 2, canvas.height - 14), footer, FAINT, font(12), anchor="mm")
+    return canvas
 
-    for i, header in enumerate(headers):
-        draw.text((xs[i] + cell.width / 2, top - line / 2 - 1), header, FAINT if any(groups) else INK, font, "mm")
-        if any(groups) and groups[i] and (i == 0 or starts_group[i]):
-            last = next((j for j in range(i, len(groups)) if j + 1 == len(groups) or starts_group[j + 1]), i)
-            middle = (xs[i] + xs[last] + cell.width) / 2
-            draw.text((middle, MARGIN + line / 2 - 2), groups[i], INK, font, "mm")
-            draw.line((xs[i], MARGIN + line - 2, xs[last] + cell.width - 1, MARGIN + line - 2), "#d0d7de")
-    for r, row in enumerate(cells):
-        y = top + r * (cell.height + GAP)
-        if rows:
-            draw.text((MARGIN, y + cell.height / 2), rows[r], INK, font, "lm")
-        for x, content in zip(xs, row, strict=True):
-            if content is not None:
-                image.paste(content, (x, y))
-            elif not (blanks_are_empty and r):
-                draw.rectangle((x, y, x + cell.width - 1, y + cell.height - 1), EMPTY)
-    if footer:
-        draw.text((image.width / 2, bottom + line / 2 + 2), footer, FAINT, font, "mm")
-    return image
+
+def _faces(lines: int) -> list[ImageFont.FreeTypeFont]:
+    first = font(13, bold=True) if lines > 1 else font(12)
+    return [first, *[font(11)] * (lines - 1)][:lines]
+
+
+def _width(text: str, face: ImageFont.FreeTypeFont) -> int:
+    return math.ceil(face.getlength(text))

@@ -3,27 +3,22 @@
 Every picture but the curve is a `sheet`, a table of small images.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from io import BytesIO
 
-import matplotlib
 import numpy as np
-from matplotlib.figure import Figure
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
-from cdit.common.pictures import FONT
+from cdit.common.charts import Line, colour_map, font, line_chart
+from cdit.common.pictures import INK, PAPER, sheet
 from cdit.heads.head_statistics import HeadRow
 from cdit.heads.importance import PruningCurve
 from cdit.heads.measures import Layout, extra_share, frame_maps
 
 CELL = 160  # frames are magnified, by whole numbers, to about this many pixels
 LARGEST = 256  # and shrunk to this many if they are larger
-GAP = 6
-INK, FAINT, PAPER = (28, 28, 34), (120, 120, 130), (255, 255, 255)
 NO_VALUE, BAR, EXTRA_BAR = (225, 225, 230), (203, 71, 71), (96, 108, 200)
 PATCH, TRUE_PLACE = (64, 240, 255), (64, 255, 96)
 TYPE_COLOURS = {
@@ -68,10 +63,7 @@ def layer_figure(scene: Scene, weights: Tensor, layout: Layout, title: str) -> I
     Colours of a row are scaled to its largest weight, separately for the patch and the mean.
 
     Args:
-        scene: the frames and the chosen patch.
         weights: (H, N, M[+1]) of this target, on any device.
-        layout: of the tokens attended to.
-        title: of the figure.
     """
     row, column = scene.patch
     groups = [group.float().cpu() for group in (weights[:, row * layout.columns + column], weights.mean(1))]
@@ -116,9 +108,7 @@ def examples_figure(
     """A row for each head: the predicted frame with the chosen patch, and the head's attention on each past frame.
 
     Args:
-        scene: past frames and the chosen patch.
         predicted: (3, H, W) uint8.
-        rows: the heads.
         maps: of each head, (T, rows, columns) weights of the chosen patch on the past frames.
         places: (T, 2) row and column of the true place in patches; NaN if not visible, None if unknown.
     """
@@ -159,7 +149,7 @@ def frame_image(frame: Tensor, size: tuple[int, int]) -> Image.Image:
 def heat_overlay(frame: Image.Image, heat: Tensor) -> Image.Image:
     """The frame in grey under a heat map (rows, columns) in [0, 1]; hotter places are more opaque."""
     heat_HW = np.asarray(Image.fromarray(heat.numpy().astype(np.float32)).resize(frame.size, Image.Resampling.NEAREST))
-    colour = matplotlib.colormaps["inferno"](0.15 + 0.85 * heat_HW)[..., :3]
+    colour = colour_map("inferno")(0.15 + 0.85 * heat_HW)[..., :3]
     grey = np.asarray(ImageOps.autocontrast(frame.convert("L")), dtype=np.float32)[..., None] / 255
     cover = (0.35 + 0.5 * np.sqrt(heat_HW))[..., None]
     return Image.fromarray(np.uint8(255 * ((1 - cover) * grey + cover * colour) + 0.5))
@@ -228,9 +218,7 @@ def measure_heatmap(title: str, panels: Mapping[str, np.ndarray], layers: Sequen
     """Numbers as colours, all panels on one scale: yellow high, violet low, grey without a value.
 
     Args:
-        title: name of the measure.
         panels: by title, such as one for each diffusion time: (layers, heads).
-        layers: names of the rows.
     """
     finite = np.concatenate([panel[np.isfinite(panel)] for panel in panels.values()] or [np.zeros(0)])
     low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
@@ -269,21 +257,13 @@ def distance_chart(distances: Mapping[str, Mapping[int, Tensor]]) -> Image.Image
 
 def pruning_picture(curve: PruningCurve) -> Image.Image:
     """The loss against the number of ablated heads, with bands of 95 % intervals."""
-    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
-    axes = figure.add_subplot()
+    lines = []
     for name, found, colour in (
         ("least needed first", curve.ordered, "#1b78b7"), ("in random order", curve.random, "#cb4747"),
     ):  # fmt: skip
-        axes.plot(curve.counts, [one.mean for one in found], "o-", color=colour, label=name, markersize=4)
-        if found[0].low is not None:
-            low, high = [one.low for one in found], [one.high for one in found]
-            axes.fill_between(curve.counts, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.set(xlabel=f"ablated heads, of {curve.counts[-1]}", ylabel="denoising loss", title="Loss without heads")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")
+        band = None if found[0].low is None else ([one.low for one in found], [one.high for one in found])
+        lines.append(Line(name, curve.counts, [one.mean for one in found], colour, band=band))
+    return line_chart({"Loss without heads": lines}, f"ablated heads, of {curve.counts[-1]}", "denoising loss")
 
 
 def _palette(name: str, share: float) -> Colour:
@@ -292,7 +272,7 @@ def _palette(name: str, share: float) -> Colour:
 
 @cache
 def _colours(name: str) -> np.ndarray:
-    return matplotlib.colormaps[name](np.arange(256), bytes=True)[:, :3]
+    return colour_map(name)(np.arange(256), bytes=True)[:, :3]
 
 
 def _text_cell(text: str, fill: Colour, width: int = 62, height: int = 30) -> Image.Image:
@@ -311,70 +291,3 @@ def _panels(
     columns = [f"head {head}" for numbers in heads.values() for head in numbers]
     spans = [name for name, numbers in heads.items() for _ in numbers]
     return sheet(title, subtitle, columns, [(row,) for row in rows], cells, spans, gap=1)
-
-
-# ---- tables of images ----
-
-
-def sheet(
-    title: str,
-    subtitle: str,
-    columns: Sequence[str],
-    rows: Sequence[Sequence[str]],
-    cells: Sequence[Sequence[Image.Image]],
-    spans: Sequence[str],
-    gap: int = GAP,
-) -> Image.Image:
-    """A table of images with headings.
-
-    Args:
-        title: in bold at the top.
-        subtitle: below it.
-        columns: headings.
-        rows: lines of text at the left of each row; the first is bold if there are several.
-        cells: images; columns are as wide and rows as high as the largest.
-        spans: a heading for each column, written once above neighbours that share it; others are set apart.
-        gap: between cells.
-    """
-    faces = [[font(13, bold=True) if len(lines) > 1 else font(12), *[font(11)] * (len(lines) - 1)] for lines in rows]
-    labels = [label for lines in zip(rows, faces, strict=True) for label in zip(*lines, strict=True)]
-    x = 4 * GAP + max(_width(*label) for label in labels)
-    lefts, headings, end = [], [], 0
-    for i, column in enumerate(columns):
-        if i and spans[i] != spans[i - 1]:
-            x = max(x + 4 * GAP, end + 2 * GAP)
-        if not i or spans[i] != spans[i - 1]:
-            headings.append((x, spans[i]))
-            end = x + _width(spans[i], font(13, bold=True))
-        lefts.append(x)
-        x += max(max(line[i].width for line in cells), _width(column, font(12))) + gap
-    width = max(x, end, 2 * GAP + max(_width(title, font(17, bold=True)), _width(subtitle, font(12))))
-    tops = [108]
-    for lines, line in zip(rows, cells, strict=True):
-        tops.append(tops[-1] + max(16 * len(lines), *(cell.height for cell in line)) + gap)
-    canvas = Image.new("RGB", (width + 2 * GAP, tops[-1] + GAP), PAPER)
-    draw = ImageDraw.Draw(canvas)
-    draw.text((2 * GAP, 8), title, INK, font(17, bold=True))
-    draw.text((2 * GAP, 34), subtitle, FAINT, font(12))
-    for left, heading in headings:
-        draw.text((left, 62), heading, INK, font(13, bold=True))
-    for left, column in zip(lefts, columns, strict=True):
-        draw.text((left, 86), column, INK, font(12))
-    for i, (lines, line) in enumerate(zip(rows, cells, strict=True)):
-        middle = (tops[i] + tops[i + 1] - gap) / 2
-        for j, (label, face) in enumerate(zip(lines, faces[i], strict=True)):
-            y = middle + 16 * (j - (len(lines) - 1) / 2)
-            draw.text((2 * GAP, y), label, FAINT if j else INK, face, anchor="lm")
-        for left, cell in zip(lefts, line, strict=True):
-            canvas.paste(cell, (left, round(middle - cell.height / 2)))
-    return canvas
-
-
-def _width(text: str, face: ImageFont.FreeTypeFont) -> int:
-    return math.ceil(face.getlength(text))
-
-
-@cache
-def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """The font of all pictures."""
-    return ImageFont.truetype(FONT.with_stem(FONT.stem + "-Bold") if bold else FONT, size)

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
 from torch import Tensor
 
+from cdit.common.charts import Line, line_chart
 from cdit.common.files import write_json
 from cdit.common.statistics import Estimate, estimates, paired_difference
 from cdit.common.tables import markdown_table
@@ -26,9 +26,7 @@ class Setting:
 
     sampler: SamplerConfig
     calls: int
-    """Network calls for a frame."""
     lpips: Estimate
-    """LPIPS to the truth."""
     behind: Estimate
     """Its difference to the LPIPS of the best setting, case by case."""
     psnr: Estimate
@@ -60,18 +58,18 @@ class Findings:
 
     @property
     def best(self) -> Setting:
-        """The setting of the lowest LPIPS to the truth."""
+        """The setting with the lowest LPIPS to the truth."""
         return min(self.settings, key=lambda setting: setting.lpips.mean)
 
     @property
     def enough(self) -> Setting:
-        """The setting of fewest calls whose LPIPS to the truth is statistically indistinguishable from the best one."""
+        """The setting with the fewest calls whose LPIPS is statistically indistinguishable from the best one."""
         as_good = [setting for setting in self.settings if setting.behind.low <= 0]
         return min(as_good, key=lambda setting: (setting.calls, setting.lpips.mean))
 
     @property
     def recommended(self) -> Setting:
-        """The setting of lowest LPIPS to the truth with at most as many calls as `enough`.
+        """The setting with the lowest LPIPS to the truth with at most as many calls as `enough`.
 
         It differs from `enough` if it is nearer to the best, but consistently enough behind it for a significant
         difference.
@@ -93,7 +91,6 @@ def summarize(
         samplers: the settings, the reference first.
         found: results of `measure` for all N cases.
         trajectories: names of the N cases' trajectories, at least two of them different.
-        seed: seed of the bootstrap.
     """
     lpips, psnr, to_reference = (
         np.stack([found[f"{i}/{name}"].double().mean(1).numpy() for i in range(len(samplers))], axis=1)
@@ -128,7 +125,7 @@ def write(findings: Findings, about: Mapping[str, Any], folder: Path) -> str:
         "settings": rows,
         **{name: asdict(getattr(findings, name).sampler) for name in ("reference", "best", "enough", "recommended")},
     }
-    picture(findings).savefig(folder / "steps.png")
+    line_chart(panels(findings), "network calls for a frame", log=True).save(folder / "steps.png")
     (folder / "results.md").write_text(text)
     write_json(folder / RESULTS, {**about, **found}, indent=1)
     return text
@@ -143,7 +140,7 @@ def conclusion(findings: Findings) -> str:
         f"by PSNR: {nearest.name} ({_calls(nearest)}), {nearest.psnr.mean:.2f} dB.\n\n"
         f"The fewest calls whose LPIPS is indistinguishable from the best: {enough.calls} "
         f"({enough.name}, {_behind(enough, 4)}).\n\n"
-        f"Recommended, the lowest LPIPS of as few calls: **{chosen.name}** ({_calls(chosen)}, "
+        f"Recommended, the lowest LPIPS with no more calls: **{chosen.name}** ({_calls(chosen)}, "
         f"{findings.share(chosen):.1%} of the reference's; {_behind(chosen, 4)})."
     )
 
@@ -175,39 +172,33 @@ def tables(findings: Findings) -> str:
     return "\n".join(texts)
 
 
-def picture(findings: Findings) -> Figure:
+def panels(findings: Findings) -> dict[str, list[Line]]:
     """LPIPS to the truth and to the reference against network calls, a line for each scheduler and shift."""
-    figure = Figure(figsize=(11, 4.5), dpi=100, layout="constrained")
-    axes = figure.subplots(1, 2)
     shifts = sorted({setting.sampler.shift for setting in findings.settings}, key=lambda shift: (shift != 1, shift))
     lines: dict[tuple[str, float], list[Setting]] = {}
     for setting in sorted(findings.settings, key=lambda setting: setting.calls):
         lines.setdefault((setting.sampler.scheduler, setting.sampler.shift), []).append(setting)
-    for side, measure, title in (
-        (axes[0], "lpips", "LPIPS to the truth"),
-        (axes[1], "lpips_to_reference", f"LPIPS to {findings.reference.name} from the same noise"),
+    found = {}
+    for measure, title in (
+        ("lpips", "LPIPS to the truth"),
+        ("lpips_to_reference", f"LPIPS to {findings.reference.name} from the same noise"),
     ):
-        for (scheduler, shift), line in sorted(lines.items()):
-            side.plot(
-                [setting.calls for setting in line],
-                [getattr(setting, measure).mean for setting in line],
-                color=COLOURS.get(scheduler, "#6e7781"),
-                linestyle=DASHES[shifts.index(shift) % len(DASHES)],
-                marker="o",
-                markersize=3,
-                linewidth=1.2,
-                label=scheduler if len(shifts) == 1 else f"{scheduler}, shift {shift:g}",
-            )
         chosen = findings.recommended
-        side.plot(chosen.calls, getattr(chosen, measure).mean, "o", color="#1c1c22", markersize=11, fillstyle="none",
-                  linestyle="none", label="recommended")  # fmt: skip
-        side.set_xscale("log", base=2)
-        ticks = [2**power for power in range(int(np.log2(findings.reference.calls)) + 1)]
-        side.set_xticks(ticks, [str(tick) for tick in ticks])
-        side.set(xlabel="network calls for a frame", title=title)
-        side.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8, handlelength=3.5)
-    return figure
+        found[title] = [
+            Line("recommended", [chosen.calls], [getattr(chosen, measure).mean], "#ffd33d", "o", marker_size=11)
+        ]
+        for (scheduler, shift), line in sorted(lines.items()):
+            found[title].append(
+                Line(
+                    scheduler if len(shifts) == 1 else f"{scheduler}, shift {shift:g}",
+                    [setting.calls for setting in line],
+                    [getattr(setting, measure).mean for setting in line],
+                    COLOURS.get(scheduler, "#6e7781"),
+                    f"o{DASHES[shifts.index(shift) % len(DASHES)]}",
+                    marker_size=3,
+                )
+            )
+    return found
 
 
 def _plus_minus(estimate: Estimate, digits: int) -> str:

@@ -20,11 +20,11 @@ SMALL = [
     "--goals=2", "--steps=[1, 2]", "--context_frames=2", "--model.patch_size=4", "--model.hidden_size=16",
     "--model.depth=1", "--model.num_heads=2", "--codec.blocks=[32, 32]", "--data.recorded_size=[24, 32]",
     "--data.frames=12", "--data.batches=2", "--data.workers=[0, 1]", "--scale.past_frames=[1, 2, 3]",
-    "--scale.sides=[4, 8]", "--scale.batches=[1, 2]", "--scale.candidates=[1, 2]", "--checkpoint_every=1",
+    "--scale.sides=[4, 8]", "--scale.batches=[1, 2]", "--scale.candidates=[1, 2]",
 ]  # fmt: skip
 TABLES = {
     "train": 1, "sample": 3, "rollout": 1, "plan": 2, "data": 1, "scale": 5, "attention": 1, "context": 3,
-    "checkpoints": 1, "probes": 1, "latents": 1, "profile": 1,
+    "probes": 1, "latents": 1, "profile": 1,
 }  # fmt: skip
 
 
