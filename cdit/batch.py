@@ -97,7 +97,6 @@ class Batch(TensorData):
     target: Tensor
     """(B, G, 3, H, W) uint8 goal frames, or their latents' moments."""
     condition: Condition
-    """The conditions of each goal."""
     key: Tensor | None = None
     """(B,) int64 key of each sample's random draws (see `KeyedDraws`)."""
     weight: Tensor | None = None

@@ -46,8 +46,6 @@ def windows_for(world: WorldModel, options: DataOptions, acting: bool = False) -
     Prints a note on stderr if the frame rate of the dataset differs.
 
     Args:
-        world: the model.
-        options: the dataset and its split.
         acting: whether the model is conditioned on given actions even if the dataset has none.
 
     Raises:

@@ -42,5 +42,5 @@ def noised(world: WorldModel, windows: Batch, action_dropout: float = 0.0, time:
         world.objective.loss(network, batch, KeyedDraws(windows.key, world.device), time)
     finally:
         del world.objective.error
-    ((sample, timestep, condition, context, mask, _),) = calls
+    ((sample, timestep, condition, context, mask),) = calls
     return Noised(batch, sample, timestep, condition, context, mask, *compared[0])

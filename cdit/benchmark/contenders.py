@@ -226,7 +226,7 @@ class Published(Contender):
         return network, DDPM(DDPMConfig())
 
     def predict(
-        self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Tensor], past: Tensor, *_: None
+        self, noisy: Tensor, timestep: Tensor, condition: Mapping[str, Tensor], past: Tensor, mask: None = None
     ) -> Tensor:
         """Every goal with a copy of its context."""
         inputs = (noisy, timestep, condition["action"], condition["time_shift"])

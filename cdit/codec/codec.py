@@ -22,7 +22,6 @@ class Codec(nn.Module, ABC):
     kind: str
     """A name that `CODECS` knows it by; by default its import path."""
     channels: int
-    """C."""
     downscale: int = 1
     lossless: bool = False
     """Whether `decode` reconstructs frames exactly."""

@@ -56,7 +56,7 @@ def read_text(path: Path | str, limit: int = MAX_TEXT) -> str:
 
 
 def read_json(path: Path | str, limit: int = MAX_TEXT, version: int | None = None) -> Any:
-    """The value of a strict JSON file; `version` as of `parse_json`.
+    """The value of a strict JSON file; see `parse_json` for `version`.
 
     Raises:
         DataError: the file cannot be read, is not strict JSON, or has a newer format.
@@ -131,9 +131,7 @@ def read_arrays(path: Path | str) -> dict[str, np.ndarray]:
 def check_name(name: str, listing: Path | str) -> None:
     """Checks that a trajectory name is a plain relative path, since files are also written under it.
 
-    Args:
-        name: one or more components, separated by "/".
-        listing: the file that has the name, for messages.
+    `listing` is the file that has the name, for messages.
 
     Raises:
         DataError: the name is absolute, too long, or has components such as ".." or non-printing characters.

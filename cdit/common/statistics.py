@@ -37,8 +37,6 @@ def estimates(
     Args:
         values: (N,) or (N, M), one row per sample. All columns see the same resamples.
         trajectories: N names; samples of the same name are drawn together.
-        seed: seed of the resamples.
-        resamples: number of resamples.
 
     Returns:
         M estimates, one for (N,).
@@ -72,9 +70,6 @@ def paired_difference(
     Args:
         first: (N,) or (N, M), one row per sample.
         second: values of the same samples in the same order.
-        trajectories: names of the N samples' trajectories.
-        seed: seed of the resamples.
-        resamples: number of resamples.
 
     Raises:
         ValueError: the shapes differ.
@@ -96,7 +91,7 @@ def estimate_of_runs(values: Sequence[float]) -> Estimate:
 
 
 def small_sample_scale(count: int) -> float:
-    """How much wider a 95 % percentile interval over n ≥ 2 trajectories has to be: √(n / (n - 1)) · t / z."""
+    """Factor by which a 95 % percentile interval over n ≥ 2 trajectories is widened: √(n / (n - 1)) · t / z."""
     return math.sqrt(count) * _student_tangent(count) / 1.959964
 
 

@@ -1,4 +1,4 @@
-"""A Weights & Biases run whose failures cost the program no more than a warning and some seconds."""
+"""A Weights & Biases run whose failures cause at most a warning and a short delay."""
 
 import atexit
 import os

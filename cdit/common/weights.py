@@ -12,7 +12,7 @@ from cdit.common.files import read_json
 LARGEST = 2**16
 """Largest integer in a network's config, such as a width or a number of channels."""
 LAYERS = re.compile(r"depth|layers|blocks")
-"""Names of config fields that count parts, each of which has weights of its own."""
+"""Names of config fields that count parts, each of which has its own weights."""
 
 
 def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
@@ -28,7 +28,7 @@ def weight_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         for path in folder.glob("*.safetensors"):
             with safe_open(path, "pt") as file:
                 shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # safetensors has errors of its own
+    except Exception as error:  # safetensors has its own exceptions
         raise UserError(f"{path}: not a readable safetensors file ({error})") from error
     if not shapes:
         raise UserError(f"{folder}: no weights here (expected *.safetensors)")

@@ -97,10 +97,6 @@ def correspondences(
 class WindowCorrespondence:
     """The correspondences of goal frames with the context frames of windows of a dataset recorded in Doom.
 
-    Args:
-        dataset: its windows.
-        grid: rows and columns of patches.
-
     Raises:
         DataError: the dataset's camera or the map of a trajectory is unknown.
     """
@@ -124,7 +120,7 @@ class WindowCorrespondence:
         trajectory = self.dataset.trajectories[index]
         goal = now + offset
         if not 0 <= goal < len(trajectory):
-            raise IndexError(f"{trajectory.name} has frames 0 to {len(trajectory) - 1}, asked for {goal}")
+            raise IndexError(f"{trajectory.name} has frames 0 to {len(trajectory) - 1}, but {goal} was requested")
         times = np.arange(now - self.dataset.config.context_frames + 1, now + 1)
         geometry = _geometry(map_file(trajectory))
         eyes, yaw = self._eyes(trajectory, geometry, [goal, *times.clip(min=0)])

@@ -55,10 +55,7 @@ def record_dataset(folder: Path, info: DatasetInfo, jobs: list[Job], workers: in
     """Records the missing parts of a dataset; `dataset.json` is written last and marks it as complete.
 
     Args:
-        folder: the dataset.
         info: its description; `info.source` must hold all options that the frames depend on.
-        jobs: all trajectories.
-        workers: number of recording processes.
 
     Raises:
         UserError: the folder holds another recording, or ViZDoom is not installed.

@@ -74,13 +74,7 @@ class Stretch:
 
 
 class ExploringPolicy:
-    """Maps observations to commands; depends on the observations so far and `rng` alone.
-
-    Args:
-        horizontal_fov: field of view of the observations in radians.
-        rng: source of all choices.
-        config: how to walk.
-    """
+    """Maps observations (`horizontal_fov` in radians) to commands; depends on those so far and `rng` alone."""
 
     def __init__(self, horizontal_fov: float, rng: np.random.Generator, config: PolicyConfig | None = None):
         self.config = config or PolicyConfig()

@@ -72,12 +72,6 @@ class View:
     def of(cls, camera: Camera, image_size: tuple[int, int], crop: Crop, grid: tuple[int, int]) -> "View":
         """The view of frames after `crop_and_resize`.
 
-        Args:
-            camera: of the recorded frames.
-            image_size: (height, width) of the resulting frames.
-            crop: the crop that was used.
-            grid: rows and columns of patches.
-
         Raises:
             UserError: the camera's pitch is not 0.
         """

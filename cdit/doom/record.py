@@ -53,8 +53,6 @@ def record(
     Walks shorter than `min_length` frames are discarded, and another place is tried.
 
     Args:
-        engine: an open map.
-        geometry: the same map's walls.
         rng: source of all randomness; the result depends only on it, the map and the lengths.
         length: requested number of frames.
         min_length: required number of frames.

@@ -21,7 +21,6 @@ class Case(NamedTuple):
     trajectory: int
     """Index of its trajectory in the dataset."""
     name: str
-    """Name of its trajectory."""
     now: int
     """Index of the last context frame."""
 
@@ -32,8 +31,6 @@ def read_index(path: Path | str, dataset: WindowDataset, reach: int, min_history
     The two offsets are only checked: the protocol determines what is predicted.
 
     Args:
-        path: the file. No code from it is run.
-        dataset: windows of the split that the file is for.
         reach: how many frames the protocol needs after the current one.
         min_history: how many frames up to the current one the model needs.
 
@@ -69,7 +66,7 @@ def spread_cases(dataset: WindowDataset, reach: int, samples: int, field: str) -
     """At most `samples` cases, evenly spaced over the windows with a full context and `reach` frames after it.
 
     Raises:
-        UserError: there are none; the message names the field and what would work.
+        UserError: there are none; the message names the field and what is possible.
     """
     windows = dataset.windows_with([reach])
     if not windows:
@@ -77,7 +74,7 @@ def spread_cases(dataset: WindowDataset, reach: int, samples: int, field: str) -
         longest = max(map(len, dataset.trajectories)) - past
         raise UserError(
             f"{field}: no trajectory of the split has {past} frames of context and {reach / fps:g} s ({reach} frames) "
-            + (f"after them; at most {longest / fps:g} s would work" if longest > 0 else "after them, nor even one")
+            + (f"after them; the longest possible is {longest / fps:g} s" if longest > 0 else "after them")
         )
     return [case_of(dataset, window) for window in spread(windows, samples)]
 

@@ -36,7 +36,7 @@ def evaluate(config: EvaluateConfig) -> None:
     """Computes the batches that are missing in OUT/parts, and writes the results of all of them.
 
     Raises:
-        UserError: something does not fit together; nothing was computed.
+        UserError: checkpoint, data and options are incompatible; nothing was computed.
         Interrupted: another process does not answer.
     """
     accelerator = build_accelerator(config)

@@ -65,11 +65,7 @@ NETWORKS = {"inception": Inception, "i3d": I3D}
 
 
 class Features(nn.Module):
-    """A frozen network in full precision, by name.
-
-    Args:
-        name: a key of `NETWORKS`, or `MODULE:FUNCTION`.
-        field: its field in the config, for error messages.
+    """A frozen network in full precision, by name: a key of `NETWORKS`, or `MODULE:FUNCTION`.
 
     Raises:
         UserError: the network, its package or its weights do not exist.

@@ -37,9 +37,7 @@ def predictions(
     codec bounds every prediction in latents.
 
     Args:
-        batch: of frames.
         shuffled: by method, the same batch with the actions or the context of other samples.
-        predict: samples the model.
         codec: encodes and decodes the truth, if that changes it.
 
     Yields:

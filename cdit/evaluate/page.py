@@ -25,12 +25,7 @@ video { width: 34rem }
 
 
 def draw(protocol: Protocol, found: Mapping[str, Tensor], folder: Path) -> dict[str, Path]:
-    """Draws the shown cases of a protocol.
-
-    Args:
-        protocol: what was predicted.
-        found: `shown/…`, see `Study.compute`.
-        folder: where the files go.
+    """Draws the shown cases of a protocol, from the `shown/…` of `Study.compute`.
 
     Returns:
         Files by caption: a grid with truth and prediction at each horizon, and what `draw_rollouts` draws.
@@ -69,13 +64,7 @@ def write_markdown(results: Results, path: Path) -> str:
 
 
 def write_page(results: Results, pictures: Mapping[str, Mapping[str, Path]], path: Path) -> None:
-    """Writes a page of tables and pictures.
-
-    Args:
-        results: of all protocols.
-        pictures: of each protocol, files by caption.
-        path: of the page, to which the links to pictures are relative.
-    """
+    """Writes a page of tables and, for each protocol, pictures by caption, with relative links to their files."""
     title = f"Evaluation of {results.about['checkpoint']}"
     parts = [f"<h1>{escape(title)}</h1>", f'<p class="note">{escape(_about(results.about))}</p>']
     for name, result in results.protocols.items():
@@ -110,7 +99,9 @@ def describe_samples(result: ProtocolResult) -> str:
     if any(row.low is not None for row in result.rows):
         text += "; ± is half the width of the 95 % interval (bootstrap over trajectories)"
     if any(row.metric in FRECHET for row in result.rows):
-        text += f"; FID and FVD of these {len(result.cases)} samples only compare with those of as many samples"
+        text += (
+            f"; FID and FVD of these {len(result.cases)} samples are comparable only with those of equally many samples"
+        )
     return text + "."
 
 

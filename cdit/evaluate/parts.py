@@ -20,13 +20,7 @@ FINGERPRINT = "made_of.json"
 
 
 class Parts:
-    """The batches of one protocol: `<folder>/<batch>.safetensors`, and made_of.json with what they depend on.
-
-    Args:
-        folder: of these files.
-        made_of: everything the results depend on, as JSON values.
-        count: number of batches.
-    """
+    """The batches of one protocol: `<folder>/<batch>.safetensors`, and made_of.json with what they depend on."""
 
     def __init__(self, folder: Path, made_of: dict[str, Any], count: int):
         self.folder, self.count = folder, count
@@ -43,12 +37,12 @@ class Parts:
             return
         before = read_json(path)
         if not isinstance(before, dict):
-            raise UserError(f"{path}: not written by an evaluation: give another out, or --overwrite true")
+            raise UserError(f"{path}: not written by an evaluation: choose another --out, or pass --overwrite true")
         changed = [key for key in self.made_of | before if before.get(key) != self.made_of.get(key)]
         if changed:
             raise UserError(
-                f"{self.folder} holds parts of another evaluation (other {', '.join(changed)}): give another out, or "
-                "--overwrite true"
+                f"{self.folder} holds parts of another evaluation (other {', '.join(changed)}): choose another --out, "
+                "or pass --overwrite true"
             )
 
     def clear(self) -> None:

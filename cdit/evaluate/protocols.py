@@ -28,7 +28,6 @@ class Protocol(ABC):
     """Which frames are predicted from each context, and which of them are measured."""
 
     name: str
-    """Its name in files and tables."""
     seconds: list[float]
     """The horizons that are measured."""
     fps: float
@@ -167,7 +166,7 @@ def moved(batch: Batch, motion: Condition) -> Batch:
 
 
 def release_actions(waypoints: np.ndarray, units: Units, spacing: float) -> np.ndarray:
-    """Actions of a rollout that `Units.normalize` turns into those of the NWM release, which are not its training's.
+    """Actions of a rollout that `Units.normalize` turns into the NWM release's, which differ from its training's.
 
     The release normalises the way points as positions in the frame at the start, and then takes their differences. So
     the offset of the normalisation is in the first step alone, and later steps are not turned into their new heading.

@@ -30,7 +30,6 @@ class ProtocolResult:
 
     name: str
     fps: float
-    """The model's frames per second."""
     cases: list[tuple[str, int]]
     """(trajectory, time) of each sample."""
     rows: list[Row]
@@ -67,7 +66,6 @@ class Results:
     about: dict[str, Any]
     """Checkpoint, sampler, config and versions."""
     protocols: dict[str, ProtocolResult] = field(default_factory=dict)
-    """By name."""
 
     def save(self, folder: Path) -> None:
         """Writes `<folder>/results.json` atomically."""
@@ -112,11 +110,7 @@ class Results:
 def summarize(protocol: Protocol, cases: Sequence[Case], found: dict[str, Tensor], seed: int) -> ProtocolResult:
     """The means with their intervals, over trajectories, and Fréchet distances.
 
-    Args:
-        protocol: what was predicted.
-        cases: the N samples.
-        found: `<method>/<metric>` of all of them, see `Study.compute`.
-        seed: of the bootstrap.
+    `found` has `<method>/<metric>` of all cases, see `Study.compute`.
     """
     frames = [protocol.offsets[i] for i in protocol.measured]
     horizons = list(zip(protocol.seconds, frames, strict=True))
@@ -154,13 +148,6 @@ def difference(
     methods: tuple[str, str] = ("model", "model"),
 ) -> Estimate:
     """The mean of the first result's metric minus the second's on the same cases, with its interval.
-
-    Args:
-        first: from one evaluation.
-        second: from another, or the same.
-        metric: which.
-        seconds: the horizon.
-        methods: the method in the first and in the second.
 
     Raises:
         UserError: the two are not of the same cases.

@@ -26,11 +26,8 @@ class Judge:
     """What is measured. Frames are rounded to 8 bits first, as in files and on screens."""
 
     metrics: Mapping[str, Metric]
-    """Metrics of frames by name."""
     images: Features | None = None
-    """The network of fid."""
     videos: Features | None = None
-    """The network of fvd."""
     truncate: bool = False
     """Whether predictions become 8-bit pictures by truncation (the NWM release), not by rounding."""
 

@@ -17,7 +17,6 @@ class Row(NamedTuple):
     method: str
     """A key of `METHODS` or `DIFFERENCES`, or a text for tables; that of a difference has a minus sign."""
     seconds: float
-    """The horizon."""
     frames: int
     """The horizon in frames of the model's fps."""
     metric: str

@@ -13,15 +13,7 @@ from cdit.evaluate.results import Results
 def track(
     results: Results, pictures: Mapping[str, Mapping[str, Path]], project: str, config: dict[str, Any], folder: Path
 ) -> None:
-    """A run with every number as its summary, one table of all, and the pictures.
-
-    Args:
-        results: of all protocols.
-        pictures: of each protocol, files by caption.
-        project: name there.
-        config: of the evaluation.
-        folder: where the run's own files go, and its name.
-    """
+    """A run with every number as its summary, one table of all, and the pictures."""
     run = WandbRun(folder, project=project, name=folder.name, config=config)
     run.log(lambda: _content(results, pictures))
     run.finish()

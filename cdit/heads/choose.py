@@ -33,7 +33,6 @@ def mean_estimates(values: np.ndarray, trajectories: Sequence[Hashable], seed: i
     Args:
         values: (S, C), one row per sample; values that are not finite are left out of their column.
         trajectories: S names.
-        seed: of the resamples.
 
     Returns:
         C estimates; NaN without interval for a column without any finite value.
@@ -68,14 +67,8 @@ def trends(values: np.ndarray, factors: np.ndarray, trajectories: Sequence[Hasha
     slope + n·zᵢ·eᵢ / Σz², where z is the residual of the factor given the other factors and e are the residuals of the
     fit; these values are resampled (Davison and Hinkley 1997, section 2.7). Values that are not finite are left out.
 
-    Args:
-        values: (n,).
-        factors: (n, F).
-        trajectories: n names.
-        seed: of the resamples.
-
     Returns:
-        F trends.
+        F trends, for values (n,) and factors (n, F).
     """
     finite = np.isfinite(values)
     y, x = values[finite].astype(np.float64), factors[finite].astype(np.float64)
@@ -137,7 +130,6 @@ class Best:
     chosen_at: float
     """Its mean on the half that chose it, which is biased upwards."""
     estimate: Estimate
-    """Its mean on the other half."""
 
 
 def best_column(
@@ -153,8 +145,6 @@ def best_column(
         values: (S, C), such as a column for each head; values that are not finite are left out.
         choosing: (S,) bool, see `split_halves`.
         trajectories: S names.
-        highest: whether higher is better.
-        seed: of the resamples.
     """
     means = np.array([estimate.mean for estimate in mean_estimates(values[choosing], ["one"] * int(choosing.sum()))])
     column = int(np.nanargmax(means if highest else -means))

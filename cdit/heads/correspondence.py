@@ -41,9 +41,6 @@ def true_places(
 
     Args:
         dataset: recorded in Doom, with its camera and maps.
-        grid: rows and columns of patches.
-        windows: S indices.
-        offsets: of the G goals, in frames.
 
     Raises:
         UserError: the dataset does not provide them; the message says why.
@@ -55,12 +52,7 @@ def true_places(
 
 
 def true_tokens(places: Tensor, layout: Layout) -> Tensor:
-    """Which past tokens show the content of each target patch, neighbours included: (…, N, M) bool.
-
-    Args:
-        places: (…, N, T, 2), see `true_places`.
-        layout: of the T past frames.
-    """
+    """Which past tokens show the content of each target patch, neighbours included: (…, N, M) bool."""
     distance = (places.floor()[..., None, :] - layout.positions(places.device)).abs()  # (…, N, T, patches, 2)
     return (distance <= NEIGHBOURS).all(-1).flatten(-2)  # NaN is never near
 

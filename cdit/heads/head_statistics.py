@@ -60,7 +60,6 @@ class HeadStatistics:
                 cdit(…)  # with that sample alone
 
     Args:
-        kind: of attention.
         layout: of the tokens attended to: the past frames; for self-attention, one frame.
         trajectories: S names; intervals are bootstrapped over them.
         edges: (S, T, N) `edge_patches` of the past frames; for self-attention (S, G, 1, 1, N) of the targets. The edge
@@ -68,7 +67,6 @@ class HeadStatistics:
         actions: (S, G, 3) motion from the newest past frame to each target: dx, dy in metres, dyaw in radians. None for
             self-attention and if motions are unknown.
         truth: (S, G, N, M) bool, `true_tokens`; None if unknown.
-        seed: of the resamples.
     """
 
     def __init__(
@@ -88,13 +86,7 @@ class HeadStatistics:
 
     @torch.no_grad()
     def add(self, sample: int, time: float, attention: LayerAttention) -> None:
-        """Measures one layer's attention of one sample.
-
-        Args:
-            sample: its index.
-            time: the diffusion time.
-            attention: of that sample alone (B = 1).
-        """
+        """Measures one layer's attention of one sample."""
         sums = self._sums[attention.layer, time]
         weights = attention.weights()[0]  # (G, H, N, M[+1])
         scores = attention.scores()[0]
@@ -209,16 +201,10 @@ def measure_heads(
     """Measures the heads while the samples' targets, noised to chosen diffusion times, are denoised.
 
     Args:
-        world: the model.
         batch: S windows of frames.
         trajectories: S names, over which intervals are bootstrapped.
-        times: diffusion times.
-        seed: of the noise and of the resamples.
-        kind: which attention.
-        layers: blocks, from 0; by default all.
         truth: for cross-attention, (S, G, N, M) bool, `true_tokens`, if known.
         watch: also called with the sample's index, the diffusion time and each layer's attention as it runs.
-        progress: whether to show a progress bar.
 
     Raises:
         UserError: a layer that the model does not have.

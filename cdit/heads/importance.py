@@ -52,8 +52,6 @@ def ablate_heads(
     model is not affected.
 
     Args:
-        cdit: the network.
-        heads: which heads.
         mode: what replaces a head's output: zeros or its mean, which keeps what the head adds regardless of the input.
         means: (H, K) by site, for mode `mean`; see `Ablation.means`.
 
@@ -94,7 +92,6 @@ class Ablation:
     seed: int
     """Of the noise, which is the same for all variants."""
     progress: bool = False
-    """Whether to show progress bars."""
     means: dict[Site, Tensor] | None = None
     """(H, K) outputs of heads before W_O, for mode `mean`: means over samples, diffusion times, goals and patches."""
 
@@ -223,12 +220,8 @@ class Importance:
 def importance(ablation: Ablation, metric: Metric | None = None) -> Importance:
     """Ablates each head by itself.
 
-    Costs a forward pass per head, diffusion time and `batch_size` samples and, with a metric, sampling all targets for
-    each head.
-
-    Args:
-        ablation: of the heads to measure.
-        metric: also compares sampled frames with the true ones, such as LPIPS.
+    Costs a forward pass per head, diffusion time and `batch_size` samples and, with a metric of sampled and true frames
+    such as LPIPS, sampling all targets for each head.
 
     Raises:
         UserError: a layer that the model does not have.
@@ -250,7 +243,6 @@ class PruningCurve:
     """The loss with more and more heads ablated, on the samples that did not choose their order."""
 
     counts: list[int]
-    """Number of ablated heads."""
     ordered: list[Estimate]
     """For each count, the loss without the heads that the other samples need least."""
     random: list[Estimate]
@@ -270,13 +262,10 @@ def pruning_curve(
     Costs (1 + random_orders) · points forward passes per diffusion time and `batch_size` samples.
 
     Args:
-        ablation: that of `importance`.
-        measured: the result of `importance`.
         choosing: (S,) bool, the samples that choose the order, see `split_halves`; also those of the means for mode
             `mean`.
         trajectories: S names.
         points: of the curve, evenly spaced from no head to all.
-        random_orders: number of random orders to compare with.
     """
     chosen_by, others = (replace(ablation, batch=ablation.batch[torch.from_numpy(x)]) for x in (choosing, ~choosing))
     if ablation.config.mode == "mean":

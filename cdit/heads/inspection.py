@@ -69,8 +69,6 @@ def inspect_attention(
         places: `true_places` of the batch, if known; then no past frame may be missing.
         untrained: the same network with initial weights, a baseline of the correspondence score.
         further: other measures of heads, such as their importance.
-        title: of page and summary.
-        progress: whether to show progress bars.
 
     Raises:
         UserError: a layer or patch that the model does not have, or a value out of range.

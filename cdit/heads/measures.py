@@ -120,11 +120,8 @@ def _over_frames(weights: Tensor, layout: Layout) -> Tensor:
 def gradient_magnitude(frames: Tensor, layout: Layout) -> Tensor:
     """Mean over each patch of the norm of luma's gradient: (…, 3, H, W) to (…, N), per pixel.
 
-    Sobel operator, divided by 8 so that a ramp yields its slope; the border is replicated.
-
-    Args:
-        frames: in [-1, 1]; H and W are multiples of the grid's rows and columns.
-        layout: gives the grid.
+    Sobel operator, divided by 8 so that a ramp yields its slope; the border is replicated. Frames are in [-1, 1]; H and
+    W are multiples of the grid's rows and columns.
     """
     luma = (frames.float() * frames.new_tensor(LUMA, dtype=torch.float32)[:, None, None]).sum(-3)
     padded = F.pad(luma.reshape(-1, *luma.shape[-2:]), (1, 1, 1, 1), mode="replicate")

@@ -79,12 +79,6 @@ def watch_attention(
     Outputs are bit-identical with and without it, and the model is left as it was. A compiled copy of the model is not
     watched.
 
-    Args:
-        cdit: the network.
-        layers: indices of blocks, from 0.
-        kind: which attention.
-        on_layer: the callback.
-
     Raises:
         UserError: a layer that the model does not have.
     """
@@ -130,12 +124,7 @@ def record_attention(cdit: CDiT, layers: Sequence[int], kind: Kind = "cross") ->
 
 
 class FixedNoise(KeyedDraws):
-    """Draws whose noise for the goals' latents is always the same, whatever else an objective draws.
-
-    Args:
-        noise: (B, G, C, h, w).
-        keys: (B,) of the samples' other draws.
-    """
+    """Draws whose noise for the goals' latents, (B, G, C, h, w), is given, whatever else an objective draws."""
 
     def __init__(self, noise: Tensor, keys: Sequence[int]):
         super().__init__(keys, noise.device)

@@ -32,7 +32,6 @@ class AttentionReport:
     """A page, figures, a table and scalars. Names begin with `attention/`."""
 
     summary: str
-    """Markdown."""
     images: dict[str, tuple[Image.Image, str]]
     """Figure and caption by name, such as `attention/layer03/t0.25/sample0`."""
     thumbnails: list[Image.Image]
@@ -99,8 +98,7 @@ class AttentionReport:
     def to_wandb(self, folder: Path | str) -> dict[str, Any]:
         """Input of `wandb.log` besides the scalars: images with captions, the table `attention/heads`, and the page.
 
-        Args:
-            folder: where the report was saved; the files there are logged.
+        All are read from the folder to which the report was saved.
         """
         import wandb
 

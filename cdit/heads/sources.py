@@ -33,7 +33,6 @@ class Source:
     trajectories: list[str]
     """S names."""
     places: Tensor | None
-    """`true_places`, if known."""
     unknown: str
     """Why they are not known; otherwise empty."""
 
@@ -70,13 +69,6 @@ def windows_source(
 ) -> Source:
     """Windows spread evenly over a dataset, with true places if it provides them.
 
-    Args:
-        dataset: with the model's frame size and context.
-        grid: rows and columns of patches.
-        offsets: of the goals in frames.
-        samples: number of windows.
-        named: the dataset and split, for messages.
-
     Raises:
         UserError: no trajectory is long enough.
     """
@@ -101,7 +93,6 @@ def images_source(
         folder: of images in natural order of their names (10 after 9).
         world: gives frame size, crop, longest context and frames per second.
         offsets: of the goals in frames, at least 1.
-        samples: number of contexts, spread evenly over the images.
         actions: the motion from each image to the next, words or a file, see `read_actions`; None if unknown.
         spacing: metres between consecutive frames, for models that need it.
 

@@ -46,9 +46,7 @@ class Row:
     group: str
     """parameters, tokens or FLOPs."""
     name: str
-    """What is counted."""
     value: int
-    """How many."""
 
 
 def parameters(cdit: CDiT) -> dict[str, int]:

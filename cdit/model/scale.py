@@ -147,9 +147,7 @@ class Step:
     """The seconds of an optimizer step on each GPU."""
 
     compute: float
-    """Forward and backward passes."""
     communication: float
-    """All communication."""
     exposed: float
     """The part of it that does not overlap with computation."""
 

@@ -143,5 +143,5 @@ def _some(names: list[str]) -> str:
 def _reason(error: Exception) -> str:
     asked_for = re.search(r"GLOBAL (\S+)", str(error))
     if asked_for:
-        return f"it asks for {asked_for[1]}, expected tensors and plain values only"
+        return f"it refers to {asked_for[1]}, expected tensors and plain values only"
     return "damaged, or not in torch.save's zip format"

@@ -92,7 +92,7 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
     if not windows:
         raise UserError(
             f"length is {recorded}: no trajectory of split {config.split!r} of {config.data} has "
-            f"{dataset.config.context_frames} past frames and so many after them"
+            f"{dataset.config.context_frames} past frames and that many after them"
         )
     batch = Batch.collate([dataset.path(window, recorded) for window in windows])
     names, sources = [], []
@@ -171,15 +171,7 @@ def inspect_first_frame(world: WorldModel, scenes: Scenes, rollout: Tensor, conf
 
 
 def write_rollouts(folder: Path, scenes: Scenes, rollout: Tensor, play_fps: float, fps: float) -> None:
-    """A strip and a video, in both formats, of every sample.
-
-    Args:
-        folder: where to write.
-        scenes: what was predicted from.
-        rollout: (N, L, 3, H, W) in [-1, 1].
-        play_fps: frame rate of the videos.
-        fps: frame rate of the model, for the labels.
-    """
+    """A strip, labelled by the model's fps, and a video at play_fps, in both formats, of every sample."""
     for i, name in enumerate(tqdm(scenes.names, desc="writing", unit="sample", leave=False)):
         context, mask = scenes.context[i], scenes.mask[i]
         truth = None if scenes.truth is None else scenes.truth[i]

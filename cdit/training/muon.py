@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from cdit.training.sharding import whole
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Coefficients of the quintic iteration: singular values from 0 to 1 end between about 0.7 and 1.2."""
 
@@ -67,7 +69,7 @@ class Muon(torch.optim.AdamW):
         for group, parameter in matrices:
             buffer = self.state[parameter]["momentum_buffer"]
             buffer.copy_(self._unless_bad(buffer.lerp(parameter.grad, 1 - group["momentum"]), buffer))
-            update = _whole(parameter.grad.lerp(buffer, group["momentum"]).bfloat16())
+            update = whole(parameter.grad.lerp(buffer, group["momentum"]).bfloat16())
             for matrix in update.chunk(group["splits"]):
                 by_shape[matrix.shape].append(matrix)
         orthogonal = {
@@ -100,12 +102,8 @@ def orthogonalised(matrices_BMN: Tensor, steps: int = 5) -> Tensor:
     return x if wide else x.mT
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _like(whole: Tensor, parameter: Tensor) -> Tensor:
+def _like(complete: Tensor, parameter: Tensor) -> Tensor:
     """A tensor that every process has, sharded as the parameter is."""
     if not isinstance(parameter, DTensor):
-        return whole
-    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return complete
+    return distribute_tensor(complete, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -57,13 +57,9 @@ class Probes:
             self.metrics = load_metrics(accelerator.device, config.data.image_size)
 
     def run(self, world: WorldModel, tracker: Tracker, step: int, final: bool = False) -> None:
-        """Probes the world model with its current weights; every process must call it.
+        """Probes the world model, in evaluation mode, with its current weights; every process must call it.
 
-        Args:
-            world: its network holds the weights to probe, in evaluation mode.
-            tracker: where to log the results, in addition to <run>/probes/<step>/.
-            step: the training step.
-            final: whether to measure more samples and print the table.
+        If `final`, more samples are measured and the table is printed.
         """
         if world := whole_world(world, self.accelerator):
             folder = self.config.folder / "probes" / f"step_{step:08d}"

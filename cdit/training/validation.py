@@ -31,13 +31,7 @@ class Validation:
 
     @torch.no_grad()
     def run(self, world: WorldModel, network: nn.Module, accelerator: Accelerator) -> dict[str, float]:
-        """The mean loss, overall and per bin of diffusion time. Every process must call it.
-
-        Args:
-            world: its codec, units and objective are used.
-            network: the CDiT to call, in evaluation mode.
-            accelerator: the windows are distributed over its processes.
-        """
+        """The mean loss, overall and per bin of diffusion time. Every process must call it."""
         sums = torch.zeros(2, self.bins, dtype=torch.float64)  # on the CPU: not every device has float64
         # With sharded weights, all processes must call the network equally often: shorter shares are padded with the
         # first window, with weight zero.

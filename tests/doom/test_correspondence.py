@@ -194,7 +194,7 @@ def test_recorded_heights_are_preferred_and_the_beginning_has_no_past(dataset):
     same(seen, correspondences(HALL, VIEW, poses[0][0], poses[1][0], poses[0][1:], poses[1][1:]))
     assert not seen.visible[:, 0].any()
     assert seen.visible[:, 1:].any(0).all()
-    with pytest.raises(IndexError, match=r"frames 0 to 7, asked for 9"):
+    with pytest.raises(IndexError, match=r"frames 0 to 7, but 9 was requested"):
         WindowCorrespondence(goals, (8, 8))(window, 8)
 
 

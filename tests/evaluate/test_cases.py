@@ -83,7 +83,7 @@ def test_cases_are_spread_over_what_reaches_far_enough(dataset: WindowDataset):
 
 def test_horizons_that_no_trajectory_reaches_name_the_longest(dataset: WindowDataset):
     assert spread_cases(dataset, 27, 5, "time.seconds")  # 30 frames, 3 of them past
-    with pytest.raises(UserError, match=r"time.seconds.* 7 s \(28 frames\).* at most 6.75 s"):
+    with pytest.raises(UserError, match=r"time.seconds.* 7 s \(28 frames\).* the longest possible is 6.75 s"):
         spread_cases(dataset, 28, 5, "time.seconds")
 
 

@@ -302,7 +302,7 @@ def test_nothing_in_a_file_is_run(place, poison, tmp_path):
         load_checkpoint(path, num_heads=3)
     if place != "a bare pickle":
         name = poison.partition(".")[2]
-        assert re.search(rf"it asks for (\w+\.)?{name},", str(caught.value))
+        assert re.search(rf"it refers to (\w+\.)?{name},", str(caught.value))
     assert "weights_only" not in str(caught.value)
     assert not marker.exists()
 
@@ -317,7 +317,7 @@ def test_only_one_class_is_admitted_and_only_while_reading(tmp_path):
     read(tmp_path, published(TINY))
     assert argparse.Namespace not in torch.serialization.get_safe_globals()
     path = write_checkpoint(tmp_path / "it.pth.tar", published(TINY).state_dict(), args=Path("a"))
-    with pytest.raises(UserError, match="it asks for pathlib"):
+    with pytest.raises(UserError, match="it refers to pathlib"):
         load_checkpoint(path, num_heads=3)
 
 
@@ -364,7 +364,7 @@ def not_a_checkpoint(kind: str, path: Path) -> None:
         ("cut short", "damaged, or not in torch.save's zip format"),
         ("cut in half", "damaged, or not in torch.save's zip format"),
         ("cut to its head", "damaged, or not in torch.save's zip format"),
-        ("a module", "it asks for published.Published"),
+        ("a module", "it refers to published.Published"),
         ("a tensor", "no 'ema' in it"),
         ("a state dict", "no 'ema' in it"),
         ("ema of numbers", "no 'ema' in it"),

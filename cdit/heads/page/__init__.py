@@ -49,10 +49,6 @@ class AttentionPage:
     each of its denoising times and layers (the same times, layers and heads for all samples), then `set_heads`.
 
     Args:
-        title: shown at the top.
-        layout: of the past frames' tokens.
-        fps: frames per second, for the labels.
-        has_extra: whether weights have an extra key at the end.
         top_k: number of weights kept for each target patch, the largest; all by default. See `affordable_top_k`. The
             remainder is shown spread evenly over its frame, and the page says how much it is.
     """
@@ -183,7 +179,6 @@ def affordable_top_k(layout: Layout, maps: int, size: float = 4.5e6) -> int:
     """The largest `top_k` with which a page's weights fit in `size` bytes, at least 1.
 
     Args:
-        layout: of the past frames.
         maps: samples · times · layers · heads on the page.
         size: bytes of the file (base64), without frames.
 

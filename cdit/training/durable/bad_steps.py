@@ -26,8 +26,6 @@ class BadSteps:
 
     Args:
         optimizer: a fused AdamW, which can skip a step by a flag on the device.
-        accelerator: for its scaler and this process's number.
-        folder: of the run.
         limit: `look` raises after this many in a row.
         batch: reads this process's micro-batches of a step again.
     """

@@ -61,11 +61,9 @@ class RunState:
     """The state of a run besides weights and optimizer. Random draws are keyed by the step and need no state."""
 
     step: int = 0
-    """Steps done."""
     seconds: float = 0.0
     """Seconds of training, if the config has train_seconds or stop_at_seconds."""
     schedule: dict[str, Any] = field(default_factory=dict)
-    """State of the learning-rate schedule."""
     scaler: dict[str, Any] = field(default_factory=dict)
     """State of the gradient scaler; empty without one."""
     data: str = ""
@@ -75,7 +73,6 @@ class RunState:
     tracker_id: str | None = None
     """Id of the run at the tracker."""
     rows: int = 0
-    """Number of rows written to metrics.jsonl."""
     losses: list[float | None] = field(default_factory=list)
     """Losses of the steps since the last row of training metrics, which the next row includes."""
     bad_steps: int = 0
@@ -90,13 +87,6 @@ class Checkpoints:
     """Writes the checkpoints of a run in a thread while training continues; every process has one.
 
     A context manager: a regular exit waits for the last write; an exception aborts waiting for other processes.
-
-    Args:
-        accelerator: the processes; its gradient scaler is saved as well.
-        config: of the run.
-        networks: the bare networks by name; the CDiT as `model`.
-        optimizer: theirs.
-        ema: its running average.
     """
 
     def __init__(

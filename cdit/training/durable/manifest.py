@@ -19,12 +19,7 @@ def entry(path: Path) -> Entry:
 
 
 def write_manifest(folder: Path, files: Mapping[str, Entry]) -> None:
-    """Writes `<folder>/manifest.json` and flushes it to disk.
-
-    Args:
-        folder: of the files.
-        files: the `entry` of each, by name.
-    """
+    """Writes `<folder>/manifest.json` and flushes it to disk."""
     write_json(folder / MANIFEST, {"version": VERSION, "files": dict(files)})
 
 

@@ -15,12 +15,7 @@ T = TypeVar("T")
 
 
 class Processes:
-    """The processes of a run.
-
-    Args:
-        accelerator: of the run.
-        timeout: how long they wait for each other.
-    """
+    """The processes of a run."""
 
     def __init__(self, accelerator: Accelerator, timeout: timedelta):
         self.accelerator = accelerator

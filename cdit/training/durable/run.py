@@ -40,11 +40,6 @@ class DurableRun:
     In `training`, the loop calls `next_batch`, `before_step` and `after_step` at each step. Validation and probes,
     which follow a step, come first in the loop, so that a run resumed at that step repeats them.
 
-    Args:
-        config: of the run.
-        accelerator: the processes.
-        signals: that stop the run.
-
     Raises:
         UserError: there is no usable checkpoint to resume, or one would be overwritten.
     """
@@ -68,12 +63,7 @@ class DurableRun:
     ) -> Iterator[None]:
         """Restores a checkpoint if the run resumes one, and writes checkpoints until the end of the `with`.
 
-        Args:
-            train_set: the windows to train on.
-            world: whose networks are saved.
-            optimizer: of all of them, prepared.
-            schedule: its learning rate's.
-            ema: the running average of the CDiT's weights.
+        The average is that of the CDiT; optimizer and checkpoints include the objective's networks.
 
         Raises:
             UserError: the checkpoint does not fit, or the run's folder cannot be written to.

@@ -96,7 +96,7 @@ class SavedTensors:
         """A tensor, assembled from its parts.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: there is no such tensor.
         """
         parts = [file.get_tensor(name) for file, names in zip(self._files, self._names, strict=True) if name in names]
         if not parts:
