@@ -156,6 +156,7 @@ class CDiT(ModelMixin, ConfigMixin):
         output_channels: int = 0,
         place_embedding: bool = False,
         reprojection: bool = False,
+        resampling: Literal["bilinear", "bicubic"] = "bilinear",
         dropout: float = 0.0,
         use_action: bool = True,
         use_time_shift: bool = True,
@@ -412,7 +413,7 @@ class CDiT(ModelMixin, ConfigMixin):
             motion, known = last.new_zeros(1, 3), last.new_zeros(1, dtype=torch.bool)
         inverse_depth = F.softplus(features[:, 0].to(dtype) + DEPTH_LOGIT)
         motion = motion.masked_fill(~known[:, None], 0.0)
-        reprojected, seen = reproject(last, inverse_depth, motion, self.config.focal)
+        reprojected, seen = reproject(last, inverse_depth, motion, self.config.focal, self.config.resampling)
         seen = seen & known[:, None, None, None]
         inputs = torch.cat((noisy.to(dtype), reprojected, seen), dim=1)
         generated, share = self.output_convolutions(features, inputs).to(dtype).split((self.out_channels, 1), dim=1)

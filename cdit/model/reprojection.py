@@ -3,6 +3,8 @@
 Shape suffixes: B targets, C channels, H and W rows and columns.
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,18 +14,23 @@ NEAR = 0.1
 
 
 def reproject(
-    frame_BCHW: Tensor, inverse_depth_BHW: Tensor, motion_B3: Tensor, focal: tuple[float, float]
+    frame_BCHW: Tensor,
+    inverse_depth_BHW: Tensor,
+    motion_B3: Tensor,
+    focal: tuple[float, float],
+    resampling: Literal["bilinear", "bicubic"] = "bilinear",
 ) -> tuple[Tensor, Tensor]:
     """The target frame as far as a past frame shows it, for a pinhole camera that moves in the ground plane.
 
     The point that a target's pixel shows is carried to the past camera, and the past frame is sampled where it projects
-    to, bilinearly.
+    to.
 
     Args:
         frame_BCHW: past frames.
         inverse_depth_BHW: of each pixel of the target, along the optical axis, in the inverse of the motion's unit.
         motion_B3: dx (forward), dy (left) and dyaw (counter-clockwise, radians) from the past camera to the target's.
         focal: focal lengths in half widths and in half heights of a frame; (1, 1) sees 90 degrees both ways.
+        resampling: how the past frame is interpolated.
 
     Returns:
         The reprojected frame (B, C, H, W), and (B, 1, H, W), True where the past frame shows the point.
@@ -40,5 +47,5 @@ def reproject(
     place_BHW2 = torch.stack((-focal[0] * left_BHW / near_BHW, -focal[1] * up_H1 / near_BHW), dim=-1)
     seen_BHW = (forward_BHW > NEAR) & (place_BHW2.abs() < 1).all(-1)
     # Clamped: a kernel converts coordinates to integers, and far ones would overflow.
-    warped_BCHW = F.grid_sample(frame_BCHW, place_BHW2.clamp(-2, 2), padding_mode="border", align_corners=False)
+    warped_BCHW = F.grid_sample(frame_BCHW, place_BHW2.clamp(-2, 2), resampling, "border", align_corners=False)
     return warped_BCHW, seen_BHW[:, None]

@@ -127,11 +127,21 @@ class Reference:
                 point[2] = point[2].clamp(min=0.1 * depth)
                 x, y = (intrinsics @ point)[:2] / point[2]
                 seen[0, r, c] = (point[2] > 0.1 * depth) & (0 < x < width) & (0 < y < height)
-                x, y = (x - 0.5).clamp(0, width - 1).item(), (y - 0.5).clamp(0, height - 1).item()
-                for i in {math.floor(y), math.ceil(y)}:
-                    for j in {math.floor(x), math.ceil(x)}:
-                        out[:, r, c] += (1 - abs(y - i)) * (1 - abs(x - j)) * frame[:, i, j]
+                x, y = (x - 0.5).clamp(-width, 2 * width).item(), (y - 0.5).clamp(-height, 2 * height).item()
+                for i in range(math.floor(y) - 1, math.floor(y) + 3):
+                    for j in range(math.floor(x) - 1, math.floor(x) + 3):
+                        pixel = frame[:, min(max(i, 0), height - 1), min(max(j, 0), width - 1)]
+                        out[:, r, c] += self.kernel(y - i) * self.kernel(x - j) * pixel
         return out, seen
+
+    def kernel(self, distance: float) -> float:
+        """Of interpolation, at a distance in pixels: a triangle, or Keys' cubic with a = -3/4."""
+        s = abs(distance)
+        if self.c.resampling == "bilinear":
+            return max(0, 1 - s)
+        if s < 1:
+            return 1.25 * s**3 - 2.25 * s**2 + 1
+        return -0.75 * (s**3 - 5 * s**2 + 8 * s - 4) if s < 2 else 0
 
     def context(self, frames: Tensor) -> Tensor:
         out = []
