@@ -167,7 +167,7 @@ def draw(browser: Browser, folder: Path) -> None:
         browser.click("[data-panel=truth] summary")
         browser.click("#with-truth")
         browser.until("drive.last.arrays.truth")
-    for code, until in (("KeyW", 5), ("KeyA", 9), ("KeyW", 14)):
+    for code, until in (("KeyW", 5), ("KeyD", 7)):
         browser.key("keyDown", code)
         browser.until(f"drive.last.step >= {until}")
         browser.key("keyUp", code)
