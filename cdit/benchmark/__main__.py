@@ -4,8 +4,8 @@
     python -m cdit.benchmark plan rollout data    # any modes, in this order
 
 Modes: train, sample, rollout, plan, data (does the loader keep up?), scale (the cost of one more past frame), profile
-(where the time of a training step goes); and for choices made in this package attention, context, probes,
-latents.
+(where the time of a training step goes), frames (frames a second of the world that ships with the package); and for
+choices made in this package attention, context, probes, latents.
 
 Contenders: ours; ours-nwm, the published network and its DDPM in our code; NWM-as-published, a plain implementation of
 the same network and its use; DiT-concat, a DiT over past and predicted frames together. All have the same width, depth,

@@ -22,7 +22,7 @@ from cdit.loading import find_device
 
 MODULES: dict[str, str] = {
     "training": "train profile",
-    "sampling": "sample rollout plan",
+    "sampling": "sample rollout plan frames",
     "scale": "scale",
     "loading": "data latents",
     "choices": "attention context probes",

@@ -8,7 +8,7 @@ from cdit.common.limits import Distinct, Limit, Positive
 from cdit.model import ModelConfig
 
 ModeName = Literal[
-    "train", "sample", "rollout", "plan", "data", "scale", "profile", "attention", "context", "probes",
+    "train", "sample", "rollout", "plan", "data", "scale", "profile", "attention", "context", "probes", "frames",
     "latents",
 ]  # fmt: skip
 ContenderName = Literal["ours", "ours-nwm", "NWM-as-published", "DiT-concat"]

@@ -1,15 +1,21 @@
 """Sampling: one frame, many at once, rollouts, and many action sequences from one context."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import product
 
 import numpy as np
 import torch
 
+from cdit.batch import Condition
 from cdit.benchmark.bench import Bench
+from cdit.benchmark.config import Precision
 from cdit.benchmark.contenders import PIXELS, Contender, Ours, random_codec
 from cdit.benchmark.measure import Row, Spread, Table, median
 from cdit.diffusion.config import SamplerConfig
 from cdit.model.cdit import EncodedFrames
+from cdit.world_model import WorldModel, WorldState
 
 
 def sample(bench: Bench) -> Iterator[Table]:
@@ -66,6 +72,40 @@ def rollout(bench: Bench) -> Iterator[Table]:
     actions = torch.randn(1, 1, length, 3, device=bench.device)
     title = f"A rollout of {length} frames of {'×'.join(map(str, size))} pixels, coding and decoding included"
     yield bench.rates(title, bench.contenders(), length, lambda c, s: c.rollout(codec, frames, actions, s))
+
+
+def frames(bench: Bench) -> Iterator[Table]:
+    """Frames a second of a rollout of the world `maze`, one at a time, and the network's share of the time."""
+    config, rows = bench.config, []
+    worlds = {"": WorldModel.from_pretrained("maze").to(bench.device)}
+    if config.compile:
+        worlds[", compiled"] = WorldModel.from_pretrained("maze").to(bench.device)
+        worlds[", compiled"].compile()
+    length, description = config.rollout_length, worlds[""].description
+    past = torch.rand(1, 4, 3, *description.image_size, device=bench.device) * 2 - 1
+    actions = torch.tensor([0.3, 0.0, 0.1], device=bench.device).expand(1, 1, length, 3)
+
+    def rolled(world: WorldModel, precision: Precision, steps: int, state: WorldState) -> None:
+        enabled = precision == "bf16"
+        with torch.autocast(bench.device.type, torch.bfloat16, enabled=enabled):
+            world.rollout(state, Condition(action=actions), sampler=replace(description.sampler, steps=steps))
+
+    precisions: tuple[Precision, ...] = ("no", "bf16")
+    cases = list(product(precisions, worlds.items(), (1, 2, 4)))
+    states = {name: world.begin(past) for name, world in worlds.items()}
+    seconds = bench.watch.times(
+        {f"{p}{name} {n}": partial(rolled, world, p, n, states[name]) for p, (name, world), n in cases}
+    )
+    for precision, (name, _), steps in cases:
+        each, four, one = (seconds[f"{precision}{name} {n}"] / length for n in (steps, 4, 1))
+        row: Row = {"": {"no": "float32", "bf16": "bfloat16"}[precision] + name, "network calls": steps}
+        row |= {
+            "frames/s": Spread.of(1 / each),
+            "in network calls [%]": Spread.of(100 * steps * (four - one) / 3 / each),
+        }
+        rows.append(row)
+    title = f"A rollout of the world maze, {length} frames one after the other, batch 1"
+    yield Table(title, rows, "A call's time is a third of the difference between four calls and one.")
 
 
 def plan(bench: Bench) -> Iterator[Table]:

@@ -24,7 +24,7 @@ SMALL = [
 ]  # fmt: skip
 TABLES = {
     "train": 1, "sample": 3, "rollout": 1, "plan": 2, "data": 1, "scale": 5, "attention": 1, "context": 3,
-    "probes": 1, "latents": 1, "profile": 1,
+    "probes": 1, "latents": 1, "profile": 1, "frames": 1,
 }  # fmt: skip
 
 
