@@ -1,6 +1,7 @@
 """Options of `python -m cdit.drive`. Imports no torch."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from cdit.common.errors import UserError
 from cdit.common.options import CheckpointOptions, DataOptions, check_options
@@ -23,6 +24,8 @@ class DriveConfig(DataOptions, CheckpointOptions):
     """Further checkpoints to drive side by side with the first, of the same frame size and rate."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     """How frames are sampled at first; the page can change it."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """Autocast precision of the dream. bf16 is faster on many machines, and differs by rounding."""
     host: str = "127.0.0.1"
     """Address to listen on. Others than this machine's need the token."""
     port: int = 8600

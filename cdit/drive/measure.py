@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import UserError
@@ -39,6 +39,8 @@ class MeasureConfig(CheckpointOptions):
     checkpoint: str = "maze"
     """Folder of a training run or of a world model, or the name of a world that ships with the package (maze)."""
     data: str | None = None
+    """See python -m cdit.drive."""
+    mixed_precision: Literal["no", "bf16"] = "no"
     """See python -m cdit.drive."""
     seconds: float = 10.0
     """For which frames are counted."""
@@ -195,7 +197,8 @@ def serving(config: MeasureConfig) -> Iterator[str]:
         UserError: it has not started.
     """
     command = [sys.executable, "-m", "cdit.drive", "--port", "0", "--checkpoint", config.checkpoint]
-    command += ["--device", config.device, *(("--data", config.data) if config.data else ())]
+    command += ["--device", config.device, "--mixed_precision", config.mixed_precision]
+    command += ["--data", config.data] if config.data else []
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             found = re.search(r"http://\S+", server.stdout.readline())

@@ -86,7 +86,13 @@ class Server:
 
     async def compute(self, function: Callable[..., T], *args: Any) -> T:
         """Runs a function in the thread that computes for all."""
-        return await asyncio.get_running_loop().run_in_executor(self._compute, partial(function, *args))
+
+        def call() -> T:
+            enabled = self.config.mixed_precision == "bf16"
+            with torch.autocast(self.stage.worlds[0].device.type, torch.bfloat16, enabled=enabled):
+                return function(*args)
+
+        return await asyncio.get_running_loop().run_in_executor(self._compute, call)
 
     async def _add_headers(self, request: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(HEADERS)
