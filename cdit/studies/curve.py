@@ -154,7 +154,8 @@ def picture(found: Mapping[tuple[str, int], Curves], last_frame: Mapping[tuple[s
                 minutes = [point.seconds / 60 for point in points]
                 axes.plot(minutes, [point.value for point in points], "o-", color=colour, markersize=3, label=name)
             axes.axhline(last_frame[metric, ahead], color="#1c1c22", linestyle=":", label="last context frame")
-            axes.set_xscale("log")
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_major_formatter("{x:g}")
             axes.set(title=_title(metric, ahead), xlabel="training time (minutes)")
             axes.grid(alpha=0.3, which="both")
