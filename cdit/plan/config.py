@@ -82,7 +82,7 @@ class PlannerConfig:
     """Knots of a spline."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How the best candidate is looked for."""
-    cost: str = "steps"
+    cost: str = "lpips"
     """Distance of a predicted frame to the goal: pixels, latents, lpips, dreamsim, steps or motion (steps to go, or
     metres and radians; learned, see `learned`), or features:NAME, the cosine between features of a backbone of timm."""
     learned: str | None = None
