@@ -67,6 +67,17 @@ class Condition(TensorData):
         first = next(iter(replace(self, spacing=None).named_tensors().values()), None)
         return None if first is None else tuple(first.shape[:dims])
 
+    def then(self, following: "Condition") -> "Condition":
+        """These motions (dx, dy, dyaw) and times followed by others, as one; further conditions are the others'."""
+        action, known = None, following.known
+        if self.action is not None and following.action is not None:
+            dx, dy, dyaw = following.action.unbind(-1)
+            sin, cos = self.action[..., 2].sin(), self.action[..., 2].cos()
+            action = self.action + torch.stack((cos * dx - sin * dy, sin * dx + cos * dy, dyaw), dim=-1)
+            if self.known is not None:
+                known = self.known if known is None else self.known & known
+        return replace(following, time_shift=self.time_shift + following.time_shift, action=action, known=known)
+
     def part(self, goals: slice) -> "Condition":
         """Of some of the goals of a single sample, the first dimension; the spacing is kept."""
         return replace(replace(self, spacing=None)[goals], spacing=self.spacing)

@@ -148,6 +148,12 @@ class WorldState:
     """(B or B·G, T), True where a past frame exists, in the same case; None if all do."""
     noise_level: Tensor | None = None
     """(B or B·G, T) noise levels, in the same case; None if all are 0."""
+    held: tuple[Tensor, ...] = ()
+    """(B·G, C, h, w) latents of the frames since the last past one, oldest first (see `SamplerConfig.hold`)."""
+    since: Condition | None = None
+    """(B, G, …) motion and time since the last past frame, if frames are held."""
+    noise: Tensor | None = None
+    """(B, G, C, h, w) that all held frames were sampled from."""
 
     def fork(self, candidates: int) -> "WorldState":
         """The same past for several candidates; nothing is copied.
@@ -260,7 +266,8 @@ class WorldModel(nn.Module):
         """
         sampler = sampler or self.description.sampler
         self._check(sampler)
-        known = self.network_condition(self._complete(condition or Condition(), state))
+        condition = self._complete(condition or Condition(), state)
+        known = self.network_condition(condition if state.since is None else state.since.then(condition))
         network, goals, device = self._compiled or self.cdit, known["time_shift"].shape, self.device
         guided = sampler.guidance != 1 and "action" in known and bool(known["action_known"].any())
         if guided:  # every goal twice, the second time without its action
@@ -277,10 +284,9 @@ class WorldModel(nn.Module):
                 return prediction
             return self.objective.guide(prediction[:, 1::2], prediction[:, ::2], sampler.guidance)
 
-        shape = (*goals, *self.latent_shape)
         if noise is None:
-            noise = torch.randn(shape, generator=generator, device=generator.device if generator else device)
-        noise = noise.to(device).expand(shape)
+            noise = self._draw(goals, generator)
+        noise = noise.to(device).expand(*goals, *self.latent_shape)
         return self.objective.sample(predict, noise, sampler, generator, progress)
 
     @torch.no_grad()
@@ -302,14 +308,25 @@ class WorldModel(nn.Module):
             reencode: whether the frame is decoded and encoded again before it joins the past, as in the published
                 protocol. By default the sampled latents join it (pixels are clipped to [-1, 1]).
         """
-        sampled = self.sample(state, condition, sampler, generator)
-        return self.advance(state, sampled, self.decode(sampled) if reencode else None, sampler), sampled
+        condition = condition or Condition()
+        noise = self.noise(state, condition, generator)
+        sampled = self.sample(state, condition, sampler, generator, noise=noise)
+        frames = self.decode(sampled) if reencode else None
+        return self.advance(state, sampled, condition, noise, frames, sampler), sampled
+
+    def noise(self, state: WorldState, condition: Condition, generator: torch.Generator | None = None) -> Tensor:
+        """What the next frame of each candidate is sampled from, (B, G, C, h, w): that of held frames, or new noise."""
+        if state.noise is not None:
+            return state.noise
+        return self._draw(condition.shape(2) or (state.batch, state.candidates), generator)
 
     @torch.no_grad()
     def advance(
         self,
         state: WorldState,
         sampled: Tensor,
+        condition: Condition | None = None,
+        noise: Tensor | None = None,
         frames: Tensor | None = None,
         sampler: SamplerConfig | None = None,
     ) -> WorldState:
@@ -318,6 +335,8 @@ class WorldModel(nn.Module):
         Args:
             state: the past.
             sampled: (B, G, C, h, w) latents of the frames.
+            condition: (B, G, …) what they were sampled with; needed if the sampler holds frames.
+            noise: (B, G, C, h, w) what they were sampled from, see `noise`; needed in the same case.
             frames: (B, G, 3, H, W), to encode instead of using the latents.
             sampler: whose `context_noise` is declared as the frames' noise level. No noise is added, as when Diffusion
                 Forcing (Chen et al. 2024, arXiv 2407.01392) stabilises rollouts: a frame is the mean of its noisy ones.
@@ -331,7 +350,19 @@ class WorldModel(nn.Module):
         if state.candidates != sampled.shape[1]:
             state = state.fork(sampled.shape[1])
         new = (self.codec.as_past(sampled) if frames is None else self.codec.encode(frames)).flatten(0, 1)
-        level = new.new_full((len(new),), sampler.context_noise) if sampler.context_noise else None
+        held = (*state.held, new)
+        if len(held) < sampler.hold:
+            condition = self._complete(condition or Condition(), state)
+            since = condition if state.since is None else state.since.then(condition)
+            return replace(state, held=held, since=since, noise=noise)
+        state = replace(state, held=(), since=None, noise=None)
+        for new in held[-self.cdit.config.max_context :]:
+            state = self._push(state, new, sampler.context_noise)
+        return state
+
+    def _push(self, state: WorldState, new: Tensor, context_noise: float) -> WorldState:
+        """The state after a frame (B or B·G, C, h, w) has joined the past."""
+        level = new.new_full((len(new),), context_noise) if context_noise else None
         if self.cdit.can_push:
             return replace(state, cache=self.cdit.push_context(state.cache, new, level))
 
@@ -425,11 +456,13 @@ class WorldModel(nn.Module):
             state = state.fork(shape[1])
         frames: list[Tensor] = []
         for i in tqdm(range(length), desc="rollout", disable=not progress, leave=False):
-            sampled = self.sample(state, condition.select(2, i), sampler, generator)
+            step = condition.select(2, i)
+            noise = self.noise(state, step, generator)
+            sampled = self.sample(state, step, sampler, generator, noise=noise)
             if reencode or not last_only or i == length - 1:
                 frames.append(self.decode(sampled))
             if i < length - 1:
-                state = self.advance(state, sampled, frames[-1] if reencode else None, sampler)
+                state = self.advance(state, sampled, step, noise, frames[-1] if reencode else None, sampler)
         return torch.stack(frames[-1:] if last_only else frames, dim=2)
 
     @torch.no_grad()
@@ -494,6 +527,10 @@ class WorldModel(nn.Module):
         if self.cdit.config.reprojection:
             named["motion"] = units.in_spacings(condition.action, condition.spacing)
         return named
+
+    def _draw(self, goals: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
+        shape, device = (*goals, *self.latent_shape), generator.device if generator else self.device
+        return torch.randn(shape, generator=generator, device=device)
 
     def _check(self, sampler: SamplerConfig) -> None:
         possible = self.objective.schedulers

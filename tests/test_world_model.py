@@ -6,12 +6,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 
 from cdit.batch import Batch, Condition, KeyedDraws
 from cdit.codec import AutoencoderCodec, KLCodec, PixelCodec, TinyCodec
 from cdit.common.errors import UserError
+from cdit.data.actions import compose
 from cdit.diffusion import Flow, FlowConfig, SamplerConfig
 from cdit.model import CDiT
 from cdit.world_model import Units, WorldDescription, WorldModel, WorldState
@@ -559,6 +561,37 @@ def test_steps_one_by_one_are_the_rollout_to_the_last_bit(dialect, reencode):
     state = world.begin(context, mask).fork(3)
     begun = world.rollout(state, Condition(action=actions, known=known), generator=generator, reencode=reencode)
     assert torch.equal(begun, expected)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@torch.no_grad()
+def test_held_frames_are_jumps_from_one_past(dialect):
+    """Each from the same noise, conditioned on all motion since; then the last of them are the past."""
+    world, (context, _, _) = build(dialect), inputs()
+    actions, known = torch.randn(2, 2, 7, 3, generator=seeded(3)), torch.rand(2, 2, 7, generator=seeded(4)) > 0.2
+    sampler = SamplerConfig(steps=2, hold=4)
+    out = world.rollout(context, Condition(action=actions, known=known), sampler=sampler, generator=seeded())
+
+    past, generator, expected = context.repeat_interleave(2, 0), seeded(), []
+    for first, last in ((0, 4), (4, 7)):
+        noise = torch.randn(2, 2, *world.latent_shape, generator=generator).flatten(0, 1)[:, None]
+        for i in range(first + 1, last + 1):
+            moved = [compose(one.numpy())[-1] for one in actions[:, :, first:i].flatten(0, 1)]
+            condition = Condition(
+                torch.full((4, 1), (i - first) / world.description.fps),
+                torch.from_numpy(np.array(moved, np.float32))[:, None],
+                known[:, :, first:i].all(-1).flatten()[:, None],
+            )
+            sampled = world.sample(world.begin(past), condition, sampler, noise=noise)
+            expected.append(world.decode(sampled)[:, 0])
+        past = torch.cat((past, torch.stack(expected[first:], dim=1).clamp(-1, 1)), dim=1)
+    torch.testing.assert_close(out.flatten(0, 1), torch.stack(expected, dim=1), atol=1e-4, rtol=0)
+
+    state, generator = world.begin(context), seeded()
+    for i in range(7):
+        condition = Condition(action=actions[:, :, i], known=known[:, :, i])
+        state, sampled = world.step(state, condition, sampler, generator)
+        torch.testing.assert_close(world.decode(sampled), out[:, :, i], atol=1e-5, rtol=0)
 
 
 def test_a_state_knows_how_many_candidates_it_has():

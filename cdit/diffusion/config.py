@@ -66,6 +66,9 @@ class SamplerConfig:
     context_noise: NotNegative[float] = 0.0
     """Noise level that a rollout declares for its own frames, which are used as they are; 0: as clean as recorded
     frames. At most model.context_noise."""
+    hold: Positive[int] = 1
+    """Frames of a rollout that are predicted from the same past, each in one jump and from the same noise, before the
+    last of them become the past. 1: every frame joins the past at once."""
 
 
 class Trained(Protocol):
@@ -92,6 +95,9 @@ class SamplerOptions:
     context_noise: NotNegative[float] | None = None
     """Noise level that a rollout declares for its own frames, which are used as they are; 0: as clean as recorded
     frames. At most the model.context_noise of training."""
+    hold: Positive[int] | None = None
+    """Frames of a rollout that are predicted from the same past, each in one jump and from the same noise, before the
+    last of them become the past. 1: every frame joins the past at once."""
 
     def over(self, description: Trained) -> SamplerConfig:
         """The model's sampler, with the options that are given here replaced.

@@ -38,6 +38,8 @@ class Moment:
     """The heads that were ablated."""
     calls: int
     """Calls of the network."""
+    held: int
+    """Number of frames between its past and it, see `SamplerConfig.hold`."""
     state: WorldState | None
     """The state after the step; None if it is recomputed when needed."""
 
@@ -99,12 +101,14 @@ class Dream:
         Returns:
             The frame, (3, H, W) uint8.
         """
-        noise = self._noise.get_state()
-        sampled, calls = self._sample(self._state, action, self._noise, self.sampler, self.off)
-        self._state = self.world.advance(self._state, sampled, sampler=self.sampler)
+        before, noise = self._state, self._noise.get_state()
+        sampled, calls = self._sample(before, action, self._noise, self.sampler, self.off)
         frame = to_uint8(self.world.decode(sampled)[0, 0]).cpu()
-        kept = self._state if len(self.moments) % KEPT_STATES == KEPT_STATES - 1 else None
-        self.moments.append(Moment(tuple(action), sampled, frame, noise, self.sampler, self.off, calls, kept))
+        held = len(before.held)
+        self.moments.append(Moment(tuple(action), sampled, frame, noise, self.sampler, self.off, calls, held, None))
+        self._state = self._advanced(before, self.moments[-1])
+        if len(self.moments) % KEPT_STATES == 0:
+            self.moments[-1].state = self._state
         return frame
 
     def back(self) -> None:
@@ -183,8 +187,9 @@ class Dream:
         counted = self.world.cdit.register_forward_pre_hook(count)
         try:
             with ablate_heads(self.world.cdit, off), watch_attention(self.world.cdit, self.watched, "cross", note):
-                condition = Condition(action=torch.tensor(action, dtype=torch.float32)[None, None])
-                return self.world.sample(state, condition, sampler, noise), calls
+                condition = _condition(action)
+                drawn = self.world.noise(state, condition, noise)
+                return self.world.sample(state, condition, sampler, noise, noise=drawn), calls
         finally:
             counted.remove()
 
@@ -195,15 +200,25 @@ class Dream:
             kept -= 1
         state = self.moments[kept - 1].state if kept else self._start
         for moment in self.moments[kept:steps]:
-            state = self.world.advance(state, moment.sampled, sampler=moment.sampler)
+            state = self._advanced(state, moment)
         return state
 
+    def _advanced(self, state: WorldState, moment: Moment) -> WorldState:
+        condition, before = _condition(moment.action), torch.Generator(self._noise.device)
+        before.set_state(moment.noise)
+        noise = self.world.noise(state, condition, before)
+        return self.world.advance(state, moment.sampled, condition, noise, sampler=moment.sampler)
+
     def _past(self) -> tuple[Tensor, Tensor]:
-        longest = self.world.cdit.config.max_context
-        before = [moment.frame for moment in self.moments[-1 - longest : -1]]
+        longest, joined = self.world.cdit.config.max_context, len(self.moments) - 1 - self.moments[-1].held
+        before = [moment.frame for moment in self.moments[max(0, joined - longest) : joined]]
         frames = torch.stack([*self.context, *before])[-longest:]
         masks = torch.cat((self.mask, self.mask.new_ones(len(before))))[-longest:]
         return frames, masks
+
+
+def _condition(action: Sequence[float]) -> Condition:
+    return Condition(action=torch.tensor(action, dtype=torch.float32)[None, None])
 
 
 def step_bytes(world: WorldModel) -> float:

@@ -4,7 +4,7 @@ Suffixes: B contexts, S candidates of each, H steps of a candidate, L predicted 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -86,5 +86,5 @@ class Predictor:
             sampled = self.world.sample(state, Condition(action=motion[:, :, i]), self.sampler, noise=noise[i])
             found[(i + 1) * self.stride] = sampled
             if i + 1 < motion.shape[2]:
-                state = self.world.advance(state, sampled, sampler=self.sampler)
+                state = self.world.advance(state, sampled, sampler=replace(self.sampler, hold=1))
         return torch.stack([found[t] for t in self.frames], dim=2)

@@ -1,5 +1,7 @@
 """A dream against `WorldModel.rollout` and `cdit.heads`."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -40,15 +42,17 @@ def small(request) -> WorldModel:
     return make(**request.param)
 
 
-def rolled_out(world: WorldModel, actions: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+def rolled_out(
+    world: WorldModel, actions: torch.Tensor, mask: torch.Tensor | None = None, sampler: SamplerConfig = SAMPLER
+) -> torch.Tensor:
     condition = Condition(action=actions[None, None])
     mask = None if mask is None else mask[None]
-    frames = world.rollout(to_float(CONTEXT)[None], condition, mask, sampler=SAMPLER, generator=generator(SEED))
+    frames = world.rollout(to_float(CONTEXT)[None], condition, mask, sampler=sampler, generator=generator(SEED))
     return to_uint8(frames[0, 0])
 
 
-def begun(world: WorldModel, mask: torch.Tensor = ALL) -> Dream:
-    dream = Dream(world, SAMPLER, SEED)
+def begun(world: WorldModel, mask: torch.Tensor = ALL, sampler: SamplerConfig = SAMPLER) -> Dream:
+    dream = Dream(world, sampler, SEED)
     dream.begin(CONTEXT, mask)
     return dream
 
@@ -61,15 +65,17 @@ def test_the_frames_are_those_of_a_rollout(small, mask):
 
 
 @pytest.mark.parametrize("steps", [1, 6, 9, LENGTH])
-def test_going_back_and_on_is_exact(small, steps):
-    dream = begun(small)
+@pytest.mark.parametrize("sampler", [SAMPLER, replace(SAMPLER, hold=3)], ids=["joining", "held"])
+def test_going_back_and_on_is_exact(small, steps, sampler):
+    dream = begun(small, sampler=sampler)
     for action in ACTIONS.tolist():
         dream.step(action)
     for _ in range(steps):
         dream.back()
     other = ACTIONS.flip(0)[:steps]
     frames = torch.stack([dream.step(action) for action in other.tolist()])
-    assert torch.equal(frames, rolled_out(small, torch.cat((ACTIONS[: LENGTH - steps], other)))[-steps:])
+    expected = rolled_out(small, torch.cat((ACTIONS[: LENGTH - steps], other)), sampler=sampler)
+    assert torch.equal(frames, expected[-steps:])
 
 
 def test_going_back_beyond_the_start_stays_there(small):
@@ -123,6 +129,9 @@ def test_the_past_is_what_the_frame_was_predicted_from():
     dream = begun(make())
     frames = [dream.step(action) for action in ACTIONS[:2].tolist()]
     assert torch.equal(dream.past(), torch.stack([*CONTEXT[1:], frames[0]]))
+    dream = begun(make(), sampler=replace(SAMPLER, hold=3))
+    frames = [dream.step(action) for action in ACTIONS[:6].tolist()]
+    assert torch.equal(dream.past(), torch.stack(frames[:3]))  # of the last three, which are held
 
 
 def test_samples_of_the_next_second_differ_and_change_nothing(small):
