@@ -81,10 +81,11 @@ class Predictor:
         path = integrate(actions)[:, :, self.stride - 1 : self.frames[-1] : self.stride]
         before = torch.cat((torch.zeros_like(path[:, :, :1]), path[:, :, :-1]), dim=2)
         motion, found = between(before, path), {}
+        sampler = replace(self.sampler or self.world.description.sampler, hold=1)  # the stride says what joins the past
         state = state.fork(actions.shape[1])
         for i in range(motion.shape[2]):
             sampled = self.world.sample(state, Condition(action=motion[:, :, i]), self.sampler, noise=noise[i])
             found[(i + 1) * self.stride] = sampled
             if i + 1 < motion.shape[2]:
-                state = self.world.advance(state, sampled, sampler=replace(self.sampler, hold=1))
+                state = self.world.advance(state, sampled, sampler=sampler)
         return torch.stack([found[t] for t in self.frames], dim=2)
