@@ -390,6 +390,7 @@ class WorldModel(nn.Module):
         sampler: SamplerConfig | None = None,
         generator: torch.Generator | None = None,
         progress: bool = False,
+        latents: bool = False,
     ) -> Tensor:
         """Samples one frame per goal, each in one jump: (B, G, 3, H, W).
 
@@ -400,6 +401,7 @@ class WorldModel(nn.Module):
             sampler: see `sample`.
             generator: of the noise.
             progress: whether to show a progress bar.
+            latents: whether to return latents (B, G, C, h, w) in place of frames.
 
         Raises:
             ValueError: a mask is given with a state, which has its own.
@@ -407,7 +409,8 @@ class WorldModel(nn.Module):
         if isinstance(context, WorldState) and mask is not None:
             raise ValueError("mask: expected none with a state, which has its own")
         state = context if isinstance(context, WorldState) else self.begin(context, mask)
-        return self.decode(self.sample(state, condition, sampler, generator, progress))
+        sampled = self.sample(state, condition, sampler, generator, progress)
+        return sampled if latents else self.decode(sampled)
 
     def rollout(
         self,
@@ -421,6 +424,7 @@ class WorldModel(nn.Module):
         progress: bool = False,
         reencode: bool = False,
         last_only: bool = False,
+        latents: bool = False,
     ) -> Tensor:
         """Predicts frame by frame, each prediction joining the past frames: (B, G, L, 3, H, W).
 
@@ -436,6 +440,7 @@ class WorldModel(nn.Module):
             progress: whether to show a progress bar over the L steps.
             reencode: see `step`.
             last_only: whether to decode and return only the last frames, (B, G, 1, 3, H, W), for planning.
+            latents: whether to return latents (B, G, L, C, h, w) in place of frames.
 
         Raises:
             ValueError: there is no length; a mask or fps is given beside a state; or the state has candidates, but
@@ -454,16 +459,18 @@ class WorldModel(nn.Module):
             state = self.begin(context, mask, condition.spacing, fps)
         if shape and state.candidates != shape[1]:
             state = state.fork(shape[1])
-        frames: list[Tensor] = []
+        found: list[Tensor] = []
         for i in tqdm(range(length), desc="rollout", disable=not progress, leave=False):
             step = condition.select(2, i)
             noise = self.noise(state, step, generator)
             sampled = self.sample(state, step, sampler, generator, noise=noise)
-            if reencode or not last_only or i == length - 1:
-                frames.append(self.decode(sampled))
+            is_kept = not last_only or i == length - 1
+            frame = self.decode(sampled) if reencode or (is_kept and not latents) else None
+            if is_kept:
+                found.append(sampled if latents else frame)
             if i < length - 1:
-                state = self.advance(state, sampled, step, noise, frames[-1] if reencode else None, sampler)
-        return torch.stack(frames[-1:] if last_only else frames, dim=2)
+                state = self.advance(state, sampled, step, noise, frame if reencode else None, sampler)
+        return torch.stack(found, dim=2)
 
     @torch.no_grad()
     def encode(self, batch: Batch, action_dropout: float = 0.0, clean_context: float = 1.0) -> EncodedBatch:

@@ -47,7 +47,7 @@ def dataset(walks: Path) -> WindowDataset:
     return WindowDataset(DataConfig(str(walks), image_size=(SIDE, SIDE), context_frames=3, workers=0), "test")
 
 
-def make_world(codec: Codec | None = None) -> WorldModel:
+def make_world(codec: Codec | None = None, patch_size: int = 8) -> WorldModel:
     torch.manual_seed(0)
     codec = codec or PixelCodec()
     size = SIDE // codec.downscale
@@ -55,7 +55,7 @@ def make_world(codec: Codec | None = None) -> WorldModel:
         image_size=(size, size),  # diffusers takes a positional argument for a default, which from_config leaves out
         max_context=3,
         in_channels=codec.channels,
-        patch_size=8,
+        patch_size=patch_size,
         hidden_size=16,
         depth=1,
         num_heads=2,

@@ -120,6 +120,8 @@ def latent_shape(codec: CodecConfig, image_size: tuple[int, int]) -> tuple[int, 
     Raises:
         UserError: the config is not available, or the frame size is not a multiple of the downscaling.
     """
+    import cdit.codec.features  # noqa: F401 (registers its codec)
+
     kind = CODECS.get(codec.kind)
     if not issubclass(kind, AutoencoderCodec):
         return kind.load(codec.weights).latent_shape(image_size)

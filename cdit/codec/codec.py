@@ -27,6 +27,8 @@ class Codec(nn.Module, ABC):
     """Whether `decode` reconstructs frames exactly."""
     samples: bool = False
     """Whether `encode` draws latents from a posterior."""
+    has_decoder: bool = True
+    """Whether `decode` makes pictures of its own. Otherwise it shows recorded frames, which are not measured."""
     moments: Callable[[Tensor], Tensor] | None = None
     """Frames to moments (…, S, C, h, w), from which `draw` makes latents: S = 2 for the mean and standard deviation of
     a posterior, otherwise S = 1. `cdit.data.encode` stores them on disk. None: not worth storing."""
@@ -121,6 +123,7 @@ def load_codec(config: CodecConfig) -> Codec:
     Raises:
         UserError: the kind is unknown, or its weights are not available.
     """
-    import cdit.codec.autoencoder  # noqa: F401 (registers its codecs)
+    import cdit.codec.autoencoder
+    import cdit.codec.features  # noqa: F401 (both register their codecs)
 
     return CODECS.get(config.kind).load(config.weights)

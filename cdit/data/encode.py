@@ -40,7 +40,7 @@ def main() -> None:
     config = parse_config(EncodeConfig, __doc__, sections=("data", "codec"))
     config.data.validate()
     if not config.verify and config.codec.kind == "pixels":
-        raise UserError("codec.kind is pixels, which are not encoded: expected kl or tiny")
+        raise UserError("codec.kind is pixels, which are not encoded: expected kl, tiny or features")
 
     from cdit.data.encoder import encode, verify  # imports torch
 

@@ -38,7 +38,7 @@ def encode(config: EncodeConfig) -> None:
         CODECS.load(config.codec.kind)
     codec = load_codec(config.codec)
     if codec.moments is None:
-        raise UserError(f"codec.kind is {config.codec.kind}, which is not encoded: expected kl or tiny")
+        raise UserError(f"codec.kind is {config.codec.kind}, which is not encoded: expected kl, tiny or features")
     state = PartialState(cpu=not torch.accelerator.is_available(), timeout=PATIENCE)
     codec.to(state.device)
     data = config.data

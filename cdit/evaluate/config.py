@@ -8,6 +8,8 @@ from cdit.common.limits import Distinct, Limit, NotNegative, Positive
 from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, TrackingOptions
 from cdit.diffusion.config import SamplerOptions
 
+Metric = Literal["psnr", "ssim", "lpips", "lpips_vgg", "dreamsim", "sharpness", "latents", "fid", "fvd"]
+
 
 @dataclass
 class TimeConfig:
@@ -51,11 +53,10 @@ class EvaluateConfig(TrackingOptions, OutputOptions, DataOptions, CheckpointOpti
     """Each horizon in one jump."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Frame by frame."""
-    metrics: Distinct[list[Literal["psnr", "ssim", "lpips", "lpips_vgg", "dreamsim", "sharpness", "fid", "fvd"]]] = (
-        field(default_factory=lambda: ["psnr", "ssim", "lpips"])
-    )
+    metrics: Distinct[list[Metric]] = field(default_factory=lambda: ["psnr", "ssim", "lpips"])
     """lpips is on AlexNet, lpips_vgg on VGG16. sharpness is the gradient energy of the prediction over that of the
-    truth, best at 1. dreamsim, fid and fvd (of rollouts) need `pip install cdit[dreamsim]`, `cdit[fid]`,
+    truth, best at 1. latents is the mean squared error of what the model denoises, the only metric if its codec has no
+    decoder. dreamsim, fid and fvd (of rollouts) need `pip install cdit[dreamsim]`, `cdit[fid]`,
     `cdit[fvd]`."""
     fid_network: str = "inception"
     """Network of fid: inception, or MODULE:FUNCTION that returns an nn.Module from frames (N, 3, H, W) in [-1, 1] to

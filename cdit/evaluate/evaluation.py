@@ -170,10 +170,16 @@ def build_judge(config: EvaluateConfig, world: WorldModel, studies: Sequence[Stu
         UserError: a package or weights are missing.
     """
     names = [*config.metrics, *(["sharpness"] if config.rollout.curves else [])]
+    if not world.codec.has_decoder:
+        print(
+            "the codec has no decoder: pictures are the nearest recorded frames, latents are measured", file=sys.stderr
+        )
+        return Judge({}, latents=True)
     judge = Judge(
         load_metrics(device, tuple(world.description.image_size), names),
         Features(config.fid_network, "fid_network").to(device) if "fid" in config.metrics else None,
         Features(config.fvd_network, "fvd_network").to(device) if "fvd" in config.metrics else None,
+        latents="latents" in config.metrics,
         truncate=config.nwm_compat,
     )
     for protocol in (study.protocol for study in studies if study.protocol.name.startswith("rollout")):

@@ -33,6 +33,7 @@ HIGHER_IS_BETTER = {
     "lpips_vgg": False,
     "dreamsim": False,
     "sharpness": None,
+    "latents": False,
     "right_sign": True,
     "turn": None,
     "fid": False,

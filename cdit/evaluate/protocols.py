@@ -59,8 +59,15 @@ class Protocol(ABC):
         """The actions that the model is conditioned on, from the trajectory's poses: (G, 3) in metres and radians."""
 
     @abstractmethod
-    def predict(self, world: WorldModel, batch: Batch, sampler: SamplerConfig | None, noise: torch.Generator) -> Tensor:
-        """Frames (B, G, 3, H, W) in [-1, 1] for the goals of a batch."""
+    def predict(
+        self,
+        world: WorldModel,
+        batch: Batch,
+        sampler: SamplerConfig | None,
+        noise: torch.Generator,
+        latents: bool = False,
+    ) -> Tensor:
+        """Frames (B, G, 3, H, W) in [-1, 1] for the goals of a batch, or their latents (B, G, C, h, w)."""
 
     def motion(self, dataset: WindowDataset, case: Case) -> Condition:
         """The case's actions (G, 3), and whether they are known (G,)."""
@@ -83,10 +90,22 @@ class Direct(Protocol):
         """The motion from the current frame to each goal."""
         return _motion(trajectory, np.array(now), now + np.array(self.offsets))
 
-    def predict(self, world: WorldModel, batch: Batch, sampler: SamplerConfig | None, noise: torch.Generator) -> Tensor:
+    def predict(
+        self,
+        world: WorldModel,
+        batch: Batch,
+        sampler: SamplerConfig | None,
+        noise: torch.Generator,
+        latents: bool = False,
+    ) -> Tensor:
         """All goals of a context at once."""
         return world.predict(
-            to_float(batch.context), batch.condition, mask=batch.mask, sampler=sampler, generator=noise
+            to_float(batch.context),
+            batch.condition,
+            mask=batch.mask,
+            sampler=sampler,
+            generator=noise,
+            latents=latents,
         )
 
 
@@ -107,7 +126,14 @@ class Rollout(Protocol):
             return release_actions(_motion(trajectory, np.array(now), times[1:]), *self.release)
         return _motion(trajectory, times[:-1], times[1:])
 
-    def predict(self, world: WorldModel, batch: Batch, sampler: SamplerConfig | None, noise: torch.Generator) -> Tensor:
+    def predict(
+        self,
+        world: WorldModel,
+        batch: Batch,
+        sampler: SamplerConfig | None,
+        noise: torch.Generator,
+        latents: bool = False,
+    ) -> Tensor:
         """All steps, one after the other."""
         of_one_candidate = replace(batch.condition, time_shift=None, spacing=None).map(lambda x: x[:, None])
         return world.rollout(
@@ -118,6 +144,7 @@ class Rollout(Protocol):
             sampler=sampler,
             generator=noise,
             reencode=self.release is not None,
+            latents=latents,
         )[:, 0]
 
 

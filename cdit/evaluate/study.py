@@ -1,7 +1,7 @@
 """The engine: computes one protocol on its cases, batch by batch, for every method and metric."""
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,13 +28,16 @@ class Judge:
     metrics: Mapping[str, Metric]
     images: Features | None = None
     videos: Features | None = None
+    latents: bool = False
+    """Whether the mean squared difference of predicted and true latents is measured, too."""
     truncate: bool = False
     """Whether predictions become 8-bit pictures by truncation (the NWM release), not by rounding."""
 
     @property
     def names(self) -> list[str]:
         """Names of all metrics."""
-        return [*self.metrics, *(["fid"] if self.images else []), *(["fvd"] if self.videos else [])]
+        latents = ["latents"] if self.latents else []
+        return [*self.metrics, *latents, *(["fid"] if self.images else []), *(["fvd"] if self.videos else [])]
 
     def eight_bits(self, frames: Tensor) -> Tensor:
         """Frames in [-1, 1] as uint8."""
@@ -102,21 +105,33 @@ class Study:
             past = Batch.collate([dataset.window(case.window, []) for case in theirs]).to(world.device)
             shuffled["shuffled_contexts"] = replace(items, context=past.context, mask=past.mask)
 
+        sampled: list[Tensor] = []
+
         def predict(seen: Batch) -> Tensor:
             noise = generator(self.seed, zlib.crc32(protocol.name.encode()), batch)
-            return protocol.predict(world, seen, sampler, noise)
+            if not judge.latents:
+                return protocol.predict(world, seen, sampler, noise)
+            sampled.append(protocol.predict(world, seen, sampler, noise, latents=True))
+            return each_goal(world.decode, sampled[-1])
 
         truth = to_float(items.target)
         found = {f"truth/{name}": value for name, value in judge.features(truth, protocol).items()}
         shown = [i - indices.start for i in spread(list(range(len(self.cases))), self.pictures) if i in indices]
         codec = world.codec if "reconstruction" in self.methods else None
+        true_latents = each_goal(world.codec.encode, truth) if judge.latents else None
         for method, frames in predictions(items, shuffled, predict, codec):
+            latents = sampled.pop() if sampled else None
             if method not in self.methods:
                 continue
+            if judge.latents and latents is None:
+                latents = each_goal(world.codec.encode, frames)
             measured = judge.eight_bits(frames)
             frames = to_float(measured)
             scores = score(judge.metrics, frames[:, protocol.measured], truth[:, protocol.measured])
             scores |= judge.features(frames, protocol)
+            if judge.latents:
+                error = (latents - true_latents).square().mean(dim=(-3, -2, -1))
+                scores["latents"] = error[:, protocol.measured].float().cpu()
             found |= {f"{method}/{name}": value for name, value in scores.items()}
             if method == "model" and shown:
                 found["shown/model"] = measured[shown].cpu()
@@ -124,6 +139,11 @@ class Study:
             kept = {"truth": items.target, "context": items.context, "context_mask": items.mask}
             found |= {f"shown/{name}": tensor[shown].cpu() for name, tensor in kept.items()}
         return found
+
+
+def each_goal(function: Callable[[Tensor], Tensor], values: Tensor) -> Tensor:
+    """A codec's `encode` or `decode` of values (B, G, …), one goal at a time, to bound memory."""
+    return torch.stack([function(value) for value in values.unbind(1)], dim=1)
 
 
 def joined(batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

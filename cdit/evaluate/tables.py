@@ -7,7 +7,11 @@ from cdit.common.tables import html_table, markdown_table
 from cdit.evaluate.methods import DIFFERENCES, METHODS
 from cdit.evaluate.metrics import HIGHER_IS_BETTER
 
-NAMES = {"right_sign": "turns to the right side", "turn": "measured / asked turn"}
+NAMES = {
+    "latents": "squared error of latents",
+    "right_sign": "turns to the right side",
+    "turn": "measured / asked turn",
+}
 """Titles of metrics whose name in capitals would not say what they are."""
 
 

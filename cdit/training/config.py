@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 
-from cdit.codec.config import DEFAULT_WEIGHTS, CodecConfig
+from cdit.codec.config import KINDS, CodecConfig
 from cdit.common.errors import UserError
 from cdit.common.limits import Limit, NotNegative, Offsets, Positive, Share, within
 from cdit.data.config import DataConfig
@@ -173,7 +173,8 @@ class TrainConfig:
     objective: str = "flow"
     """Rectified flow (flow), one whose few-step sampling is trained as well (shortcut, mean_flow; see
     docs/sampling.md), one that is also trained on its own rollouts (self_rollout; see docs/rollouts.md), the DDPM of
-    DiT and NWM (ddpm), or one of your own, `my_module:Class` (see docs/extending.md)."""
+    DiT and NWM (ddpm), the clean frame predicted in one call without noise (regression; see docs/spaces.md), or one of
+    your own, `my_module:Class` (see docs/extending.md)."""
     flow: FlowConfig = field(default_factory=FlowConfig)
     """The flow."""
     few_step: FewStepConfig = field(default_factory=FewStepConfig)
@@ -220,8 +221,11 @@ class TrainConfig:
         self.data.validate()
         self._load_plugins()
         check_sampler(self.objective, self.sampler)
-        if self.model.reprojection and (self.objective == "ddpm" or self.flow.prediction != "clean"):
-            raise UserError("model.reprojection needs a flow (also shortcut, mean_flow) with flow.prediction clean")
+        is_clean = self.objective == "regression" or (self.objective != "ddpm" and self.flow.prediction == "clean")
+        if self.model.reprojection and not is_clean:
+            raise UserError(
+                "model.reprojection needs a regression, or a flow (also shortcut, mean_flow) with flow.prediction clean"
+            )
         if self.model.reprojection and not (self.model.use_action and self.model.output_channels):
             raise UserError("model.reprojection needs model.use_action and model.output_channels")
         if self.flow.perceptual.weight and min(self.data.image_size) < 32:
@@ -247,7 +251,7 @@ class TrainConfig:
 
     def _load_plugins(self) -> None:
         """Imports the modules of user-defined codecs, objectives and conditioners."""
-        if self.codec.kind not in ("pixels", *DEFAULT_WEIGHTS):
+        if self.codec.kind not in KINDS:
             from cdit.codec.codec import CODECS
 
             CODECS.load(self.codec.kind)

@@ -75,7 +75,8 @@ class Probes:
         windows = spread(self.windows, probe.final_samples if final else probe.samples)
         protocol = Direct("predictions", [offset / fps for offset in probe.offsets], fps, probe.offsets)
         study = self._study(protocol, windows, probe.rows, tuple(METHODS))
-        found = self._compute(study, world, Judge(self.metrics))
+        judge = Judge(self.metrics) if world.codec.has_decoder else Judge({}, latents=True)
+        found = self._compute(study, world, judge)
         result = summarize(protocol, study.cases, found, self.seed)
         text = f"{describe_samples(result)}\n\n{markdown(result.rows)}"
         (folder / "horizons.md").write_text(f"Step {step}: {text}")

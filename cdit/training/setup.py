@@ -188,6 +188,8 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         objective_options=config.objective_options,
         sampler=config.sampler,
     )
+    if config.flow.perceptual.weight and not codec.has_decoder:
+        raise UserError("flow.perceptual.weight: the codec has no decoder (python -m cdit.codec train makes one)")
     world = WorldModel(cdit, codec, description)
     world.objective.attach(cdit, codec.decode)
     if config.optimizer.only:

@@ -52,7 +52,7 @@ class Knowing(nn.Module):
         right = torch.allclose(action[:2], torch.tensor(expected, dtype=torch.float32), atol=1e-4) and turned < 1e-4
         return to_float(self.dataset.frames.read(number, [goal])[0]) if right else torch.zeros_like(frame)
 
-    def predict(self, context, condition, mask, sampler, generator) -> Tensor:
+    def predict(self, context, condition, mask, sampler, generator, latents) -> Tensor:
         assert bool(condition.known.all())
         assert condition.spacing.tolist() == [0.25] * len(context)
         self.noises.append(float(torch.rand((), generator=generator)))
@@ -61,7 +61,7 @@ class Knowing(nn.Module):
             [torch.stack([self.ahead(c[-1], a, float(s)) for a, s in goals[b]]) for b, c in enumerate(context)]
         )
 
-    def rollout(self, context, condition, mask, fps, sampler, generator, reencode) -> Tensor:
+    def rollout(self, context, condition, mask, fps, sampler, generator, reencode, latents) -> Tensor:
         actions = condition.action
         assert condition.time_shift is None
         assert condition.known.shape == actions.shape[:3]

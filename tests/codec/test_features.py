@@ -1,0 +1,225 @@
+"""Features against timm's own, their statistics against numpy, and worlds without a decoder."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import huggingface_hub.constants
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from cdit.codec import CodecConfig, FeaturesCodec, load_codec
+from cdit.codec.config import MeasureConfig
+from cdit.codec.features import FeaturesDescription, build_backbone
+from cdit.codec.measure import channel_statistics, measure
+from cdit.common.errors import UserError
+from cdit.common.frames import to_float
+from cdit.data.config import DataConfig
+from cdit.data.windows import WindowDataset
+from cdit.evaluate.cases import spread_cases
+from cdit.evaluate.protocols import direct, rollout
+from cdit.evaluate.study import Judge, Study
+from cdit.training.config import TrainConfig
+from cdit.training.setup import build_world
+
+BACKBONE = "test_vit"  # of timm, 64 channels, patches of 16 pixels, 160 pixels a side
+CPU = torch.device("cpu")
+
+
+def options(walks: Path, out: Path, **changes) -> MeasureConfig:
+    data = DataConfig(str(walks), train_split="test", image_size=(32, 32), workers=0)
+    config = MeasureConfig(out=str(out), data=data, backbone=BACKBONE, random_weights=True, frames=20, gallery=12)
+    return replace(config, **changes)
+
+
+@pytest.fixture(scope="module")
+def folder(walks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A features codec of random weights, tokens of 8 pixels."""
+    out = tmp_path_factory.mktemp("codecs") / "features"
+    measure(options(walks, out, downscale=8), CPU)
+    return out
+
+
+def recorded(walks: Path, count: int) -> torch.Tensor:
+    """Frames evenly spread over all of the dataset's, in [-1, 1]."""
+    dataset = WindowDataset(DataConfig(str(walks), image_size=(32, 32), workers=0), "test")
+    frames = torch.cat([dataset.frames.read(i, range(len(t))) for i, t in enumerate(dataset.trajectories)])
+    return to_float(frames[np.linspace(0, len(frames) - 1, count).round().astype(int)])
+
+
+@torch.no_grad()
+def test_the_last_layer_is_what_timm_computes():
+    torch.manual_seed(0)
+    reference = timm.create_model(BACKBONE, dynamic_img_size=True).eval()
+    frames = torch.rand(2, 3, 32, 48) * 2 - 1
+    config = reference.pretrained_cfg
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+    tokens = reference.forward_features(((frames + 1) / 2 - mean) / std)[:, reference.num_prefix_tokens :]
+
+    torch.manual_seed(0)
+    codec = codec_of(build_backbone(BACKBONE, -1), len(reference.blocks) - 1, config)
+    assert (codec.channels, codec.downscale) == (reference.embed_dim, 16)
+    found = codec.moments(frames)
+    assert found.shape == (2, 1, reference.embed_dim, 2, 3)
+    torch.testing.assert_close(found[:, 0].flatten(2).transpose(1, 2), tokens)
+    torch.testing.assert_close(codec.encode(frames[:, None])[:, 0], found[:, 0])  # not normalised yet
+
+
+@torch.no_grad()
+def test_an_inner_layer_is_that_block_s_output():
+    torch.manual_seed(0)
+    reference = timm.create_model(BACKBONE, dynamic_img_size=True).eval()
+    outputs: list[torch.Tensor] = []
+    reference.blocks[2].register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    frames = torch.rand(1, 3, 32, 32) * 2 - 1
+    config = reference.pretrained_cfg
+    mean, std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+    reference.forward_features(((frames + 1) / 2 - mean) / std)
+    expected = reference.norm(outputs[0])[:, reference.num_prefix_tokens :]
+    backbone = build_backbone(BACKBONE, 2)
+    backbone.load_state_dict(reference.state_dict(), strict=False)
+    assert len(backbone.blocks) == 3  # the later ones are gone
+    found = codec_of(backbone, 2, config).encode(frames)
+    torch.testing.assert_close(found.flatten(2).transpose(1, 2), expected)
+
+
+def codec_of(backbone: torch.nn.Module, layer: int, config: dict, downscale: int = 16) -> FeaturesCodec:
+    about = FeaturesDescription(BACKBONE, "random", layer, downscale, tuple(config["mean"]), tuple(config["std"]))
+    return FeaturesCodec(backbone, about, (1, 32, 32))
+
+
+@torch.no_grad()
+def test_statistics_are_numpy_s(folder: Path, walks: Path):
+    codec = load_codec(CodecConfig("features", str(folder)))
+    features = codec.moments(recorded(walks, 20))[:, 0].double().numpy()
+    np.testing.assert_allclose(codec.mean.flatten(), features.mean(axis=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(codec.std.flatten(), features.std(axis=(0, 2, 3)), rtol=1e-4, atol=1e-5)
+    latents = codec.encode(recorded(walks, 20)).double().numpy()
+    np.testing.assert_allclose(latents.mean(axis=(0, 2, 3)), 0, atol=1e-3)
+    np.testing.assert_allclose(latents.std(axis=(0, 2, 3)), 1, atol=1e-3)
+
+
+def test_statistics_do_not_depend_on_the_parts():
+    features = torch.randn(7, 5, 2, 3) * 3 + 100
+    mean, std = channel_statistics(features.split(2))
+    np.testing.assert_allclose(mean.flatten(), features.double().mean((0, 2, 3)), rtol=1e-12)
+    np.testing.assert_allclose(std.flatten(), features.double().std((0, 2, 3), unbiased=False), rtol=1e-9)
+
+
+def test_a_saved_codec_is_the_same(folder: Path, walks: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    codec = load_codec(CodecConfig("features", str(folder)))
+    assert "random" in capsys.readouterr().err
+    codec.save(tmp_path / "again")
+    again = load_codec(CodecConfig("features", str(tmp_path / "again")))
+    frames = recorded(walks, 5)
+    latents = codec.encode(frames)
+    assert torch.equal(again.encode(frames), latents)
+    assert torch.equal(again.decode(latents), codec.decode(latents))
+    assert again.fingerprint() == codec.fingerprint()
+    next(again.backbone.parameters()).data.add_(1e-3)
+    assert again.fingerprint() != codec.fingerprint()
+    assert codec.latent_shape((32, 32)) == latents.shape[1:] == (64, 4, 4)
+
+
+def test_without_a_decoder_the_nearest_recorded_frame_is_shown(folder: Path, walks: Path):
+    codec = load_codec(CodecConfig("features", str(folder)))
+    assert not codec.has_decoder
+    kept = recorded(walks, 12)
+    order = torch.tensor([[3, 11], [0, 7]])
+    latents = codec.encode(kept[order])
+    noisy = latents + 0.01 * torch.randn_like(latents)
+    torch.testing.assert_close(codec.decode(noisy), kept[order])
+
+
+def test_a_folder_that_is_none(tmp_path: Path):
+    for name in (None, str(tmp_path), "nobody/nothing"):
+        with pytest.raises(UserError, match=r"codec\.name .*no features codec"):
+            load_codec(CodecConfig("features", name))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [{"backbone": "hf-hub:owner/name"}, {"backbone": "vit_7b_patch16_dinov3"}, {"layer": 3}, {"layer": -1},
+     {"decoder_width": 64}, {"downscale": 0}, {"pixel_std": [1]}, {"unknown": 1}, {"version": 2}],
+)  # fmt: skip
+def test_hostile_configs_are_refused(folder: Path, tmp_path: Path, values: dict):
+    shutil.copytree(folder, tmp_path / "codec")
+    path = tmp_path / "codec" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    with pytest.raises(UserError, match="not a readable features codec"):
+        load_codec(CodecConfig("features", str(tmp_path / "codec")))
+
+
+def test_weights_from_a_local_folder(walks: Path, tmp_path: Path):
+    torch.manual_seed(5)
+    model = timm.create_model(BACKBONE, img_size=96)
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    safetensors.torch.save_file(model.state_dict(), weights / "model.safetensors")
+    about = {
+        "architecture": BACKBONE,
+        "num_classes": 1000,
+        "model_args": {"img_size": 96},
+        "pretrained_cfg": {"mean": [0.1, 0.2, 0.3]},
+    }
+    (weights / "config.json").write_text(json.dumps(about))
+    codec = measure(options(walks, tmp_path / "out", backbone=str(weights), random_weights=False), CPU)
+    assert codec.description.weights == str(weights)
+    assert codec.description.pixel_mean == (0.1, 0.2, 0.3)
+    assert torch.equal(codec.backbone.patch_embed.proj.weight, model.patch_embed.proj.weight)
+    assert load_codec(CodecConfig("features", str(tmp_path / "out"))).description.backbone == BACKBONE
+
+
+def test_weights_that_are_not_available(walks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    for name in (f"{BACKBONE}.r160_in1k", str(tmp_path)):
+        with pytest.raises(UserError, match=r"backbone is .*random_weights"):
+            measure(options(walks, tmp_path / "out", backbone=name, random_weights=False), CPU)
+
+
+def test_layers_that_do_not_exist(walks: Path, tmp_path: Path):
+    with pytest.raises(UserError, match="layer is 99, expected"):
+        measure(options(walks, tmp_path / "out", layer=99), CPU)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_resnet"])
+def test_other_backbones_give_features(name: str):
+    backbone = build_backbone(name, 1)
+    info = backbone.feature_info[1]
+    config = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    codec = codec_of(backbone, 1, config, info["reduction"])
+    side = 64 // info["reduction"]
+    assert codec.encode(torch.zeros(1, 3, 64, 64)).shape == (1, info["num_chs"], side, side)
+
+
+@pytest.mark.parametrize("protocol", [direct([0.5, 1.0], 4.0), rollout([0.5, 1.0], 4.0, 4.0)], ids=lambda p: p.name)
+def test_a_world_without_a_decoder_is_measured_in_latents(folder: Path, walks: Path, world, protocol):
+    codec = load_codec(CodecConfig("features", str(folder)))
+    features_world = world(codec, patch_size=1)
+    dataset = WindowDataset(DataConfig(str(walks), image_size=(32, 32), context_frames=3, workers=0), "test")
+    study = Study(protocol, spread_cases(dataset, 4, 4, "seconds"), 4, 1, 0)
+    found = study.compute(0, features_world, dataset, Judge({}, latents=True))
+    windows = [dataset.window(case.window, [2, 4]) for case in study.cases]
+    truth = torch.stack([codec.encode(to_float(window.target)) for window in windows])
+    last = torch.stack([codec.encode(to_float(window.context[-1:])) for window in windows])
+    torch.testing.assert_close(
+        found["copy_last/latents"], (last - truth).square().mean((2, 3, 4)), rtol=1e-3, atol=1e-4
+    )
+    assert found["model/latents"].shape == (4, 2)
+    assert bool((found["model/latents"] > 0).all())
+    gallery = {frame.numpy().tobytes() for frame in codec.gallery}
+    assert all(frame.numpy().tobytes() in gallery for frame in found["shown/model"].flatten(0, 1))
+
+
+def test_a_perceptual_loss_needs_a_decoder(folder: Path, walks: Path):
+    config = TrainConfig()
+    config.data = DataConfig(str(walks), train_split="test", image_size=(32, 32), workers=0)
+    config.codec = CodecConfig("features", str(folder))
+    config.model.patch_size, config.flow.perceptual.weight = 1, 1.0
+    with pytest.raises(UserError, match=r"flow\.perceptual\.weight: the codec has no decoder"):
+        build_world(config, WindowDataset(config.data, "test"))
