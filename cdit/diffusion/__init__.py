@@ -21,6 +21,7 @@ __all__ = [
     "FlowConfig",
     "MeanFlow",
     "Objective",
+    "Regression",
     "SamplerConfig",
     "SelfRollout",
     "SelfRolloutConfig",
@@ -33,6 +34,7 @@ __getattr__ = lazy_names(
     flow="Flow",
     few_step="MeanFlow Shortcut",
     ddpm="DDPM",
+    regression="Regression",
     self_rollout="SelfRollout",
     objective="OBJECTIVES Objective make_objective",
 )

@@ -46,6 +46,7 @@ SCHEDULERS: dict[str, dict[str, Scheduler | None]] = {
         "dpm": Scheduler("DPMSolverMultistepScheduler", {**_DDPM, "solver_order": 2}),
         "unipc": Scheduler("UniPCMultistepScheduler", _DDPM),
     },
+    "regression": {"direct": None},
 }
 """Schedulers by objective and name; None: implemented by the objective itself."""
 
@@ -56,7 +57,8 @@ class SamplerConfig:
 
     scheduler: str = "euler"
     """For a flow euler, heun (two network calls a step), dpm (DPM-Solver++ 2M) or unipc; for a shortcut or mean_flow
-    also average, its own few steps; for a DDPM ddpm (ancestral sampling), ddim, dpm or unipc."""
+    also average, its own few steps; for a DDPM ddpm (ancestral sampling), ddim, dpm or unipc; for a regression
+    direct."""
     steps: Annotated[int, within(1, 100_000)] = 8
     """Number of denoising steps."""
     shift: Positive[float] = 1.0
@@ -85,7 +87,8 @@ class SamplerOptions:
 
     scheduler: str | None = None
     """For a flow euler, heun (two network calls a step), dpm (DPM-Solver++ 2M) or unipc; for a shortcut or mean_flow
-    also average, its own few steps; for a DDPM ddpm (ancestral sampling), ddim, dpm or unipc."""
+    also average, its own few steps; for a DDPM ddpm (ancestral sampling), ddim, dpm or unipc; for a regression
+    direct."""
     steps: Positive[int] | None = None
     """Number of denoising steps."""
     shift: Positive[float] | None = None
@@ -199,6 +202,8 @@ def check_sampler(objective: str, sampler: SamplerConfig) -> None:
             raise UserError(f"sampler.steps is {sampler.steps}, expected 1, 2, 4, …, 128 for a shortcut with average")
         if sampler.shift != 1:
             raise UserError(f"sampler.shift is {sampler.shift}, expected 1 for a shortcut with average")
+    if objective == "regression" and sampler.steps != 1:
+        raise UserError(f"sampler.steps is {sampler.steps}, expected 1 for a regression")
     # A DDPM has integer timesteps: a step between equal ones divides by zero. The solvers' last step goes from 1 to 0.
     most = TIMESTEPS if sampler.scheduler == "ddpm" else TIMESTEPS - 1
     if objective == "ddpm" and sampler.steps > most:

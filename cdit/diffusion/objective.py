@@ -160,6 +160,13 @@ def _ddpm(settings: Settings) -> Objective:
     return DDPM(settings.ddpm)
 
 
+@OBJECTIVES.register("regression")
+def _regression(settings: Settings) -> Objective:
+    from cdit.diffusion.regression import Regression
+
+    return Regression()
+
+
 @OBJECTIVES.register("self_rollout")
 def _self_rollout(settings: Settings) -> Objective:
     from cdit.diffusion.self_rollout import SelfRollout

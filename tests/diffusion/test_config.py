@@ -22,7 +22,7 @@ def test_help_names_every_scheduler(config_class, monkeypatch, capsys):
 def test_schedulers_of_another_objective_are_refused(objective):
     others = {name for names in SCHEDULERS.values() for name in names} - set(SCHEDULERS[objective])
     for name in SCHEDULERS[objective]:
-        check_sampler(objective, SamplerConfig(name))
+        check_sampler(objective, SamplerConfig(name, steps=1))
     for name in others:
         with pytest.raises(UserError, match=name):
             check_sampler(objective, SamplerConfig(name))
