@@ -267,5 +267,5 @@ def test_the_papers_ablations_and_ours_are_there():
     names = {path.stem for path in SPECS}
     assert names == {
         "goals", "context", "conditioning", "heads", "keys_values", "positions", "context_depth", "recipe",
-        "recipe_without",
+        "recipe_without", "spaces",
     }  # fmt: skip

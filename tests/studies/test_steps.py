@@ -211,7 +211,14 @@ def test_a_ddpm(compare: Callable, tmp_path: Path):
     done = compare("--sampler.steps", "[1,3]", checkpoint=tmp_path / "ddpm")
     assert done.code == 0, done.err
     found = json.loads(Path("out/results.json").read_text())
-    assert found["reference"] == {"scheduler": "ddim", "steps": 12, "shift": 1.0, "guidance": 1.0, "context_noise": 0.0}
+    assert found["reference"] == {
+        "scheduler": "ddim",
+        "steps": 12,
+        "shift": 1.0,
+        "guidance": 1.0,
+        "context_noise": 0.0,
+        "hold": 1,
+    }
     calls = {(one["sampler"]["scheduler"], one["calls"]) for one in found["settings"]}
     assert calls == {("ddim", 12), *((name, n) for name in ("ddpm", "ddim", "dpm", "unipc") for n in (1, 3))}
     assert "| LPIPS to the truth ↓ | steps | network calls | of the reference | mean |" in done.out

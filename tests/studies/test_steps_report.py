@@ -95,7 +95,7 @@ def test_files(findings: Findings, tmp_path: Path):
     assert (tmp_path / "results.md").read_text() == text
     assert "runs/tiny on split test of walks, 0.5, 2 s ahead: 120 samples of 12 trajectories" in text
     written = json.loads((tmp_path / "results.json").read_text())
-    settings = {"scheduler": "unipc", "steps": 8, "shift": 1.0, "guidance": 1.0, "context_noise": 0.0}
+    settings = {"scheduler": "unipc", "steps": 8, "shift": 1.0, "guidance": 1.0, "context_noise": 0.0, "hold": 1}
     assert written["recommended"] == settings
     assert written["reference"]["steps"] == 100
     assert [one["calls"] for one in written["settings"]] == [100, 15, 8, 8, 8, 4, 1]
