@@ -54,7 +54,8 @@ class Condition(TensorData):
     time_shift: Tensor | None = None
     """(B, G) seconds from the last past frame to the goal, negative for the past. None: one frame (1 / fps)."""
     action: Tensor | None = None
-    """(B, G, 3) dx, dy in metres and dyaw in radians to the goal, in the frame of the last past one. None: unknown."""
+    """(B, G, K) to the goal, in the units of the dataset's `ActionSpace`: by default dx, dy in metres and dyaw in
+    radians, in the frame of the last past frame. None: unknown."""
     known: Tensor | None = None
     """(B, G) bool, which actions are known; values of the others are ignored. None: all."""
     spacing: Tensor | None = None

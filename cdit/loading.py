@@ -30,14 +30,23 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def load_world(checkpoint: str, device: str) -> WorldModel:
+def load_world(checkpoint: str, device: str, moving: bool = False) -> WorldModel:
     """A trained world model on a device, see `find_device`.
 
+    Args:
+        moving: whether its actions must be the motion of the camera.
+
     Raises:
-        UserError: no such device, or no world model in the folder.
+        UserError: no such device, no world model in the folder, or one with other actions.
     """
     chosen = find_device(device)
-    return WorldModel.from_pretrained(checkpoint).to(chosen)
+    world = WorldModel.from_pretrained(checkpoint).to(chosen)
+    actions = world.description.actions
+    if moving and actions.kind != "motion":
+        raise UserError(
+            f"{checkpoint}: expected a world whose actions are dx, dy, dyaw, not {', '.join(actions.names)}"
+        )
+    return world
 
 
 def windows_for(world: WorldModel, options: DataOptions, acting: bool = False) -> WindowDataset:
@@ -62,10 +71,13 @@ def windows_for(world: WorldModel, options: DataOptions, acting: bool = False) -
         fps=description.fps,
         spacing=options.spacing,
         source=options.source,
+        camera=options.camera,
+        action_key=options.action_key,
+        **({} if description.actions.kind == "motion" else {"action_kind": description.actions.kind}),
         workers=0,
     )
     recorded = DatasetInfo.load(Path(options.data))
-    is_sampled = options.source == "video"  # at the model's frame rate
+    is_sampled = options.source in ("video", "lerobot")  # at the model's frame rate
     if recorded is not None and not is_sampled and abs(recorded.fps - description.fps) > 1e-6:
         tqdm.write(
             f"{options.data}: dataset.json says {recorded.fps:g} frames per second, but the model expects "
@@ -73,6 +85,11 @@ def windows_for(world: WorldModel, options: DataOptions, acting: bool = False) -
             file=sys.stderr,
         )
     dataset = WindowDataset(config, options.split)
+    if description.has_actions and dataset.info.has_actions:
+        for name in ("kind", "names", "units"):
+            theirs, ours = getattr(dataset.info.actions, name), getattr(description.actions, name)
+            if theirs != ours:
+                raise UserError(f"{options.data}: {name} of actions {theirs}, but the model was trained with {ours}")
     known = options.spacing or (recorded is not None and recorded.metric_waypoint_spacing)
     if description.units.spacing is None and not known and (acting or dataset.info.has_actions):
         raise UserError(

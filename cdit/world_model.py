@@ -1,4 +1,4 @@
-"""WorldModel: a codec, a CDiT and a sampler that predict future frames, in metres, radians and seconds."""
+"""WorldModel: a codec, a CDiT and a sampler that predict future frames, in physical units."""
 
 import math
 import shutil
@@ -23,6 +23,7 @@ from cdit.common.frames import to_float
 from cdit.common.limits import Positive, within
 from cdit.common.randomness import seed_of
 from cdit.common.weights import weight_shapes
+from cdit.data.action_space import ActionSpace
 from cdit.data.config import MAX_PIXELS, Crop
 from cdit.diffusion.config import (
     DDPMConfig,
@@ -46,13 +47,14 @@ RECOMPILE_LIMIT = 64
 class Units:
     """Normalisation of physical actions and times for the network.
 
-    dx and dy are divided by the spacing, then all three are multiplied by a scale, and an offset is added.
+    The first two numbers of motion, dx and dy, are divided by the spacing; then all numbers are multiplied by a scale,
+    and an offset is added. The spacing of other actions is 1.
     """
 
-    action_scale: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    """For dx, dy (per spacing) and dyaw (per radian)."""
-    action_offset: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """For dx, dy and dyaw."""
+    action_scale: tuple[float, ...] = (1.0, 1.0, 1.0)
+    """For each number: dx, dy (per spacing) and dyaw (per radian)."""
+    action_offset: tuple[float, ...] = (0.0, 0.0, 0.0)
+    """For each number."""
     time_scale: float = 1.0
     """Per second."""
     spacing: float | None = 1.0
@@ -60,10 +62,10 @@ class Units:
     own units, and needs the spacing of the current one."""
 
     def normalize(self, action: Tensor, spacing: Tensor | float | None = None) -> Tensor:
-        """Actions (B, G, 3) in metres and radians to normalised numbers.
+        """Actions (B, G, K) in physical units to normalised numbers.
 
         Args:
-            action: dx, dy, dyaw.
+            action: such as dx, dy, dyaw.
             spacing: (B,) or one number, metres; used only if the units have none.
 
         Raises:
@@ -73,11 +75,11 @@ class Units:
         return self.in_spacings(action, spacing) * scale + offset
 
     def in_spacings(self, action: Tensor, spacing: Tensor | float | None = None) -> Tensor:
-        """Actions (B, G, 3) in metres and radians to spacings and radians; see `normalize`."""
+        """Actions (B, G, K) in metres and radians to spacings and radians; see `normalize`."""
         spacing = spacing if self.spacing is None else self.spacing
         if spacing is None:
             raise UserError("this model was trained on datasets of different spacings: pass the spacing of this one")
-        unit = action.new_ones(len(action), 1, 3)
+        unit = action.new_ones(len(action), 1, action.shape[-1])
         unit[..., :2] = torch.as_tensor(spacing, dtype=action.dtype, device=action.device).reshape(-1, 1, 1)
         return action / unit
 
@@ -94,6 +96,8 @@ class WorldDescription:
     """How recorded frames were resized to it (see cdit.data.frames.crop_and_resize)."""
     has_actions: bool = True
     """Whether it was trained with actions; otherwise it is conditioned on time shifts only."""
+    actions: ActionSpace = field(default_factory=ActionSpace)
+    """What the actions are."""
     action_dropout: Annotated[float, within(0, 1)] = 0.0
     """Share of actions hidden in training; guidance on the action needs more than 0."""
     min_history: Positive[int] = 1
@@ -123,6 +127,10 @@ class WorldDescription:
         for name, holds in requirements.items():
             if not holds:
                 raise UserError(f"{name} is out of range")
+        if problem := self.actions.problem():
+            raise UserError(f"actions.{problem}")
+        if {len(self.units.action_scale), len(self.units.action_offset)} != {len(self.actions.names)}:
+            raise UserError(f"units: expected {len(self.actions.names)} numbers, one for each name in actions")
         check_sampler(self.objective, self.sampler)
 
 
@@ -169,7 +177,8 @@ class WorldState:
 class WorldModel(nn.Module):
     """Predicts frames from past frames and conditions.
 
-    Frames are (…, 3, H, W) in [-1, 1]; conditions (`cdit.batch.Condition`) are in metres, radians and seconds. The
+    Frames are (…, 3, H, W) in [-1, 1]; conditions (`cdit.batch.Condition`) are in seconds, metres and radians, or the
+    units of `description.actions`. The
     world alone normalises them, and drops actions if the model was trained without.
 
     Step by step, in latents, which can be scored without decoding:
@@ -186,6 +195,9 @@ class WorldModel(nn.Module):
         self._check(description.sampler)
         if missing := self.objective.conditioners.keys() - cdit.conditioners.keys():
             raise UserError(f"objective {description.objective} needs a network with the conditioner {missing.pop()}")
+        actions = len(description.actions.names)
+        if description.has_actions and cdit.config.action_size != actions:
+            raise UserError(f"actions has {actions} names, but the network has action_size {cdit.config.action_size}")
         self._compiled: Callable[..., Tensor] | None = None
 
     @property

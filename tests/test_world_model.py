@@ -13,7 +13,7 @@ import torch
 from cdit.batch import Batch, Condition, KeyedDraws
 from cdit.codec import AutoencoderCodec, KLCodec, PixelCodec, TinyCodec
 from cdit.common.errors import UserError
-from cdit.data.actions import compose
+from cdit.data.motion import compose
 from cdit.diffusion import Flow, FlowConfig, SamplerConfig
 from cdit.model import CDiT
 from cdit.world_model import Units, WorldDescription, WorldModel, WorldState

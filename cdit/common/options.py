@@ -33,8 +33,12 @@ class DataOptions:
     follow_links: bool = False
     """Whether links within the dataset folder may lead out of it."""
     source: str = "auto"
-    """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), or a
-    source of your own, `my_module:Class`."""
+    """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), a
+    LeRobot dataset (lerobot), or a source of your own, `my_module:Class`."""
+    camera: str | None = None
+    """The feature with the frames, for datasets with several (lerobot); by default the first camera."""
+    action_key: str = "action"
+    """The feature with the actions (lerobot)."""
     spacing: Positive[float] | None = None
     """Metres between consecutive frames, which models trained on several datasets ask for; by default the one in
     dataset.json."""

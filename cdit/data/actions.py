@@ -11,7 +11,7 @@ import numpy as np
 
 from cdit.common.errors import DataError, UserError
 from cdit.common.files import MAX_TEXT, read_bytes
-from cdit.data.motion import wrap_angle
+from cdit.data.action_space import ActionSpace
 
 DEFAULT_STEP = 0.3
 """Default metres of a word such as `forward`."""
@@ -29,11 +29,12 @@ TURNS = {"turn_left": 1.0, "turn_right": -1.0}
 """Sign of the words that turn; their number is in degrees."""
 MAX_STEPS = 100_000
 MAX_ACTION = 1e6
-"""Largest motion in a file, in metres and radians."""
+"""Largest number in a file."""
 WORDS = [*MOVES, *TURNS, "stay"]
 
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _WORD = re.compile(rf"([a-z_]+)\s*(?:\(\s*({_NUMBER})\s*\))?")
+_NAMED = re.compile(rf"(.*?)\s*\(\s*({_NUMBER})\s*\)")
 _STEP = re.compile(r"(.*?)(?:\*\s*(\d+))?", re.DOTALL)
 
 
@@ -66,51 +67,75 @@ def parse_actions(text: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_T
     return np.array(actions, np.float32)
 
 
-def read_actions(source: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_TURN) -> np.ndarray:
-    """Reads a sequence from a file, if it ends in .csv, .json or .npy, otherwise from words (see `parse_actions`).
+def read_actions(
+    source: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_TURN, space: ActionSpace | None = None
+) -> np.ndarray:
+    """Reads a sequence from a file, if it ends in .csv, .json or .npy, otherwise from words.
 
-    Files hold one row dx, dy, dyaw (metres, metres, radians) per frame: `.csv` (with an optional header line), `.json`
-    (a list of rows) or `.npy`.
+    Words are those of `parse_actions`, or of `parse_numbers` for actions other than motion.
+
+    Files hold one row of numbers per frame, by default dx, dy, dyaw (metres, metres, radians): `.csv` (with an optional
+    header line; the names in another order reorder the columns), `.json` (a list of rows) or `.npy`.
+
+    Returns:
+        (L, K) float32.
 
     Raises:
         UserError: the file is missing or damaged, or a word is unknown.
     """
-    path = Path(source)
+    path, space = Path(source), space or ActionSpace()
+    names = space.names
+    expected = f"expected rows of {len(names)} numbers {', '.join(names)}"
     if path.suffix not in (".csv", ".json", ".npy"):
-        return parse_actions(source, step, turn)
+        return parse_actions(source, step, turn) if space.kind == "motion" else parse_numbers(source, space)
     try:
         content = read_bytes(path, MAX_TEXT)
     except DataError as error:
         raise UserError(f"{error}: not a readable file of actions") from error
     try:
-        actions = np.asarray(_READERS[path.suffix](content), np.float64)
+        actions = np.asarray(_READERS[path.suffix](content, names), np.float64)
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except Exception as error:  # numpy and json raise many types, for huge shapes or deep nesting
-        raise UserError(f"{path}: expected rows of three numbers dx, dy, dyaw ({error})") from error
-    if actions.ndim != 2 or actions.shape[1] != 3 or not len(actions):
-        raise UserError(f"{path}: expected rows of three numbers dx, dy, dyaw, not an array of shape {actions.shape}")
+        raise UserError(f"{path}: {expected} ({error})") from error
+    if actions.ndim != 2 or actions.shape[1] != len(names) or not len(actions):
+        raise UserError(f"{path}: {expected}, not an array of shape {actions.shape}")
     broken = np.flatnonzero(~(np.abs(actions) <= MAX_ACTION).all(axis=1))
     if len(broken):
         raise UserError(f"{path}: row {broken[0]} (from 0) is not finite, or beyond {MAX_ACTION:g}")
     return actions.astype(np.float32)
 
 
-def compose(actions: np.ndarray) -> np.ndarray:
-    """Composes steps, each in its own local frame, into motions from the start to the end of each step.
+def parse_numbers(text: str, space: ActionSpace) -> np.ndarray:
+    """Reads a sequence of actions that are not motion, such as `arm(0.3)+grip(1)*8,arm(0.5)+grip(0)`.
 
-    Args:
-        actions: (L, 3) dx, dy, dyaw of each step, in metres and radians.
+    Each step gives names with numbers; `*8` repeats it for 8 frames. Names that are left out are 0, unless the actions
+    are absolute.
 
     Returns:
-        (L, 3) float32; the yaw is in [-π, π).
+        (L, K) float32.
+
+    Raises:
+        UserError: the text is not such a sequence; the message quotes the part.
     """
-    steps = np.asarray(actions, np.float64)
-    yaw = np.cumsum(steps[:, 2])
-    before = yaw - steps[:, 2]
-    x = np.cumsum(np.cos(before) * steps[:, 0] - np.sin(before) * steps[:, 1])
-    y = np.cumsum(np.sin(before) * steps[:, 0] + np.cos(before) * steps[:, 1])
-    return np.stack((x, y, wrap_angle(yaw)), axis=1).astype(np.float32)
+    actions: list[list[float]] = []
+    for part in text.split(","):
+        phrase, repeats = _STEP.fullmatch(part.strip()).groups()
+        count = 1 if repeats is None else int(repeats[:9])
+        matches = [_NAMED.fullmatch(word.strip()) for word in re.split(r"(?<=\))\s*\+", phrase)]
+        values = {match[1]: float(match[2]) for match in matches if match}
+        complete = space.kind != "absolute" or values.keys() == set(space.names)
+        if len(values) < len(matches) or not values.keys() <= set(space.names) or not complete:
+            raise UserError(
+                f"actions: cannot read {part.strip()[:100]!r}, expected {'+'.join(f'{n}(NUMBER)' for n in space.names)}"
+                f"{'' if space.kind == 'absolute' else ', or some of these'}; or a file ending in .csv, .json or .npy"
+            )
+        if not 1 <= count <= MAX_STEPS - len(actions):
+            raise UserError(f"actions: {part.strip()[:100]!r}: expected 1 to {MAX_STEPS} steps in all")
+        if max(map(abs, values.values())) > MAX_ACTION:
+            raise UserError(f"actions: {part.strip()[:100]!r}: a number beyond {MAX_ACTION:g}")
+        actions += [[values.get(name, 0.0) for name in space.names]] * count
+    return np.array(actions, np.float32)
 
 
 def _action(word: str, part: str, step: float, turn: float) -> np.ndarray:
@@ -130,24 +155,29 @@ def _action(word: str, part: str, step: float, turn: float) -> np.ndarray:
     return np.zeros(3)
 
 
-def _read_csv(content: bytes) -> list[list[float]]:
+def _read_csv(content: bytes, names: list[str]) -> list[list[float]]:
     lines = [(i, line) for i, line in enumerate(csv.reader(io.StringIO(content.decode())), start=1) if line]
-    rows: list[list[float]] = []
+    columns, rows = list(range(len(names))), []
     for number, line in lines:
         try:
             row = [float(value) for value in line]
         except ValueError as error:
-            if number == lines[0][0]:
-                continue  # a header
-            raise UserError(f"line {number} is {','.join(line)!r}, expected dx,dy,dyaw") from error
-        if len(row) != 3:
-            raise UserError(f"line {number} has {len(row)} numbers, expected dx,dy,dyaw")
-        rows.append(row)
+            if number == lines[0][0]:  # a header
+                header = [name.strip() for name in line]
+                if sorted(header) == sorted(names):
+                    columns = [header.index(name) for name in names]
+                elif names != ActionSpace().names:
+                    raise UserError(f"header is {','.join(line)!r}, expected {','.join(names)}") from error
+                continue
+            raise UserError(f"line {number} is {','.join(line)!r}, expected {','.join(names)}") from error
+        if len(row) != len(names):
+            raise UserError(f"line {number} has {len(row)} numbers, expected {','.join(names)}")
+        rows.append([row[column] for column in columns])
     return rows
 
 
-def _read_npy(content: bytes) -> np.ndarray:
+def _read_npy(content: bytes, names: list[str]) -> np.ndarray:
     return np.load(io.BytesIO(content), allow_pickle=False)
 
 
-_READERS = {".csv": _read_csv, ".json": json.loads, ".npy": _read_npy}
+_READERS = {".csv": _read_csv, ".json": lambda content, names: json.loads(content), ".npy": _read_npy}

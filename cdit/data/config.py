@@ -1,10 +1,11 @@
 """The data section of a config: datasets and their windows. Imports no torch."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from cdit.common.errors import UserError
 from cdit.common.limits import NotNegative, Positive, check_limits
+from cdit.data.action_space import ActionKind
 
 Crop = Literal["aspect", "4:3", "none"]
 Precision = Literal["float16", "float32"]
@@ -28,8 +29,15 @@ class StoredDataset:
     follow_links: bool = False
     """Whether links within the folder may lead out of it; the folder may be a link in any case."""
     source: str = "auto"
-    """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), or a
-    source of your own, `my_module:Class` (see docs/extending.md)."""
+    """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), a
+    LeRobot dataset (lerobot), or a source of your own, `my_module:Class` (see docs/extending.md)."""
+    camera: str | None = None
+    """The feature with the frames, for datasets with several (lerobot); by default the first camera."""
+    action_key: str = "action"
+    """The feature with the actions (lerobot)."""
+    action_kind: ActionKind = "absolute"
+    """What an action from one frame to another is, made of the numbers of each frame (lerobot): those that led to the
+    goal (absolute), their difference to those that led to the start (relative), or their sum in between (sum)."""
 
 
 @dataclass
@@ -84,8 +92,15 @@ class DataConfig:
     follow_links: bool = False
     """Whether links within the folder may lead out of it; the folder may be a link in any case."""
     source: str = "auto"
-    """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), or a
-    source of your own, `my_module:Class` (see docs/extending.md)."""
+    """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), a
+    LeRobot dataset (lerobot), or a source of your own, `my_module:Class` (see docs/extending.md)."""
+    camera: str | None = None
+    """The feature with the frames, for datasets with several (lerobot); by default the first camera."""
+    action_key: str = "action"
+    """The feature with the actions (lerobot)."""
+    action_kind: ActionKind = "absolute"
+    """What an action from one frame to another is, made of the numbers of each frame (lerobot): those that led to the
+    goal (absolute), their difference to those that led to the start (relative), or their sum in between (sum)."""
     cache_gb: NotNegative[float] = 4.0
     """Memory for decoded frames in GB, per process and split, allocated as it fills."""
     workers: NotNegative[int] = 2
@@ -121,7 +136,7 @@ class DataConfig:
             raise UserError(f"data.max_offset is {self.max_offset}, expected at least min_offset")
         if (self.folder is None) == (not self.mix):
             raise UserError("give either data.folder, a dataset folder, or data.mix, several")
-        names = ("prepare", "splits", "fps", "spacing", "follow_links", "source")
+        names = ["prepare", *(f.name for f in fields(Source) if f.name != "folder")]
         alone = [name for name in names if getattr(self, name) != getattr(DataConfig, name)]
         if self.mix and alone:
             raise UserError(f"data.{alone[0]} belongs to data.folder; in a data.mix, set it for each dataset")
@@ -129,4 +144,4 @@ class DataConfig:
     @property
     def sources(self) -> list[Source]:
         """The datasets: those of the mix, or the single one."""
-        return self.mix or [Source(self.folder, self.splits, self.fps, self.follow_links, self.source, self.spacing)]
+        return self.mix or [Source(**{f.name: getattr(self, f.name) for f in fields(Source)})]

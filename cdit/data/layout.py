@@ -22,6 +22,7 @@ from cdit.common.cli import parser_instance
 from cdit.common.errors import DataError
 from cdit.common.files import parse_json, read_text, write_json
 from cdit.common.limits import Limit, Positive, within
+from cdit.data.action_space import ActionSpace
 
 FORMAT_VERSION = 1
 POSES = "traj_data.pkl"
@@ -59,7 +60,9 @@ class DatasetInfo:
     metric_waypoint_spacing: Positive[Annotated[float, within(0, 1e6)]] | None = None
     """Typical distance between consecutive frames in metres, the unit of normalised actions; None without poses."""
     has_actions: bool = True
-    """Whether trajectories carry poses."""
+    """Whether trajectories carry poses, or the numbers of `actions`."""
+    actions: ActionSpace = field(default_factory=ActionSpace)
+    """What actions are made of."""
     camera: Camera | None = None
     source: dict[str, Any] = field(default_factory=dict)
     """How the dataset was made: recipe options, maps, seed, engine version."""
@@ -89,9 +92,12 @@ class DatasetInfo:
         """
         values = parse_json(text, origin, FORMAT_VERSION)
         try:
-            return parser_instance(cls, values)
+            info = parser_instance(cls, values)
         except Exception as error:
             raise DataError(f"{origin}: not a dataset description ({error})") from error
+        if problem := info.actions.problem():
+            raise DataError(f"{origin}: actions.{problem}")
+        return info
 
 
 def write_trajectory(

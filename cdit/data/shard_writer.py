@@ -75,6 +75,8 @@ def convert(
     for split in splits:
         trajectories[split], info = open_source(source, split)
         infos.append(info)
+    if infos[0].actions.kind != "motion":
+        raise DataError(f"{source.folder}: shards hold poses, not actions such as {infos[0].actions.names[0]}")
     info = replace(infos[0], has_actions=trajectories[splits[0]][0].position is not None)
     if not (folder / DATASET).is_file():
         info.name = folder.resolve().name

@@ -252,6 +252,7 @@ class ShardTrajectory:
     position: np.ndarray | None
     yaw: np.ndarray | None
     conditions: Mapping[str, np.ndarray]
+    actions = None
 
     def __len__(self) -> int:
         return self.length

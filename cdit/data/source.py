@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from cdit.common.registry import Registry
+from cdit.data.action_space import ActionKind
 from cdit.data.layout import DatasetInfo
 
 if TYPE_CHECKING:  # --help does not wait for torch
@@ -26,6 +27,9 @@ class TrajectorySource(Protocol):
     """(T, 2) float64 in metres, world coordinates; None without poses."""
     yaw: np.ndarray | None = None
     """(T,) float64 in radians, counter-clockwise from +x; None without poses."""
+    actions: np.ndarray | None = None
+    """(T, K) numbers of every frame, which lead to the next one, for actions other than motion (see
+    `cdit.data.action_space`); None without."""
     conditions: Mapping[str, np.ndarray] = MappingProxyType({})
     """Further numbers per frame, (T, …) each; if all trajectories have them, those at the goal go to
     `Condition.extra`."""
@@ -59,6 +63,9 @@ class DatasetSource:
         splits: str | None,
         follow_links: bool,
         fps: float | None,
+        camera: str | None,
+        action_key: str,
+        action_kind: ActionKind,
         may_lack: bool,
         cache: "ShardCache | None",
     ) -> Opened:
@@ -70,6 +77,9 @@ class DatasetSource:
             splits: `data.splits`.
             follow_links: `data.follow_links`.
             fps: `data.fps`.
+            camera: `data.camera`.
+            action_key: `data.action_key`.
+            action_kind: `data.action_kind`.
             may_lack: whether frames may be missing; they then fail when they are read.
             cache: keeps remote files; by default one in the usual place.
 

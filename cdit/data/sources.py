@@ -9,6 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cdit.common.errors import DataError
+from cdit.data.action_space import ActionSpace
 from cdit.data.config import Source, StoredDataset
 from cdit.data.layout import Camera
 from cdit.data.shard_cache import ShardCache
@@ -36,15 +37,20 @@ class WindowInfo:
     spacing: float | None
     """Metres between consecutive frames, the unit of normalised actions; None if the datasets differ."""
     has_actions: bool
-    """Whether any dataset has poses, and so actions."""
+    """Whether any dataset has actions."""
+    actions: ActionSpace
+    """What they are."""
     camera: Camera | None
     """The camera of the recorded frames (before crop and resize), if it is known and the same for all."""
 
 
 def listed_splits(source: StoredDataset) -> list[str]:
-    """The splits that a dataset lists. Without lists, train, and test for videos."""
+    """The splits that a dataset lists. Without lists, train, and test for videos and LeRobot."""
     lists = Path(source.splits or Path(source.folder, "splits")).glob("*/traj_names.txt")
-    return sorted(path.parent.name for path in lists) or ["train", *(["test"] if source.source == "video" else [])]
+    return sorted(path.parent.name for path in lists) or [
+        "train",
+        *(["test"] if source.source in ("video", "lerobot") else []),
+    ]
 
 
 def open_source(source: StoredDataset, split: str, cache: ShardCache | None = None, may_lack: bool = False) -> Opened:
@@ -59,6 +65,9 @@ def open_source(source: StoredDataset, split: str, cache: ShardCache | None = No
         splits=source.splits,
         follow_links=source.follow_links,
         fps=source.fps,
+        camera=source.camera,
+        action_key=source.action_key,
+        action_kind=source.action_kind,
         may_lack=may_lack,
         cache=cache,
     )
@@ -106,7 +115,8 @@ def _read(
     return long_enough, WindowInfo(
         fps=source.fps or info.fps,
         spacing=source.spacing or info.metric_waypoint_spacing or 1.0,
-        has_actions=trajectories[0].position is not None,
+        has_actions=info.actions.recorded(trajectories[0]),
+        actions=info.actions,
         camera=info.camera,
     )
 
@@ -121,11 +131,18 @@ def _merge(infos: Sequence[WindowInfo], sources: Sequence[Source]) -> WindowInfo
     if len(set(rates.values())) > 1:
         listed = ", ".join(f"{folder} {fps:g}" for folder, fps in rates.items())
         raise DataError(f"data.mix: expected datasets of the same frame rate, not {listed}")
+    spaces = [info.actions for info in infos if info.has_actions] or [infos[0].actions]
+    if any(space != spaces[0] for space in spaces):
+        raise DataError(
+            "data.mix: expected datasets with the same names, units, ranges and kind of actions, not "
+            + "; ".join(f"{space.kind} {', '.join(space.names)}" for space in spaces)
+        )
     spacings = {info.spacing for info in infos if info.has_actions} or {1.0}
     cameras = [info.camera for info in infos]
     return WindowInfo(
         fps=infos[0].fps,
         spacing=spacings.pop() if len(spacings) == 1 else None,
+        actions=spaces[0],
         has_actions=any(info.has_actions for info in infos),
         camera=cameras[0] if all(camera == cameras[0] for camera in cameras) else None,
     )

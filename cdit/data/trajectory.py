@@ -36,7 +36,7 @@ class Trajectory:
     position: np.ndarray | None
     yaw: np.ndarray | None
     conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
-    shard = None
+    actions = shard = None
 
     def __len__(self) -> int:
         return len(self.files)

@@ -1,4 +1,4 @@
-"""Windows over trajectories: past frames, goals before or after them, and the motion and time from one to the other."""
+"""Windows over trajectories: past frames, goals before or after them, and the action and time from one to the other."""
 
 import hashlib
 from collections.abc import Sequence
@@ -15,7 +15,6 @@ from cdit.data.config import DataConfig
 from cdit.data.frames import FrameStore
 from cdit.data.latent_store import LatentStore, open_latents
 from cdit.data.latents import Encoding
-from cdit.data.motion import local_motion
 from cdit.data.order import laned, shuffled
 from cdit.data.shard_cache import ShardCache
 from cdit.data.sources import read_sources
@@ -39,9 +38,9 @@ class WindowDataset(Dataset):
     """The windows of a split: every (trajectory, current time t) with `min_history` frames up to t and a goal in range.
 
     An item is a `Batch` of one sample, without the dimension B. Context frames before the start of the trajectory are
-    zeros; actions are float32 with dyaw in [-π, π), and zeros where unknown; `key` is `seed_of(seed, step, sample)`;
-    `condition.extra` has the conditions that all trajectories have, at the goal, as float32, int64 or bool. With
-    `config.rollout`, `following` has the frames of `path`.
+    zeros; actions are float32 (see `ActionSpace`; dyaw in [-π, π)), and zeros where unknown; `key` is
+    `seed_of(seed, step, sample)`; `condition.extra` has the conditions that all trajectories have, at the goal, as
+    float32, int64 or bool. With `config.rollout`, `following` has the frames of `path`.
 
     After `use_latents`, context and target of an item are the latents' moments (T, S, C, h, w) and (G, S, C, h, w) in
     float32 (see cdit.data.latents); `window` and `path` still return frames.
@@ -123,6 +122,8 @@ class WindowDataset(Dataset):
         for trajectory, spacing in zip(self.trajectories, self._spacing, strict=True):
             shard = trajectory.shard and trajectory.shard.record.file
             digest.update(repr((trajectory.name, len(trajectory), shard, spacing)).encode())
+        if self.info.actions.kind != "motion":
+            digest.update(repr(self.info.actions).encode())
         return digest.hexdigest()
 
     def locate(self, window: int) -> tuple[int, int]:
@@ -155,8 +156,8 @@ class WindowDataset(Dataset):
     def path(self, index: int, length: int) -> Batch:
         """The window's context and the `length` frames after it, for rollouts.
 
-        An item without key and weight, with G = length: target i is frame t+1+i, its action the motion from frame
-        t+i to t+i+1 in the local frame of t+i, its time shift 1 / fps.
+        An item without key and weight, with G = length: target i is frame t+1+i, its action that from frame
+        t+i to t+i+1, its time shift 1 / fps.
 
         Raises:
             IndexError: the trajectory is too short.
@@ -168,7 +169,7 @@ class WindowDataset(Dataset):
     def _item(
         self, index: int, now: int, goals: list[int], origins: list[int], store: FrameStore | LatentStore
     ) -> Batch:
-        """The context at `now`, and the goals with the motion and time from each one's origin, in frames."""
+        """The context at `now`, and the goals with the action and time from each one's origin, in frames."""
         trajectory = self.trajectories[index]
         if not all(0 <= goal < len(trajectory) for goal in goals):
             raise IndexError(f"{trajectory.name} has frames 0 to {len(trajectory) - 1}, but {goals} were requested")
@@ -177,10 +178,10 @@ class WindowDataset(Dataset):
         frames = store.read(index, history + goals)
         context = torch.zeros(size, *frames.shape[1:], dtype=frames.dtype)
         context[size - len(history) :] = frames[: len(history)]
-        action = np.zeros((len(goals), 3))
-        if trajectory.position is not None:
-            position, yaw = trajectory.position, trajectory.yaw
-            action = local_motion(position[origins], yaw[origins], position[goals], yaw[goals])
+        known = self.info.actions.recorded(trajectory)
+        action = np.zeros((len(goals), len(self.info.actions.names)))
+        if known:
+            action = self.info.actions.between(trajectory, origins, goals)
         return Batch(
             context=context,
             mask=torch.arange(size) >= size - len(history),
@@ -188,7 +189,7 @@ class WindowDataset(Dataset):
             condition=Condition(
                 time_shift=torch.tensor(np.subtract(goals, origins) / self.info.fps, dtype=torch.float32),
                 action=torch.tensor(action, dtype=torch.float32),
-                known=torch.full((len(goals),), trajectory.position is not None),
+                known=torch.full((len(goals),), known),
                 spacing=torch.tensor(self._spacing[index], dtype=torch.float32),
                 extra={name: _numbers(trajectory.conditions[name][goals]) for name in self._conditions},
             ),

@@ -10,7 +10,7 @@ from torch import Tensor
 from cdit.batch import Condition
 from cdit.common.frames import to_float, to_uint8
 from cdit.common.randomness import generator
-from cdit.data.actions import compose
+from cdit.data.motion import compose
 from cdit.diffusion.config import SamplerConfig
 from cdit.heads.head_statistics import HeadRow, HeadStatistics
 from cdit.heads.importance import Head, ablate_heads

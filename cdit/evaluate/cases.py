@@ -96,6 +96,8 @@ def content_hash(dataset: WindowDataset, cases: Sequence[Case], reach: int) -> s
         digest.update(f"{trajectory.name} {len(trajectory)}".encode())
         if trajectory.position is not None:
             digest.update(trajectory.position.tobytes() + trajectory.yaw.tobytes())
+        if trajectory.actions is not None:
+            digest.update(trajectory.actions.tobytes())
     for case in cases:
         frames = dataset.trajectories[case.trajectory].frames([case.now, case.now + reach])
         digest.update(hashlib.sha256(frames.numpy().tobytes()).digest())

@@ -22,8 +22,9 @@ from cdit.batch import Batch, Condition
 from cdit.common.errors import UserError
 from cdit.common.frames import to_float
 from cdit.common.randomness import generator
+from cdit.data.action_space import ActionSpace
 from cdit.data.frames import focal_lengths
-from cdit.data.trajectory import Trajectory
+from cdit.data.source import TrajectorySource
 from cdit.data.windows import WindowDataset
 from cdit.diffusion import SamplerConfig
 from cdit.evaluate.cases import Case
@@ -59,14 +60,14 @@ class Return(Rollout):
         """0: nothing that follows is needed."""
         return 0
 
-    def actions(self, trajectory: Trajectory | None, now: int) -> np.ndarray:
+    def actions(self, space: ActionSpace, trajectory: TrajectorySource | None, now: int) -> np.ndarray:
         """(G, 3): half of the steps to the left, half to the right."""
         half = len(self.offsets) // 2
         return np.outer(np.repeat([QUARTER / half, -QUARTER / half], half), [0.0, 0.0, 1.0])
 
     def motion(self, dataset: WindowDataset, case: Case) -> Condition:
         """The same for every case, and known."""
-        action = torch.tensor(self.actions(None, case.now), dtype=torch.float32)
+        action = torch.tensor(self.actions(dataset.info.actions, None, case.now), dtype=torch.float32)
         return Condition(action=action, known=torch.ones(len(action), dtype=torch.bool))
 
     def window(self, dataset: WindowDataset, case: Case) -> Batch:

@@ -145,6 +145,9 @@ def build_studies(config: EvaluateConfig, world: WorldModel, dataset: WindowData
         DataError: an index file does not.
     """
     fps, studies = world.description.fps, []
+    for name, given in (("nwm_compat", config.nwm_compat), ("rollout.curves", config.rollout.curves)):
+        if given and world.description.actions.kind != "motion":
+            raise UserError(f"{name}: expected a world whose actions are dx, dy, dyaw")
     protocols = [("time", config.time, direct(config.time.seconds, fps))] if "time" in config.protocols else []
     if "rollout" in config.protocols:
         release = (world.description.units, dataset.info.spacing) if config.nwm_compat else None

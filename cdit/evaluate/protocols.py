@@ -15,8 +15,9 @@ from torch import Tensor
 from cdit.batch import Batch, Condition
 from cdit.common.errors import UserError
 from cdit.common.frames import to_float
-from cdit.data.motion import local_motion, wrap_angle
-from cdit.data.trajectory import Trajectory
+from cdit.data.action_space import ActionSpace
+from cdit.data.motion import wrap_angle
+from cdit.data.source import TrajectorySource
 from cdit.data.windows import WindowDataset
 from cdit.diffusion import SamplerConfig
 from cdit.evaluate.cases import Case
@@ -55,8 +56,8 @@ class Protocol(ABC):
         return [self.offsets.index(round(second * self.fps)) for second in seconds]
 
     @abstractmethod
-    def actions(self, trajectory: Trajectory, now: int) -> np.ndarray:
-        """The actions that the model is conditioned on, from the trajectory's poses: (G, 3) in metres and radians."""
+    def actions(self, space: ActionSpace, trajectory: TrajectorySource, now: int) -> np.ndarray:
+        """The actions that the model is conditioned on, (G, K)."""
 
     @abstractmethod
     def predict(
@@ -70,10 +71,12 @@ class Protocol(ABC):
         """Frames (B, G, 3, H, W) in [-1, 1] for the goals of a batch, or their latents (B, G, C, h, w)."""
 
     def motion(self, dataset: WindowDataset, case: Case) -> Condition:
-        """The case's actions (G, 3), and whether they are known (G,)."""
-        trajectory = dataset.trajectories[case.trajectory]
-        known = trajectory.position is not None
-        action = self.actions(trajectory, case.now) if known else np.zeros((len(self.offsets), 3))
+        """The case's actions (G, K), and whether they are known (G,)."""
+        trajectory, space = dataset.trajectories[case.trajectory], dataset.info.actions
+        known = space.recorded(trajectory)
+        action = np.zeros((len(self.offsets), len(space.names)))
+        if known:
+            action = self.actions(space, trajectory, case.now)
         return Condition(action=torch.tensor(action, dtype=torch.float32), known=torch.full((len(action),), known))
 
     def window(self, dataset: WindowDataset, case: Case) -> Batch:
@@ -84,11 +87,11 @@ class Protocol(ABC):
 
 @dataclass(frozen=True)
 class Direct(Protocol):
-    """Each horizon in one jump, given the motion from the last context frame, as in training."""
+    """Each horizon in one jump, given the action from the last context frame, as in training."""
 
-    def actions(self, trajectory: Trajectory, now: int) -> np.ndarray:
-        """The motion from the current frame to each goal."""
-        return _motion(trajectory, np.array(now), now + np.array(self.offsets))
+    def actions(self, space: ActionSpace, trajectory: TrajectorySource, now: int) -> np.ndarray:
+        """From the current frame to each goal."""
+        return space.between(trajectory, np.array(now), now + np.array(self.offsets))
 
     def predict(
         self,
@@ -119,12 +122,12 @@ class Rollout(Protocol):
     """Units and spacing in metres for rollouts by the conventions of the NWM release: its actions (see
     `release_actions`), and predictions that join the past as frames, encoded again."""
 
-    def actions(self, trajectory: Trajectory, now: int) -> np.ndarray:
-        """The motion during each step, in the frame at its start."""
+    def actions(self, space: ActionSpace, trajectory: TrajectorySource, now: int) -> np.ndarray:
+        """Of each step."""
         times = now + np.array([0, *self.offsets])
         if self.release:
-            return release_actions(_motion(trajectory, np.array(now), times[1:]), *self.release)
-        return _motion(trajectory, times[:-1], times[1:])
+            return release_actions(space.between(trajectory, np.array(now), times[1:]), *self.release)
+        return space.between(trajectory, times[:-1], times[1:])
 
     def predict(
         self,
@@ -211,11 +214,6 @@ def release_actions(waypoints: np.ndarray, units: Units, spacing: float) -> np.n
     unit = np.array([units.spacing or spacing] * 2 + [1.0])
     steps[1:] -= np.array(units.action_offset) / np.array(units.action_scale) * unit
     return steps
-
-
-def _motion(trajectory: Trajectory, times: np.ndarray, goals: np.ndarray) -> np.ndarray:
-    position, yaw = trajectory.position, trajectory.yaw
-    return local_motion(position[times], yaw[times], position[goals], yaw[goals])
 
 
 def _frames(seconds: float, fps: float, field: str) -> int:

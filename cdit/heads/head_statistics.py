@@ -215,7 +215,8 @@ def measure_heads(
     layout = Layout(context.shape[1] if kind == "cross" else 1, *cdit.grid)
     attended = context if kind == "cross" else batch.target
     edges = measures.edge_patches(measures.gradient_magnitude(to_float(attended), layout))
-    known = world.description.has_actions and (condition.known is None or bool(condition.known.all()))
+    moving = world.description.has_actions and world.description.actions.kind == "motion"
+    known = moving and (condition.known is None or bool(condition.known.all()))
     actions = condition.action if kind == "cross" and known else None
     statistics = HeadStatistics(
         kind, layout, trajectories, edges if kind == "cross" else edges[:, :, None, None], actions, truth, seed

@@ -12,7 +12,7 @@ from cdit.batch import Batch, Condition
 from cdit.codec import load_codec
 from cdit.codec.config import CodecConfig
 from cdit.common.errors import UserError
-from cdit.data.actions import compose, read_actions
+from cdit.data.actions import read_actions
 from cdit.data.frames import crop_and_resize, decode
 from cdit.data.windows import WindowDataset
 from cdit.heads.config import HeadsConfig
@@ -93,7 +93,7 @@ def images_source(
         folder: of images in natural order of their names (10 after 9).
         world: gives frame size, crop, longest context and frames per second.
         offsets: of the goals in frames, at least 1.
-        actions: the motion from each image to the next, words or a file, see `read_actions`; None if unknown.
+        actions: the action from each image to the next, words or a file, see `read_actions`; None if unknown.
         spacing: metres between consecutive frames, for models that need it.
 
     Raises:
@@ -111,7 +111,7 @@ def images_source(
             f"frames is {folder}: {len(files)} images, expected at least {fewest + farthest}: {fewest} past frames and "
             f"{farthest} after them (offsets)"
         )
-    steps = None if actions is None else torch.from_numpy(read_actions(actions))
+    steps = None if actions is None else torch.from_numpy(read_actions(actions, space=world.description.actions))
     if steps is not None and len(steps) != len(files) - 1:
         raise UserError(f"actions has {len(steps)} steps, expected {len(files) - 1}: from each image to the next")
     if steps is not None and not world.description.has_actions:
@@ -126,9 +126,9 @@ def images_source(
     for now in spread(list(range(first, len(files) - farthest)), samples):
         history = frames[max(0, now + 1 - past) : now + 1]
         missing = past - len(history)
-        motion = torch.zeros(len(offsets), 3)
+        motion = torch.zeros(len(offsets), len(world.description.actions.names))
         if steps is not None:
-            composed = compose(steps[now : now + farthest].numpy())
+            composed = world.description.actions.compose(steps[now : now + farthest].numpy())
             motion = torch.from_numpy(composed)[[offset - 1 for offset in offsets]].float()
         condition = Condition(
             time_shift=torch.tensor(offsets) / world.description.fps,

@@ -123,6 +123,7 @@ class CDiT(ModelMixin, ConfigMixin):
         in_channels: C.
         max_context: the largest number of past frames.
         learn_variance: twice the output channels, the second half for the variance (Nichol & Dhariwal 2021).
+        action_size: the number K of numbers of an action.
         focal: of the camera for `reprojection`, see `cdit.model.reprojection.reproject`.
 
     The other arguments are the fields of `cdit.model.ModelConfig`.
@@ -165,6 +166,7 @@ class CDiT(ModelMixin, ConfigMixin):
         init: Literal["native", "published"] = "native",
         learn_variance: bool = False,
         focal: tuple[float, float] = (1.0, 1.0),
+        action_size: int = 3,
     ):
         super().__init__()
         if any(side % patch_size for side in image_size):
@@ -179,6 +181,8 @@ class CDiT(ModelMixin, ConfigMixin):
             raise UserError("context_norm keys cannot be combined with context_modulation")
         if reprojection and (not output_channels or learn_variance):
             raise UserError("reprojection needs output_channels, and cannot be combined with a learned variance")
+        if not 1 <= action_size <= hidden_size:
+            raise UserError(f"action_size is {action_size}, expected 1 to hidden_size, {hidden_size}")
         self.grid = (image_size[0] // patch_size, image_size[1] // patch_size)
         self.out_channels = in_channels * (2 if learn_variance else 1)
         self.gradient_checkpointing = False
@@ -189,7 +193,7 @@ class CDiT(ModelMixin, ConfigMixin):
         if use_time_shift:
             self.conditioners["time_shift"] = TimeShiftConditioner(hidden_size, embedding_scale)
         if use_action:
-            self.conditioners["action"] = ActionConditioner(hidden_size, embedding_scale)
+            self.conditioners["action"] = ActionConditioner(hidden_size, embedding_scale, action_size)
         for name, kind in (extra_conditioners or {}).items():
             if name in self.conditioners:
                 raise UserError(f"extra_conditioners: {name} is built in; choose another name")
@@ -372,8 +376,8 @@ class CDiT(ModelMixin, ConfigMixin):
                 candidates with frames of their own, G is a multiple of their number.
             timestep: (B[, G]) diffusion time, 0 (clean) to 1000 (noise).
             condition: normalised conditions by name, for the conditioners: `time_shift` (B[, G]) from the last past
-                frame to the target, negative for the past; `action` (B[, G], 3) dx, dy, dyaw in the frame of the last
-                past frame, absent if all are unknown, and `action_known` (B[, G]), False where unknown; with
+                frame to the target, negative for the past; `action` (B[, G], K), such as dx, dy, dyaw in the frame of
+                the last past frame, absent if all are unknown, and `action_known` (B[, G]), False where unknown; with
                 `reprojection` also `motion` (B[, G], 3), the action in spacings and radians.
             context: (B, T, C, H, W) past frames, oldest first, or the result of `encode_context`.
             context_mask: (B, T), True where a past frame exists; with frames only.

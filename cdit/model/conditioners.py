@@ -80,27 +80,28 @@ class IntervalConditioner(nn.Module):
 
 
 class ActionConditioner(nn.Module):
-    """Embeds `action` (dx, dy, dyaw), each number separately, and concatenates them; an unknown action is a learned
-    vector.
+    """Embeds the `size` numbers of `action` (dx, dy, dyaw), each separately, and concatenates them; an unknown action
+    is a learned vector.
 
     Actions are unknown where `action_known` is False (their values are ignored); all are if there is no `action`.
     """
 
-    def __init__(self, width: int, scale: float = 1.0):
+    def __init__(self, width: int, scale: float = 1.0, size: int = 3):
         super().__init__()
-        third = width // 3
-        self.parts = nn.ModuleList(ScalarEmbedding(w, scale) for w in (third, third, width - 2 * third))
+        part = width // size
+        widths = [part] * (size - 1) + [width - (size - 1) * part]
+        self.parts = nn.ModuleList(ScalarEmbedding(w, scale) for w in widths)
         self.unknown = nn.Parameter(torch.zeros(width))
 
     def forward(self, condition: Mapping[str, Tensor]) -> Tensor:
         """(B, D)."""
         if "action" not in condition:
             return self.unknown[None]
-        action_B3, known = condition["action"].reshape(-1, 3), condition.get("action_known")
+        action_BK, known = condition["action"].reshape(-1, len(self.parts)), condition.get("action_known")
         if known is not None:
             known = known.flatten()[:, None]
-            action_B3 = action_B3.masked_fill(~known, 0.0)
-        embedding_BD = torch.cat([part(x) for part, x in zip(self.parts, action_B3.unbind(-1), strict=True)], dim=-1)
+            action_BK = action_BK.masked_fill(~known, 0.0)
+        embedding_BD = torch.cat([part(x) for part, x in zip(self.parts, action_BK.unbind(-1), strict=True)], dim=-1)
         if known is None:
             return embedding_BD
         return torch.where(known, embedding_BD, self.unknown.to(embedding_BD.dtype))

@@ -90,7 +90,7 @@ def flops(cdit: CDiT, context_frames: int, goals: int) -> dict[str, int]:
         cache = cdit.encode_context(context)
     each = torch.zeros(1, goals, device=device)
     sample, condition = torch.zeros(1, goals, *frame, device=device), {"time_shift": each}
-    condition["action"] = each[..., None].expand(1, goals, 3)
+    condition["action"] = each[..., None].expand(1, goals, cdit.config.action_size)
     with torch.no_grad():
         encoded = counted_flops(lambda: cdit.encode_context(context))
         denoised = counted_flops(lambda: cdit(sample, each, condition, cache))

@@ -50,7 +50,7 @@ def learn(config: LearnConfig) -> None:
         UserError: something does not fit together.
     """
     config.validate()
-    world = load_world(config.checkpoint, config.device)
+    world = load_world(config.checkpoint, config.device, moving=True)
     dataset = windows_for(world, config)
     if not dataset.info.has_actions:
         raise UserError(f"{config.data}: has no poses, which the goal network learns from")

@@ -112,7 +112,7 @@ class Benchmark:
     def __init__(self, config: OpenConfig):
         config.validate()
         self.config = config
-        self.world = load_world(config.checkpoint, config.device)
+        self.world = load_world(config.checkpoint, config.device, moving=True)
         self.dataset = windows_for(self.world, config)
         if not self.dataset.info.has_actions:
             raise UserError(f"{config.data}: has no poses, with which plans are compared")

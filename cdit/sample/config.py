@@ -30,7 +30,8 @@ class SampleConfig(DataOptions, OutputOptions, CheckpointOptions):
     Words: forward, back, left, right, which take metres, as in forward(0.5) (by default the spacing of the dataset or
     model); turn_left, turn_right, which take degrees, as in turn_left(30) (by default 15); stay. forward+turn_left(5)*8
     does both at once. Files: .csv, .json or .npy with rows dx, dy, dyaw in metres and radians (x forward, y left, yaw
-    counter-clockwise)."""
+    counter-clockwise). If the model's actions are other numbers: their names, as in arm(0.3)+grip(1)*8, or a file with
+    a column for each."""
     horizons: list[Positive[int]] = field(default_factory=lambda: [1, 2, 4, 8])
     """Frames ahead to predict in one jump, up to the length. Best within the offsets that the model was trained on
     (data.max_offset)."""

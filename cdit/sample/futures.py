@@ -15,7 +15,7 @@ from cdit.common.frames import to_float, to_uint8
 from cdit.common.output import finished_folder
 from cdit.common.pictures import comparison_grid, rollout_video, save_gif, save_mp4, strip
 from cdit.common.randomness import generator
-from cdit.data.actions import DEFAULT_STEP, compose, read_actions
+from cdit.data.actions import DEFAULT_STEP, read_actions
 from cdit.data.frames import crop_and_resize, decode
 from cdit.data.layout import DatasetInfo
 from cdit.evaluate.metrics import psnr
@@ -39,7 +39,7 @@ class Scenes:
     mask: Tensor
     """(N, T), True where a past frame exists."""
     actions: Tensor | None
-    """(N, L, 3), the motion of each step in metres and radians; None if unknown."""
+    """(N, L, K) of each step, in the units of the model's actions; None if unknown."""
     truth: Tensor | None
     """(N, L, 3, H, W) uint8; None if unknown."""
     length: int
@@ -85,7 +85,9 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
     given = None
     if config.actions is not None:
         info = DatasetInfo.load(Path(config.data))
-        given = read_actions(config.actions, _step(config, world, info and info.metric_waypoint_spacing))
+        given = read_actions(
+            config.actions, _step(config, world, info and info.metric_waypoint_spacing), space=world.description.actions
+        )
     dataset = windows_for(world, config, acting=given is not None)
     recorded = config.length if given is None else 0  # frames of the trajectory that are needed after the context
     windows = spread(dataset.windows_with([recorded]), config.samples)
@@ -111,7 +113,7 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
 
 def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
     """The same image and actions for every sample."""
-    actions = torch.from_numpy(read_actions(config.actions, _step(config, world)))
+    actions = torch.from_numpy(read_actions(config.actions, _step(config, world), space=world.description.actions))
     frame = crop_and_resize(decode(Path(config.image)), tuple(world.description.image_size), world.description.crop)
     context, mask = past_of_image(world, frame, config.history)
     return Scenes(
@@ -149,7 +151,7 @@ def predict_direct(world: WorldModel, scenes: Scenes, horizons: list[int], seed:
     """Each horizon in one jump: (N, G, 3, H, W) in [-1, 1] on the CPU."""
     actions = None
     if scenes.actions is not None:
-        motions = np.stack([compose(steps) for steps in scenes.actions.numpy()])
+        motions = np.stack([world.description.actions.compose(steps) for steps in scenes.actions.numpy()])
         actions = torch.from_numpy(motions)[:, [h - 1 for h in horizons]]
     time_shift = torch.tensor(horizons).expand(len(scenes.names), -1) / world.description.fps
     condition = Condition(time_shift, actions, spacing=scenes.spacing)

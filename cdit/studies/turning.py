@@ -53,7 +53,7 @@ def measure_turning(config: TurningConfig) -> None:
     Raises:
         UserError: checkpoint, data and options are incompatible; nothing was computed.
     """
-    world = load_world(config.checkpoint, config.device)
+    world = load_world(config.checkpoint, config.device, moving=True)
     if not world.description.has_actions:
         raise UserError(f"{config.checkpoint}: was trained without actions")
     # Turns on the spot are the same in any unit of length.

@@ -130,8 +130,8 @@ def _focal(config: TrainConfig, dataset: WindowDataset) -> tuple[float, float]:
     """The focal lengths of the dataset's camera, if the model needs them, in half widths and half heights."""
     if not config.model.reprojection:
         return 1.0, 1.0
-    if dataset.info.camera is None or not dataset.info.has_actions:
-        raise UserError("model.reprojection: the dataset has no camera or no actions (docs/data.md: dataset.json)")
+    if dataset.info.camera is None or not dataset.info.has_actions or dataset.info.actions.kind != "motion":
+        raise UserError("model.reprojection: the dataset has no camera or no poses (docs/data.md: dataset.json)")
     height, width = config.data.image_size
     focal_x, focal_y = focal_lengths(dataset.info.camera, config.data.image_size, config.data.crop)
     return 2 * focal_x / width, 2 * focal_y / height
@@ -140,13 +140,13 @@ def _focal(config: TrainConfig, dataset: WindowDataset) -> tuple[float, float]:
 def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
     """The world model to train: weights from the seed and units from the dataset, or both from `init_from`.
 
-    Actions are normalised by the distance of the farthest goal at typical speed and by π radians, time shifts by that
-    of the farthest goal, so that the network sees numbers of about -1 to 1.
+    Actions are normalised by the distance of the farthest goal at typical speed and by π radians, or by their recorded
+    range; time shifts by that of the farthest goal, so that the network sees numbers of about -1 to 1.
 
     Raises:
         UserError: sizes are not compatible, or `init_from` is another model.
     """
-    codec = load_codec(config.codec)
+    codec, actions = load_codec(config.codec), dataset.info.actions
     channels, *size = codec.latent_shape(config.data.image_size)
     torch.manual_seed(config.seed)
     objective = make_objective(config)
@@ -156,6 +156,7 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         max_context=config.data.context_frames,
         learn_variance=objective.outputs == 2,
         focal=_focal(config, dataset),
+        action_size=len(actions.names),
         **config.model.arguments(objective.conditioners),
     )
     start = None if config.init_from is None else WorldModel.from_pretrained(config.init_from)
@@ -164,19 +165,26 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
     if config.activation_checkpointing:
         cdit.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))  # which torch.compile supports
     farthest = max(abs(config.data.min_offset), abs(config.data.max_offset), 1)
-    units = Units(
-        action_scale=(1 / farthest, 1 / farthest, 1 / torch.pi), time_scale=dataset.info.fps / farthest, spacing=None
-    )
+    scale, offset = actions.normalization(farthest)
+    units = Units(tuple(scale), tuple(offset), time_scale=dataset.info.fps / farthest, spacing=None)
     if config.units == "nwm":
+        if actions.kind != "motion":
+            raise UserError(f"units is nwm, expected farthest_goal for actions such as {actions.names[0]}")
         units = normalization(dataset.info.fps)
     units.spacing = dataset.info.spacing
     if start is not None:
         units = start.description.units
+        if start.description.actions.names != actions.names or start.description.actions.kind != actions.kind:
+            raise UserError(
+                f"init_from is {config.init_from}, whose actions are {', '.join(start.description.actions.names)}, but "
+                f"the dataset has {', '.join(actions.names)}"
+            )
     description = WorldDescription(
         image_size=config.data.image_size,
         fps=dataset.info.fps,
         crop=config.data.crop,
         has_actions=dataset.info.has_actions and config.model.use_action,
+        actions=actions,
         action_dropout=config.action_dropout,
         min_history=config.data.min_history,
         units=units,

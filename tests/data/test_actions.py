@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from cdit.common.errors import UserError
-from cdit.data.actions import compose, parse_actions, read_actions
-from cdit.data.motion import local_motion
+from cdit.data.actions import parse_actions, read_actions
+from cdit.data.motion import compose, local_motion
 
 
 def test_words_are_signed_as_the_axes():
@@ -52,14 +52,14 @@ def test_files(tmp_path: Path):
     [
         ("a.csv", b"0,0,0\n1,2\n", "line 2"),
         ("a.csv", b"dx,dy,dyaw\n0,0,0\n1,2,x\n", "line 3"),
-        ("a.csv", b"dx,dy,dyaw\n", "three numbers"),
-        ("a.csv", b"\xff\xfe\x00", "three numbers"),
+        ("a.csv", b"dx,dy,dyaw\n", "3 numbers"),
+        ("a.csv", b"\xff\xfe\x00", "3 numbers"),
         ("a.csv", b"0,0,0\n0,inf,0\n", "row 1 .* not finite"),
-        ("a.json", b"{", "three numbers"),
-        ("a.json", b"[[1, 2]]", "three numbers"),
-        ("a.json", b'{"a": 1}', "three numbers"),
-        ("a.json", b"[[1, 2, 3], [1]]", "three numbers"),
-        ("a.npy", b"no numpy file", "three numbers"),
+        ("a.json", b"{", "3 numbers"),
+        ("a.json", b"[[1, 2]]", "3 numbers"),
+        ("a.json", b'{"a": 1}', "3 numbers"),
+        ("a.json", b"[[1, 2, 3], [1]]", "3 numbers"),
+        ("a.npy", b"no numpy file", "3 numbers"),
         ("a.npy", None, "No such file"),
     ],
 )

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from cdit.common.errors import DataError
+from cdit.data.action_space import ActionSpace
 from cdit.data.windows import WindowDataset
 from cdit.evaluate.config import EvaluateConfig, RolloutConfig, TimeConfig
 from cdit.evaluate.evaluation import build_studies
@@ -31,7 +32,7 @@ def test_compatible_rollouts_are_in_the_spacings_of_the_dataset(
     points = np.stack([(local.real + 2.5) / 7.5 * 2 - 1, local.imag / 4], axis=1)
     expected = np.diff(points, axis=0, prepend=[[0.0, 0.0]])
 
-    actions = study.protocol.actions(trajectory, now)
+    actions = study.protocol.actions(ActionSpace(), trajectory, now)
     units = world.description.units
     found = actions / np.array([0.25, 0.25, 1]) * units.action_scale + units.action_offset
     np.testing.assert_allclose(found[:, :2], expected, atol=1e-9)

@@ -7,7 +7,7 @@ import torch
 
 from cdit.batch import Batch, Condition
 from cdit.common.errors import UserError
-from cdit.data.actions import compose
+from cdit.data.motion import compose
 from cdit.data.windows import WindowDataset
 from cdit.evaluate.cases import Case
 from cdit.evaluate.protocols import direct, release_actions, rollout
@@ -26,7 +26,7 @@ def test_direct_goals_are_those_of_the_windows(dataset: WindowDataset):
     assert protocol.measured == [0, 1, 2]
     trajectory, now = dataset.locate(9)
     expected = dataset.window(9, [2, 8, 16])
-    actions = protocol.actions(dataset.trajectories[trajectory], now)
+    actions = protocol.actions(dataset.info.actions, dataset.trajectories[trajectory], now)
     np.testing.assert_allclose(actions, expected.condition.action, atol=1e-6)
     case, other = Case(9, trajectory, "", now), Case(31, *(lambda t, n: (t, "", n))(*dataset.locate(31)))
     found = protocol.window(dataset, case).named_tensors()
@@ -44,7 +44,7 @@ def test_rollouts_take_every_nth_frame_and_the_motion_between(dataset: WindowDat
     assert protocol.offsets == list(range(stride, 13, stride))
     assert [protocol.offsets[i] for i in protocol.measured] == [4, 12]
     trajectory, now = dataset.locate(9)
-    actions = protocol.actions(dataset.trajectories[trajectory], now)
+    actions = protocol.actions(dataset.info.actions, dataset.trajectories[trajectory], now)
     if stride == 1:
         np.testing.assert_allclose(actions, dataset.path(9, 12).condition.action, atol=1e-6)
     for steps in range(1, len(actions) + 1):  # one after the other they lead to each goal
@@ -70,7 +70,7 @@ def test_the_release_s_actions_derived_step_by_step(dataset: WindowDataset, stri
     expected[:, 2] = np.arctan2(np.sin(expected[:, 2]), np.cos(expected[:, 2]))
 
     protocol = rollout([3.0], 4.0 / stride, 4.0, release=(NWM, 1.0))
-    physical = torch.from_numpy(protocol.actions(walk, now))[None]
+    physical = torch.from_numpy(protocol.actions(dataset.info.actions, walk, now))[None]
     found = NWM.normalize(physical)
     np.testing.assert_allclose(found[0], expected, atol=1e-12)
     # What tells it from training: at rest it would be -1/3 in every step there, here only in the first.

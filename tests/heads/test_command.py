@@ -25,8 +25,9 @@ from cdit.codec import PixelCodec  # noqa: E402
 from cdit.common.cli import run  # noqa: E402
 from cdit.common.errors import UserError  # noqa: E402
 from cdit.common.statistics import Estimate  # noqa: E402
-from cdit.data.actions import compose, parse_actions  # noqa: E402
+from cdit.data.actions import parse_actions  # noqa: E402
 from cdit.data.layout import Camera, DatasetInfo, write_split, write_trajectory  # noqa: E402
+from cdit.data.motion import compose  # noqa: E402
 from cdit.diffusion import SamplerConfig  # noqa: E402
 from cdit.heads.__main__ import main  # noqa: E402
 from cdit.heads.importance import Head, Importance, PruningCurve  # noqa: E402
