@@ -12,6 +12,7 @@ from cdit.common.errors import DataError
 from cdit.data.action_space import ActionSpace
 from cdit.data.config import Source, StoredDataset
 from cdit.data.layout import Camera
+from cdit.data.lerobot import LeRobotSource  # noqa: F401 (registers itself)
 from cdit.data.shard_cache import ShardCache
 from cdit.data.shards import ShardSource, is_sharded
 from cdit.data.source import SOURCES, DatasetSource, Opened, TrajectorySource, register_source

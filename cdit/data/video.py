@@ -58,7 +58,7 @@ class VideoTrajectory:
     position: np.ndarray | None = None
     yaw: np.ndarray | None = None
     conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
-    shard = None
+    actions = shard = None
 
     def __len__(self) -> int:
         return self.length
@@ -69,7 +69,7 @@ class VideoTrajectory:
 
         from cdit.data.frames import stack
 
-        reader = _readers(os.getpid())(self.path)
+        reader = open_readers(os.getpid())(self.path)
         with video_errors(self.path):
             images = {time: rgb(reader.shown_at(time / Fraction(self.fps))) for time in sorted(times)}
         arrays = [torch.from_numpy(images[time]).permute(2, 0, 1) for time in times]
@@ -94,11 +94,11 @@ class VideoReader:
             self._next = next(self._frames, None)
         if self._next is None:
             raise DataError(f"{path}: no frames")
-        self._start = frame_time(self._next, path)
+        self.start = frame_time(self._next, path)
 
     def shown_at(self, seconds: Fraction) -> av.VideoFrame:
         """The frame shown at `seconds` from the first one; the last one beyond the end."""
-        time = self._start + seconds
+        time = self.start + seconds
         shown = None if self._shown is None else frame_time(self._shown, self.path)
         if shown is None or not shown <= time <= shown + SEEK_BEYOND:
             self._seek(time)
@@ -109,7 +109,7 @@ class VideoReader:
         return self._shown
 
     def _seek(self, time: Fraction) -> None:
-        for target in (time, self._start):  # a seek may end after its target in files without a good index
+        for target in (time, self.start):  # a seek may end after its target in files without a good index
             self._container.seek(int(target / self._stream.time_base), stream=self._stream)
             self._frames = iter(self._container.decode(self._stream))
             self._shown, self._next = None, next(self._frames, None)
@@ -118,7 +118,7 @@ class VideoReader:
 
 
 @cache
-def _readers(process: int) -> Callable[[Path], VideoReader]:
+def open_readers(process: int) -> Callable[[Path], VideoReader]:
     """The readers of a process; a forked one must neither use nor close those of its parent."""
     return lru_cache(maxsize=OPEN_VIDEOS)(VideoReader)
 
