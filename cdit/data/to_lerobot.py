@@ -1,4 +1,4 @@
-"""Writes a dataset as a LeRobot dataset, version 3.0, which LeRobot's own library reads and the Hub shows.
+"""Writes a dataset in the format of LeRobot, version 3.0 (see `cdit.data.lerobot`).
 
     python -m cdit.data.to_lerobot FOLDER OUT
 
