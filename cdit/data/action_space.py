@@ -60,7 +60,7 @@ class ActionSpace:
 
         Before frame 0, where nothing is recorded, the numbers of frame 0 count as those that led to it.
         """
-        origins, goals = np.asarray(origins), np.asarray(goals)
+        origins, goals = np.asarray(origins, np.int64), np.asarray(goals, np.int64)
         if self.kind == "motion":
             position, yaw = trajectory.position, trajectory.yaw
             return local_motion(position[origins], yaw[origins], position[goals], yaw[goals])

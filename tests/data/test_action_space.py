@@ -112,3 +112,8 @@ def test_descriptions_are_checked(changed: dict, field: str):
     described["actions"] |= changed
     with pytest.raises(DataError, match=rf"dataset.json.*{field}"):
         DatasetInfo.parse(json.dumps(described), "dataset.json")
+
+
+@pytest.mark.parametrize("space", [ActionSpace(), ActionSpace(**ARM, kind="sum"), ActionSpace(**ARM, kind="absolute")])
+def test_no_goals_have_no_actions(space: ActionSpace):
+    assert space.between(Recorded(), [], []).shape == (0, len(space.names))
