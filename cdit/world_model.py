@@ -555,6 +555,10 @@ class WorldModel(nn.Module):
         possible = self.objective.schedulers
         if sampler.scheduler not in possible:
             raise UserError(f"sampler.scheduler is {sampler.scheduler}, expected one of {', '.join(possible)}")
+        if sampler.hold > 1 and self.description.actions.kind != "motion":
+            raise UserError(
+                f"sampler.hold is {sampler.hold}, expected 1: only the motion of a camera can be summed here"
+            )
         most = self.cdit.config.context_noise
         if not 0 <= sampler.context_noise <= most:
             raise UserError(

@@ -13,6 +13,7 @@ import torch
 from cdit.batch import Batch, Condition, KeyedDraws
 from cdit.codec import AutoencoderCodec, KLCodec, PixelCodec, TinyCodec
 from cdit.common.errors import UserError
+from cdit.data.action_space import ActionSpace
 from cdit.data.motion import compose
 from cdit.diffusion import Flow, FlowConfig, SamplerConfig
 from cdit.model import CDiT
@@ -592,6 +593,13 @@ def test_held_frames_are_jumps_from_one_past(dialect):
         condition = Condition(action=actions[:, :, i], known=known[:, :, i])
         state, sampled = world.step(state, condition, sampler, generator)
         torch.testing.assert_close(world.decode(sampled), out[:, :, i], atol=1e-5, rtol=0)
+
+
+def test_only_motion_is_held():
+    space, world = ActionSpace(["joint"], ["rad"], [0.0], [1.0], "absolute"), build()
+    description = replace(world.description, actions=space, sampler=SamplerConfig(hold=2))
+    with pytest.raises(UserError, match=r"sampler\.hold is 2"):
+        WorldModel(world.cdit, world.codec, description)
 
 
 def test_a_state_knows_how_many_candidates_it_has():
