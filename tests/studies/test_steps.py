@@ -42,7 +42,9 @@ class GaussianField(nn.Module):
     def __init__(self):
         super().__init__()
         self.anchor, self.dtype, self.can_push = nn.Parameter(torch.zeros(())), torch.float32, False
-        self.config = SimpleNamespace(max_context=3, in_channels=3, image_size=(SIDE, SIDE), context_noise=0.0)
+        self.config = SimpleNamespace(
+            max_context=3, in_channels=3, image_size=(SIDE, SIDE), context_noise=0.0, action_size=3
+        )
         self.config.reprojection, self.conditioners = False, nn.ModuleDict()
 
     def encode_context(self, frames: Tensor, mask: Tensor | None) -> SimpleNamespace:
