@@ -141,9 +141,14 @@ def _parser(
         epilog="Without a value, an option of {true,false} means true." if any(_bools(config_class)) else None,
     )
     parser.add_argument("--config", action="config", help="YAML file with any of the fields below.")
-    parser.add_class_arguments(config_class, as_positional=positional, fail_untyped=True, skip={listed} - {None})
+    alone = required if positional else []  # jsonargparse makes options of fields that follow those with defaults
+    parser.add_class_arguments(config_class, fail_untyped=True, skip={listed, *alone} - {None})
+    classes = filter(is_dataclass, reversed(config_class.__mro__))
+    descriptions = {p.arg_name: p.description for each in classes for p in parse_from_object(each).params}
+    for name in alone:
+        parser.add_argument(name, type=get_type_hints(config_class)[name], help=descriptions[name])
     if listed:
-        about = next(p.description for p in parse_from_object(config_class).params if p.arg_name == listed)
+        about = descriptions[listed]
         kind = get_args(get_type_hints(config_class)[listed])[0]
         count = {"nargs": "+"} if default is MISSING else {"nargs": "*", "default": default()}
         parser.add_argument(listed, type=kind, help=about, metavar=item, **count)
