@@ -197,7 +197,7 @@ def check_same(config: ActConfig, out: Path) -> None:
 
 
 def stratum(episode: Episode) -> tuple[str, float, bool]:
-    """What episodes are told apart by in tables."""
+    """The group of an episode in tables."""
     return episode.map, episode.stratum, episode.visible
 
 

@@ -156,7 +156,6 @@ def picture(found: Mapping[tuple[str, int], Curves], last_frame: Mapping[tuple[s
             axes.axhline(last_frame[metric, ahead], color="#1c1c22", linestyle=":", label="last context frame")
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_major_formatter("{x:g}")
             axes.set(title=_title(metric, ahead), xlabel="training time (minutes)")
             axes.grid(alpha=0.3, which="both")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
