@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from cdit.common.motion import placed
+
 
 class TensorData:
     """A dataclass of tensors and nested `TensorData` that is moved, indexed and stacked as a whole.
@@ -72,9 +74,7 @@ class Condition(TensorData):
         """These motions (dx, dy, dyaw) and times followed by others, as one; further conditions are the others'."""
         action, known = None, following.known
         if self.action is not None and following.action is not None:
-            dx, dy, dyaw = following.action.unbind(-1)
-            sin, cos = self.action[..., 2].sin(), self.action[..., 2].cos()
-            action = self.action + torch.stack((cos * dx - sin * dy, sin * dx + cos * dy, dyaw), dim=-1)
+            action = placed(following.action[..., None, :], self.action)[..., 0, :]
             if self.known is not None:
                 known = self.known if known is None else self.known & known
         return replace(following, time_shift=self.time_shift + following.time_shift, action=action, known=known)

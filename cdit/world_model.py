@@ -278,8 +278,7 @@ class WorldModel(nn.Module):
         """
         sampler = sampler or self.description.sampler
         self._check(sampler)
-        condition = self._complete(condition or Condition(), state)
-        known = self.network_condition(condition if state.since is None else state.since.then(condition))
+        known = self.network_condition(self._complete(condition or Condition(), state))
         network, goals, device = self._compiled or self.cdit, known["time_shift"].shape, self.device
         guided = sampler.guidance != 1 and "action" in known and bool(known["action_known"].any())
         if guided:  # every goal twice, the second time without its action
@@ -364,9 +363,7 @@ class WorldModel(nn.Module):
         new = (self.codec.as_past(sampled) if frames is None else self.codec.encode(frames)).flatten(0, 1)
         held = (*state.held, new)
         if len(held) < sampler.hold:
-            condition = self._complete(condition or Condition(), state)
-            since = condition if state.since is None else state.since.then(condition)
-            return replace(state, held=held, since=since, noise=noise)
+            return replace(state, held=held, since=self._complete(condition or Condition(), state), noise=noise)
         state = replace(state, held=(), since=None, noise=None)
         for new in held[-self.cdit.config.max_context :]:
             state = self._push(state, new, sampler.context_noise)
@@ -567,13 +564,15 @@ class WorldModel(nn.Module):
             )
 
     def _complete(self, condition: Condition, state: WorldState) -> Condition:
-        """The condition on the world's device, with time shift and spacing from the state if it has none."""
+        """The condition since the last past frame, with time shift and spacing from the state if it has none."""
         condition = condition.to(self.device)
         if condition.time_shift is None:
             shape = condition.shape(2) or (state.batch, state.candidates)
             shift = torch.full(shape, 1 / state.fps, dtype=next(self.cdit.parameters()).dtype, device=self.device)
             condition = replace(condition, time_shift=shift)
-        return condition if condition.spacing is not None else replace(condition, spacing=state.spacing)
+        if condition.spacing is None:
+            condition = replace(condition, spacing=state.spacing)
+        return condition if state.since is None else state.since.then(condition)
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Writes what `from_pretrained` reads: world_model.json, cdit/ and, where the codec has weights, codec/.

@@ -570,6 +570,7 @@ def test_held_frames_are_jumps_from_one_past(dialect):
     """Each from the same noise, conditioned on all motion since; then the last of them are the past."""
     world, (context, _, _) = build(dialect), inputs()
     actions, known = torch.randn(2, 2, 7, 3, generator=seeded(3)), torch.rand(2, 2, 7, generator=seeded(4)) > 0.2
+    actions[..., 2] = 1.0  # more than half a turn in four steps
     sampler = SamplerConfig(steps=2, hold=4)
     out = world.rollout(context, Condition(action=actions, known=known), sampler=sampler, generator=seeded())
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cdit.common.motion import integrate, placed
 from cdit.common.randomness import generator
 from cdit.plan.constraints import Penalty, staying_out
 from cdit.plan.environment import DoomEnvironment, Seen
@@ -15,7 +16,6 @@ from cdit.plan.episodes import Episode
 from cdit.plan.free_space import Distances
 from cdit.plan.goal_network import GoalNetwork
 from cdit.plan.graph import Graph
-from cdit.plan.motion import integrate, placed
 from cdit.plan.planner import Planner, Score, Towards, WorldScore
 
 MASTERED = 0.6

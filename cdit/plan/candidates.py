@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cdit.common.motion import integrate, wrap
 from cdit.data.motion import local_motion
 from cdit.data.source import TrajectorySource
-from cdit.plan.motion import integrate, wrap
 
 
 class Family(Protocol):

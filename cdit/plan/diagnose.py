@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from cdit.common.files import write_json
 from cdit.common.frames import to_float
+from cdit.common.motion import integrate, wrap
 from cdit.common.randomness import generator
 from cdit.common.statistics import Estimate, estimates
 from cdit.common.tables import markdown_table
 from cdit.plan.config import DiagnoseConfig
 from cdit.plan.costs import load_cost
-from cdit.plan.motion import integrate, wrap
 from cdit.plan.openloop import Benchmark
 from cdit.plan.planner import Planner
 from cdit.plan.prediction import Predictor

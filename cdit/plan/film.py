@@ -7,12 +7,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cdit.common.motion import placed
 from cdit.common.pictures import EMPTY, PAPER, save_mp4
 from cdit.doom.engine import FPS
 from cdit.plan.agents import Task
 from cdit.plan.draw import OTHER, PLAN, TRUTH, beside, frame, from_above
 from cdit.plan.free_space import FreeSpace, walls
-from cdit.plan.motion import placed
 
 if TYPE_CHECKING:
     from cdit.plan.act import Outcome, Trace

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from cdit.batch import Batch
 from cdit.common.errors import UserError
 from cdit.common.frames import to_float
+from cdit.common.motion import integrate
 from cdit.common.randomness import generator
 from cdit.common.statistics import Estimate, estimates, paired_difference
 from cdit.data.windows import WindowDataset
@@ -25,7 +26,7 @@ from cdit.loading import load_world, windows_for
 from cdit.plan.candidates import recorded_actions, walked
 from cdit.plan.config import CurveConfig, DiagnoseConfig, OpenConfig
 from cdit.plan.goal_network import load_goal_network
-from cdit.plan.motion import integrate, path_errors
+from cdit.plan.motion import path_errors
 from cdit.plan.planner import Plan, Planner, Towards, WorldScore
 from cdit.world_model import WorldModel
 

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from cdit.common.files import write_json
+from cdit.common.motion import placed
 from cdit.common.statistics import Estimate
 from cdit.common.tables import html_table, markdown_table
 from cdit.evaluate.page import figure, html_page
 from cdit.plan.draw import OTHER, PLAN, TRUTH, beside, costs_as_colours, frame, from_above, map_of
-from cdit.plan.motion import placed
 from cdit.plan.openloop import METHODS, NOT_COMPARED, CurvePoint, OpenResults, Picture
 
 MEASURES = {"ATE": 2, "RPE": 2, "final distance [m]": 2, "final turn [°]": 1}

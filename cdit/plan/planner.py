@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from cdit.common.motion import integrate
 from cdit.plan.candidates import Family, Prior, make_family
 from cdit.plan.config import PlannerConfig
 from cdit.plan.constraints import PROJECTIONS, Penalty
 from cdit.plan.costs import Cost, load_cost
-from cdit.plan.motion import integrate
 from cdit.plan.optimizers import optimize
 from cdit.plan.prediction import Predictor
 from cdit.world_model import WorldModel, WorldState

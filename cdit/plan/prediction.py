@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from cdit.batch import Condition
+from cdit.common.motion import between, integrate
 from cdit.diffusion.config import SamplerConfig
-from cdit.plan.motion import between, integrate
 from cdit.world_model import WorldModel, WorldState
 
 

@@ -9,6 +9,7 @@ import torch
 from rooms import build, room
 
 from cdit.common.errors import UserError
+from cdit.common.motion import placed
 from cdit.plan.act import Trace, act, judged, run_episode, select
 from cdit.plan.act_report import write_act
 from cdit.plan.agents import Candidates, EngineScores, Expert, MotionScores, Move, Planned, Policy, Remembering, Task
@@ -18,7 +19,6 @@ from cdit.plan.episodes import Episode, draw_episodes, in_view, load_episodes, s
 from cdit.plan.free_space import FreeSpace
 from cdit.plan.goal_network import GoalDescription, GoalNetwork
 from cdit.plan.graph import Graph
-from cdit.plan.motion import placed
 from cdit.plan.planner import Planner
 
 WALL_WITH_GAP = [*room(0, 0, 10, 8), (5, 0, 5, 5.0, 0, -1), (5.2, 5.0, 5.2, 0, 0, -1), (5, 5.0, 5.2, 5.0, 0, -1)]

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from cdit.common.motion import between, integrate, placed, wrap
 from cdit.plan.candidates import Constant, Prior, Spline
-from cdit.plan.motion import between, integrate, path_errors, placed, wrap
+from cdit.plan.motion import path_errors
 
 
 def matrix(x: float, y: float, yaw: float) -> np.ndarray:

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
+from cdit.common.motion import integrate
 from cdit.plan.config import CurveConfig, LearnConfig, OpenConfig, OptimizerConfig, PlannerConfig
 from cdit.plan.goal_network import GoalDescription, GoalNetwork, class_of, load_goal_network
 from cdit.plan.learn import Sampler, learn
-from cdit.plan.motion import integrate
 from cdit.plan.openloop import Benchmark, nwm_compatible, run_curve, run_open
 from cdit.plan.openloop_report import write_curve, write_open
 

@@ -3,11 +3,11 @@ import torch
 import torch.nn.functional as F
 
 from cdit.batch import Condition
+from cdit.common.motion import integrate
 from cdit.plan.candidates import Prior, Spline
 from cdit.plan.config import OptimizerConfig, PlannerConfig
 from cdit.plan.constraints import forward_first, staying_out, turn_first
 from cdit.plan.costs import Features, Latents, Pixels
-from cdit.plan.motion import integrate
 from cdit.plan.planner import CostWorld, Planner, WorldScore
 from cdit.plan.prediction import Predictor
 
