@@ -76,12 +76,15 @@ def ablate(config: AblationConfig) -> None:
     runs = [run for name in config.variants for run in runs_of(config, name)]
     if len({run.folder for run in runs}) < len(runs):
         raise UserError("variants and seeds: two runs would share a folder, which is named by letters, digits and seed")
+    if len({results_folder(runs[0], name) for name in config.evaluations}) < len(config.evaluations):
+        raise UserError("evaluations: two would share a folder, which is named by letters and digits")
     resolved = {run.variant: resolve(run) for run in runs if run.seed == config.seeds[0]}
     check_comparable(config, resolved)
     for run in runs:
         check_folder(run, resolved[run.variant])
-        options = evaluation_options(run, config, resolved[run.variant]["data"])
-        parse_config(EvaluateConfig, "options of cdit.evaluate", options)
+        for evaluation in config.evaluations:
+            options = evaluation_options(run, config, resolved[run.variant]["data"], evaluation)
+            parse_config(EvaluateConfig, "options of cdit.evaluate", options)
     slices = 1 if config.train_seconds is None else config.slices
     for turn in range(slices):
         for number in range(len(runs)):
@@ -91,16 +94,22 @@ def ablate(config: AblationConfig) -> None:
             train(run, config, (turn + 1) / slices)
     write_cases(config, resolved)
     for run in runs:
-        evaluate(run, config, resolved[run.variant]["data"])
+        for evaluation in config.evaluations:
+            evaluate(run, config, resolved[run.variant]["data"], evaluation)
     print(report(config, runs))
     print(f"{config.folder} holds results.md, results.json and all runs")
+
+
+def named(text: str) -> str:
+    """A name of a variant or an evaluation as part of a folder's name."""
+    return re.sub(r"[^a-z0-9]+", "_", text.lower())
 
 
 def runs_of(config: AblationConfig, variant: str) -> list[Run]:
     """The trainings of a variant, one for each seed."""
     runs = []
     for seed in config.seeds:
-        name = f"{re.sub(r'[^a-z0-9]+', '_', variant.lower())}_seed{seed}"
+        name = f"{named(variant)}_seed{seed}"
         options = config.train | config.variants[variant] | {"seed": seed, "name": name, "output": config.folder}
         if config.train_seconds is not None:
             options["train_seconds"] = config.train_seconds
@@ -203,7 +212,12 @@ def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> 
     config.index.write_bytes(pickle.dumps(cases))
 
 
-def evaluation_options(run: Run, config: AblationConfig, data: dict[str, Any]) -> list[str]:
+def results_folder(run: Run, evaluation: str) -> Path:
+    """Where the results of one of a run's evaluations are."""
+    return run.folder / (f"{EVALUATION}_{named(evaluation)}" if evaluation else EVALUATION)
+
+
+def evaluation_options(run: Run, config: AblationConfig, data: dict[str, Any], evaluation: str) -> list[str]:
     """Options of cdit.evaluate for a run whose training config has this data section."""
     options = {
         "checkpoint": run.folder,
@@ -212,45 +226,52 @@ def evaluation_options(run: Run, config: AblationConfig, data: dict[str, Any]) -
         "splits": data["splits"],
         "follow_links": data["follow_links"],
         "source": data["source"],
-        "out": run.folder / EVALUATION,
+        "out": results_folder(run, evaluation),
         "protocols": ["time"],
         "time.index": config.index,
         "time.seconds": config.seconds,
+        "rollout.index": config.index,
+        "rollout.seconds": config.seconds,
         "metrics": config.metrics,
         "tracking": "none",
         **config.evaluate,
+        **config.evaluations[evaluation],
     }
     return _options(options)
 
 
-def evaluate(run: Run, config: AblationConfig, data: dict[str, Any]) -> None:
-    """Measures a trained run on the cases; finished batches are not computed again.
+def evaluate(run: Run, config: AblationConfig, data: dict[str, Any], evaluation: str) -> None:
+    """Measures a trained run on the cases in one way; finished batches are not computed again.
 
     Raises:
         UserError: the evaluation failed.
     """
-    _call([*_launcher(config), "-m", "cdit.evaluate", *evaluation_options(run, config, data)], run)
+    _call([*_launcher(config), "-m", "cdit.evaluate", *evaluation_options(run, config, data, evaluation)], run)
 
 
 def report(config: AblationConfig, runs: list[Run]) -> str:
     """Writes `results.md` and `results.json` into the ablation's folder, and returns the former.
 
-    The first table summarises each variant with intervals over its seeds: how much a number might change with another
-    training. In the others a variant's numbers are means over its seeds, sample by sample, and intervals are over the
-    trajectories of the test split: how much a mean might change with other trajectories. Differences of the seeds are
-    listed one by one.
+    The first table summarises each variant, in each of its evaluations, with intervals over its seeds: how much a
+    number might change with another training. In the others a variant's numbers are means over its seeds, sample by
+    sample, and intervals are over the trajectories of the test split: how much a mean might change with other
+    trajectories. Differences of the seeds are listed one by one.
     """
-    found = {
-        name: [Results.load(run.folder / EVALUATION).protocols["time"] for run in runs if run.variant == name]
-        for name in config.variants
-    }
-    reference = found[config.reference]
+    found, of_variant = {}, {}
+    for variant in config.variants:
+        for evaluation in config.evaluations:
+            name = f"{variant}, {evaluation}" if evaluation else variant
+            folders = [results_folder(run, evaluation) for run in runs if run.variant == variant]
+            found[name] = [next(iter(Results.load(folder).protocols.values())) for folder in folders]
+            of_variant[name] = variant
+    reference_name = next(name for name, variant in of_variant.items() if variant == config.reference)
+    reference = found[reference_name]
     trajectories = reference[0].trajectories
     measured = {row.metric for row in reference[0].rows}  # LPIPS may not be available
     metrics = [metric for metric in config.metrics if metric in measured]
     rows, compared, summary = [], [], {}
     for name, results in found.items():
-        trainings = [History(run.folder) for run in runs if run.variant == name]
+        trainings = [History(run.folder) for run in runs if run.variant == of_variant[name]]
         of_seeds = {
             metric: [np.mean([one.values("model", metric, seconds) for seconds in config.seconds]) for one in results]
             for metric in metrics
@@ -267,7 +288,7 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
                 mean = estimates(ours.mean(0), trajectories)[0]
                 frames = round(seconds * results[0].fps)
                 rows.append(Row(name, seconds, frames, metric, mean.mean, None, mean.low, mean.high))
-                if name != config.reference:
+                if name != reference_name:
                     change = paired_difference(ours.mean(0), theirs.mean(0), trajectories)[0]
                     seeds = [float(difference) for difference in (ours - theirs).mean(1)]
                     compared.append(Comparison(name, metric, seconds, change, seeds))
@@ -280,7 +301,7 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
         f"# {config.name}\n\n{trained}{summary_table(summary, len(config.seeds))}\n"
         f"{len(trajectories)} samples of {len(set(trajectories))} test trajectories; "
         f"seeds {', '.join(map(str, config.seeds))}; ± is half the 95 % interval over trajectories.\n\n"
-        f"{markdown(rows)}\n{differences_table(compared, config.reference)}"
+        f"{markdown(rows)}\n{differences_table(compared, reference_name)}"
     )
     (config.folder / "results.md").write_text(text)
     written = {

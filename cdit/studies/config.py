@@ -31,13 +31,16 @@ class AblationConfig:
     slices: Positive[int] = 10
     """Number of turns that the runs take with train_seconds, so that other load affects all of them equally."""
     seconds: list[Positive[float]] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0])
-    """Horizons that are measured, each predicted in one jump."""
+    """Horizons that are measured."""
     cases: Positive[int] = 256
     """Number of contexts of the test split that are measured, the same for all variants."""
     metrics: list[str] = field(default_factory=lambda: ["psnr", "ssim", "lpips"])
     """Metrics, see `python -m cdit.evaluate --help`."""
     evaluate: dict[str, Any] = field(default_factory=dict)
     """Further options of cdit.evaluate, such as {sampler.steps: 8}."""
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=lambda: {"": {}})
+    """Further options of cdit.evaluate by name, such as {1 call: {sampler.steps: 1}, 4 calls: {sampler.steps: 4}}: each
+    run is evaluated with each. Horizons are predicted in one jump, or with {protocols: [rollout]} frame by frame."""
     launch: str | None = None
     """Command that starts train.py and cdit.evaluate, such as "accelerate launch --num_processes 4"; by default
     Accelerate's launcher without options."""

@@ -13,6 +13,7 @@ import yaml
 
 from cdit.common.cli import parse_config
 from cdit.common.errors import UserError
+from cdit.evaluate.config import EvaluateConfig
 from cdit.evaluate.results import ProtocolResult, Results
 from cdit.evaluate.tables import Row
 from cdit.studies import ablation
@@ -179,6 +180,8 @@ def test_what_is_compared_is_named(tmp_path: Path):
         ablate(config_of(spec(tmp_path), "--seeds", "[]"))
     with pytest.raises(UserError, match="two runs would share a folder"):
         ablate(config_of(spec(tmp_path, variants={"Four frames": {}, "four-frames": {"steps": 2}})))
+    with pytest.raises(UserError, match="evaluations: two would share a folder"):
+        ablate(config_of(spec(tmp_path, evaluations={"one call": {}, "one_call": {}})))
 
 
 def test_the_command_takes_the_spec_by_position(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -248,6 +251,36 @@ def test_means_over_seeds_and_paired_intervals(tmp_path: Path):
     assert "0.01500 ± 0.06353 | 3.00 ± 12.71 |" in text
 
 
+def test_each_variant_is_measured_in_several_ways(tmp_path: Path):
+    """Every evaluation of every variant has a row of its own, compared with the reference's first."""
+    evaluations = {"jump": {"sampler.steps": 2}, "rollout": {"protocols": ["rollout"], "rollout.fps": [4.0]}}
+    config = config_of(spec(tmp_path, seconds=[1.0], evaluations=evaluations))
+    values = {("Four frames", "jump"): 20, ("Four frames", "rollout"): 18, ("One frame", "jump"): 19,
+              ("One frame", "rollout"): 14}  # fmt: skip
+    for (variant, evaluation), value in values.items():
+        run = runs_of(config, variant)[0]
+        options = ablation.evaluation_options(
+            run, config, {"folder": "a", "test_split": "b", "splits": None, "follow_links": False, "source": "auto"},
+            evaluation,
+        )  # fmt: skip
+        asked = parse_config(EvaluateConfig, "", options)
+        assert asked.protocols == (["time"] if evaluation == "jump" else ["rollout"])
+        assert asked.sampler.steps == (2 if evaluation == "jump" else None)
+        assert asked.rollout.index == asked.time.index == str(config.index)
+        assert asked.rollout.seconds == [1.0]
+        found = results_of({1.0: np.array([value, value + 2.0])}, ["a", "b"])
+        if evaluation == "rollout":
+            found = Results({}, {"rollout_4fps": found.protocols["time"]})
+        Path(asked.out).mkdir(parents=True)
+        found.save(Path(asked.out))
+        logged(run.folder, rate=32.0, loss=0.02)
+    text = report(config, [runs_of(config, variant)[0] for variant in config.variants])
+    for (variant, evaluation), value in values.items():
+        assert f"| {variant}, {evaluation} | {value + 1:.2f} |" in text
+        if (variant, evaluation) != ("Four frames", "jump"):
+            assert re.search(rf"\| {variant}, {evaluation} \| {value - 20:+.2f}", text)
+
+
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
 def test_the_specs_in_the_repository_are_understood_by_training(path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(path.parents[2])
@@ -267,5 +300,5 @@ def test_the_papers_ablations_and_ours_are_there():
     names = {path.stem for path in SPECS}
     assert names == {
         "goals", "context", "conditioning", "heads", "keys_values", "positions", "context_depth", "recipe",
-        "recipe_without", "spaces",
+        "recipe_without", "rollouts", "spaces",
     }  # fmt: skip
