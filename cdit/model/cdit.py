@@ -157,7 +157,7 @@ class CDiT(ModelMixin, ConfigMixin):
         output_channels: int = 0,
         place_embedding: bool = False,
         reprojection: bool = False,
-        resampling: Literal["bilinear", "bicubic"] = "bilinear",
+        resampling: Literal["bilinear", "bicubic"] = "bicubic",
         dropout: float = 0.0,
         use_action: bool = True,
         use_time_shift: bool = True,

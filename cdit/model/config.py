@@ -59,7 +59,7 @@ class ModelConfig:
     """Whether the network also predicts the inverse depth of each pixel, reprojects the last past frame to the target's
     pose with it, and blends it with what it generates. Needs output_channels, clean predictions, actions, and the
     camera of the dataset."""
-    resampling: Literal["bilinear", "bicubic"] = "bilinear"
+    resampling: Literal["bilinear", "bicubic"] = "bicubic"
     """How reprojection interpolates the past frame. Rollouts resample at every frame, where bicubic stays sharper."""
     dropout: Share = 0.0
     """Probability of zeroing an output of a branch in training."""

@@ -18,7 +18,7 @@ def reproject(
     inverse_depth_BHW: Tensor,
     motion_B3: Tensor,
     focal: tuple[float, float],
-    resampling: Literal["bilinear", "bicubic"] = "bilinear",
+    resampling: Literal["bilinear", "bicubic"] = "bicubic",
 ) -> tuple[Tensor, Tensor]:
     """The target frame as far as a past frame shows it, for a pinhole camera that moves in the ground plane.
 
