@@ -121,6 +121,7 @@ def judged(trace: Trace, task: Task, agent: str, number: int, config: ActConfig)
     distance = task.distances.at(poses[:, :2])
     turn = np.degrees(np.abs((poses[:, 2] - episode.goal[2] + np.pi) % (2 * np.pi) - np.pi))
     reached = (distance <= config.radius) & (turn <= config.degrees)
+    left = task.distances.left(poses[-1, :2])
     walked = float(np.linalg.norm(np.diff(poses[:, :2], axis=0), axis=1).sum())
     stopped = not len(trace.moves[-1][1].actions)
     efficiency = episode.distance / max(episode.distance, walked)
@@ -135,10 +136,10 @@ def judged(trace: Trace, task: Task, agent: str, number: int, config: ActConfig)
         stopped,
         success=bool(stopped and reached[-1]),
         passed=bool(reached.any()),
-        distance=float(min(distance[-1], 1e3)),
+        distance=min(left, 1e3),
         degrees=float(turn[-1]),
         spl=float(stopped and reached[-1]) * efficiency,
-        soft_spl=max(0.0, 1 - float(distance[-1]) / episode.distance) * efficiency,
+        soft_spl=max(0.0, 1 - left / episode.distance) * efficiency,
         walked=walked,
         steps=len(poses) - 1,
         contacts=sum(seen.contact for seen in trace.past[begin + 1 :]),

@@ -41,7 +41,7 @@ def film(trace: "Trace", task: Task, outcome: "Outcome", space: FreeSpace, path:
         above = from_above(paths, [(poses[now], OTHER), (goal, TRUTH)], lines, size=HEIGHT)
         dream = Image.new("RGB", (HEIGHT, HEIGHT), EMPTY) if move.dream is None else frame(move.dream, HEIGHT)
         shown = [frame(trace.past[now].frame, HEIGHT), frame(task.goal, HEIGHT), dream, above]
-        left = task.distances.at(poses[now, :2])
+        left = task.distances.left(poses[now, :2])
         images.append(beside(shown, ["seen", "goal", "expected", f"{left:.1f} m to go"], HEIGHT))
     images += [images[-1]] * FPS
     save_mp4(images, path, FPS)

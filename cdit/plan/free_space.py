@@ -86,6 +86,14 @@ class Distances:
         direct = np.linalg.norm(position - self.goal, axis=-1)
         return np.where(direct < 2 * CELL, direct, np.maximum(self.grid[cells[..., 0], cells[..., 1]], direct))
 
+    def left(self, position: np.ndarray) -> float:
+        """As `at` for one position (2,); closer to a wall than `CLEARANCE`, from the closest free cell."""
+        distance = float(self.at(position))
+        if math.isfinite(distance):
+            return distance
+        cell = self.space.cell(position)
+        return float(self.grid[cell] + np.linalg.norm(self.space.centre(cell) - position))
+
     def cost(self, pose: np.ndarray, goal_yaw: float) -> np.ndarray:
         """Metres from poses (…, 3), 1000 without a way, plus the heading's error near the goal (`TURN_WEIGHT`)."""
         far = np.minimum(self.at(pose[..., :2]), 1e3)

@@ -40,6 +40,10 @@ def test_distances_go_round_walls(space: FreeSpace):
     round_corner = math.dist((2, 2), (4.4, 5.6)) + math.dist((4.4, 5.6), (5.8, 5.6)) + math.dist((5.8, 5.6), (8, 2))
     assert distances.at(np.array([2.0, 2.0])) == pytest.approx(round_corner, rel=0.06)
     assert distances.at(np.array([8.1, 2.1])) == pytest.approx(math.hypot(0.1, 0.1))
+    # Beside a wall nobody can stand, but an agent that slid along it may end there: 1.7 m away.
+    assert distances.at(np.array([9.7, 2.0])) == math.inf
+    assert distances.left(np.array([9.7, 2.0])) == pytest.approx(1.7, abs=0.26)
+    assert distances.left(np.array([8.0, 6.0])) == distances.at(np.array([8.0, 6.0]))
     way = distances.path(np.array([2.0, 2.0]))
     np.testing.assert_allclose(way[-1], [8, 2])
     assert all(space.free[space.cell(place)] for place in way)
