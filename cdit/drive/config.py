@@ -4,8 +4,10 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cdit.common.errors import UserError
+from cdit.common.limits import Positive
 from cdit.common.options import CheckpointOptions, DataOptions, check_options
 from cdit.diffusion.config import SamplerOptions
+from cdit.plan.config import OptimizerConfig, PlannerConfig
 from cdit.worlds import starts_of
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
@@ -38,6 +40,19 @@ class DriveConfig(DataOptions, CheckpointOptions):
     """Memory in MB of a session's drive, which limits its length."""
     idle_minutes: float = 10.0
     """Minutes without input after which a session ends."""
+    threads: Positive[int] | None = None
+    """Threads of the network on a CPU; by default OMP_NUM_THREADS or, if it is not set, one less than there are cores,
+    which leaves one to the browser."""
+    planner: PlannerConfig = field(
+        default_factory=lambda: PlannerConfig(
+            optimizer=OptimizerConfig(samples=24, iterations=2, elites=4),
+            frames=[2, 4, 8],
+            sampler=SamplerOptions(steps=1),
+        )
+    )
+    """How plans to a goal are made."""
+    horizon: Positive[int] = 8
+    """Steps of a plan."""
     record: str | None = None
     """Folder for drives that are recorded as datasets; without it, the page does not record."""
 
@@ -53,6 +68,7 @@ class DriveConfig(DataOptions, CheckpointOptions):
             UserError: naming the option.
         """
         check_options(self)
+        self.planner.validate(self.horizon)
         for other in self.also:
             check_options(CheckpointOptions(checkpoint=other))
         ranges = {"port": (0, 65535), "sessions": (1, 1000), "session_mb": (1, 1e6), "idle_minutes": (0.01, 1e6)}

@@ -88,6 +88,11 @@ class Dream:
         self._attention: dict[tuple[int, int], LayerAttention] = {}
 
     @property
+    def state(self) -> WorldState:
+        """The world after the newest frame."""
+        return self._state
+
+    @property
     def frame(self) -> Tensor:
         """The newest frame, (3, H, W) uint8."""
         return self.moments[-1].frame if self.moments else self.context[-1]

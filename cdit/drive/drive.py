@@ -23,14 +23,19 @@ from cdit.diffusion.config import check_sampler
 from cdit.doom.engine import camera
 from cdit.drive.config import DriveConfig
 from cdit.drive.dream import Dream, step_bytes
+from cdit.drive.plan import Planned, Run, plan
 from cdit.drive.truth import Place, Truth, map_of, truth_of
 from cdit.evaluate.metrics import Metric, load_metrics
 from cdit.heads.measures import Layout, frame_mass
 from cdit.loading import load_world, past_of_image, spread, windows_for
+from cdit.plan.candidates import recorded_actions
+from cdit.plan.planner import Planner, WorldScore
 
 THUMBNAILS = 8
 SHOWN = ("entropy", "effective tokens", "distance", "same place", "edge lift")
 """Measures of heads on the page."""
+ENOUGH = 64
+"""Recorded windows from which the candidates of plans are drawn; with fewer, arcs at any speed of the page are."""
 
 
 class Stage:
@@ -80,6 +85,26 @@ class Stage:
     def metrics(self) -> dict[str, Metric]:
         """PSNR and, where its weights are available, LPIPS; loaded at first use."""
         return load_metrics(self.worlds[0].device, tuple(self.description.image_size), ("psnr", "lpips"))
+
+    @cached_property
+    def planner(self) -> Planner:
+        """Finds plans."""
+        horizon, fps = self.config.horizon, self.description.fps
+        recorded = recorded_actions(self.data.trajectories if self.data else [], horizon)
+        if len(recorded) < ENOUGH:
+            speeds, turns = np.linspace(0, self.spacing * fps, 5), np.radians(np.linspace(-90, 90, 13))
+            arcs = torch.tensor([arc(speed, 0.0, turn, fps) for speed in speeds for turn in turns])
+            recorded = arcs[:, None].expand(-1, horizon, -1)
+        return Planner.fit(self.config.planner, recorded)
+
+    @cached_property
+    def score(self) -> WorldScore:
+        """Scores plans.
+
+        Raises:
+            UserError: weights of the cost are not available.
+        """
+        return WorldScore.of(self.worlds[0], self.config.planner, self.planner.moments)
 
     def longest(self, dreams: int) -> int:
         """Steps of a drive that fit into a session's memory."""
@@ -274,6 +299,22 @@ class Drive:
         metrics, device = self.stage.metrics, self.stage.worlds[0].device
         return [{name: float(m(x.to(device), truth.to(device))) for name, m in metrics.items()} for x in frames]
 
+    def goal(self, start: int | None, picture: Tensor | None) -> Tensor:
+        """A goal (3, H, W) uint8: the newest frame of one of the stage's `starts`, or a picture."""
+        return picture if start is None else self.stage.data.window(self.stage.starts[start], []).context[-1]
+
+    def plan(self, goal: Tensor, run: Run) -> Planned:
+        """Plans to a goal (3, H, W) uint8; see `cdit.drive.plan.plan`.
+
+        Raises:
+            UserError: the drive has not begun, or weights of the cost are not available.
+            Cancelled: by `run`.
+        """
+        if self.beginning is None:
+            raise UserError("choose where to start before a goal")
+        planner, score = run(lambda: (self.stage.planner, self.stage.score))
+        return plan(planner, score, self.dreams[0], goal, run)
+
     # ---- what is shown ----
 
     def view(self, command: Sequence[float] = (0.0, 0.0, 0.0)) -> View:
@@ -398,6 +439,14 @@ def arc(forward: float, left: float, turn: float, fps: float) -> tuple[float, fl
     angle = turn / fps
     along, across = (math.sin(angle) / angle, (1 - math.cos(angle)) / angle) if abs(angle) > 1e-6 else (1.0, angle / 2)
     return (forward * along - left * across) / fps, (forward * across + left * along) / fps, angle
+
+
+def speeds(action: Sequence[float], fps: float) -> tuple[float, float, float]:
+    """The constant speeds (m/s, rad/s) whose `arc` is this motion."""
+    dx, dy, angle = action
+    along, across, _ = arc(fps, 0.0, angle * fps, fps)
+    scale = fps / (along**2 + across**2)
+    return scale * (dx * along + dy * across), scale * (dy * along - dx * across), angle * fps
 
 
 def shown(frames: Tensor) -> np.ndarray:

@@ -7,7 +7,9 @@ takes long to acknowledge frames misses some.
 import asyncio
 import logging
 import math
+import os
 import secrets
+import threading
 from collections import deque
 from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
@@ -27,7 +29,8 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from cdit.common.errors import UserError
 from cdit.drive.config import LOCAL, DriveConfig
 from cdit.drive.dream import with_heads
-from cdit.drive.drive import Begin, Drive, Inside, Stage, View, shown
+from cdit.drive.drive import Begin, Drive, Inside, Stage, View, shown, speeds
+from cdit.drive.plan import Cancelled, Planned
 from cdit.drive.wire import Malformed, Message, pack
 
 T = TypeVar("T")
@@ -40,6 +43,8 @@ MAX_WAITING = 32
 """Commands and answers that may wait; a client that sends more, or takes none, is not the page."""
 STALLED = 5.0
 """Seconds without an acknowledgement after which driving pauses."""
+PATIENCE = 10.0
+"""Seconds within which a connection must have sent its first request."""
 SHUTDOWN = 10.0
 """Seconds that sessions get to end when the server does."""
 MAX_SPEED, MAX_TURN, MAX_PACE = 20.0, 2 * math.pi, 60
@@ -71,7 +76,9 @@ class Server:
         self._compute = ThreadPoolExecutor(1, "compute")
         page = resources.files("cdit.drive") / "page"
         self._files = {file.name: file.read_bytes() for file in page.iterdir() if Path(file.name).suffix in TYPES}
-        self.app = web.Application(client_max_size=MAX_TEXT)
+        self._silent: set[asyncio.BaseProtocol] = set()
+        """Connections younger than `PATIENCE` that have sent no request."""
+        self.app = web.Application(client_max_size=MAX_TEXT, middlewares=[self._note])
         self.app.router.add_get("/", self._index)
         self.app.router.add_get("/page/{name}", self._file)
         self.app.router.add_get("/drive", self._connect)
@@ -83,6 +90,28 @@ class Server:
         """The page's address."""
         host = f"[{self.config.host}]" if ":" in self.config.host else self.config.host
         return f"http://{host}:{port}/" + (f"?token={self.token}" if self.token else "")
+
+    def impatient(self, runner: web.AppRunner) -> Callable[[], asyncio.BaseProtocol]:
+        """Makes the protocol of a connection, which is closed if there is no whole request within `PATIENCE`."""
+        loop = asyncio.get_running_loop()
+
+        def expire(protocol: web.RequestHandler) -> None:
+            if protocol in self._silent and protocol.transport is not None:
+                protocol.transport.abort()
+            self._silent.discard(protocol)
+
+        def connect() -> asyncio.BaseProtocol:
+            protocol = runner.server()
+            self._silent.add(protocol)
+            loop.call_later(PATIENCE, expire, protocol)
+            return protocol
+
+        return connect
+
+    @web.middleware
+    async def _note(self, request: web.Request, handler: Callable[..., Awaitable[web.StreamResponse]]) -> Any:
+        self._silent.discard(request.protocol)
+        return await handler(request)
 
     async def compute(self, function: Callable[..., T], *args: Any) -> T:
         """Runs a function in the thread that computes for all."""
@@ -166,6 +195,11 @@ class Session:
         self._drive = Drive(server.stage)
         self._running, self._flows, self._pace, self._runs = True, False, 12.0, 0
         self._command, self._input = (0.0, 0.0, 0.0), 0
+        self._planned: Planned | None = None
+        self._following: deque[tuple[float, float, float]] = deque()
+        """Commands of the plan that is being followed."""
+        self._stale = threading.Event()
+        """Set once the plan that is being made is not wanted any more."""
         self._todo: deque[Callable[[], Awaitable[None]]] = deque()
         self._wake = asyncio.Event()
         self._answers: deque[bytes] = deque()
@@ -183,6 +217,7 @@ class Session:
         try:
             await self._reads()
         finally:
+            self._stale.set()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -236,6 +271,8 @@ class Session:
             message.number("turn", -MAX_TURN, MAX_TURN),
         )
         self._input = message.integer("id", 0, 2**53)
+        if any(self._command):
+            self._following.clear()
 
     def _read_run(self, message: Message) -> None:
         self._running = message.flag("on")
@@ -248,6 +285,7 @@ class Session:
 
     def _read_back(self, message: Message) -> None:
         self._running = False
+        self._forget_plan()
         self._do(self._drive.back)
 
     def _read_begin(self, message: Message) -> None:
@@ -261,10 +299,24 @@ class Session:
             raise Malformed("expected a picture first")
         else:
             how.picture = self._picture
+        self._forget_plan()
         self._running = True
         self._do(self._drive.begin, how)
 
+    def _read_plan(self, message: Message) -> None:
+        start, picture = None, self._picture
+        if message.choice("source", ("data", "picture")) == "data":
+            start, picture = message.integer("start", 0, len(self._stage.starts) - 1), None
+        elif picture is None:
+            raise Malformed("expected a picture first")
+        self._forget_plan()
+        self._todo.append(partial(self._plan, start, picture, self._stale))
+
+    def _read_follow(self, message: Message) -> None:
+        self._todo.append(self._follow)
+
     def _read_from_here(self, message: Message) -> None:
+        self._forget_plan()
         self._do(self._drive.from_here)
 
     def _read_inside(self, message: Message) -> None:
@@ -287,6 +339,7 @@ class Session:
 
     def _read_compare(self, message: Message) -> None:
         world = message.integer("world", 0, len(self._stage.worlds) - 1) if message.has("world") else None
+        self._forget_plan()
         self._do(self._drive.compare, world)
 
     def _read_sampler(self, message: Message) -> None:
@@ -315,7 +368,7 @@ class Session:
             now = perf_counter()
             if self._todo:
                 await self._careful(self._todo.popleft()())
-            elif self._running and (self._flows or any(self._command)) and self._drive.beginning is not None:
+            elif self._running and self._moves and self._drive.beginning is not None:
                 if now < due:
                     await _set_or_after(self._wake, due - now)
                     continue
@@ -324,6 +377,10 @@ class Session:
             else:
                 self._wake.clear()
                 await self._wake.wait()
+
+    @property
+    def _moves(self) -> bool:
+        return self._flows or any(self._command) or bool(self._following)
 
     async def _careful(self, work: Coroutine[Any, Any, None]) -> None:
         """Tells the person what went wrong; ends the session for what should not."""
@@ -340,9 +397,14 @@ class Session:
 
     async def _step(self) -> None:
         command, number, began = self._command, self._input, perf_counter()
+        if self._following:
+            command = self._following.popleft()
+        else:
+            self._planned = None  # it starts where the dream no longer is
         went = await self._server.compute(self._drive.step, *command)
         if not went:
             self._running = False
+            self._following.clear()
             full = self._drive.steps >= self._drive.limit
             text = f"a drive has at most {self._drive.limit} frames here" if full else "the walk has ended here"
             self._answer("notice", {"message": f"{text}: step back, save it, or start again"})
@@ -354,8 +416,49 @@ class Session:
     async def _show(self, number: int | None = None, milliseconds: float | None = None) -> None:
         view = await self._server.compute(self._drive.view, self._command)
         status = {"running": self._running, "runs": self._runs, "input": number, "milliseconds": milliseconds}
+        status["following"] = len(self._following)
         self._newest = view, status
         self._ready.set()
+
+    # ---- planning ----
+
+    def _forget_plan(self) -> None:
+        """Stops making, and following, a plan for what will be another drive or goal."""
+        self._stale.set()
+        self._stale, self._planned = threading.Event(), None
+        self._following.clear()
+
+    async def _plan(self, start: int | None, picture: torch.Tensor | None, stale: threading.Event) -> None:
+        """Plans in a thread of its own, which computes piece by piece in that of all."""
+        loop, began = asyncio.get_running_loop(), perf_counter()
+
+        def run(function: Callable[..., T], *args: Any) -> T:
+            if stale.is_set():
+                raise Cancelled
+            return asyncio.run_coroutine_threadsafe(self._server.compute(function, *args), loop).result()
+
+        goal = await self._server.compute(self._drive.goal, start, picture)
+        try:
+            found = await asyncio.to_thread(self._drive.plan, goal, run)
+        except Cancelled:
+            return
+        self._planned, self._active = found, perf_counter()
+        facts = {
+            "step": self._drive.steps,
+            "costs": found.costs.tolist(),
+            "steps": len(found.actions),
+            "seconds": perf_counter() - began,
+        }
+        arrays = {"goal": shown(found.goal), "ends": shown(found.ends), "paths": found.paths.float().numpy()}
+        self._answer("plan", facts, arrays)
+
+    async def _follow(self) -> None:
+        if self._planned is None:
+            raise UserError("there is no plan to follow yet")
+        fps = self._stage.description.fps
+        self._following.extend(speeds(action, fps) for action in self._planned.actions.tolist())
+        self._planned, self._running = None, True
+        await self._show()
 
     async def _save(self, what: str) -> None:
         if what == "dataset":
@@ -448,6 +551,8 @@ def serve(config: DriveConfig) -> None:
     Raises:
         UserError: a checkpoint or the dataset cannot be used, or the port is taken.
     """
+    if config.threads or "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(config.threads or max(1, torch.get_num_threads() - 1))
     server = Server(config, Stage(config))
     asyncio.run(_serve(server))
 
@@ -458,16 +563,16 @@ async def _serve(server: Server) -> None:
 
     runner = web.AppRunner(server.app, access_log=None, shutdown_timeout=2.0)
     await runner.setup()
-    site = web.TCPSite(runner, server.config.host, server.config.port)
+    stop, loop = asyncio.Event(), asyncio.get_running_loop()
     try:
-        await site.start()
+        listening = await loop.create_server(server.impatient(runner), server.config.host, server.config.port)
     except OSError as error:
         await runner.cleanup()
         raise UserError(f"host, port: cannot listen on {server.config.host}:{server.config.port} ({error})") from error
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
     for name in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(name, stop.set)
-    print(f"drive at {server.address(runner.addresses[0][1])}  (Ctrl-C ends it)", flush=True)
+    print(f"drive at {server.address(listening.sockets[0].getsockname()[1])}  (Ctrl-C ends it)", flush=True)
     await stop.wait()
+    listening.close()
     await runner.cleanup()
     print("stopped")

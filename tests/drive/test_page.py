@@ -71,7 +71,8 @@ def served(*options: str) -> Iterator[tuple[str, subprocess.Popen]]:
 @pytest.fixture(scope="module")
 def site(checkpoint: Path, walks: Path, tmp_path_factory) -> Iterator[tuple[str, subprocess.Popen]]:
     folder = tmp_path_factory.mktemp("recorded")
-    with served("--checkpoint", str(checkpoint), "--data", str(walks), "--record", str(folder)) as started:
+    options = ("--checkpoint", str(checkpoint), "--data", str(walks), "--planner.cost", "pixels")
+    with served(*options, "--record", str(folder)) as started:
         started[1].recorded = folder
         yield started
 
@@ -409,6 +410,31 @@ def test_doubt_and_a_second_dream_are_shown(page):
     page.set("#second", "")
     page.until("!drive.last.arrays['dream 1']")
     assert len(page.driver.find_elements(By.CSS_SELECTOR, ".screen:not([hidden])")) == 1
+
+
+def test_a_plan_is_shown_and_driven(page, model, context):
+    page.hold("KeyW", "drive.last.step >= 2")
+    before = page.actions()
+    page.run("document.querySelectorAll('details').forEach((panel) => panel.open = true)")
+    assert page.run("return document.querySelector('#follow').disabled")
+    page.click("[data-panel=plan] .thumbnails button:nth-child(5)")
+    page.until("!document.querySelector('#follow').disabled")
+    assert len(page.driver.find_elements(By.CSS_SELECTOR, "[data-panel=plan] figure")) == 9
+    assert page.pixels(".above")[..., 3].max() > 0
+    goal, start = (
+        page.pixels(f"[data-panel=plan] .thumbnails {of} canvas") for of in ("figure", "button:nth-child(5)")
+    )
+    assert np.array_equal(goal, start)
+    page.click("#follow")
+    page.until(f"drive.last.step > {len(before)} && drive.last.following === 0")
+    page.rest()
+    actions = page.actions()
+    assert actions[: len(before)] == before
+    assert f"the plan, {len(actions) - len(before)} steps" in page.text("[data-panel=plan]")
+    assert page.run("return document.querySelector('#follow').disabled")
+    assert np.array_equal(
+        page.pixels("[data-name='dream 0'] canvas")[..., :3].flatten(), rolled_out(model, context, actions)[-1]
+    )
 
 
 def test_the_keys_of_a_page_that_loses_the_focus_are_let_go(page):

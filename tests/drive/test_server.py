@@ -5,16 +5,20 @@ import json
 import os
 import resource
 import struct
+import threading
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import replace
 
 import aiohttp
+import numpy as np
 import pytest
 from aiohttp import web
 
+from cdit.data.motion import compose
 from cdit.drive.config import DriveConfig
-from cdit.drive.drive import Stage
+from cdit.drive.drive import Drive, Stage
+from cdit.drive.plan import Cancelled, Planned
 from cdit.drive.server import Server
 
 SIDE = 32
@@ -79,9 +83,11 @@ def serving(stage: Stage, test: Callable[[Place], Awaitable[None]], **options: o
         server = Server(config, stage)
         runner = web.AppRunner(server.app, shutdown_timeout=1.0)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        connections = await asyncio.get_running_loop().create_server(server.impatient(runner), "127.0.0.1", 0)
         async with aiohttp.ClientSession() as http:
-            await asyncio.wait_for(test(Place(server, runner.addresses[0][1], http)), 240)
+            port = connections.sockets[0].getsockname()[1]
+            await asyncio.wait_for(test(Place(server, port, http)), 240)
+        connections.close()
         await runner.cleanup()
         assert not server.sessions
 
@@ -184,6 +190,9 @@ BAD = [
     '{"type": "off", "heads": [[0, 99]]}',
     '{"type": "doubt", "samples": 100000}',
     '{"type": "compare", "world": 7}',
+    '{"type": "plan", "source": "data", "start": 1000000}',
+    '{"type": "plan", "source": "picture"}',
+    '{"type": "plan", "source": "map"}',
     '{"type": "sampler", "dream": 0, "scheduler": "euler", "steps": 1000000}',
     '{"type": "run", "on": true, "flows": true, "pace": 0}',
     '{"type": "save", "what": "/etc/passwd"}',
@@ -208,6 +217,95 @@ def test_what_the_page_does_not_send_ends_that_session_alone(stage):
             assert answer["code"] in (1008, 1009, 1006), (bad[:60], answer)
             assert await ended(place, 1)
         await good.drive(5)
+
+    serving(stage, test)
+
+
+def test_a_plan_is_made_and_followed(stage):
+    async def test(place: Place) -> None:
+        client = await place.connect()
+        await client.begin()
+        await client.send("follow")
+        assert "no plan" in (await client.until("notice"))["message"]
+        await client.send("plan", source="data", start=20)
+        plan = await client.until("plan")
+        assert plan["step"] == 0
+        assert plan["costs"][0] == min(plan["costs"])
+        await client.send("run", on=True, flows=False, pace=60)
+        await client.send("follow")
+        await client.until("frame", lambda facts: facts["step"] == plan["steps"] and not facts["following"])
+        await client.send("save", what="actions")
+        actions = np.array((await client.until("actions"))["actions"])
+        ((x, y, yaw), *_) = plan_paths[0][:1, plan["steps"] - 1].tolist()
+        assert compose(actions)[-1] == pytest.approx((x, y, yaw), abs=1e-4)
+        # A plan is for where the dream is: after another step there is none.
+        await client.send("plan", source="data", start=20)
+        await client.until("plan")
+        await client.drive(plan["steps"] + 1)
+        await client.send("follow")
+        assert "no plan" in (await client.until("notice"))["message"]
+
+    plan_paths = []
+    original = Drive.plan
+
+    def kept(drive: Drive, *args: object) -> Planned:
+        found = original(drive, *args)
+        plan_paths.append(found.paths)
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Drive, "plan", kept)
+        serving(stage, test)
+
+
+def test_a_beginning_stops_the_plan_that_is_being_made(stage, monkeypatch):
+    """Planning for ever, in pieces: others drive on, and it ends with the goal that is not wanted any more."""
+    began, ends = threading.Event(), []
+
+    def endless(drive: Drive, goal: object, run: Callable) -> None:
+        try:
+            while True:
+                run(began.set)
+        except BaseException as error:
+            ends.append(type(error))
+            raise
+
+    monkeypatch.setattr(Drive, "plan", endless)
+
+    async def test(place: Place) -> None:
+        client, other = await place.connect(), await place.connect()
+        await client.begin()
+        await other.begin()
+        await client.send("plan", source="data", start=20)
+        await asyncio.to_thread(began.wait, 30)
+        await other.drive(10)
+        assert not ends
+        await client.send("begin", source="data", start=1, truth=False, seed=0)
+        await client.until("frame", lambda facts: facts["dreams"] and ends)
+        await client.send("plan", source="data", start=20)
+        began.clear()
+        await asyncio.to_thread(began.wait, 30)
+        await client.socket.close()
+        assert await ended(place, 1)
+        while len(ends) < 2:
+            await asyncio.sleep(0.01)
+
+    serving(stage, test)
+    assert ends == [Cancelled, Cancelled]
+
+
+def test_a_connection_without_a_request_is_closed(stage, monkeypatch):
+    monkeypatch.setattr("cdit.drive.server.PATIENCE", 0.5)
+
+    async def test(place: Place) -> None:
+        client = await place.connect()
+        await client.begin()
+        streams = [await asyncio.open_connection("127.0.0.1", place.port) for _ in range(2)]
+        streams[0][1].write(b"GET / HTTP/1.1\r\nHost: 127.0")
+        for reader, _ in streams:
+            with suppress(ConnectionResetError):
+                assert await asyncio.wait_for(reader.read(), 30) == b""
+        await client.drive(3)
 
     serving(stage, test)
 

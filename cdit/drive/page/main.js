@@ -5,6 +5,7 @@ import { doubt } from "./doubt.js";
 import { digits, element, paint } from "./draw.js";
 import { listenToKeys, listenToPointer } from "./input.js";
 import { inside } from "./inside.js";
+import { plan } from "./plan.js";
 import { start } from "./start.js";
 import { truth } from "./truth.js";
 import { connect } from "./wire.js";
@@ -12,7 +13,7 @@ import { connect } from "./wire.js";
 // A panel is {name, title, about, open, build(app, body), frame(message), clicked(x, y)}, from `open` on optional but
 // `build`, which fills the panel's body once the server has told what there is (app.hello). What a panel sends with
 // app.send("name", fields) is read by `Session._read_name` of the server.
-const PANELS = [start, truth, inside, doubt, compare];
+const PANELS = [start, truth, plan, inside, doubt, compare];
 
 const find = (id) => document.getElementById(id);
 const NAMES = { "dream 0": "dream", truth: "truth", "dream 1": "second dream" };
@@ -212,6 +213,7 @@ const on = {
     for (const panel of PANELS) panel.frame?.(message);
     requestAnimationFrame(() => app.send("ack", { frame: message.frame }));
   },
+  plan: (message) => plan.found(message),
   notice: (message) => app.notify(message.message, 12),
   end: (message) => app.notify(message.message),
   file: (message) => download(message.name, [message.arrays.content], "video/mp4"),

@@ -36,17 +36,38 @@ async function pictureBytes(file) {
   return new Uint8Array(height * width * 3).map((_, i) => pixels[4 * Math.floor(i / 3) + (i % 3)]);
 }
 
-async function choosePicture(event) {
-  const [file] = event.target.files;
-  event.target.value = "";
-  if (!file) return;
-  try {
-    app.sendBytes(await pictureBytes(file));
-  } catch {
-    app.notify(`${file.name} is not a picture that this browser can read`);
-    return;
+/** What frames can be chosen from: {pictures, row}, elements; `chosen` gets {source: "data", start} or {source: "picture"}. */
+export function choices(page, verb, chosen) {
+  const { hello } = page;
+  const [height, width] = hello.size;
+  const pictures = element("div", { className: "thumbnails" });
+  hello.starts.forEach((fields, i) => {
+    const canvas = element("canvas");
+    paint(canvas, hello.arrays.starts, height, width, i * height * width * 3);
+    const onclick = () => chosen({ source: "data", start: fields.start });
+    const button = element("button", { title: fields.name, onclick, "aria-label": `${verb} ${fields.name}` }, canvas);
+    button.dataset.start = JSON.stringify(["data", fields.start]);
+    pictures.append(button);
+  });
+  const row = element("div", { className: "row" });
+  if (hello.count) {
+    const anywhere = () => chosen({ source: "data", start: Math.floor(Math.random() * hello.count) });
+    row.append(element("button", { textContent: "Any frame", onclick: anywhere }));
   }
-  begin({ source: "picture" });
+  const onchange = async (event) => {
+    const [file] = event.target.files;
+    event.target.value = "";
+    if (!file) return;
+    try {
+      page.sendBytes(await pictureBytes(file));
+    } catch {
+      page.notify(`${file.name} is not a picture that this browser can read`);
+      return;
+    }
+    chosen({ source: "picture" });
+  };
+  row.append(element("label", { className: "file" }, "Picture …", element("input", { type: "file", accept: "image/*", onchange })));
+  return { pictures, row };
 }
 
 export const start = {
@@ -59,25 +80,9 @@ export const start = {
   build(page, body) {
     app = page;
     const { hello } = app;
-    const [height, width] = hello.size;
-    const pictures = element("div", { className: "thumbnails" });
-    hello.starts.forEach((fields, i) => {
-      const canvas = element("canvas");
-      paint(canvas, hello.arrays.starts, height, width, i * height * width * 3);
-      const button = element("button", { title: fields.name, onclick: () => begin({ source: "data", start: fields.start }) }, canvas);
-      button.setAttribute("aria-label", `start from ${fields.name}`);
-      button.dataset.start = JSON.stringify(["data", fields.start]);
-      pictures.append(button);
-      buttons.push(button);
-    });
+    const { pictures, row } = choices(app, "start from", begin);
+    buttons = [...pictures.children];
     seed = element("input", { type: "number", min: 0, value: 0, onchange: send });
-    const row = element("div", { className: "row" });
-    if (hello.count) {
-      const anywhere = () => begin({ source: "data", start: Math.floor(Math.random() * hello.count) });
-      row.append(element("button", { textContent: "Any frame", onclick: anywhere }));
-    }
-    const file = element("input", { type: "file", accept: "image/*", onchange: choosePicture });
-    row.append(element("label", { className: "file" }, "Picture …", file));
     for (const map of hello.maps) {
       const button = element("button", { textContent: `In ${map}`, onclick: () => begin({ source: "map", map }) });
       button.dataset.start = JSON.stringify(["map", map]);

@@ -1,0 +1,85 @@
+// A goal picture, the candidates that the planner tried, and the plan, which is driven step by step.
+
+import { digits, element, paint } from "./draw.js";
+import { choices } from "./start.js";
+
+let app, text, result, above, strip, follow;
+let planned = null; // the newest message `plan`
+
+function ask(fields) {
+  planned = null;
+  result.hidden = true;
+  text.textContent = "Planning …";
+  app.send("plan", fields);
+}
+
+/** Draws the paths of all candidates from above, the start at the bottom, looking up; the plan's is drawn last. */
+function drawPaths({ arrays: { paths }, costs, steps }) {
+  const ratio = window.devicePixelRatio || 1;
+  const [width, height] = [above.clientWidth * ratio, above.clientHeight * ratio];
+  if (!width) return;
+  Object.assign(above, { width, height });
+  const [count, length] = paths.shape;
+  const far = Math.max(0.1, ...paths.map((value, i) => (i % 3 < 2 ? Math.abs(value) : 0)));
+  const scale = (0.45 * Math.min(width, height)) / far;
+  const context = above.getContext("2d");
+  const [low, high] = [Math.min(...costs), Math.max(...costs)];
+  for (let i = count - 1; i >= 0; i--) {
+    context.beginPath();
+    context.moveTo(width / 2, height / 2);
+    for (let t = 0; t < (i ? length : steps); t++) {
+      const [x, y] = paths.subarray(3 * (i * length + t));
+      context.lineTo(width / 2 - scale * y, height / 2 - scale * x);
+    }
+    const share = high > low ? (high - costs[i]) / (high - low) : 1;
+    context.strokeStyle = i ? `rgba(138, 184, 255, ${0.15 + 0.6 * share})` : "#ffb86b";
+    context.lineWidth = (i ? 1 : 3) * ratio;
+    context.stroke();
+  }
+}
+
+export const plan = {
+  name: "plan",
+  title: "Plan",
+  about: "to a goal picture",
+
+  build(page, body) {
+    app = page;
+    const { pictures, row } = choices(app, "plan to", ask);
+    text = element("p", { textContent: "Choose the picture that you want to see." });
+    above = element("canvas", { className: "above" });
+    strip = element("div", { className: "thumbnails" });
+    follow = element("button", { id: "follow", textContent: "Drive the plan", onclick: () => app.send("follow") });
+    result = element("div", { hidden: true }, above, strip, element("div", { className: "row" }, follow));
+    body.append(pictures, row, text, result);
+    plan.box.ontoggle = () => planned && drawPaths(planned);
+  },
+
+  /** Shows the answer of the planner. */
+  found(message) {
+    planned = message;
+    result.hidden = false;
+    const [height, width] = app.hello.size;
+    const { goal, ends } = message.arrays;
+    strip.replaceChildren();
+    const picture = (name, bytes, first) => {
+      const canvas = element("canvas");
+      paint(canvas, bytes, height, width, first);
+      strip.append(element("figure", {}, canvas, element("figcaption", { textContent: name })));
+    };
+    picture("goal", goal, 0);
+    for (let i = 0; i < ends.shape[0]; i++) {
+      picture(`${i ? "" : "plan "}${digits(message.costs[i], 3)}`, ends, i * height * width * 3);
+    }
+    text.textContent = `${message.costs.length} candidates in ${digits(message.seconds, 1)} s. Orange: the plan, ${message.steps} steps. `
+      + "Pictures: the goal, and what is predicted at the end of the candidates of lowest cost.";
+    drawPaths(message);
+    plan.frame(app.last);
+  },
+
+  frame(message) {
+    if (!follow) return;
+    follow.disabled = !planned || message.step !== planned.step || message.following > 0;
+    follow.textContent = message.following ? `${message.following} steps to go` : "Drive the plan";
+  },
+};

@@ -1,0 +1,81 @@
+"""Plans from where a dream is to a goal picture."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cdit.common.frames import to_float, to_uint8
+from cdit.common.motion import integrate
+from cdit.common.randomness import generator
+from cdit.drive.dream import Dream
+from cdit.heads.importance import ablate_heads
+from cdit.plan.planner import Planner, Towards, WorldScore
+
+Run = Callable[..., Any]
+"""Calls a function with arguments where networks are computed; raises `Cancelled` if nobody wants the plan any more."""
+
+ENDS = 8
+"""Candidates whose predicted ends are shown."""
+PIECE = 8
+"""Candidates that are scored at a time: in between, others get their frames."""
+
+
+class Cancelled(Exception):
+    """Nobody wants the plan any more."""
+
+
+@dataclass
+class Planned:
+    """A plan, and what it was chosen from."""
+
+    goal: Tensor
+    """(3, H, W) uint8."""
+    actions: Tensor
+    """(L, 3): dx, dy in metres and dyaw in radians of each step until the plan is closest to the goal."""
+    paths: Tensor
+    """(S, H, 3), the poses along all candidates in the frame at the start; the plan's own first, then from the lowest
+    cost to the highest."""
+    costs: Tensor
+    """(S,), in the same order."""
+    ends: Tensor
+    """(ENDS, 3, h, w) uint8, predicted where the first of these candidates are closest to the goal."""
+
+
+def plan(planner: Planner, score: WorldScore, dream: Dream, goal: Tensor, run: Run) -> Planned:
+    """Plans from the dream's newest frame, with the heads turned off that are.
+
+    Args:
+        planner: finds steps of low cost.
+        score: predicts and compares, in the dream's world.
+        dream: whose state is the past of all candidates.
+        goal: (3, H, W) uint8.
+        run: see `Run`; planning itself may run in another thread.
+    """
+    noise = generator(dream.seed, 2, len(dream.moments))
+    world = dream.world
+    draws = [score.predictor.draw_noise(noise).to(world.device) for _ in range(score.repeats)]
+    towards = Towards(score, dream.state, to_float(goal)[None].to(world.device), draws)
+
+    def scored(actions: Tensor) -> Tensor:
+        with ablate_heads(world.cdit, dream.off):
+            return towards(actions.to(world.device)).cpu()
+
+    def pieces(actions: Tensor) -> Tensor:
+        return torch.cat([run(scored, piece) for piece in actions.split(PIECE, dim=1)], dim=1)
+
+    def pictures(actions: Tensor) -> Tensor:
+        with ablate_heads(world.cdit, dream.off):
+            return to_uint8(towards.frames(actions.to(world.device)))[0].cpu()
+
+    found = planner.plan(pieces, 1, noise)
+    costs, order = torch.cat(found.costs, dim=1)[0].sort()
+    tried = torch.cat(found.tried, dim=1)[0][order]
+    others = (tried != found.actions).flatten(1).any(1)
+    tried = torch.cat((found.actions, tried[others]))
+    best = run(scored, tried[None, :ENDS])[0]  # (ENDS, moments)
+    ends = run(pictures, tried[None, :ENDS])[torch.arange(len(best)), best.argmin(1)]
+    costs = torch.cat((best[:1].min(1).values, costs[others]))
+    return Planned(goal, found.actions[0, : int(found.length)], integrate(tried), costs, ends)

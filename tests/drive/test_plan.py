@@ -1,0 +1,118 @@
+"""Plans from where a drive is: what is chosen, against predictions made one by one, and who may stop it."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from cdit.batch import Condition
+from cdit.common.errors import UserError
+from cdit.common.frames import to_float, to_uint8
+from cdit.common.randomness import generator
+from cdit.data.motion import compose
+from cdit.drive.config import DriveConfig
+from cdit.drive.dream import with_heads
+from cdit.drive.drive import Begin, Drive, Stage, arc, speeds
+from cdit.drive.plan import ENDS, Cancelled
+from cdit.plan.config import OptimizerConfig, PlannerConfig
+
+
+def at_once(function, *args):
+    return function(*args)
+
+
+@pytest.fixture(scope="module")
+def planning(checkpoint: Path, walks: Path) -> Stage:
+    planner = PlannerConfig(cost="pixels", optimizer=OptimizerConfig(samples=6, iterations=2, elites=3), frames=[2, 4])
+    return Stage(DriveConfig(checkpoint=str(checkpoint), data=str(walks), planner=planner, horizon=4))
+
+
+def driven(stage: Stage, steps: int) -> Drive:
+    drive = Drive(stage)
+    drive.begin(Begin(start=5))
+    for i in range(steps):
+        drive.step(1.0, 0.0, 0.3 * i)
+    return drive
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_the_plan_is_the_candidate_whose_frame_is_closest_to_the_goal(planning, steps):
+    drive = driven(planning, steps)
+    dream, world, goal = drive.dreams[0], planning.worlds[0], drive.goal(20, None)
+    assert torch.equal(goal, planning.data.window(planning.starts[20], []).context[-1])
+    before = dream.frame.clone()
+    found = drive.plan(goal, at_once)
+
+    noise = torch.randn(2, *world.latent_shape, generator=generator(0, 2, steps))
+    distances, frames = [], []
+    for path in found.paths:
+        by_moment = []
+        for moment, start in zip((2, 4), noise, strict=True):
+            condition = Condition(torch.tensor([[moment / 4]]), path[None, None, moment - 1])
+            frame = world.decode(world.sample(dream.state, condition, dream.sampler, noise=start[None]))[0, 0]
+            by_moment.append((float((frame - to_float(goal)).square().mean()), moment, frame))
+        closest = min(by_moment, key=lambda found: found[0])
+        distances.append(closest[0])
+        frames.append(closest)
+    np.testing.assert_allclose(found.costs, distances, rtol=1e-4)
+    assert min(distances) == pytest.approx(distances[0])
+    assert distances[1:] == pytest.approx(sorted(distances[1:]), rel=1e-4)
+    assert len(found.actions) == frames[0][1]
+    np.testing.assert_allclose(compose(found.actions.numpy())[-1], found.paths[0, len(found.actions) - 1], atol=1e-5)
+    assert len(found.ends) == min(ENDS, len(found.paths))
+    for end, (_, _, frame) in zip(found.ends, frames, strict=False):
+        assert (end.int() - to_uint8(frame).int()).abs().max() <= 1
+    # Nothing of the drive has changed.
+    assert torch.equal(dream.frame, before)
+    again = driven(planning, steps)
+    for one in (drive, again):
+        one.step(0.5, 0.0, 0.0)
+    assert torch.equal(drive.dreams[0].frame, again.dreams[0].frame)
+
+
+def test_a_head_that_is_off_stays_off_in_plans(planning):
+    drive = driven(planning, 2)
+    goal = drive.goal(20, None)
+    costs = drive.plan(goal, at_once).costs
+    drive.dreams[0].off = with_heads([(0, 0), (0, 1)])
+    assert not torch.allclose(drive.plan(goal, at_once).costs, costs)
+
+
+def test_planning_is_done_in_pieces_and_stops_when_it_is_not_wanted(planning):
+    drive, calls = driven(planning, 1), []
+
+    def run(function, *args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise Cancelled
+        return function(*args)
+
+    with pytest.raises(Cancelled):
+        drive.plan(drive.goal(7, None), run)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize("action", [(0.3, 0.0, 0.0), (0.2, -0.1, 0.4), (-0.1, 0.05, -2.0), (0.0, 0.0, 1.0)])
+def test_the_speeds_of_a_motion_give_it_back(action):
+    assert arc(*speeds(action, 4.0), 4.0) == pytest.approx(action, abs=1e-9)
+
+
+def test_without_enough_recorded_motions_candidates_are_arcs(checkpoint, walks):
+    config = DriveConfig(checkpoint=str(checkpoint), data=str(walks), horizon=24, planner=PlannerConfig(cost="pixels"))
+    stage = Stage(config)
+    recorded = stage.planner.prior.recorded
+    paths = stage.planner.family.actions(recorded)
+    assert len(recorded) > 50
+    turns, speed = paths[..., 2], paths[..., :2].norm(dim=-1)
+    assert (turns - turns[:, :1]).abs().max() < 1e-5  # constant
+    assert speed.max() <= stage.spacing + 1e-3
+    assert turns.min() < -0.3 < 0.3 < turns.max()
+
+
+def test_a_plan_needs_a_beginning_and_a_cost(planning):
+    with pytest.raises(UserError, match="choose where to start"):
+        Drive(planning).plan(torch.zeros(3, 32, 32, dtype=torch.uint8), at_once)
+    with pytest.raises(UserError, match=r"planner\.cost is 'colour'"):
+        replace(planning.config, planner=PlannerConfig(cost="colour")).check()
