@@ -47,7 +47,7 @@ class MeasureConfig(CheckpointOptions):
     presses: int = 40
     """Presses of a key whose latency is measured."""
     pictures: str | None = None
-    """Folder for pictures of the page, drive.png and drive-phone.png, instead of measuring."""
+    """Folder for pictures of the page, drive.png, drive-plan.png and drive-phone.png, instead of measuring."""
 
 
 class Browser:
@@ -163,7 +163,7 @@ def measure(browser: Browser, config: MeasureConfig, first: float) -> list[tuple
 
 
 def draw(browser: Browser, folder: Path) -> None:
-    """Pictures of the page: large, with the truth and attention; and on a phone."""
+    """Pictures of the page: large, with the truth and attention; with a plan; and on a phone."""
     folder.mkdir(parents=True, exist_ok=True)
     if not browser.run("return drive.hello.no_truth"):
         browser.click("[data-panel=truth] summary")
@@ -182,11 +182,18 @@ def draw(browser: Browser, folder: Path) -> None:
     browser.run("scrollTo(0, 0); document.activeElement.blur()")
     time.sleep(0.5)
     browser.driver.save_screenshot(str(folder / "drive.png"))
+    for panel in ("truth", "inside", "plan"):
+        browser.click(f"[data-panel={panel}] summary")
+    browser.click("[data-panel=plan] .thumbnails button:nth-child(1)")
+    browser.until("!document.querySelector('#follow').disabled")
+    browser.run("scrollTo(0, 0); document.activeElement.blur()")
+    time.sleep(0.5)
+    browser.driver.save_screenshot(str(folder / "drive-plan.png"))
     phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
     browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     time.sleep(0.5)
     browser.driver.save_screenshot(str(folder / "drive-phone.png"))
-    print(f"{folder}/drive.png, {folder}/drive-phone.png")
+    print(f"{folder}/drive.png, {folder}/drive-plan.png, {folder}/drive-phone.png")
 
 
 @contextmanager
