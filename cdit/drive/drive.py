@@ -72,6 +72,9 @@ class Stage:
             self.spacing = self.spacing or self.data.info.spacing
         if self.spacing is None:
             raise UserError("spacing: the model was trained on datasets of different spacings; pass --spacing")
+        self.costs = list(dict.fromkeys((config.planner.cost, "pixels")))
+        """Costs of plans that the page can choose."""
+        self._scores: dict[str, WorldScore] = {}
         self.engine_size = info.camera.width if info and info.camera else max(self.description.image_size)
         self.maps: list[str] = []
         self.no_truth = ""
@@ -97,14 +100,19 @@ class Stage:
             recorded = arcs[:, None].expand(-1, horizon, -1)
         return Planner.fit(self.config.planner, recorded)
 
-    @cached_property
-    def score(self) -> WorldScore:
-        """Scores plans.
+    def score(self, cost: str) -> WorldScore:
+        """Scores plans by one of `costs`, which is loaded at first use.
 
         Raises:
             UserError: weights of the cost are not available.
         """
-        return WorldScore.of(self.worlds[0], self.config.planner, self.planner.moments)
+        if cost not in self._scores:
+            planner = replace(self.config.planner, cost=cost)
+            try:
+                self._scores[cost] = WorldScore.of(self.worlds[0], planner, self.planner.moments)
+            except UserError as error:
+                raise UserError(f"no plan by {cost}: {error}. The cost pixels needs no weights") from error
+        return self._scores[cost]
 
     def longest(self, dreams: int) -> int:
         """Steps of a drive that fit into a session's memory."""
@@ -303,8 +311,24 @@ class Drive:
         """A goal (3, H, W) uint8: the newest frame of one of the stage's `starts`, or a picture."""
         return picture if start is None else self.stage.data.window(self.stage.starts[start], []).context[-1]
 
-    def plan(self, goal: Tensor, run: Run) -> Planned:
-        """Plans to a goal (3, H, W) uint8; see `cdit.drive.plan.plan`.
+    def ahead(self) -> Tensor:
+        """A goal (3, H, W) uint8: the frame recorded a plan's length after the one that the drive began with, or the
+        last one of that walk.
+
+        Raises:
+            UserError: there is none.
+        """
+        data, steps = self.stage.data, 0
+        if self.beginning is not None and self.beginning.start is not None:
+            window = self.stage.starts[self.beginning.start]
+            index, now = data.locate(window)
+            steps = min(self.stage.config.horizon, len(data.trajectories[index]) - 1 - now)
+        if steps < 1:
+            raise UserError("nothing was recorded after the frame that this drive began with")
+        return data.window(window, [steps]).target[-1]
+
+    def plan(self, goal: Tensor, run: Run, cost: str | None = None) -> Planned:
+        """Plans to a goal (3, H, W) uint8, by one of the stage's `costs`; see `cdit.drive.plan.plan`.
 
         Raises:
             UserError: the drive has not begun, or weights of the cost are not available.
@@ -312,7 +336,7 @@ class Drive:
         """
         if self.beginning is None:
             raise UserError("choose where to start before a goal")
-        planner, score = run(lambda: (self.stage.planner, self.stage.score))
+        planner, score = self.stage.planner, self.stage.score(cost or self.stage.costs[0])
         return plan(planner, score, self.dreams[0], goal, run)
 
     # ---- what is shown ----

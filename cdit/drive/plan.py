@@ -1,7 +1,7 @@
 """Plans from where a dream is to a goal picture."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -57,7 +57,8 @@ def plan(planner: Planner, score: WorldScore, dream: Dream, goal: Tensor, run: R
     noise = generator(dream.seed, 2, len(dream.moments))
     world = dream.world
     draws = [score.predictor.draw_noise(noise).to(world.device) for _ in range(score.repeats)]
-    towards = Towards(score, dream.state, to_float(goal)[None].to(world.device), draws)
+    state = replace(dream.state, fps=world.description.fps / (score.predictor.stride or 1))
+    towards = Towards(score, state, to_float(goal)[None].to(world.device), draws)
 
     def scored(actions: Tensor) -> Tensor:
         with ablate_heads(world.cdit, dream.off):

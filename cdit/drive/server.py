@@ -238,7 +238,7 @@ class Session:
                     self._read(message.data)
                 elif message.type == WSMsgType.BINARY:
                     self._read_picture(message.data)
-                if len(self._todo) > MAX_WAITING:
+                if max(len(self._todo), len(self._answers)) > MAX_WAITING:
                     raise Malformed("too many commands at once")
             except Malformed as error:
                 await self.end(f"not understood: {error}", WSCloseCode.POLICY_VIOLATION)
@@ -304,13 +304,18 @@ class Session:
         self._do(self._drive.begin, how)
 
     def _read_plan(self, message: Message) -> None:
-        start, picture = None, self._picture
-        if message.choice("source", ("data", "picture")) == "data":
-            start, picture = message.integer("start", 0, len(self._stage.starts) - 1), None
-        elif picture is None:
+        source = message.choice("source", ("data", "ahead", "picture"))
+        cost = message.choice("cost", self._stage.costs) if message.has("cost") else None
+        if source == "data":
+            goal = partial(self._drive.goal, message.integer("start", 0, len(self._stage.starts) - 1), None)
+        elif source == "ahead":
+            goal = self._drive.ahead
+        elif self._picture is None:
             raise Malformed("expected a picture first")
+        else:
+            goal = partial(self._drive.goal, None, self._picture)
         self._forget_plan()
-        self._todo.append(partial(self._plan, start, picture, self._stale))
+        self._todo.append(partial(self._plan, goal, cost, self._stale))
 
     def _read_follow(self, message: Message) -> None:
         self._todo.append(self._follow)
@@ -428,7 +433,7 @@ class Session:
         self._stale, self._planned = threading.Event(), None
         self._following.clear()
 
-    async def _plan(self, start: int | None, picture: torch.Tensor | None, stale: threading.Event) -> None:
+    async def _plan(self, goal: Callable[[], torch.Tensor], cost: str | None, stale: threading.Event) -> None:
         """Plans in a thread of its own, which computes piece by piece in that of all."""
         loop, began = asyncio.get_running_loop(), perf_counter()
 
@@ -437,11 +442,16 @@ class Session:
                 raise Cancelled
             return asyncio.run_coroutine_threadsafe(self._server.compute(function, *args), loop).result()
 
-        goal = await self._server.compute(self._drive.goal, start, picture)
         try:
-            found = await asyncio.to_thread(self._drive.plan, goal, run)
+            found = await asyncio.to_thread(self._drive.plan, await self._server.compute(goal), run, cost)
+            if stale.is_set():
+                raise Cancelled
         except Cancelled:
+            self._answer("no_plan", {})
             return
+        except UserError:
+            self._answer("no_plan", {})
+            raise
         self._planned, self._active = found, perf_counter()
         facts = {
             "step": self._drive.steps,
@@ -520,6 +530,7 @@ class Session:
             "count": len(stage.starts),
             "maps": stage.maps,
             "no_truth": stage.no_truth,
+            "costs": stage.costs,
             "records": self._server.config.record is not None,
         }
         return pack("hello", facts, {"starts": shown(pictures)})

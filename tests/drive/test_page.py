@@ -437,6 +437,27 @@ def test_a_plan_is_shown_and_driven(page, model, context):
     )
 
 
+def test_a_reset_begins_with_the_picture_of_the_start_not_of_a_goal(page, tmp_path):
+    for name, colour in (("start", (20, 120, 220)), ("goal", (200, 30, 60))):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{name}.png")
+    page.find("[data-panel=start] input[type=file]").send_keys(str(tmp_path / "start.png"))
+    page.until("drive.last.step === 0 && drive.last.arrays['dream 0'][0] === 20")
+    page.run("document.querySelector('[data-panel=plan]').open = true")
+    page.find("[data-panel=plan] input[type=file]").send_keys(str(tmp_path / "goal.png"))
+    page.until("!document.querySelector('#follow').disabled")
+    assert (page.pixels("[data-panel=plan] figure canvas")[..., :3] == (200, 30, 60)).all()
+    page.hold("KeyW", "drive.last.step >= 2")
+    page.click("#again")
+    page.until("!document.querySelector('#follow').disabled")
+    assert (page.pixels("[data-panel=plan] figure canvas")[..., :3] == (200, 30, 60)).all()
+    page.click("#reset")
+    page.until("drive.last.step === 0")
+    assert (page.pixels("[data-name='dream 0'] canvas")[..., :3] == (20, 120, 220)).all()
+    page.click("#goal-ahead")  # there is none after a picture
+    page.until("document.querySelector('#notice').textContent.includes('nothing was recorded')")
+    assert "Planning" not in page.text("[data-panel=plan]")
+
+
 def test_the_keys_of_a_page_that_loses_the_focus_are_let_go(page):
     page.key("keyDown", "KeyW")
     page.until("drive.last.step >= 2")

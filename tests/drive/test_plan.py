@@ -10,6 +10,7 @@ import torch
 from cdit.batch import Condition
 from cdit.common.errors import UserError
 from cdit.common.frames import to_float, to_uint8
+from cdit.common.motion import between
 from cdit.common.randomness import generator
 from cdit.data.motion import compose
 from cdit.drive.config import DriveConfig
@@ -17,6 +18,7 @@ from cdit.drive.dream import with_heads
 from cdit.drive.drive import Begin, Drive, Stage, arc, speeds
 from cdit.drive.plan import ENDS, Cancelled
 from cdit.plan.config import OptimizerConfig, PlannerConfig
+from cdit.plan.planner import WorldScore
 
 
 def at_once(function, *args):
@@ -70,6 +72,28 @@ def test_the_plan_is_the_candidate_whose_frame_is_closest_to_the_goal(planning, 
     for one in (drive, again):
         one.step(0.5, 0.0, 0.0)
     assert torch.equal(drive.dreams[0].frame, again.dreams[0].frame)
+
+
+def test_what_came_next_is_the_recorded_frame_a_plan_ahead(planning):
+    drive = driven(planning, 2)
+    assert torch.equal(drive.ahead(), planning.data.window(planning.starts[5], [4]).target[-1])
+    drive.begin(Begin(picture=drive.dreams[0].frame))
+    with pytest.raises(UserError, match="nothing was recorded"):
+        drive.ahead()
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_plans_in_strides_are_predicted_step_by_step(checkpoint, walks, stride):
+    planner = PlannerConfig(cost="pixels", stride=stride, optimizer=OptimizerConfig(samples=4, iterations=1, elites=2))
+    stage = Stage(DriveConfig(checkpoint=str(checkpoint), data=str(walks), planner=planner, horizon=4))
+    drive = driven(stage, 0)
+    goal = drive.goal(20, None)
+    found = drive.plan(goal, at_once)
+    world, dream = stage.worlds[0], drive.dreams[0]
+    score = WorldScore.of(world, planner, [4])
+    towards = score.to_goals(to_float(dream.context)[None], to_float(goal)[None], generator(0, 2, 0))
+    steps = between(torch.cat((torch.zeros(len(found.paths), 1, 3), found.paths[:, :-1]), 1), found.paths)
+    np.testing.assert_allclose(found.costs, towards(steps[None])[0, :, 0], rtol=1e-3)
 
 
 def test_a_head_that_is_off_stays_off_in_plans(planning):

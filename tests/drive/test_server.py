@@ -192,6 +192,7 @@ BAD = [
     '{"type": "compare", "world": 7}',
     '{"type": "plan", "source": "data", "start": 1000000}',
     '{"type": "plan", "source": "picture"}',
+    '{"type": "plan", "source": "ahead", "cost": "lpips"}',
     '{"type": "plan", "source": "map"}',
     '{"type": "sampler", "dream": 0, "scheduler": "euler", "steps": 1000000}',
     '{"type": "run", "on": true, "flows": true, "pace": 0}',
@@ -258,11 +259,29 @@ def test_a_plan_is_made_and_followed(stage):
         serving(stage, test)
 
 
+def test_weights_that_are_missing_are_named_and_pixels_need_none(checkpoint, walks, monkeypatch):
+    monkeypatch.setenv("CDIT_LPIPS_BACKBONE", "nowhere.safetensors")
+    stage = Stage(DriveConfig(checkpoint=str(checkpoint), data=str(walks)))
+
+    async def test(place: Place) -> None:
+        client = await place.connect()
+        await client.begin()
+        await client.send("plan", source="ahead")
+        await client.until("no_plan")
+        notice = (await client.until("notice"))["message"]
+        assert "nowhere.safetensors" in notice
+        assert "pixels" in notice
+        await client.send("plan", source="ahead", cost="pixels")
+        await client.until("plan")
+
+    serving(stage, test)
+
+
 def test_a_beginning_stops_the_plan_that_is_being_made(stage, monkeypatch):
     """Planning for ever, in pieces: others drive on, and it ends with the goal that is not wanted any more."""
     began, ends = threading.Event(), []
 
-    def endless(drive: Drive, goal: object, run: Callable) -> None:
+    def endless(drive: Drive, goal: object, run: Callable, cost: object) -> None:
         try:
             while True:
                 run(began.set)
@@ -281,6 +300,7 @@ def test_a_beginning_stops_the_plan_that_is_being_made(stage, monkeypatch):
         await other.drive(10)
         assert not ends
         await client.send("begin", source="data", start=1, truth=False, seed=0)
+        await client.until("no_plan")
         await client.until("frame", lambda facts: facts["dreams"] and ends)
         await client.send("plan", source="data", start=20)
         began.clear()

@@ -214,6 +214,7 @@ const on = {
     requestAnimationFrame(() => app.send("ack", { frame: message.frame }));
   },
   plan: (message) => plan.found(message),
+  no_plan: () => plan.stopped(),
   notice: (message) => app.notify(message.message, 12),
   end: (message) => app.notify(message.message),
   file: (message) => download(message.name, [message.arrays.content], "video/mp4"),

@@ -3,14 +3,19 @@
 import { digits, element, paint } from "./draw.js";
 import { choices } from "./start.js";
 
-let app, text, result, above, strip, follow;
+const CHOOSE = "Choose the picture that you want to see.";
+
+let app, text, result, above, strip, follow, cost, again;
 let planned = null; // the newest message `plan`
 
-function ask(fields) {
+function ask(fields, bytes = null) {
   planned = null;
   result.hidden = true;
   text.textContent = "Planning …";
-  app.send("plan", fields);
+  again.onclick = () => ask(fields, bytes);
+  again.disabled = false;
+  if (bytes) app.sendBytes(bytes);
+  app.send("plan", { ...fields, cost: cost.value });
 }
 
 /** Draws the paths of all candidates from above, the start at the bottom, looking up; the plan's is drawn last. */
@@ -46,7 +51,15 @@ export const plan = {
   build(page, body) {
     app = page;
     const { pictures, row } = choices(app, "plan to", ask);
-    text = element("p", { textContent: "Choose the picture that you want to see." });
+    if (app.hello.count) {
+      const title = "What was recorded after the frame that this drive began with";
+      const onclick = () => ask({ source: "ahead" });
+      row.prepend(element("button", { id: "goal-ahead", textContent: "What came next", title, onclick }));
+    }
+    cost = element("select", { id: "cost" }, ...app.hello.costs.map((name) => element("option", { textContent: name })));
+    again = element("button", { id: "again", textContent: "Plan again", title: "To the same goal, from here", disabled: true });
+    row.append(element("label", {}, "compared by", cost), again);
+    text = element("p", { textContent: CHOOSE });
     above = element("canvas", { className: "above" });
     strip = element("div", { className: "thumbnails" });
     follow = element("button", { id: "follow", textContent: "Drive the plan", onclick: () => app.send("follow") });
@@ -54,6 +67,9 @@ export const plan = {
     body.append(pictures, row, text, result);
     plan.box.ontoggle = () => planned && drawPaths(planned);
   },
+
+  /** There is no plan: it was cancelled, or a notice says why. */
+  stopped: () => (text.textContent = CHOOSE),
 
   /** Shows the answer of the planner. */
   found(message) {

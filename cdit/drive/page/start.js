@@ -4,11 +4,13 @@ import { element, paint } from "./draw.js";
 
 let app;
 let how = null; // the fields of the message `begin`
+let picture = null; // its bytes, where the drive begins with one
 let seed;
 let buttons = [];
 
-function begin(fields) {
+function begin(fields, bytes = null) {
   how = fields;
+  picture = bytes;
   app.notify("");
   for (const button of buttons) {
     button.classList.toggle("on", button.dataset.start === JSON.stringify([fields.source, fields.start ?? fields.map]));
@@ -18,6 +20,7 @@ function begin(fields) {
 
 function send() {
   if (!how) return;
+  if (picture) app.sendBytes(picture); // the server keeps one, which may be a goal by now
   app.send("begin", { ...how, truth: start.withTruth, seed: Math.max(0, Math.floor(Number(seed.value)) || 0) });
 }
 
@@ -36,7 +39,10 @@ async function pictureBytes(file) {
   return new Uint8Array(height * width * 3).map((_, i) => pixels[4 * Math.floor(i / 3) + (i % 3)]);
 }
 
-/** What frames can be chosen from: {pictures, row}, elements; `chosen` gets {source: "data", start} or {source: "picture"}. */
+/**
+ * What frames can be chosen from: {pictures, row}, elements; `chosen` gets {source: "data", start}, or
+ * {source: "picture"} and its bytes, which are to be sent before.
+ */
 export function choices(page, verb, chosen) {
   const { hello } = page;
   const [height, width] = hello.size;
@@ -58,13 +64,14 @@ export function choices(page, verb, chosen) {
     const [file] = event.target.files;
     event.target.value = "";
     if (!file) return;
+    let bytes;
     try {
-      page.sendBytes(await pictureBytes(file));
+      bytes = await pictureBytes(file);
     } catch {
       page.notify(`${file.name} is not a picture that this browser can read`);
       return;
     }
-    chosen({ source: "picture" });
+    chosen({ source: "picture" }, bytes);
   };
   row.append(element("label", { className: "file" }, "Picture …", element("input", { type: "file", accept: "image/*", onchange })));
   return { pictures, row };
