@@ -12,13 +12,14 @@ from cdit.common.motion import integrate
 from cdit.common.randomness import generator
 from cdit.drive.dream import Dream
 from cdit.heads.importance import ablate_heads
+from cdit.loading import spread
 from cdit.plan.planner import Planner, Towards, WorldScore
 
 Run = Callable[..., Any]
 """Calls a function with arguments where networks are computed; raises `Cancelled` if nobody wants the plan any more."""
 
 ENDS = 8
-"""Candidates whose predicted ends are shown."""
+"""Candidates whose predicted ends are shown, the plan and others from the best to the worst."""
 PIECE = 8
 """Candidates that are scored at a time: in between, others get their frames."""
 
@@ -40,8 +41,10 @@ class Planned:
     cost to the highest."""
     costs: Tensor
     """(S,), in the same order."""
+    shown: list[int]
+    """Some of these candidates, the plan first."""
     ends: Tensor
-    """(ENDS, 3, h, w) uint8, predicted where the first of these candidates are closest to the goal."""
+    """(len(shown), 3, h, w) uint8, predicted where they are closest to the goal."""
 
 
 def plan(planner: Planner, score: WorldScore, dream: Dream, goal: Tensor, run: Run) -> Planned:
@@ -76,7 +79,8 @@ def plan(planner: Planner, score: WorldScore, dream: Dream, goal: Tensor, run: R
     tried = torch.cat(found.tried, dim=1)[0][order]
     others = (tried != found.actions).flatten(1).any(1)
     tried = torch.cat((found.actions, tried[others]))
-    best = run(scored, tried[None, :ENDS])[0]  # (ENDS, moments)
-    ends = run(pictures, tried[None, :ENDS])[torch.arange(len(best)), best.argmin(1)]
+    shown = [0, *spread(list(range(1, len(tried))), ENDS - 1)]
+    best = run(scored, tried[None, shown])[0]  # (len(shown), moments)
+    ends = run(pictures, tried[None, shown])[torch.arange(len(best)), best.argmin(1)]
     costs = torch.cat((best[:1].min(1).values, costs[others]))
-    return Planned(goal, found.actions[0, : int(found.length)], integrate(tried), costs, ends)
+    return Planned(goal, found.actions[0, : int(found.length)], integrate(tried), costs, shown, ends)

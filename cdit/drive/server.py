@@ -456,6 +456,7 @@ class Session:
         facts = {
             "step": self._drive.steps,
             "costs": found.costs.tolist(),
+            "shown": found.shown,
             "steps": len(found.actions),
             "seconds": perf_counter() - began,
         }

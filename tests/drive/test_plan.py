@@ -63,8 +63,10 @@ def test_the_plan_is_the_candidate_whose_frame_is_closest_to_the_goal(planning, 
     assert distances[1:] == pytest.approx(sorted(distances[1:]), rel=1e-4)
     assert len(found.actions) == frames[0][1]
     np.testing.assert_allclose(compose(found.actions.numpy())[-1], found.paths[0, len(found.actions) - 1], atol=1e-5)
-    assert len(found.ends) == min(ENDS, len(found.paths))
-    for end, (_, _, frame) in zip(found.ends, frames, strict=False):
+    assert len(set(found.shown)) == len(found.ends) == min(ENDS, len(found.paths))
+    assert found.shown[0] == 0
+    for end, candidate in zip(found.ends, found.shown, strict=True):
+        frame = frames[candidate][2]
         assert (end.int() - to_uint8(frame).int()).abs().max() <= 1
     # Nothing of the drive has changed.
     assert torch.equal(dream.frame, before)

@@ -84,11 +84,11 @@ export const plan = {
       strip.append(element("figure", {}, canvas, element("figcaption", { textContent: name })));
     };
     picture("goal", goal, 0);
-    for (let i = 0; i < ends.shape[0]; i++) {
-      picture(`${i ? "" : "plan "}${digits(message.costs[i], 3)}`, ends, i * height * width * 3);
-    }
+    message.shown.forEach((candidate, i) => {
+      picture(`${i ? "" : "plan "}${digits(message.costs[candidate], 3)}`, ends, i * height * width * 3);
+    });
     text.textContent = `${message.costs.length} candidates in ${digits(message.seconds, 1)} s. Orange: the plan, ${message.steps} steps. `
-      + "Pictures: the goal, and what is predicted at the end of the candidates of lowest cost.";
+      + "Pictures: the goal, and what is predicted at the end of the plan and of other candidates, with their costs.";
     drawPaths(message);
     plan.frame(app.last);
   },
