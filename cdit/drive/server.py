@@ -557,14 +557,19 @@ def _host(address: str) -> str | None:
         return None
 
 
+def threads_of(config: DriveConfig) -> int:
+    """The threads of the network; see `DriveConfig.threads`."""
+    most = torch.get_num_threads()
+    return config.threads or (most if "OMP_NUM_THREADS" in os.environ else max(1, most - 1))
+
+
 def serve(config: DriveConfig) -> None:
     """Loads the worlds and serves until Ctrl-C.
 
     Raises:
         UserError: a checkpoint or the dataset cannot be used, or the port is taken.
     """
-    if config.threads or "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(config.threads or max(1, torch.get_num_threads() - 1))
+    torch.set_num_threads(threads_of(config))
     server = Server(config, Stage(config))
     asyncio.run(_serve(server))
 

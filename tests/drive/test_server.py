@@ -13,13 +13,14 @@ from dataclasses import replace
 import aiohttp
 import numpy as np
 import pytest
+import torch
 from aiohttp import web
 
 from cdit.data.motion import compose
 from cdit.drive.config import DriveConfig
 from cdit.drive.drive import Drive, Stage
 from cdit.drive.plan import Cancelled, Planned
-from cdit.drive.server import Server
+from cdit.drive.server import Server, threads_of
 
 SIDE = 32
 
@@ -441,6 +442,18 @@ def test_a_crowd_leaves_the_others_be(stage):
         assert await ended(place, 0)
 
     serving(stage, test, sessions=20)
+
+
+@pytest.mark.parametrize(
+    ("cores", "asked", "variable", "threads"),
+    [(8, None, None, 7), (1, None, None, 1), (8, 3, None, 3), (8, None, "8", 8), (8, 3, "8", 3)],
+)
+def test_a_core_is_left_to_the_browser(monkeypatch, cores, asked, variable, threads):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    assert threads_of(DriveConfig(threads=asked)) == threads
 
 
 @pytest.mark.parametrize(
