@@ -364,6 +364,12 @@ class WorldModel(nn.Module):
         held = (*state.held, new)
         if len(held) < sampler.hold:
             return replace(state, held=held, since=self._complete(condition or Condition(), state), noise=noise)
+        return self.join(replace(state, held=held), sampler)
+
+    @torch.no_grad()
+    def join(self, state: WorldState, sampler: SamplerConfig | None = None) -> WorldState:
+        """The state after all frames that are held have become the past, before the sampler would have them."""
+        held, sampler = state.held, sampler or self.description.sampler
         state = replace(state, held=(), since=None, noise=None)
         for new in held[-self.cdit.config.max_context :]:
             state = self._push(state, new, sampler.context_noise)

@@ -41,7 +41,7 @@ class DriveConfig(DataOptions, CheckpointOptions):
     idle_minutes: float = 10.0
     """Minutes without input after which a session ends."""
     threads: Positive[int] | None = None
-    """Threads of the network on a CPU; by default OMP_NUM_THREADS or, if it is not set, one less than there are cores,
+    """Threads of the network on a CPU; by default OMP_NUM_THREADS or, if it is not set, one fewer than there are cores,
     which leaves one to the browser."""
     planner: PlannerConfig = field(
         default_factory=lambda: PlannerConfig(
@@ -50,7 +50,7 @@ class DriveConfig(DataOptions, CheckpointOptions):
             sampler=SamplerOptions(steps=1),
         )
     )
-    """How plans to a goal are made."""
+    """How the planner searches for a plan to the goal."""
     horizon: Positive[int] = 8
     """Steps of a plan."""
     record: str | None = None

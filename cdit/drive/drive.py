@@ -111,7 +111,7 @@ class Stage:
             try:
                 self._scores[cost] = WorldScore.of(self.worlds[0], planner, self.planner.moments)
             except UserError as error:
-                raise UserError(f"no plan by {cost}: {error}. The cost pixels needs no weights") from error
+                raise UserError(f"cannot plan with the cost {cost}: {error}. pixels needs no weights") from error
         return self._scores[cost]
 
     def longest(self, dreams: int) -> int:
@@ -167,7 +167,7 @@ class View:
 
 
 class Drive:
-    """One person's drive. Its methods are called by one thread at a time, and only one drive's at a time.
+    """One person's drive. Its methods but `plan` are called by one thread at a time, and only one drive's at a time.
 
     Args:
         stage: what is shared.
@@ -335,7 +335,7 @@ class Drive:
             Cancelled: by `run`.
         """
         if self.beginning is None:
-            raise UserError("choose where to start before a goal")
+            raise UserError("choose a start before a goal")
         planner, score = self.stage.planner, self.stage.score(cost or self.stage.costs[0])
         return plan(planner, score, self.dreams[0], goal, run)
 

@@ -16,16 +16,16 @@ from cdit.loading import spread
 from cdit.plan.planner import Planner, Towards, WorldScore
 
 Run = Callable[..., Any]
-"""Calls a function with arguments where networks are computed; raises `Cancelled` if nobody wants the plan any more."""
+"""Calls a function with arguments where networks are computed; raises `Cancelled` if the plan was cancelled."""
 
 ENDS = 8
-"""Candidates whose predicted ends are shown, the plan and others from the best to the worst."""
+"""Candidates whose predicted ends are shown: the plan, and others spread evenly over the rest, the best first."""
 PIECE = 8
 """Candidates that are scored at a time: in between, others get their frames."""
 
 
 class Cancelled(Exception):
-    """Nobody wants the plan any more."""
+    """The plan was cancelled."""
 
 
 @dataclass
@@ -60,7 +60,14 @@ def plan(planner: Planner, score: WorldScore, dream: Dream, goal: Tensor, run: R
     noise = generator(dream.seed, 2, len(dream.moments))
     world = dream.world
     draws = [score.predictor.draw_noise(noise).to(world.device) for _ in range(score.repeats)]
-    state = replace(dream.state, fps=world.description.fps / (score.predictor.stride or 1))
+    state, stride = dream.state, score.predictor.stride
+    if (
+        stride or len(state.held) + planner.moments[-1] > dream.sampler.hold
+    ):  # then frames are not predicted as in driving
+        state = run(world.join, state, dream.sampler)
+    if state.noise is not None:
+        draws[0] = state.noise[0].expand_as(draws[0])
+    state = replace(state, fps=world.description.fps / (stride or 1))
     towards = Towards(score, state, to_float(goal)[None].to(world.device), draws)
 
     def scored(actions: Tensor) -> Tensor:
@@ -77,7 +84,7 @@ def plan(planner: Planner, score: WorldScore, dream: Dream, goal: Tensor, run: R
     found = planner.plan(pieces, 1, noise)
     costs, order = torch.cat(found.costs, dim=1)[0].sort()
     tried = torch.cat(found.tried, dim=1)[0][order]
-    others = (tried != found.actions).flatten(1).any(1)
+    others = ((tried - found.actions).abs() > 1e-6).flatten(1).any(1)
     tried = torch.cat((found.actions, tried[others]))
     shown = [0, *spread(list(range(1, len(tried))), ENDS - 1)]
     best = run(scored, tried[None, shown])[0]  # (len(shown), moments)

@@ -201,6 +201,8 @@ class Session:
         self._stale = threading.Event()
         """Set once the plan that is being made is not wanted any more."""
         self._todo: deque[Callable[[], Awaitable[None]]] = deque()
+        self._settings: dict[str, Callable[[], Any]] = {}
+        """Settings that wait to be made."""
         self._wake = asyncio.Event()
         self._answers: deque[bytes] = deque()
         self._newest: tuple[View, dict[str, Any]] | None = None
@@ -272,7 +274,7 @@ class Session:
         )
         self._input = message.integer("id", 0, 2**53)
         if any(self._command):
-            self._following.clear()
+            self._forget_plan()
 
     def _read_run(self, message: Message) -> None:
         self._running = message.flag("on")
@@ -329,18 +331,18 @@ class Session:
         heads = message.pairs("heads", (len(cdit.blocks), cdit.config.num_heads), MAX_HEADS)
         patch = message.pairs("patch", cdit.grid, 1)
         inside = Inside(patch[0] if patch else None, heads, message.integer("call", -1, MAX_CALLS))
-        self._do(setattr, self._drive, "inside", inside)
+        self._set("inside", setattr, self._drive, "inside", inside)
 
     def _read_off(self, message: Message) -> None:
         cdit = self._stage.worlds[0].cdit
         heads = message.pairs("heads", (len(cdit.blocks), cdit.config.num_heads), 10_000)
-        self._do(setattr, self._drive.dreams[0], "off", with_heads(heads))
+        self._set("off", setattr, self._drive.dreams[0], "off", with_heads(heads))
 
     def _read_doubt(self, message: Message) -> None:
         samples = message.integer("samples", 0, MAX_SAMPLES)
         if samples == 1:
             raise Malformed("samples: expected 0, or at least 2")
-        self._do(setattr, self._drive, "doubt", samples)
+        self._set("doubt", setattr, self._drive, "doubt", samples)
 
     def _read_compare(self, message: Message) -> None:
         world = message.integer("world", 0, len(self._stage.worlds) - 1) if message.has("world") else None
@@ -350,7 +352,8 @@ class Session:
     def _read_sampler(self, message: Message) -> None:
         known = {name for world in self._stage.worlds for name in world.objective.schedulers}
         scheduler, steps = message.choice("scheduler", sorted(known)), message.integer("steps", 1, MAX_CALLS)
-        self._do(self._drive.sample_with, message.integer("dream", 0, 1), scheduler, steps)
+        dream = message.integer("dream", 0, 1)
+        self._set(f"sampler {dream}", self._drive.sample_with, dream, scheduler, steps)
 
     def _read_save(self, message: Message) -> None:
         self._todo.append(partial(self._save, message.choice("what", ("video", "actions", "dataset"))))
@@ -365,6 +368,12 @@ class Session:
             await self._show()
 
         self._todo.append(work)
+
+    def _set(self, name: str, function: Callable[..., Any], *args: Any) -> None:
+        """As `_do`, for a setting: while one waits to be made, it is replaced."""
+        if name not in self._settings:
+            self._do(lambda: self._settings.pop(name)())
+        self._settings[name] = partial(function, *args)
 
     async def _drives(self) -> None:
         """Does what the person wants, and steps at their pace in between."""
@@ -421,7 +430,7 @@ class Session:
     async def _show(self, number: int | None = None, milliseconds: float | None = None) -> None:
         view = await self._server.compute(self._drive.view, self._command)
         status = {"running": self._running, "runs": self._runs, "input": number, "milliseconds": milliseconds}
-        status["following"] = len(self._following)
+        status |= {"following": len(self._following), "planned": self._planned is not None}
         self._newest = view, status
         self._ready.set()
 
@@ -462,10 +471,15 @@ class Session:
         }
         arrays = {"goal": shown(found.goal), "ends": shown(found.ends), "paths": found.paths.float().numpy()}
         self._answer("plan", facts, arrays)
+        if self._flows:
+            self._running = False  # the next step would be elsewhere
+        await self._show()
 
     async def _follow(self) -> None:
+        if self._following:
+            return
         if self._planned is None:
-            raise UserError("there is no plan to follow yet")
+            raise UserError("there is no plan to follow: plan from here first")
         fps = self._stage.description.fps
         self._following.extend(speeds(action, fps) for action in self._planned.actions.tolist())
         self._planned, self._running = None, True

@@ -25,7 +25,7 @@ from cdit.common.tables import markdown_table
 from cdit.data.config import DataConfig
 from cdit.data.windows import WindowDataset
 from cdit.evaluate.config import EvaluateConfig
-from cdit.evaluate.results import RESULTS, Results
+from cdit.evaluate.results import RESULTS, ProtocolResult, Results
 from cdit.evaluate.tables import Row, digits, markdown
 from cdit.loading import spread
 from cdit.studies.config import AblationConfig
@@ -249,6 +249,17 @@ def evaluate(run: Run, config: AblationConfig, data: dict[str, Any], evaluation:
     _call([*_launcher(config), "-m", "cdit.evaluate", *evaluation_options(run, config, data, evaluation)], run)
 
 
+def only(protocols: dict[str, ProtocolResult]) -> ProtocolResult:
+    """The results of the one protocol.
+
+    Raises:
+        UserError: there are several.
+    """
+    if len(protocols) > 1:
+        raise UserError(f"evaluations: expected one protocol each, at one rollout.fps, got {', '.join(protocols)}")
+    return next(iter(protocols.values()))
+
+
 def report(config: AblationConfig, runs: list[Run]) -> str:
     """Writes `results.md` and `results.json` into the ablation's folder, and returns the former.
 
@@ -257,17 +268,17 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
     sample, and intervals are over the trajectories of the test split: how much a mean might change with other
     trajectories. Differences of the seeds are listed one by one.
     """
-    found, of_variant = {}, {}
+    found, of_variant, against = {}, {}, {}
     for variant in config.variants:
         for evaluation in config.evaluations:
             name = f"{variant}, {evaluation}" if evaluation else variant
             folders = [results_folder(run, evaluation) for run in runs if run.variant == variant]
-            found[name] = [next(iter(Results.load(folder).protocols.values())) for folder in folders]
+            found[name] = [only(Results.load(folder).protocols) for folder in folders]
             of_variant[name] = variant
-    reference_name = next(name for name, variant in of_variant.items() if variant == config.reference)
-    reference = found[reference_name]
-    trajectories = reference[0].trajectories
-    measured = {row.metric for row in reference[0].rows}  # LPIPS may not be available
+            against[name] = f"{config.reference}, {evaluation}" if evaluation else config.reference
+    first = next(iter(found.values()))[0]
+    trajectories = first.trajectories
+    measured = {row.metric for row in first.rows}  # LPIPS may not be available
     metrics = [metric for metric in config.metrics if metric in measured]
     rows, compared, summary = [], [], {}
     for name, results in found.items():
@@ -283,12 +294,12 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
             for seconds in config.seconds:
                 ours, theirs = (
                     np.stack([result.values("model", metric, seconds) for result in some])
-                    for some in (results, reference)
+                    for some in (results, found[against[name]])
                 )
                 mean = estimates(ours.mean(0), trajectories)[0]
                 frames = round(seconds * results[0].fps)
                 rows.append(Row(name, seconds, frames, metric, mean.mean, None, mean.low, mean.high))
-                if name != reference_name:
+                if name != against[name]:
                     change = paired_difference(ours.mean(0), theirs.mean(0), trajectories)[0]
                     seeds = [float(difference) for difference in (ours - theirs).mean(1)]
                     compared.append(Comparison(name, metric, seconds, change, seeds))
@@ -301,7 +312,7 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
         f"# {config.name}\n\n{trained}{summary_table(summary, len(config.seeds))}\n"
         f"{len(trajectories)} samples of {len(set(trajectories))} test trajectories; "
         f"seeds {', '.join(map(str, config.seeds))}; ± is half the 95 % interval over trajectories.\n\n"
-        f"{markdown(rows)}\n{differences_table(compared, reference_name)}"
+        f"{markdown(rows)}\n{differences_table(compared, config.reference)}"
     )
     (config.folder / "results.md").write_text(text)
     written = {

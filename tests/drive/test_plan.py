@@ -31,29 +31,37 @@ def planning(checkpoint: Path, walks: Path) -> Stage:
     return Stage(DriveConfig(checkpoint=str(checkpoint), data=str(walks), planner=planner, horizon=4))
 
 
-def driven(stage: Stage, steps: int) -> Drive:
+def driven(stage: Stage, steps: int, hold: int = 1) -> Drive:
     drive = Drive(stage)
+    drive.dreams[0].sampler = replace(stage.description.sampler, hold=hold)
     drive.begin(Begin(start=5))
     for i in range(steps):
         drive.step(1.0, 0.0, 0.3 * i)
     return drive
 
 
-@pytest.mark.parametrize("steps", [0, 3])
-def test_the_plan_is_the_candidate_whose_frame_is_closest_to_the_goal(planning, steps):
-    drive = driven(planning, steps)
+@pytest.mark.parametrize(("steps", "hold"), [(0, 1), (3, 1), (2, 9), (2, 3)])
+def test_the_plan_is_the_candidate_whose_frame_is_closest_to_the_goal(planning, steps, hold):
+    """With hold 9 candidates go on from the same past as the dream; with 3 this past would be too long ago."""
+    drive = driven(planning, steps, hold)
     dream, world, goal = drive.dreams[0], planning.worlds[0], drive.goal(20, None)
     assert torch.equal(goal, planning.data.window(planning.starts[20], []).context[-1])
     before = dream.frame.clone()
     found = drive.plan(goal, at_once)
 
-    noise = torch.randn(2, *world.latent_shape, generator=generator(0, 2, steps))
+    noise, state = torch.randn(2, *world.latent_shape, generator=generator(0, 2, steps)), dream.state
+    if hold == 9:
+        noise = state.noise[0].expand_as(noise)
+    elif hold == 3:
+        state = world.begin(to_float(dream.context)[None])
+        for moment in dream.moments:
+            state = world.advance(state, moment.sampled, sampler=replace(dream.sampler, hold=1))
     distances, frames = [], []
     for path in found.paths:
         by_moment = []
         for moment, start in zip((2, 4), noise, strict=True):
             condition = Condition(torch.tensor([[moment / 4]]), path[None, None, moment - 1])
-            frame = world.decode(world.sample(dream.state, condition, dream.sampler, noise=start[None]))[0, 0]
+            frame = world.decode(world.sample(state, condition, dream.sampler, noise=start[None]))[0, 0]
             by_moment.append((float((frame - to_float(goal)).square().mean()), moment, frame))
         closest = min(by_moment, key=lambda found: found[0])
         distances.append(closest[0])
@@ -65,12 +73,14 @@ def test_the_plan_is_the_candidate_whose_frame_is_closest_to_the_goal(planning, 
     np.testing.assert_allclose(compose(found.actions.numpy())[-1], found.paths[0, len(found.actions) - 1], atol=1e-5)
     assert len(set(found.shown)) == len(found.ends) == min(ENDS, len(found.paths))
     assert found.shown[0] == 0
+    assert found.shown[-1] >= len(found.paths) - 2
+    assert ((found.paths[1:] - found.paths[0]).abs().amax((1, 2)) > 1e-5).all()  # the plan stands once
     for end, candidate in zip(found.ends, found.shown, strict=True):
         frame = frames[candidate][2]
         assert (end.int() - to_uint8(frame).int()).abs().max() <= 1
     # Nothing of the drive has changed.
     assert torch.equal(dream.frame, before)
-    again = driven(planning, steps)
+    again = driven(planning, steps, hold)
     for one in (drive, again):
         one.step(0.5, 0.0, 0.0)
     assert torch.equal(drive.dreams[0].frame, again.dreams[0].frame)
@@ -96,6 +106,11 @@ def test_plans_in_strides_are_predicted_step_by_step(checkpoint, walks, stride):
     towards = score.to_goals(to_float(dream.context)[None], to_float(goal)[None], generator(0, 2, 0))
     steps = between(torch.cat((torch.zeros(len(found.paths), 1, 3), found.paths[:, :-1]), 1), found.paths)
     np.testing.assert_allclose(found.costs, towards(steps[None])[0, :, 0], rtol=1e-3)
+    held = driven(stage, 2, hold=5).plan(goal, at_once)  # its past is that of a drive that holds nothing
+    joined = driven(stage, 0)
+    joined.dreams[0]._state = world.join(driven(stage, 2, hold=5).dreams[0].state)
+    joined.dreams[0].moments.extend(driven(stage, 2, hold=5).dreams[0].moments)
+    np.testing.assert_allclose(held.costs, joined.plan(goal, at_once).costs, rtol=1e-4)
 
 
 def test_a_head_that_is_off_stays_off_in_plans(planning):
@@ -138,7 +153,7 @@ def test_without_enough_recorded_motions_candidates_are_arcs(checkpoint, walks):
 
 
 def test_a_plan_needs_a_beginning_and_a_cost(planning):
-    with pytest.raises(UserError, match="choose where to start"):
+    with pytest.raises(UserError, match="choose a start"):
         Drive(planning).plan(torch.zeros(3, 32, 32, dtype=torch.uint8), at_once)
     with pytest.raises(UserError, match=r"planner\.cost is 'colour'"):
         replace(planning.config, planner=PlannerConfig(cost="colour")).check()

@@ -3,13 +3,15 @@
 import { digits, element, paint } from "./draw.js";
 import { choices } from "./start.js";
 
-const CHOOSE = "Choose the picture that you want to see.";
+const CHOOSE = "Choose a goal picture.";
 
 let app, text, result, above, strip, follow, cost, again;
 let planned = null; // the newest message `plan`
+let asked = 0; // plans that were not answered yet
 
 function ask(fields, bytes = null) {
   planned = null;
+  asked += 1;
   result.hidden = true;
   text.textContent = "Planning …";
   again.onclick = () => ask(fields, bytes);
@@ -25,7 +27,7 @@ function drawPaths({ arrays: { paths }, costs, steps }) {
   if (!width) return;
   Object.assign(above, { width, height });
   const [count, length] = paths.shape;
-  const far = Math.max(0.1, ...paths.map((value, i) => (i % 3 < 2 ? Math.abs(value) : 0)));
+  const far = paths.reduce((most, value, i) => (i % 3 < 2 ? Math.max(most, Math.abs(value)) : most), 0.1);
   const scale = (0.45 * Math.min(width, height)) / far;
   const context = above.getContext("2d");
   const [low, high] = [Math.min(...costs), Math.max(...costs)];
@@ -58,7 +60,7 @@ export const plan = {
     }
     cost = element("select", { id: "cost" }, ...app.hello.costs.map((name) => element("option", { textContent: name })));
     again = element("button", { id: "again", textContent: "Plan again", title: "To the same goal, from here", disabled: true });
-    row.append(element("label", {}, "compared by", cost), again);
+    row.append(element("label", {}, "cost", cost), again);
     text = element("p", { textContent: CHOOSE });
     above = element("canvas", { className: "above" });
     strip = element("div", { className: "thumbnails" });
@@ -69,11 +71,15 @@ export const plan = {
   },
 
   /** There is no plan: it was cancelled, or a notice says why. */
-  stopped: () => (text.textContent = CHOOSE),
+  stopped() {
+    asked -= 1;
+    if (!asked) text.textContent = CHOOSE;
+  },
 
   /** Shows the answer of the planner. */
   found(message) {
     planned = message;
+    asked -= 1;
     result.hidden = false;
     const [height, width] = app.hello.size;
     const { goal, ends } = message.arrays;
@@ -90,12 +96,11 @@ export const plan = {
     text.textContent = `${message.costs.length} candidates in ${digits(message.seconds, 1)} s. Orange: the plan, ${message.steps} steps. `
       + "Pictures: the goal, and what is predicted at the end of the plan and of other candidates, with their costs.";
     drawPaths(message);
-    plan.frame(app.last);
   },
 
   frame(message) {
     if (!follow) return;
-    follow.disabled = !planned || message.step !== planned.step || message.following > 0;
+    follow.disabled = !planned || !message.planned || message.following > 0;
     follow.textContent = message.following ? `${message.following} steps to go` : "Drive the plan";
   },
 };
