@@ -76,7 +76,7 @@ class Condition(TensorData):
         if self.action is not None and following.action is not None:
             action = placed(following.action[..., None, :], self.action)[..., 0, :]
             if self.known is not None:
-                known = self.known if known is None else self.known & known
+                known = (self.known if known is None else self.known & known).expand(action.shape[:-1])
         return replace(following, time_shift=self.time_shift + following.time_shift, action=action, known=known)
 
     def part(self, goals: slice) -> "Condition":

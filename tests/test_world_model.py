@@ -596,6 +596,20 @@ def test_held_frames_are_jumps_from_one_past(dialect):
         torch.testing.assert_close(world.decode(sampled), out[:, :, i], atol=1e-5, rtol=0)
 
 
+@torch.no_grad()
+def test_several_goals_can_follow_held_frames():
+    """As one by one, whether or not their actions, and those of the held frames, say that they are known."""
+    world, (context, _, _) = build(), inputs()
+    sampler, noise = SamplerConfig(steps=2, hold=4), torch.randn(1, *world.latent_shape, generator=seeded(5))
+    goals = torch.randn(2, 3, 3, generator=seeded(3))
+    for known in (None, torch.ones(2, 1, dtype=torch.bool)):
+        held, _ = world.step(world.begin(context), Condition(action=goals[:, :1], known=known), sampler, seeded())
+        together = world.sample(held, Condition(action=goals), sampler, noise=noise)
+        for i in range(3):
+            alone = world.sample(held, Condition(action=goals[:, i, None]), sampler, noise=noise)
+            torch.testing.assert_close(together[:, i], alone[:, 0])
+
+
 def test_only_motion_is_held():
     space, world = ActionSpace(["joint"], ["rad"], [0.0], [1.0], "absolute"), build()
     description = replace(world.description, actions=space, sampler=SamplerConfig(hold=2))
