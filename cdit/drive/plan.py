@@ -61,7 +61,7 @@ def plan(planner: Planner, score: WorldScore, dream: Dream, goal: Tensor, run: R
     world = dream.world
     draws = [score.predictor.draw_noise(noise).to(world.device) for _ in range(score.repeats)]
     state, stride = dream.state, score.predictor.stride
-    if stride or len(state.held) + planner.moments[-1] > dream.sampler.hold:  # its past is not that of the whole plan
+    if stride or len(state.held) + planner.moments[-1] > dream.sampler.hold:  # they join the past during the plan
         state = run(world.join, state, dream.sampler)
     if state.noise is not None:
         draws[0] = state.noise[0].expand_as(draws[0])
