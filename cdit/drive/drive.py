@@ -307,9 +307,9 @@ class Drive:
         metrics, device = self.stage.metrics, self.stage.worlds[0].device
         return [{name: float(m(x.to(device), truth.to(device))) for name, m in metrics.items()} for x in frames]
 
-    def goal(self, start: int | None, picture: Tensor | None) -> Tensor:
-        """A goal (3, H, W) uint8: the newest frame of one of the stage's `starts`, or a picture."""
-        return picture if start is None else self.stage.data.window(self.stage.starts[start], []).context[-1]
+    def goal(self, start: int) -> Tensor:
+        """A goal (3, H, W) uint8: the newest frame of one of the stage's `starts`."""
+        return self.stage.data.window(self.stage.starts[start], []).context[-1]
 
     def ahead(self) -> Tensor:
         """A goal (3, H, W) uint8: the frame recorded a plan's length after the one that the drive began with, or the

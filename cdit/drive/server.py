@@ -309,13 +309,13 @@ class Session:
         source = message.choice("source", ("data", "ahead", "picture"))
         cost = message.choice("cost", self._stage.costs) if message.has("cost") else None
         if source == "data":
-            goal = partial(self._drive.goal, message.integer("start", 0, len(self._stage.starts) - 1), None)
+            goal = partial(self._drive.goal, message.integer("start", 0, len(self._stage.starts) - 1))
         elif source == "ahead":
             goal = self._drive.ahead
         elif self._picture is None:
             raise Malformed("expected a picture first")
         else:
-            goal = partial(self._drive.goal, None, self._picture)
+            goal = partial(torch.Tensor.clone, self._picture)
         self._forget_plan()
         self._todo.append(partial(self._plan, goal, cost, self._stale))
 
@@ -362,18 +362,17 @@ class Session:
 
     def _do(self, function: Callable[..., Any], *args: Any) -> None:
         """Has the drive do something, then shows it."""
-
-        async def work() -> None:
-            await self._server.compute(function, *args)
-            await self._show()
-
-        self._todo.append(work)
+        self._todo.append(partial(self._done, partial(function, *args)))
 
     def _set(self, name: str, function: Callable[..., Any], *args: Any) -> None:
         """As `_do`, for a setting: while one waits to be made, it is replaced."""
         if name not in self._settings:
-            self._do(lambda: self._settings.pop(name)())
+            self._todo.append(lambda: self._done(self._settings.pop(name)))
         self._settings[name] = partial(function, *args)
+
+    async def _done(self, function: Callable[[], Any]) -> None:
+        await self._server.compute(function)
+        await self._show()
 
     async def _drives(self) -> None:
         """Does what the person wants, and steps at their pace in between."""

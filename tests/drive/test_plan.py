@@ -44,7 +44,7 @@ def driven(stage: Stage, steps: int, hold: int = 1) -> Drive:
 def test_the_plan_is_the_candidate_whose_frame_is_closest_to_the_goal(planning, steps, hold):
     """With hold 9 candidates go on from the same past as the dream; with 3 this past would be too long ago."""
     drive = driven(planning, steps, hold)
-    dream, world, goal = drive.dreams[0], planning.worlds[0], drive.goal(20, None)
+    dream, world, goal = drive.dreams[0], planning.worlds[0], drive.goal(20)
     assert torch.equal(goal, planning.data.window(planning.starts[20], []).context[-1])
     before = dream.frame.clone()
     found = drive.plan(goal, at_once)
@@ -99,7 +99,7 @@ def test_plans_in_strides_are_predicted_step_by_step(checkpoint, walks, stride):
     planner = PlannerConfig(cost="pixels", stride=stride, optimizer=OptimizerConfig(samples=4, iterations=1, elites=2))
     stage = Stage(DriveConfig(checkpoint=str(checkpoint), data=str(walks), planner=planner, horizon=4))
     drive = driven(stage, 0)
-    goal = drive.goal(20, None)
+    goal = drive.goal(20)
     found = drive.plan(goal, at_once)
     world, dream = stage.worlds[0], drive.dreams[0]
     score = WorldScore.of(world, planner, [4])
@@ -115,7 +115,7 @@ def test_plans_in_strides_are_predicted_step_by_step(checkpoint, walks, stride):
 
 def test_a_head_that_is_off_stays_off_in_plans(planning):
     drive = driven(planning, 2)
-    goal = drive.goal(20, None)
+    goal = drive.goal(20)
     costs = drive.plan(goal, at_once).costs
     drive.dreams[0].off = with_heads([(0, 0), (0, 1)])
     assert not torch.allclose(drive.plan(goal, at_once).costs, costs)
@@ -131,7 +131,7 @@ def test_planning_is_done_in_pieces_and_stops_when_it_is_not_wanted(planning):
         return function(*args)
 
     with pytest.raises(Cancelled):
-        drive.plan(drive.goal(7, None), run)
+        drive.plan(drive.goal(7), run)
     assert len(calls) == 3
 
 
