@@ -268,21 +268,21 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
     sample, and intervals are over the trajectories of the test split: how much a mean might change with other
     trajectories. Differences of the seeds are listed one by one.
     """
-    found, of_variant, against = {}, {}, {}
-    for variant in config.variants:
-        for evaluation in config.evaluations:
-            name = f"{variant}, {evaluation}" if evaluation else variant
-            folders = [results_folder(run, evaluation) for run in runs if run.variant == variant]
-            found[name] = [only(Results.load(folder).protocols) for folder in folders]
-            of_variant[name] = variant
-            against[name] = f"{config.reference}, {evaluation}" if evaluation else config.reference
+    found = {
+        (variant, evaluation): [
+            only(Results.load(results_folder(run, evaluation)).protocols) for run in runs if run.variant == variant
+        ]
+        for variant in config.variants
+        for evaluation in config.evaluations
+    }
     first = next(iter(found.values()))[0]
     trajectories = first.trajectories
     measured = {row.metric for row in first.rows}  # LPIPS may not be available
     metrics = [metric for metric in config.metrics if metric in measured]
     rows, compared, summary = [], [], {}
-    for name, results in found.items():
-        trainings = [History(run.folder) for run in runs if run.variant == of_variant[name]]
+    for (variant, evaluation), results in found.items():
+        name, reference = f"{variant}, {evaluation}" if evaluation else variant, found[config.reference, evaluation]
+        trainings = [History(run.folder) for run in runs if run.variant == variant]
         of_seeds = {
             metric: [np.mean([one.values("model", metric, seconds) for seconds in config.seconds]) for one in results]
             for metric in metrics
@@ -294,12 +294,12 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
             for seconds in config.seconds:
                 ours, theirs = (
                     np.stack([result.values("model", metric, seconds) for result in some])
-                    for some in (results, found[against[name]])
+                    for some in (results, reference)
                 )
                 mean = estimates(ours.mean(0), trajectories)[0]
                 frames = round(seconds * results[0].fps)
                 rows.append(Row(name, seconds, frames, metric, mean.mean, None, mean.low, mean.high))
-                if name != against[name]:
+                if variant != config.reference:
                     change = paired_difference(ours.mean(0), theirs.mean(0), trajectories)[0]
                     seeds = [float(difference) for difference in (ours - theirs).mean(1)]
                     compared.append(Comparison(name, metric, seconds, change, seeds))
