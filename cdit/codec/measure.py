@@ -1,5 +1,6 @@
 """Makes a features codec: a backbone, with the statistics of its features on a dataset."""
 
+import math
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -51,9 +52,11 @@ def measure(config: MeasureConfig, device: torch.device) -> FeaturesCodec:
         codec.save(Path(config.out))
     if config.random_weights:
         print(f"the weights of {config.backbone} are random", file=sys.stderr)
+    shift = math.sqrt(math.prod(shape) / 4096)
     print(
         f"{config.out}: features {shape[0]} × {shape[1]} × {shape[2]} of frames {config.data.image_size[0]} × "
-        f"{config.data.image_size[1]}; train with --codec.kind features --codec.name {config.out}"
+        f"{config.data.image_size[1]}; train with --codec.kind features --codec.name {config.out} and, as in RAE, "
+        f"--flow.shift {shift:.2f} --sampler.shift {shift:.2f}"
     )
     return codec
 

@@ -144,6 +144,10 @@ class FlowConfig:
     """Mean of the logit of the diffusion time; larger is noisier."""
     time_std: NotNegative[float] = 1.0
     """Standard deviation of the logit of the diffusion time."""
+    shift: Positive[float] = 1.0
+    """Moves the times that are drawn towards noise, as sampler.shift moves those of sampling: t becomes
+    shift·t / (1 + (shift - 1)·t), which adds ln(shift) to the logit. RAE (Zheng et al. 2025, arXiv 2510.11690) shifts
+    both by √(C·h·w / 4096) for latents of shape (C, h, w)."""
     min_time: Positive[float] = 0.05
     """Conversions never divide by a t or 1 - t smaller than this; they are exact if both are larger."""
     perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)

@@ -43,12 +43,14 @@ class Flow(DenoisingObjective):
             self.perceptual = PerceptualLoss(self.config.perceptual, decode)
 
     def draw_time(self, draws: KeyedDraws, *shape: int) -> Tensor:
-        """Diffusion times in (0, 1), uniform or logit-normal."""
+        """Diffusion times in (0, 1), uniform or logit-normal, shifted."""
         if self.config.time_distribution == "uniform":
-            return draws.rand(*shape)
-        # Sample by sample: vectorised, the last bit of a sigmoid would depend on its position in the batch.
-        logits = draws.randn(*shape) * self.config.time_std + self.config.time_mean
-        return torch.stack([logit.sigmoid() for logit in logits])
+            time = draws.rand(*shape)
+        else:
+            # Sample by sample: vectorised, the last bit of a sigmoid would depend on its position in the batch.
+            logits = draws.randn(*shape) * self.config.time_std + self.config.time_mean
+            time = torch.stack([logit.sigmoid() for logit in logits])
+        return self.config.shift * time / (1 + (self.config.shift - 1) * time)
 
     def timestep(self, time: Tensor) -> Tensor:
         """1000·t."""

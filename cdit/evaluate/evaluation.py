@@ -177,7 +177,7 @@ def build_judge(config: EvaluateConfig, world: WorldModel, studies: Sequence[Stu
         print(
             "the codec has no decoder: pictures are the nearest recorded frames, latents are measured", file=sys.stderr
         )
-        return Judge({}, latents=True)
+        return Judge.without_decoder(world.codec)
     judge = Judge(
         load_metrics(device, tuple(world.description.image_size), names),
         Features(config.fid_network, "fid_network").to(device) if "fid" in config.metrics else None,

@@ -1,6 +1,6 @@
 """Distances of predicted frames to a goal image. Lower is better; units differ.
 
-Suffixes: B goals, S frames compared with each.
+Suffixes: B goals, S frames compared with each, L moments of a candidate.
 """
 
 from abc import ABC, abstractmethod
@@ -25,6 +25,10 @@ class Cost(ABC):
     def __call__(self, frames: Tensor, goals: Tensor) -> Tensor:
         """Distances (B, S) of frames (B, S, 3, H, W) to goals (B, 3, H, W), in [-1, 1]."""
 
+    def of_predicted(self, world: WorldModel, latents: Tensor, goals: Tensor) -> Tensor:
+        """Distances (B, S, L) of what a world predicts, latents (B, S, L, C, h, w), to goals: by default decoded."""
+        return self(world.decode(latents).flatten(1, 2), goals).unflatten(1, latents.shape[1:3])
+
 
 class Pairwise(Cost):
     """A function of as many frames as goals, (N, 3, H, W) each, to distances (N,)."""
@@ -47,15 +51,19 @@ class Pixels(Cost):
 
 
 class Latents(Cost):
-    """Mean squared difference of the latents of a world's codec."""
+    """Mean squared difference of the latents of a world's codec; what the world predicts is not decoded."""
 
     def __init__(self, world: WorldModel):
         self.world = world
 
     def __call__(self, frames: Tensor, goals: Tensor) -> Tensor:
         """See `Cost`."""
-        encoded = self.world.codec.encode(frames), self.world.codec.encode(goals)[:, None]
-        return (encoded[0] - encoded[1]).square().flatten(2).mean(2)
+        return self.of_predicted(self.world, self.world.codec.encode(frames)[:, :, None], goals)[:, :, 0]
+
+    def of_predicted(self, world: WorldModel, latents: Tensor, goals: Tensor) -> Tensor:
+        """See `Cost`."""
+        goal = world.codec.encode(goals)[:, None, None]
+        return (world.codec.as_past(latents) - goal).square().mean((3, 4, 5))
 
 
 class Features(Cost):

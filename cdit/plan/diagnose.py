@@ -76,9 +76,9 @@ def diagnose(config: DiagnoseConfig) -> None:
         judged = {name: [] for name in costs}
         for repeat in range(config.noises):
             noise = predictor.draw_noise(generator(config.seed, 4, number, repeat, device=world.device))
-            frames = world.decode(predictor.predict(state, actions[None].to(world.device), noise))[:, :, 0]
+            predicted, goals = predictor.predict(state, actions[None].to(world.device), noise), batch.target[:, 0]
             for name, cost in costs.items():
-                judged[name].append(cost(frames, to_float(batch.target[:, 0]))[0].cpu())
+                judged[name].append(cost.of_predicted(world, predicted, to_float(goals))[0, :, 0].cpu())
         for name in costs:
             found[name].append(judge(torch.stack(judged[name]), distance))
     diagnoses = [Diagnosis(name, np.array(values)) for name, values in found.items()]

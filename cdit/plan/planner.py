@@ -154,19 +154,20 @@ class Towards:
     noises: list[Tensor]
     """One for each repeat, see `Predictor.predict`."""
 
-    def frames(self, actions: Tensor, repeat: int = 0) -> Tensor:
-        """What is predicted along candidates (B, S, H, 3): (B, S, L, 3, H, W)."""
-        predictor = self.score.predictor
-        return predictor.world.decode(predictor.predict(self.state, actions, self.noises[repeat]))
+    def latents(self, actions: Tensor, repeat: int = 0) -> Tensor:
+        """What is predicted along candidates (B, S, H, 3): (B, S, L, C, h, w)."""
+        return self.score.predictor.predict(self.state, actions, self.noises[repeat])
+
+    def frames(self, actions: Tensor) -> Tensor:
+        """The same as frames (B, S, L, 3, H, W)."""
+        return self.score.predictor.world.decode(self.latents(actions))
 
     @torch.no_grad()
     def __call__(self, actions: Tensor) -> Tensor:
         """See `Score`."""
-        costs = []
-        for repeat in range(len(self.noises)):
-            frames = self.frames(actions, repeat)
-            costs.append(self.score.cost(frames.flatten(1, 2), self.goals).unflatten(1, frames.shape[1:3]))
-        return torch.stack(costs).mean(0)
+        world, cost = self.score.predictor.world, self.score.cost
+        repeats = [self.latents(actions, repeat) for repeat in range(len(self.noises))]
+        return torch.stack([cost.of_predicted(world, latents, self.goals) for latents in repeats]).mean(0)
 
 
 class CostWorld:

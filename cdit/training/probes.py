@@ -75,7 +75,7 @@ class Probes:
         windows = spread(self.windows, probe.final_samples if final else probe.samples)
         protocol = Direct("predictions", [offset / fps for offset in probe.offsets], fps, probe.offsets)
         study = self._study(protocol, windows, probe.rows, tuple(METHODS))
-        judge = Judge(self.metrics) if world.codec.has_decoder else Judge({}, latents=True)
+        judge = Judge(self.metrics) if world.codec.has_decoder else Judge.without_decoder(world.codec)
         found = self._compute(study, world, judge)
         result = summarize(protocol, study.cases, found, self.seed)
         text = f"{describe_samples(result)}\n\n{markdown(result.rows)}"

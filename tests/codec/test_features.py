@@ -203,7 +203,7 @@ def test_a_world_without_a_decoder_is_measured_in_latents(folder: Path, walks: P
     features_world = world(codec, patch_size=1)
     dataset = WindowDataset(DataConfig(str(walks), image_size=(32, 32), context_frames=3, workers=0), "test")
     study = Study(protocol, spread_cases(dataset, 4, 4, "seconds"), 4, 1, 0)
-    found = study.compute(0, features_world, dataset, Judge({}, latents=True))
+    found = study.compute(0, features_world, dataset, Judge.without_decoder(codec))
     windows = [dataset.window(case.window, [2, 4]) for case in study.cases]
     truth = torch.stack([codec.encode(to_float(window.target)) for window in windows])
     last = torch.stack([codec.encode(to_float(window.context[-1:])) for window in windows])
@@ -212,6 +212,11 @@ def test_a_world_without_a_decoder_is_measured_in_latents(folder: Path, walks: P
     )
     assert found["model/latents"].shape == (4, 2)
     assert bool((found["model/latents"] > 0).all())
+    kept = codec.encode(to_float(codec.gallery))
+    index = [(x[:, :, None] - kept).square().sum((3, 4, 5)).argmin(2) for x in (last.expand_as(truth), truth)]
+    assert torch.equal(found["copy_last/nearest"], (index[0] == index[1]).float())
+    assert 0 < found["copy_last/nearest"].mean() < 1
+    assert (found["reconstruction/nearest"] == 1).all()
     gallery = {frame.numpy().tobytes() for frame in codec.gallery}
     assert all(frame.numpy().tobytes() in gallery for frame in found["shown/model"].flatten(0, 1))
 

@@ -1,7 +1,9 @@
 """Rectified flow against the truth it was mixed from, and samplers against flows whose end is known in closed form."""
 
+import math
 from itertools import product
 
+import diffusers
 import pytest
 import torch
 
@@ -99,6 +101,17 @@ def test_uniform_times_fill_the_interval():
     time = Flow(FlowConfig(time_distribution="uniform")).draw_time(draws(0), 40_000)
     expected = torch.linspace(0, 1, 40_000)
     assert (time[0].sort().values - expected).abs().max() < 0.01  # Kolmogorov–Smirnov, far beyond chance
+
+
+@pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])
+def test_times_are_shifted_as_diffusers_shifts_those_of_sampling(distribution):
+    plain = Flow(FlowConfig(time_distribution=distribution)).draw_time(draws(0), 50)[0].sort().values
+    shifted = Flow(FlowConfig(time_distribution=distribution, shift=3.0)).draw_time(draws(0), 50)[0].sort().values
+    reference = diffusers.FlowMatchEulerDiscreteScheduler(1000, shift=3.0)
+    reference.set_timesteps(sigmas=plain.numpy())
+    torch.testing.assert_close(shifted, reference.sigmas[:-1])
+    if distribution == "logit_normal":
+        torch.testing.assert_close(shifted.logit(), plain.logit() + math.log(3.0), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("distribution", ["uniform", "logit_normal"])

@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from cdit.batch import Condition
+from cdit.codec import Codec
 from cdit.common.motion import integrate
 from cdit.plan.candidates import Prior, Spline
 from cdit.plan.config import OptimizerConfig, PlannerConfig
@@ -106,6 +107,33 @@ def test_costs_are_zero_at_the_goal_and_positive_elsewhere(model, cost):
     assert found.shape == (2, 3)
     torch.testing.assert_close(found[:, 0], torch.zeros(2), atol=1e-5, rtol=0)
     assert (found[:, 1:] > 1e-4).all()
+
+
+class Pooled(Codec):
+    """Latents whose pictures are all the same."""
+
+    channels, downscale, has_decoder = 3, 8, False
+
+    def encode(self, frames, noise=None):
+        return F.avg_pool2d(frames.flatten(0, -4), 8).unflatten(0, frames.shape[:-3])
+
+    def decode(self, latents):
+        return latents.new_zeros(*latents.shape[:-3], 3, SIDE, SIDE)
+
+    @classmethod
+    def load(cls, name):
+        return cls()
+
+
+def test_latents_are_compared_without_being_decoded(world, context, actions):
+    model = world(Pooled(), patch_size=1)
+    score = WorldScore(Predictor(model, [2, 4]), Latents(model))
+    goals = context[:, 0].flip(-1)
+    towards = score.to_goals(context, goals, torch.manual_seed(0))
+    predicted = score.predictor.predict(towards.state, actions, towards.noises[0])
+    expected = (predicted - model.codec.encode(goals)[:, None, None]).square().mean((3, 4, 5))
+    torch.testing.assert_close(towards(actions), expected)
+    assert expected.unique().numel() == expected.numel()
 
 
 def planner_of(**options) -> Planner:
