@@ -72,7 +72,9 @@ class Stage:
             self.spacing = self.spacing or self.data.info.spacing
         if self.spacing is None:
             raise UserError("spacing: the model was trained on datasets of different spacings; pass --spacing")
-        self.costs = list(dict.fromkeys((config.planner.cost, "pixels")))
+        self.has_decoder = all(world.codec.has_decoder for world in self.worlds)
+        costs = (config.planner.cost, "pixels") if self.has_decoder else ("latents", config.planner.cost)
+        self.costs = list(dict.fromkeys(costs))
         """Costs of plans that the page can choose."""
         self._scores: dict[str, WorldScore] = {}
         self.engine_size = info.camera.width if info and info.camera else max(self.description.image_size)
@@ -86,7 +88,9 @@ class Stage:
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
-        """PSNR and, where its weights are available, LPIPS; loaded at first use."""
+        """PSNR and, where its weights are available, LPIPS; loaded at first use. None if a codec has no decoder."""
+        if not self.has_decoder:
+            return {}
         return load_metrics(self.worlds[0].device, tuple(self.description.image_size), ("psnr", "lpips"))
 
     @cached_property

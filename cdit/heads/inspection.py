@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor
 
 from cdit.batch import Batch
+from cdit.common.errors import UserError
 from cdit.common.frames import to_float, to_uint8
 from cdit.common.randomness import generator, seed_of
 from cdit.common.statistics import Estimate
@@ -133,6 +134,8 @@ def inspect_source(world: WorldModel, source: Source, config: HeadsConfig) -> At
         ablation = Ablation(world, source.batch, how, seed, progress=True)
         lpips = None
         if config.importance == "lpips":
+            if not world.codec.has_decoder:
+                raise UserError("importance is lpips, but the codec has no decoder: expected loss")
             lpips = load_metrics(world.device, tuple(world.description.image_size), ("lpips",)).get("lpips")
         measured = importance(ablation, lpips)
         further = measured.measures(trajectories, seed)

@@ -3,6 +3,7 @@
 Suffixes: B goals, S frames compared with each, L moments of a candidate.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -108,6 +109,11 @@ def load_cost(name: str, world: WorldModel, learned: str | None = None) -> Cost:
         UserError: its weights are not available.
     """
     kind, _, backbone = name.partition(":")
+    if kind != "latents" and not world.codec.has_decoder:
+        print(
+            f"the codec has no decoder: {name} compares the nearest recorded frames, latents what is predicted",
+            file=sys.stderr,
+        )
     loaders = {
         "pixels": Pixels,
         "latents": lambda: Latents(world),

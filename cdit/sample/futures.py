@@ -184,11 +184,11 @@ def write_rollouts(folder: Path, scenes: Scenes, rollout: Tensor, play_fps: floa
 
 
 def write_summary(folder: Path, scenes: Scenes, rollout: Tensor, config: SampleConfig, world: WorldModel) -> None:
-    """samples.json: options and actions, and the PSNR of every frame of a rollout if the truth is known."""
+    """samples.json: options and actions, and the PSNR of a rollout's frames if the truth and a decoder are there."""
     samples: list[dict] = []
     for i, name in enumerate(scenes.names):
         entry: dict = {"name": name, "actions": None if scenes.actions is None else scenes.actions[i].tolist()}
-        if scenes.truth is not None:
+        if scenes.truth is not None and world.codec.has_decoder:
             entry["psnr"] = [round(value, 3) for value in psnr(rollout[i], to_float(scenes.truth[i])).tolist()]
         samples.append(entry)
     how = {**asdict(config), "sampler": asdict(world.description.sampler), "fps": world.description.fps}

@@ -304,5 +304,5 @@ def test_the_papers_ablations_and_ours_are_there():
     names = {path.stem for path in SPECS}
     assert names == {
         "goals", "context", "conditioning", "heads", "keys_values", "positions", "context_depth", "recipe",
-        "recipe_without", "rollouts", "spaces",
+        "recipe_without", "rollouts", "spaces", "spaces_latents", "spaces_features",
     }  # fmt: skip
