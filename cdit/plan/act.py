@@ -25,6 +25,7 @@ from cdit.plan.agents import (
     Planned,
     Policy,
     Remembering,
+    Scores,
     Task,
     WorldScores,
 )
@@ -245,8 +246,8 @@ class Setting:
             raise UserError(
                 f"{config.data}: no walk of {config.horizon + 1} frames with poses, which candidates resemble"
             )
-        self.network = load_goal_network(config.planner.learned, self.world.device)
-        if self.network.description.horizon != config.horizon:
+        self.network = config.planner.learned and load_goal_network(config.planner.learned, self.world.device)
+        if self.network and self.network.description.horizon != config.horizon:
             proposed = self.network.description.horizon
             raise UserError(f"planner.learned proposes {proposed} steps, expected horizon, {config.horizon}")
         self.planner = Planner.fit(config.planner, self.recorded, self.world.device)
@@ -268,25 +269,25 @@ class Setting:
 
     def agent(self, name: str) -> Agent:
         """The agent of that name, see `ActConfig.agents`."""
-        shared = self.network, self.config.arrived, self.config.execute
-        moments, device = self.planner.moments, self.world.device
-        planned = {"planner": self.planner, "avoid": self.config.avoid}
+        config, planner, cost = self.config, self.planner, self.score.cost
+        learned = self.network, config.arrived, config.execute
+        by_world = planner, WorldScores(self.score), config.execute, cost, config.avoid
+        moments, device = planner.moments, self.world.device
+        by_engine = EngineScores(self.other, moments, cost, device)
+
+        def by_distance(scores: Scores) -> Planned:
+            return Planned(planner, scores, config.execute, None, config.avoid)
+
         makers = {
-            "random": lambda: Candidates(*shared, recorded=self.recorded, straight=False),
-            "straight": lambda: Candidates(*shared, recorded=self.recorded, straight=True),
-            "policy": lambda: Policy(*shared),
-            "ranked": lambda: Planned(*shared, scores=WorldScores(self.score), proposes=True, **planned),
-            "world": lambda: Planned(*shared, scores=WorldScores(self.score), **planned),
-            "engine": lambda: Planned(
-                *shared, scores=EngineScores(self.other, moments, self.score.cost, device), **planned
-            ),
-            "world_distance": lambda: Planned(*shared, scores=MotionScores(moments), privileged=True, **planned),
-            "engine_distance": lambda: Planned(
-                *shared, scores=EngineScores(self.other, moments), privileged=True, **planned
-            ),
-            "graph": lambda: Remembering(
-                *shared, graph=Graph.build(self.dataset, self.network, self.config.graph_frames)
-            ),
-            "expert": lambda: Expert(*shared),
+            "random": lambda: Candidates(*learned, recorded=self.recorded, straight=False),
+            "straight": lambda: Candidates(*learned, recorded=self.recorded, straight=True),
+            "policy": lambda: Policy(*learned),
+            "ranked": lambda: Planned(*by_world, proposals=self.network),
+            "world": lambda: Planned(*by_world),
+            "engine": lambda: Planned(planner, by_engine, config.execute, cost, config.avoid),
+            "world_distance": lambda: by_distance(MotionScores(moments)),
+            "engine_distance": lambda: by_distance(EngineScores(self.other, moments)),
+            "graph": lambda: Remembering(*by_world, graph=Graph.build(self.dataset, self.network, config.graph_frames)),
+            "expert": lambda: Expert(config.execute),
         }
         return makers[name]()

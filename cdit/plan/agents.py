@@ -11,12 +11,13 @@ from torch import Tensor
 from cdit.common.motion import integrate, placed
 from cdit.common.randomness import generator
 from cdit.plan.constraints import Penalty, staying_out
+from cdit.plan.costs import Cost
 from cdit.plan.environment import DoomEnvironment, Seen
 from cdit.plan.episodes import Episode
 from cdit.plan.free_space import Distances
 from cdit.plan.goal_network import GoalNetwork
 from cdit.plan.graph import Graph
-from cdit.plan.planner import Planner, Score, Towards, WorldScore
+from cdit.plan.planner import Plan, Planner, Score, Towards, WorldScore
 
 MASTERED = 0.6
 """Share of the radius and angle of success within which agents that know the true distance stop."""
@@ -49,22 +50,12 @@ class Move:
 
 
 STOP = Move(torch.zeros(0, 3))
+Scores = Callable[[list[Seen], Task, Tensor, torch.Generator], Score]
+"""Makes the score of a move from all that was seen, the task, a goal image and the draws."""
 
 
 class Agent:
-    """Acts until it believes to be at the goal, by the learned probability of having arrived.
-
-    Args:
-        network: compares frames with the goal.
-        arrived: probability at which to stop.
-        execute: steps of a plan that are carried out.
-    """
-
-    privileged = False
-    """Whether it knows where it is, and stops by that."""
-
-    def __init__(self, network: GoalNetwork, arrived: float, execute: int):
-        self.network, self.arrived, self.execute = network, arrived, execute
+    """Acts until it believes to be at the goal."""
 
     def begin(self, task: Task) -> None:
         """Starts an episode."""
@@ -78,23 +69,42 @@ class Agent:
         return self.move(past)
 
     def stops(self, seen: Seen, radius: float, angle: float) -> bool:
-        """Whether the goal seems to be reached."""
-        if self.privileged:
-            turn = math.remainder(seen.pose[2] - self.task.episode.goal[2], 2 * math.pi)
-            return bool(self.task.distances.at(seen.pose[:2]) < radius and abs(turn) < angle)
-        device = self.network.head.weight.device
-        return self.network.arrival(seen.frame[None].to(device), self.task.goal[None].to(device)).item() > self.arrived
+        """Whether the goal is known to be reached, before a plan is made."""
+        raise NotImplementedError
 
     def move(self, past: list[Seen]) -> Move:
-        """The next steps of an agent that has not arrived."""
+        """The next steps, or `STOP`."""
         raise NotImplementedError
 
     def random(self) -> torch.Generator:
         """Draws of the present move, on the CPU."""
         return generator(self.task.seed, self.asked)
 
+    def is_there(self, seen: Seen, radius: float, angle: float) -> bool:
+        """Privileged: whether the true pose is at the goal."""
+        turn = math.remainder(seen.pose[2] - self.task.episode.goal[2], 2 * math.pi)
+        return bool(self.task.distances.at(seen.pose[:2]) < radius and abs(turn) < angle)
 
-class Candidates(Agent):
+
+class Learned(Agent):
+    """Stops by the learned probability of having arrived.
+
+    Args:
+        network: compares frames with the goal.
+        arrived: probability at which to stop.
+        execute: steps of a plan that are carried out.
+    """
+
+    def __init__(self, network: GoalNetwork, arrived: float, execute: int):
+        self.network, self.arrived, self.execute = network, arrived, execute
+
+    def stops(self, seen: Seen, radius: float, angle: float) -> bool:
+        """See `Agent`."""
+        device = self.network.head.weight.device
+        return self.network.arrival(seen.frame[None].to(device), self.task.goal[None].to(device)).item() > self.arrived
+
+
+class Candidates(Learned):
     """A recorded motion, drawn anew each time; or walking straight ahead."""
 
     def __init__(self, *shared: object, recorded: Tensor, straight: bool):
@@ -110,17 +120,13 @@ class Candidates(Agent):
         return Move(actions[: self.execute], integrate(actions))
 
 
-class Policy(Agent):
+class Policy(Learned):
     """Inverse dynamics: what was done on the way from such a frame to such a goal."""
 
     def move(self, past: list[Seen]) -> Move:
         """See `Agent`."""
-        return self.towards(past, self.task.goal)
-
-    def towards(self, past: list[Seen], goal: Tensor) -> Move:
-        """The steps to a goal image."""
         device = self.network.head.weight.device
-        mean, _ = self.network.propose(past[-1].frame[None].to(device), goal[None].to(device))
+        mean, _ = self.network.propose(past[-1].frame[None].to(device), self.task.goal[None].to(device))
         actions = mean[0].cpu()
         return Move(actions[: self.execute], integrate(actions))
 
@@ -128,59 +134,74 @@ class Policy(Agent):
 class Planned(Agent):
     """A planner with whatever scores its candidates.
 
+    It stops where no candidate leads to a frame that is closer to the goal than the present one.
+
     Args:
-        shared: see `Agent`.
         planner: finds the best candidate.
-        scores: makes the score of a move from all that was seen and the task.
+        scores: makes the score of a move.
+        execute: steps of a plan that are carried out, at most; fewer if the plan ends earlier.
+        cost: distance of the present frame to the goal, as candidates are scored; None to stop by the true pose.
         avoid: a rectangle that no plan may cross, in the world.
-        proposes: whether candidates are proposals of the policy, which are ranked only.
-        privileged: whether it stops by the true distance.
+        proposals: a network whose proposals are the candidates, which are ranked only.
     """
 
     def __init__(
         self,
-        *shared: object,
         planner: Planner,
-        scores: Callable[[list[Seen], Task, torch.Generator], Score],
+        scores: Scores,
+        execute: int,
+        cost: Cost | None,
         avoid: list[float] | None = None,
-        proposes: bool = False,
-        privileged: bool = False,
+        proposals: GoalNetwork | None = None,
     ):
-        super().__init__(*shared)
-        self.planner, self.scores, self.avoid = planner, scores, avoid
-        self.proposes, self.privileged = proposes, privileged
+        self.planner, self.scores, self.execute, self.cost = planner, scores, execute, cost
+        self.avoid, self.proposals = avoid, proposals
 
     def begin(self, task: Task) -> None:
         """See `Agent`."""
         super().begin(task)
         self.last: Tensor | None = None
 
+    def stops(self, seen: Seen, radius: float, angle: float) -> bool:
+        """See `Agent`."""
+        return self.cost is None and self.is_there(seen, radius, angle)
+
     def move(self, past: list[Seen]) -> Move:
         """See `Agent`."""
+        return self.towards(past, self.task.goal) or STOP
+
+    def towards(self, past: list[Seen], goal: Tensor) -> Move | None:
+        """The next steps to a goal image; None where no candidate leads closer to it."""
         random, penalty = self.random(), self._penalty(past[-1])
-        score = self.scores(past, self.task, random)
-        if self.proposes:
-            actions, length = self._ranked(past, score, random, penalty)
+        score = self.scores(past, self.task, goal, random)
+        if self.proposals is not None:
+            plan = self._ranked(past[-1].frame, goal, score, random, penalty)
         else:
             plan = self.planner.plan(score, 1, random, self.last, penalty)
-            actions, length = plan.actions, int(plan.length)
-        count = max(1, min(self.execute, length))
+        if self.cost is not None:
+            device = plan.actions.device
+            present = self.cost(past[-1].frame[None, None].to(device), goal[None].to(device))
+            if present.item() <= plan.lowest.item():
+                return None
+        actions, count = plan.actions, max(1, min(self.execute, int(plan.length)))
         left = actions[:, count:]
         self.last = torch.cat((left, left[:, -1:].expand(-1, count, -1)), dim=1) if left.shape[1] else None
         dream = score.frames(actions[:, None])[0, 0, -1].cpu() if isinstance(score, Towards) else None
         return Move(actions[0, :count].cpu(), integrate(actions[0]).cpu(), dream)
 
     def _ranked(
-        self, past: list[Seen], score: Score, random: torch.Generator, penalty: Penalty | None
-    ) -> tuple[Tensor, int]:
-        device = self.network.head.weight.device
-        goal, frame = self.task.goal[None].to(device), past[-1].frame[None].to(device)
+        self, frame: Tensor, goal: Tensor, score: Score, random: torch.Generator, penalty: Penalty | None
+    ) -> Plan:
+        device = self.proposals.head.weight.device
         count = self.planner.config.optimizer.samples
-        proposed = self.network.proposals(frame, goal, count, random)
-        costs = score(proposed).min(2).values
+        proposed = self.proposals.proposals(frame[None].to(device), goal[None].to(device), count, random)
+        costs = score(proposed)[0]
+        ranked = costs.min(1).values
         if penalty is not None:
-            costs = costs + penalty(integrate(proposed))
-        return proposed[:, costs[0].argmin()], proposed.shape[2]
+            ranked = ranked + penalty(integrate(proposed))[0]
+        best = ranked.argmin()
+        length = torch.tensor(self.planner.moments)[costs[best].argmin().cpu()]
+        return Plan(proposed[:, best], length[None], costs.min()[None])
 
     def _penalty(self, seen: Seen) -> Penalty | None:
         if not self.avoid:
@@ -197,9 +218,18 @@ class Planned(Agent):
 
 
 class Expert(Agent):
-    """Walks the shortest way on the map, and turns at the goal."""
+    """Walks the shortest way on the map, and turns at the goal.
 
-    privileged = True
+    Args:
+        execute: steps that are carried out before it looks again.
+    """
+
+    def __init__(self, execute: int):
+        self.execute = execute
+
+    def stops(self, seen: Seen, radius: float, angle: float) -> bool:
+        """See `Agent`."""
+        return self.is_there(seen, radius, angle)
 
     def move(self, past: list[Seen]) -> Move:
         """See `Agent`."""
@@ -223,11 +253,11 @@ class Expert(Agent):
         return way[min(2, len(way) - 1)]
 
 
-class Remembering(Policy):
-    """The policy from one remembered frame to the next, along a graph of them, until the goal is close."""
+class Remembering(Planned):
+    """Plans from one remembered frame to the next, along a graph of them, until the goal is close."""
 
-    def __init__(self, *shared: object, graph: Graph):
-        super().__init__(*shared)
+    def __init__(self, *planned: object, graph: Graph, **options: object):
+        super().__init__(*planned, **options)
         self.graph = graph
 
     def begin(self, task: Task) -> None:
@@ -238,9 +268,12 @@ class Remembering(Policy):
     def move(self, past: list[Seen]) -> Move:
         """See `Agent`."""
         target, image = self.route.next(past[-1].frame)
-        move = self.towards(past, self.task.goal if target is None else image)
-        move.dream = image
-        return move
+        while target is not None:
+            move = self.towards(past, image)
+            if move is not None:
+                return move
+            target, image = self.route.skip()
+        return self.towards(past, self.task.goal) or STOP
 
 
 @dataclass
@@ -249,12 +282,12 @@ class WorldScores:
 
     score: WorldScore
 
-    def __call__(self, past: list[Seen], task: Task, random: torch.Generator) -> Score:
-        """See `Planned`."""
+    def __call__(self, past: list[Seen], task: Task, goal: Tensor, random: torch.Generator) -> Score:
+        """See `Scores`."""
         world = self.score.predictor.world
         longest = world.cdit.config.max_context
         context = torch.stack([seen.frame for seen in past[-longest:]])[None].to(world.device)
-        return self.score.to_goals(context, task.goal[None].to(world.device), random)
+        return self.score.to_goals(context, goal[None].to(world.device), random)
 
 
 @dataclass
@@ -267,15 +300,15 @@ class EngineScores:
     """None: the true distance."""
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def __call__(self, past: list[Seen], task: Task, random: torch.Generator) -> Score:
-        """See `Planned`."""
+    def __call__(self, past: list[Seen], task: Task, goal: Tensor, random: torch.Generator) -> Score:
+        """See `Scores`."""
 
         def score(actions: Tensor) -> Tensor:
             frames, poses = self.environment.simulate(past[-1].pose, actions[0], self.moments)
             if self.cost is None:
                 return torch.from_numpy(task.distances.cost(poses, task.episode.goal[2])).float()[None].to(actions)
             shown = frames.flatten(0, 1)[None].to(self.device)
-            return self.cost(shown, task.goal[None].to(self.device)).unflatten(1, frames.shape[:2])
+            return self.cost(shown, goal[None].to(self.device)).unflatten(1, frames.shape[:2])
 
         return score
 
@@ -286,8 +319,8 @@ class MotionScores:
 
     moments: list[int]
 
-    def __call__(self, past: list[Seen], task: Task, random: torch.Generator) -> Score:
-        """See `Planned`."""
+    def __call__(self, past: list[Seen], task: Task, goal: Tensor, random: torch.Generator) -> Score:
+        """See `Scores`."""
         pose = torch.from_numpy(past[-1].pose).float()
 
         def score(actions: Tensor) -> Tensor:

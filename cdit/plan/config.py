@@ -79,7 +79,7 @@ class PlannerConfig:
     """Motions: a straight line and one turn at its end (the NWM release), steps interpolated between knots, or every
     step by itself."""
     knots: int = 3
-    """Knots of a spline."""
+    """Knots of a spline; 1 for the same step again and again, a circular arc."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How the best candidate is looked for."""
     cost: str = "lpips"
@@ -114,7 +114,7 @@ class PlannerConfig:
         self.optimizer.validate()
         check_cost(self.cost, self.learned)
         requirements = {
-            "knots": (self.knots >= 2, "at least 2"),
+            "knots": (self.knots >= 1, "at least 1"),
             "repeats": (self.repeats >= 1, "at least 1"),
             "chunk": (self.chunk >= 1, "at least 1"),
             "stride": (self.stride is None or horizon % max(1, self.stride) == 0, f"a divisor of {horizon}"),
@@ -251,6 +251,8 @@ class DiagnoseConfig(OpenConfig):
 AgentName = Literal[
     "random", "straight", "policy", "ranked", "world", "engine", "world_distance", "engine_distance", "graph", "expert"
 ]
+LEARNING = ("random", "straight", "policy", "ranked", "graph")
+"""Agents that need a goal network."""
 
 
 @dataclass(kw_only=True)
@@ -294,9 +296,11 @@ class ActConfig(OutputOptions, DataOptions, CheckpointOptions):
     """Who acts: random candidates; straight ahead; policy, inverse dynamics; ranked, its proposals ranked by the world;
     world, planned with the world; engine, planned with the engine as a perfect world, by the same cost; world_distance
     and engine_distance, planned by the true distance, with motions as they are commanded, or as the engine executes
-    them; graph, the policy from one remembered frame to the next; expert, along the shortest way on the map."""
-    planner: PlannerConfig = field(default_factory=lambda: PlannerConfig(frames=[2, 4, 8]))
-    """How plans are made. planner.learned also tells when a goal is reached."""
+    them; graph, planned with the world from one remembered frame to the next; expert, along the shortest way on the
+    map."""
+    planner: PlannerConfig = field(default_factory=lambda: PlannerConfig(knots=1, frames=[1, 2, 4, 8]))
+    """How plans are made. planner.learned, which random, straight, policy, ranked and graph need, also tells random,
+    straight and policy when a goal is reached."""
     horizon: int = 8
     """Steps of a plan."""
     execute: int = 4
@@ -325,10 +329,9 @@ class ActConfig(OutputOptions, DataOptions, CheckpointOptions):
             UserError: a value is out of its range; the message names the field.
         """
         self.planner.validate(self.horizon)
-        if self.planner.learned is None:
-            raise UserError(
-                "planner.learned: expected the folder of a goal network, which tells when a goal is reached"
-            )
+        for name in self.agents:
+            if self.planner.learned is None and name in LEARNING:
+                raise UserError(f"planner.learned: expected the folder of a goal network, which the agent {name} needs")
         if not 1 <= self.execute <= self.horizon:
             raise UserError(f"execute is {self.execute}, expected 1 to {self.horizon}")
         if self.avoid and (len(self.avoid) != 4 or self.avoid[0] >= self.avoid[2] or self.avoid[1] >= self.avoid[3]):

@@ -22,8 +22,6 @@ CLOSE = 4.0
 """Steps within which two frames of different walks are connected."""
 WELD = 1.5
 """How many times more steps such an edge costs: the network may be wrong."""
-REACHED = 2.0
-"""Steps within which a remembered frame counts as reached."""
 AHEAD = 8.0
 """Steps within which the farthest frame of the way is the next target."""
 
@@ -116,6 +114,8 @@ class Route:
     """The next node on the way."""
     node: int | None = None
     """Where the walker last was."""
+    target: int | None = None
+    """Where it was last sent to."""
 
     def next(self, frame: Tensor) -> tuple[int | None, Tensor]:
         """The node to walk to, and its frame (3, H, W) in [-1, 1]; None and the goal image at the end of the way."""
@@ -124,10 +124,18 @@ class Route:
         at = nodes[min(range(len(total)), key=total.__getitem__)].item()
         if self.node is not None and self.distance[self.node] < self.distance[at]:
             at = self.node  # does not go back
+        return self._ahead_of(at)
+
+    def skip(self) -> tuple[int | None, Tensor]:
+        """As `next`, from the node that was the target last, which counts as reached."""
+        return self._ahead_of(self.target)
+
+    def _ahead_of(self, at: int) -> tuple[int | None, Tensor]:
         self.node, gone = at, 0.0
         while self.following[at] is not None and gone < AHEAD:
             gone += self.distance[at] - self.distance[self.following[at]]
             at = self.following[at]
+        self.target = at
         if self.following[at] is None:
             return None, self.goal
         return at, to_float(self.graph.frames[at])

@@ -30,6 +30,8 @@ class Plan:
     """(B, H, 3)."""
     length: Tensor
     """(B,) steps after which the plan is closest to the goal."""
+    lowest: Tensor
+    """(B,) lowest cost of any candidate, without penalty."""
     tried: list[Tensor] = field(default_factory=list)
     """Of each iteration the candidates, (B, S, H, 3)."""
     costs: list[Tensor] = field(default_factory=list)
@@ -78,9 +80,12 @@ class Planner:
             penalty: added to the costs.
         """
 
+        lowest = []
+
         def objective(values: Tensor) -> Tensor:
             actions = self.project(self.family.actions(values))
             costs = score(actions).min(2).values
+            lowest.append(costs.min(1).values)
             return costs if penalty is None else costs + penalty(integrate(actions))
 
         values = None if start is None else self.family.values(start).clamp(self.prior.low, self.prior.high)
@@ -89,7 +94,7 @@ class Planner:
         moments = torch.tensor(self.moments, device=actions.device)
         length = moments[score(actions[:, None])[:, 0].argmin(1)] if len(moments) > 1 else moments.expand(batch)
         tried = [self.project(self.family.actions(values)) for values in found.tried]
-        return Plan(actions, length, tried, found.costs)
+        return Plan(actions, length, torch.stack(lowest).min(0).values, tried, found.costs)
 
 
 @dataclass

@@ -9,10 +9,10 @@ import torch
 from rooms import build, room
 
 from cdit.common.errors import UserError
-from cdit.common.motion import placed
+from cdit.common.motion import integrate, placed
 from cdit.plan.act import Trace, act, judged, run_episode, select
 from cdit.plan.act_report import write_act
-from cdit.plan.agents import Candidates, EngineScores, Expert, MotionScores, Move, Planned, Policy, Remembering, Task
+from cdit.plan.agents import Candidates, EngineScores, Expert, MotionScores, Move, Planned, Policy, Task
 from cdit.plan.config import ActConfig, OptimizerConfig, PlannerConfig
 from cdit.plan.environment import DoomEnvironment, Seen
 from cdit.plan.episodes import Episode, draw_episodes, in_view, load_episodes, save_episodes
@@ -88,10 +88,65 @@ def config_of(**options) -> ActConfig:
 def by_distance(**options) -> Planned:
     optimizer = OptimizerConfig(samples=60, iterations=3, elites=6)
     planner = Planner.fit(PlannerConfig(optimizer=optimizer, cost="pixels", frames=[2, 4, 8]), RECORDED)
-    return Planned(*SHARED, planner=planner, scores=MotionScores([2, 4, 8]), privileged=True, **options)
+    return Planned(planner, MotionScores([2, 4, 8]), 4, None, **options)
 
 
-@pytest.mark.parametrize("agent", [Expert(*SHARED), by_distance()], ids=["expert", "planned"])
+class Showing(Plane):
+    """Its frames show where it is: x, y and yaw, over 10, in their first pixels."""
+
+    def goal(self, episode: Episode) -> torch.Tensor:
+        return self.frame_at(torch.tensor(episode.goal))
+
+    def frame_at(self, pose: torch.Tensor) -> torch.Tensor:
+        return pose.float()[..., None, :].expand(*pose.shape[:-1], 3, 3)[..., None] / 10
+
+    def _seen(self, motion: torch.Tensor) -> Seen:
+        return replace(super()._seen(motion), frame=self.frame_at(self.pose))
+
+
+def by_picture(environment: Showing, **options) -> Planned:
+    def cost(frames: torch.Tensor, goals: torch.Tensor) -> torch.Tensor:
+        return 10 * (frames - goals[:, None])[:, :, 0, :, 0].norm(dim=-1)
+
+    def scores(past, task, goal, random):
+        pose = torch.from_numpy(past[-1].pose)
+
+        def score(actions: torch.Tensor) -> torch.Tensor:
+            poses = placed(integrate(actions.double()), pose)[:, :, [0, 1, 3, 7]]
+            frames = environment.frame_at(poses).flatten(1, 2)
+            return cost(frames, goal[None]).unflatten(1, poses.shape[1:3]).float()
+
+        return score
+
+    optimizer = OptimizerConfig(samples=60, iterations=3, elites=6)
+    config = PlannerConfig(optimizer=optimizer, cost="pixels", frames=[1, 2, 4, 8], knots=1)
+    return Planned(Planner.fit(config, RECORDED), scores, 4, cost, **options)
+
+
+def test_planned_agents_stop_where_no_candidate_is_closer(space: FreeSpace):
+    environment = Showing()
+    task = task_in(space, goal=(5.0, 6.5, 0.3))
+    task.goal = environment.goal(task.episode)
+    agent = by_picture(environment)
+    trace = run_episode(environment, agent, task, 0.5, 0.5)
+    outcome = judged(trace, task, "x", 0, config_of())
+    assert outcome.success
+    assert outcome.distance < 0.2  # without a look at the true pose
+    assert agent.towards(trace.past, task.goal) is None
+    assert agent.towards(trace.past, environment.frame_at(torch.tensor([6.0, 6.5, 0.3]))) is not None
+
+
+def test_a_detour_is_no_reason_to_stop(space: FreeSpace):
+    environment, avoid = Showing(), [4.0, 6.2, 4.6, 7.0]
+    task = task_in(space, goal=(5.5, 6.5, 0.0))
+    task.goal = environment.goal(task.episode)
+    trace = run_episode(environment, by_picture(environment, avoid=avoid), task, 0.5, 0.5)
+    outcome = judged(trace, task, "x", 0, config_of(avoid=avoid))
+    assert outcome.violations == 0
+    assert not (outcome.stopped and outcome.distance > 1)
+
+
+@pytest.mark.parametrize("agent", [Expert(4), by_distance()], ids=["expert", "planned"])
 def test_agents_that_know_the_distance_arrive(space: FreeSpace, agent):
     task = task_in(space, start=(2.0, 2.0, 0.0), goal=(8.0, 2.0, -1.0))
     trace = run_episode(Plane(), agent, task, 0.5, math.radians(30))
@@ -169,7 +224,11 @@ def test_a_graph_leads_along_walks_and_across_them(dataset, monkeypatch: pytest.
     assert image.shape == start.shape
     assert route.distance[target] < route.distance[0]
     assert route.next(goal)[0] is None
-    assert isinstance(Remembering(*SHARED, graph=graph), Policy)
+    route = graph.to_goal(goal)
+    target, _ = route.next(start)
+    beyond, _ = route.skip()  # as if the target were reached
+    assert route.node == target
+    assert beyond is None or route.distance[beyond] < route.distance[target]
 
 
 def test_episodes_are_kept_and_chosen(tmp_path: Path, space: FreeSpace):
@@ -197,7 +256,7 @@ def test_the_engine_as_the_world_and_the_true_distance_as_the_cost_succeed(tmp_p
             np.testing.assert_allclose(start, episode.start, atol=1e-6)
             distances = space.distances(np.array(episode.goal[:2]))
             task = Task(other.goal(episode), 0, episode, distances)
-            agent = Planned(*SHARED, planner=planner, scores=EngineScores(other, [2, 4, 8]), privileged=True)
+            agent = Planned(planner, EngineScores(other, [2, 4, 8]), 4, None)
             trace = run_episode(environment, agent, task, 0.5, math.radians(30))
             assert judged(trace, task, "engine_distance", 0, config_of()).success
 
