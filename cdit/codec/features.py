@@ -111,7 +111,7 @@ class FeaturesCodec(Codec):
     def decode(self, latents: Tensor) -> Tensor:
         """Features to frames in [-1, 1], by the decoder or else from the gallery, which has no gradient."""
         flat = latents.flatten(0, -4)
-        frames = self.decoded(flat) if self.has_decoder else to_float(self.gallery[self.nearest(flat)])
+        frames = self.decoded(flat) if self.has_decoder else to_float(self.gallery[self.distances(flat).argmin(1)])
         return frames.clamp(-1, 1).unflatten(0, latents.shape[:-3])
 
     def decoded(self, latents: Tensor) -> Tensor:
@@ -122,11 +122,11 @@ class FeaturesCodec(Codec):
         return F.interpolate(frames, size, mode="bilinear", antialias=True)  # the downscaling is no power of two
 
     @torch.no_grad()
-    def nearest(self, latents: Tensor) -> Tensor:
-        """(N,) indices of the gallery's frames with the smallest squared distance to latents (N, C, h, w)."""
+    def distances(self, latents: Tensor) -> Tensor:
+        """(N, M) Euclidean distances of latents (N, C, h, w) to those of the gallery's frames."""
         if self._gallery_latents is None or self._gallery_latents.device != latents.device:
             self._gallery_latents = self.encode(to_float(self.gallery)).flatten(1)
-        return torch.cdist(latents.flatten(1).float(), self._gallery_latents).argmin(dim=1)
+        return torch.cdist(latents.flatten(1).float(), self._gallery_latents)
 
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 of the backbone's weights and settings, on which `moments` depends."""

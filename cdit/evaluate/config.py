@@ -56,9 +56,9 @@ class EvaluateConfig(TrackingOptions, OutputOptions, DataOptions, CheckpointOpti
     metrics: Distinct[list[Metric]] = field(default_factory=lambda: ["psnr", "ssim", "lpips"])
     """lpips is on AlexNet, lpips_vgg on VGG16. sharpness is the gradient energy of the prediction over that of the
     truth, best at 1. latents is the mean squared error of what the model denoises. A codec without a decoder is
-    measured by latents, and by nearest, the share of predictions to which the same recorded frame is nearest as to the
-    truth. dreamsim, fid and fvd (of rollouts) need `pip install cdit[dreamsim]`, `cdit[fid]`,
-    `cdit[fvd]`."""
+    measured by latents, and by rank, the share of recorded frames whose latents are further from the prediction
+    than those of the truth (by chance 0.5). dreamsim, fid and fvd (of rollouts) need `pip install cdit[dreamsim]`,
+    `cdit[fid]`, `cdit[fvd]`."""
     fid_network: str = "inception"
     """Network of fid: inception, or MODULE:FUNCTION that returns an nn.Module from frames (N, 3, H, W) in [-1, 1] to
     features (N, F)."""

@@ -34,7 +34,7 @@ HIGHER_IS_BETTER = {
     "dreamsim": False,
     "sharpness": None,
     "latents": False,
-    "nearest": True,
+    "rank": True,
     "right_sign": True,
     "turn": None,
     "fid": False,

@@ -31,8 +31,8 @@ class Judge:
     videos: Features | None = None
     latents: bool = False
     """Whether the mean squared difference of predicted and true latents is measured, too."""
-    nearest: bool = False
-    """With latents: whether it is measured for how many the recorded frame nearest to the truth is the nearest one."""
+    rank: bool = False
+    """With latents: whether the share of recorded frames is measured that are further away than the truth."""
     truncate: bool = False
     """Whether predictions become 8-bit pictures by truncation (the NWM release), not by rounding."""
 
@@ -40,13 +40,13 @@ class Judge:
     def names(self) -> list[str]:
         """Names of all metrics."""
         latents = ["latents"] if self.latents else []
-        nearest = ["nearest"] if self.nearest else []
-        return [*self.metrics, *latents, *nearest, *(["fid"] if self.images else []), *(["fvd"] if self.videos else [])]
+        rank = ["rank"] if self.rank else []
+        return [*self.metrics, *latents, *rank, *(["fid"] if self.images else []), *(["fvd"] if self.videos else [])]
 
     @classmethod
     def without_decoder(cls, codec: Codec) -> "Judge":
         """For a codec without a decoder, whose pictures are not measured."""
-        return cls({}, latents=True, nearest=codec.nearest is not None)
+        return cls({}, latents=True, rank=codec.distances is not None)
 
     def eight_bits(self, frames: Tensor) -> Tensor:
         """Frames in [-1, 1] as uint8."""
@@ -141,9 +141,10 @@ class Study:
             if judge.latents:
                 error = (latents - true_latents).square().mean(dim=(-3, -2, -1))
                 scores["latents"] = error[:, protocol.measured].float().cpu()
-            if judge.nearest:
-                same = each_goal(world.codec.nearest, latents) == each_goal(world.codec.nearest, true_latents)
-                scores["nearest"] = same[:, protocol.measured].float().cpu()
+            if judge.rank:
+                distance = (latents - true_latents).flatten(2).norm(dim=2, keepdim=True)  # (B, G, 1)
+                further = each_goal(world.codec.distances, latents) > distance
+                scores["rank"] = further.float().mean(2)[:, protocol.measured].cpu()
             found |= {f"{method}/{name}": value for name, value in scores.items()}
             if method == "model" and shown:
                 found["shown/model"] = measured[shown].cpu()

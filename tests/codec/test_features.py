@@ -213,10 +213,11 @@ def test_a_world_without_a_decoder_is_measured_in_latents(folder: Path, walks: P
     assert found["model/latents"].shape == (4, 2)
     assert bool((found["model/latents"] > 0).all())
     kept = codec.encode(to_float(codec.gallery))
-    index = [(x[:, :, None] - kept).square().sum((3, 4, 5)).argmin(2) for x in (last.expand_as(truth), truth)]
-    assert torch.equal(found["copy_last/nearest"], (index[0] == index[1]).float())
-    assert 0 < found["copy_last/nearest"].mean() < 1
-    assert (found["reconstruction/nearest"] == 1).all()
+    errors = (last[:, :, None] - kept).square().mean((3, 4, 5)), (last - truth).square().mean((2, 3, 4))[..., None]
+    for slack in (0.99, 1.01):  # some truths are in the gallery
+        further = (errors[0] > slack * errors[1] + (slack - 1) * 1e-2).float().mean(2)
+        assert bool(((further - found["copy_last/rank"]) * (1 - slack) >= 0).all())
+    assert 0 < found["copy_last/rank"].mean() < 1
     gallery = {frame.numpy().tobytes() for frame in codec.gallery}
     assert all(frame.numpy().tobytes() in gallery for frame in found["shown/model"].flatten(0, 1))
 
