@@ -29,9 +29,9 @@ class Codec(nn.Module, ABC):
     """Whether `encode` draws latents from a posterior."""
     has_decoder: bool = True
     """Whether `decode` makes pictures of its own. Otherwise it shows recorded frames, which are not measured."""
-    distances: Callable[[Tensor], Tensor] | None = None
-    """Latents (N, C, h, w) to their distances (N, M) to M recorded frames, the nearest of which `decode` shows if there
-    is no decoder."""
+    rank: Callable[[Tensor, Tensor], Tensor] | None = None
+    """Predicted and true latents (N, C, h, w) to the shares (N,) of recorded frames that are further from a prediction
+    than the truth is, for codecs that can have no decoder."""
     moments: Callable[[Tensor], Tensor] | None = None
     """Frames to moments (…, S, C, h, w), from which `draw` makes latents: S = 2 for the mean and standard deviation of
     a posterior, otherwise S = 1. `cdit.data.encode` stores them on disk. None: not worth storing."""

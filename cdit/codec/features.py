@@ -55,8 +55,9 @@ class FeaturesDescription:
 class FeaturesCodec(Codec):
     """Patch tokens of one layer of a frozen backbone, each channel shifted and scaled to zero mean and unit variance.
 
-    Without a decoder, `decode` looks up the nearest frame of a gallery of recorded ones. Mean, standard deviation and
-    gallery are measured once, by `python -m cdit.codec measure`, and saved with the weights.
+    Without a decoder, `decode` looks up the nearest frame of a gallery of recorded ones, by the cosine of features.
+    Mean, standard deviation and gallery are measured once, by `python -m cdit.codec measure`, and saved with the
+    weights.
 
     Args:
         backbone: of timm, as `build_backbone` returns it.
@@ -111,7 +112,7 @@ class FeaturesCodec(Codec):
     def decode(self, latents: Tensor) -> Tensor:
         """Features to frames in [-1, 1], by the decoder or else from the gallery, which has no gradient."""
         flat = latents.flatten(0, -4)
-        frames = self.decoded(flat) if self.has_decoder else to_float(self.gallery[self.distances(flat).argmin(1)])
+        frames = self.decoded(flat) if self.has_decoder else to_float(self.gallery[self.similarity(flat).argmax(1)])
         return frames.clamp(-1, 1).unflatten(0, latents.shape[:-3])
 
     def decoded(self, latents: Tensor) -> Tensor:
@@ -122,11 +123,21 @@ class FeaturesCodec(Codec):
         return F.interpolate(frames, size, mode="bilinear", antialias=True)  # the downscaling is no power of two
 
     @torch.no_grad()
-    def distances(self, latents: Tensor) -> Tensor:
-        """(N, M) Euclidean distances of latents (N, C, h, w) to those of the gallery's frames."""
+    def similarity(self, latents: Tensor) -> Tensor:
+        """(N, M) cosines of latents (N, C, h, w) and those of the gallery's frames.
+
+        Features of some frames are far longer than those of others. By Euclidean distance, short ones would be the
+        nearest to almost every prediction.
+        """
         if self._gallery_latents is None or self._gallery_latents.device != latents.device:
-            self._gallery_latents = self.encode(to_float(self.gallery)).flatten(1)
-        return torch.cdist(latents.flatten(1).float(), self._gallery_latents)
+            self._gallery_latents = F.normalize(self.encode(to_float(self.gallery)).flatten(1))
+        return F.normalize(latents.flatten(1).float()) @ self._gallery_latents.T
+
+    @torch.no_grad()
+    def rank(self, latents: Tensor, truth: Tensor) -> Tensor:
+        """Shares (N,) of the gallery's frames whose cosine with latents (N, C, h, w) is below that of the truth."""
+        cosine = F.cosine_similarity(latents.flatten(1).float(), truth.flatten(1).float())
+        return (self.similarity(latents) < cosine[:, None]).float().mean(1)
 
     def fingerprint(self) -> str:
         """Hexadecimal SHA-256 of the backbone's weights and settings, on which `moments` depends."""

@@ -8,7 +8,7 @@ from cdit.common.limits import Distinct, Limit, NotNegative, Positive
 from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, TrackingOptions
 from cdit.diffusion.config import SamplerOptions
 
-Metric = Literal["psnr", "ssim", "lpips", "lpips_vgg", "dreamsim", "sharpness", "latents", "fid", "fvd"]
+Metric = Literal["psnr", "ssim", "lpips", "lpips_vgg", "dreamsim", "sharpness", "latents", "rank", "fid", "fvd"]
 
 
 @dataclass
@@ -55,10 +55,10 @@ class EvaluateConfig(TrackingOptions, OutputOptions, DataOptions, CheckpointOpti
     """Frame by frame."""
     metrics: Distinct[list[Metric]] = field(default_factory=lambda: ["psnr", "ssim", "lpips"])
     """lpips is on AlexNet, lpips_vgg on VGG16. sharpness is the gradient energy of the prediction over that of the
-    truth, best at 1. latents is the mean squared error of what the model denoises. A codec without a decoder is
-    measured by latents, and by rank, the share of recorded frames whose latents are further from the prediction
-    than those of the truth (by chance 0.5). dreamsim, fid and fvd (of rollouts) need `pip install cdit[dreamsim]`,
-    `cdit[fid]`, `cdit[fvd]`."""
+    truth, best at 1. latents is the mean squared error of what the model denoises, rank (of features) the share
+    of recorded frames that are further from the prediction than the truth, by the cosine of features, 0.5 by chance;
+    these two measure a codec without a decoder. dreamsim, fid and fvd (of rollouts) need
+    `pip install cdit[dreamsim]`, `cdit[fid]`, `cdit[fvd]`."""
     fid_network: str = "inception"
     """Network of fid: inception, or MODULE:FUNCTION that returns an nn.Module from frames (N, 3, H, W) in [-1, 1] to
     features (N, F)."""

@@ -178,11 +178,13 @@ def build_judge(config: EvaluateConfig, world: WorldModel, studies: Sequence[Stu
             "the codec has no decoder: pictures are the nearest recorded frames, latents are measured", file=sys.stderr
         )
         return Judge.without_decoder(world.codec)
+    rank = "rank" in config.metrics and world.codec.rank is not None
     judge = Judge(
         load_metrics(device, tuple(world.description.image_size), names),
         Features(config.fid_network, "fid_network").to(device) if "fid" in config.metrics else None,
         Features(config.fvd_network, "fvd_network").to(device) if "fvd" in config.metrics else None,
-        latents="latents" in config.metrics,
+        latents="latents" in config.metrics or rank,
+        rank=rank,
         truncate=config.nwm_compat,
     )
     for protocol in (study.protocol for study in studies if study.protocol.name.startswith("rollout")):

@@ -46,7 +46,7 @@ class Judge:
     @classmethod
     def without_decoder(cls, codec: Codec) -> "Judge":
         """For a codec without a decoder, whose pictures are not measured."""
-        return cls({}, latents=True, rank=codec.distances is not None)
+        return cls({}, latents=True, rank=codec.rank is not None)
 
     def eight_bits(self, frames: Tensor) -> Tensor:
         """Frames in [-1, 1] as uint8."""
@@ -142,9 +142,8 @@ class Study:
                 error = (latents - true_latents).square().mean(dim=(-3, -2, -1))
                 scores["latents"] = error[:, protocol.measured].float().cpu()
             if judge.rank:
-                distance = (latents - true_latents).flatten(2).norm(dim=2, keepdim=True)  # (B, G, 1)
-                further = each_goal(world.codec.distances, latents) > distance
-                scores["rank"] = further.float().mean(2)[:, protocol.measured].cpu()
+                ranks = world.codec.rank(latents.flatten(0, 1), true_latents.flatten(0, 1))
+                scores["rank"] = ranks.unflatten(0, latents.shape[:2])[:, protocol.measured].cpu()
             found |= {f"{method}/{name}": value for name, value in scores.items()}
             if method == "model" and shown:
                 found["shown/model"] = measured[shown].cpu()
