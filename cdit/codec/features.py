@@ -131,7 +131,8 @@ class FeaturesCodec(Codec):
         """
         if self._gallery_latents is None or self._gallery_latents.device != latents.device:
             self._gallery_latents = F.normalize(self.encode(to_float(self.gallery)).flatten(1))
-        return F.normalize(latents.flatten(1).float()) @ self._gallery_latents.T
+        with torch.autocast(latents.device.type, enabled=False):  # similar frames differ by less than bfloat16 can tell
+            return F.normalize(latents.flatten(1).float()) @ self._gallery_latents.T
 
     @torch.no_grad()
     def rank(self, latents: Tensor, truth: Tensor) -> Tensor:

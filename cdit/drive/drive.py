@@ -29,6 +29,7 @@ from cdit.evaluate.metrics import Metric, load_metrics
 from cdit.heads.measures import Layout, frame_mass
 from cdit.loading import load_world, past_of_image, spread, windows_for
 from cdit.plan.candidates import recorded_actions
+from cdit.plan.config import PlannerConfig
 from cdit.plan.planner import Planner, WorldScore
 
 THUMBNAILS = 8
@@ -73,7 +74,10 @@ class Stage:
         if self.spacing is None:
             raise UserError("spacing: the model was trained on datasets of different spacings; pass --spacing")
         self.has_decoder = all(world.codec.has_decoder for world in self.worlds)
-        costs = (config.planner.cost, "pixels") if self.has_decoder else ("latents", config.planner.cost)
+        self.simplest_cost = "pixels" if self.has_decoder else "latents"
+        costs = [config.planner.cost, self.simplest_cost]
+        if not self.has_decoder and config.planner.cost == PlannerConfig().cost:  # compares pictures
+            costs.reverse()
         self.costs = list(dict.fromkeys(costs))
         """Costs of plans that the page can choose."""
         self._scores: dict[str, WorldScore] = {}
@@ -88,7 +92,7 @@ class Stage:
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
-        """PSNR and, where its weights are available, LPIPS; loaded at first use. None if a codec has no decoder."""
+        """PSNR and, where its weights are available, LPIPS; loaded at first use. Empty if a codec has no decoder."""
         if not self.has_decoder:
             return {}
         return load_metrics(self.worlds[0].device, tuple(self.description.image_size), ("psnr", "lpips"))
@@ -115,7 +119,9 @@ class Stage:
             try:
                 self._scores[cost] = WorldScore.of(self.worlds[0], planner, self.planner.moments)
             except UserError as error:
-                raise UserError(f"cannot plan with the cost {cost}: {error}. pixels needs no weights") from error
+                raise UserError(
+                    f"cannot plan with the cost {cost}: {error}. {self.simplest_cost} needs no weights"
+                ) from error
         return self._scores[cost]
 
     def longest(self, dreams: int) -> int:

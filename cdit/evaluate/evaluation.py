@@ -170,15 +170,18 @@ def build_judge(config: EvaluateConfig, world: WorldModel, studies: Sequence[Stu
     """The metrics, without those that frames are too small or rollouts too short for, which a line on stderr names.
 
     Raises:
-        UserError: a package or weights are missing.
+        UserError: a package or weights are missing, or a metric is not available for the world's codec.
     """
     names = [*config.metrics, *(["sharpness"] if config.rollout.curves else [])]
     if not world.codec.has_decoder:
         print(
-            "the codec has no decoder: pictures are the nearest recorded frames, latents are measured", file=sys.stderr
+            "the codec has no decoder: pictures are the nearest recorded frames, latents and ranks are measured",
+            file=sys.stderr,
         )
         return Judge.without_decoder(world.codec)
-    rank = "rank" in config.metrics and world.codec.rank is not None
+    rank = "rank" in config.metrics
+    if rank and world.codec.rank is None:
+        raise UserError("metrics: rank needs a world in features, expected another metric")
     judge = Judge(
         load_metrics(device, tuple(world.description.image_size), names),
         Features(config.fid_network, "fid_network").to(device) if "fid" in config.metrics else None,

@@ -9,7 +9,7 @@ from cdit.evaluate.metrics import HIGHER_IS_BETTER
 
 NAMES = {
     "latents": "squared error of latents",
-    "rank": "recorded frames further than the truth",
+    "rank": "share of recorded frames further away than the truth",
     "right_sign": "turns to the right side",
     "turn": "measured / asked turn",
 }

@@ -246,7 +246,8 @@ class Setting:
             raise UserError(
                 f"{config.data}: no walk of {config.horizon + 1} frames with poses, which candidates resemble"
             )
-        self.network = config.planner.learned and load_goal_network(config.planner.learned, self.world.device)
+        learned = config.planner.learned
+        self.network = load_goal_network(learned, self.world.device) if learned else None
         if self.network and self.network.description.horizon != config.horizon:
             proposed = self.network.description.horizon
             raise UserError(f"planner.learned proposes {proposed} steps, expected horizon, {config.horizon}")

@@ -24,7 +24,7 @@ NAMES = {
     "engine": "planned with the engine, same cost",
     "world_distance": "planned by the true distance, commanded motion *",
     "engine_distance": "planned by the true distance, with the engine *",
-    "graph": "inverse dynamics along the graph",
+    "graph": "planned with the world, along the graph",
     "expert": "shortest way on the map *",
 }
 COLUMNS = ("success", "passed", "spl", "soft_spl", "distance", "contacts_per_metre", "seconds")

@@ -55,7 +55,7 @@ Scores = Callable[[list[Seen], Task, Tensor, torch.Generator], Score]
 
 
 class Agent:
-    """Acts until it believes to be at the goal."""
+    """Acts until it believes it is at the goal."""
 
     def begin(self, task: Task) -> None:
         """Starts an episode."""
@@ -170,15 +170,15 @@ class Planned(Agent):
         """See `Agent`."""
         return self.towards(past, self.task.goal) or STOP
 
-    def towards(self, past: list[Seen], goal: Tensor) -> Move | None:
-        """The next steps to a goal image; None where no candidate leads closer to it."""
+    def towards(self, past: list[Seen], goal: Tensor, insist: bool = False) -> Move | None:
+        """The next steps to a goal image; None where no candidate leads closer to it, unless `insist`."""
         random, penalty = self.random(), self._penalty(past[-1])
         score = self.scores(past, self.task, goal, random)
         if self.proposals is not None:
             plan = self._ranked(past[-1].frame, goal, score, random, penalty)
         else:
             plan = self.planner.plan(score, 1, random, self.last, penalty)
-        if self.cost is not None:
+        if self.cost is not None and not insist:
             device = plan.actions.device
             present = self.cost(past[-1].frame[None, None].to(device), goal[None].to(device))
             if present.item() <= plan.lowest.item():
@@ -186,7 +186,9 @@ class Planned(Agent):
         actions, count = plan.actions, max(1, min(self.execute, int(plan.length)))
         left = actions[:, count:]
         self.last = torch.cat((left, left[:, -1:].expand(-1, count, -1)), dim=1) if left.shape[1] else None
-        dream = score.frames(actions[:, None])[0, 0, -1].cpu() if isinstance(score, Towards) else None
+        dream = None
+        if isinstance(score, Towards):
+            dream = score.frames(actions[:, None])[0, 0, self.planner.moments.index(int(plan.length))].cpu()
         return Move(actions[0, :count].cpu(), integrate(actions[0]).cpu(), dream)
 
     def _ranked(
@@ -268,12 +270,13 @@ class Remembering(Planned):
     def move(self, past: list[Seen]) -> Move:
         """See `Agent`."""
         target, image = self.route.next(past[-1].frame)
-        while target is not None:
-            move = self.towards(past, image)
-            if move is not None:
-                return move
-            target, image = self.route.skip()
-        return self.towards(past, self.task.goal) or STOP
+        if target is None:
+            return self.towards(past, self.task.goal) or STOP
+        move = self.towards(past, image)
+        if move is None:  # as close as plans lead, or out of sight: on towards the frame beyond
+            _, image = self.route.skip()
+            move = self.towards(past, image, insist=True)
+        return move
 
 
 @dataclass

@@ -2,6 +2,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from cdit.common.errors import UserError
 from cdit.common.motion import integrate, placed
 from cdit.plan.act import Trace, act, judged, run_episode, select
 from cdit.plan.act_report import write_act
-from cdit.plan.agents import Candidates, EngineScores, Expert, MotionScores, Move, Planned, Policy, Task
+from cdit.plan.agents import Candidates, EngineScores, Expert, MotionScores, Move, Planned, Policy, Remembering, Task
 from cdit.plan.config import ActConfig, OptimizerConfig, PlannerConfig
 from cdit.plan.environment import DoomEnvironment, Seen
 from cdit.plan.episodes import Episode, draw_episodes, in_view, load_episodes, save_episodes
@@ -140,10 +141,66 @@ def test_a_detour_is_no_reason_to_stop(space: FreeSpace):
     environment, avoid = Showing(), [4.0, 6.2, 4.6, 7.0]
     task = task_in(space, goal=(5.5, 6.5, 0.0))
     task.goal = environment.goal(task.episode)
-    trace = run_episode(environment, by_picture(environment, avoid=avoid), task, 0.5, 0.5)
-    outcome = judged(trace, task, "x", 0, config_of(avoid=avoid))
-    assert outcome.violations == 0
-    assert not (outcome.stopped and outcome.distance > 1)
+    outcomes = []
+    for forbidden in ([], avoid):
+        trace = run_episode(environment, by_picture(environment, avoid=forbidden), task, 0.5, 0.5)
+        outcomes.append(judged(trace, task, "x", 0, config_of(avoid=avoid)))
+    assert outcomes[0].violations > 0
+    assert (outcomes[1].violations, outcomes[1].success) == (0, True)
+
+
+def test_proposals_are_ranked_and_forbidden_ones_avoided(space: FreeSpace):
+    environment, task = Showing(), task_in(space, goal=(4.5, 6.5, 0.0))
+    task.goal = environment.goal(task.episode)
+    ahead, aside, back = torch.tensor([[0.3, 0.0, 0.0], [0.2, 0.1, 0.0], [-0.3, 0.0, 0.0]])[:, None].expand(3, 8, 3)
+
+    class Proposing(GoalNetwork):
+        def proposals(self, frames, goals, count, random):
+            return torch.stack((back, aside, ahead))[None]
+
+    network = Proposing(NETWORK.description)
+    for avoid, best in (([], ahead), ([2.1, 6.3, 4.5, 6.51], aside)):
+        agent = by_picture(environment, avoid=avoid, proposals=network)
+        agent.begin(task)
+        past = environment.reset(task.episode)
+        torch.testing.assert_close(agent.towards(past, task.goal).actions, best[:4])
+    past[-1] = replace(past[-1], frame=task.goal)  # already there
+    assert agent.towards(past, task.goal) is None
+
+
+def test_a_graph_is_followed_to_the_goal_past_frames_that_no_plan_leads_closer_to(space: FreeSpace):
+    environment, task = Showing(), task_in(space, goal=(5.0, 6.5, 0.0))
+    task.goal = environment.goal(task.episode)
+    reached, between = (environment.frame_at(torch.tensor(pose)) for pose in ((2.0, 6.5, 0.0), (3.5, 7.0, 0.0)))
+
+    class Way:
+        """A route of two frames, the first of which is that of the start: no candidate leads closer to it."""
+
+        def __init__(self):
+            self.shown = [0]
+
+        def next(self, frame: torch.Tensor):
+            if self.shown[-1] == 1 and 10 * (frame - between)[:, 0, 0].norm() < 0.5:
+                self.shown.append(2)
+            return ((0, reached), (1, between), (None, task.goal))[self.shown[-1]]
+
+        def skip(self):
+            self.shown.append(1)
+            return 1, between
+
+    way, planned = Way(), by_picture(environment)
+    graph = SimpleNamespace(to_goal=lambda goal: way)
+    agent = Remembering(planned.planner, planned.scores, 4, planned.cost, graph=graph)
+    trace = run_episode(environment, agent, task, 0.5, 0.5)
+    assert judged(trace, task, "x", 0, config_of()).success
+    assert way.shown == [0, 1, 2]
+
+
+@pytest.mark.parametrize("agent", ["random", "straight", "policy", "ranked", "graph"])
+def test_agents_that_learned_need_a_network(agent):
+    with pytest.raises(UserError, match=rf"planner\.learned.*{agent}"):
+        config_of(agents=[agent]).validate()
+    config_of(agents=["world", "engine", "expert"]).validate()
 
 
 @pytest.mark.parametrize("agent", [Expert(4), by_distance()], ids=["expert", "planned"])
@@ -229,6 +286,10 @@ def test_a_graph_leads_along_walks_and_across_them(dataset, monkeypatch: pytest.
     beyond, _ = route.skip()  # as if the target were reached
     assert route.node == target
     assert beyond is None or route.distance[beyond] < route.distance[target]
+    for _ in range(10):
+        beyond, image = route.skip()
+    assert beyond is None
+    torch.testing.assert_close(image, goal)
 
 
 def test_episodes_are_kept_and_chosen(tmp_path: Path, space: FreeSpace):
