@@ -135,6 +135,17 @@ def test_without_a_decoder_the_nearest_recorded_frame_is_shown(folder: Path, wal
     torch.testing.assert_close(codec.decode(noisy), kept[order])
 
 
+def test_similar_frames_are_told_apart_under_autocast(folder: Path, walks: Path):
+    codec = FeaturesCodec.load(str(folder))
+    near = codec.encode(recorded(walks, 4))
+    near = near + 1e-3 * torch.randn(near.shape, generator=torch.manual_seed(0))
+    with torch.autocast("cpu", torch.bfloat16):
+        found = codec.similarity(near)
+    gallery = codec.encode(to_float(codec.gallery)).flatten(1)
+    expected = torch.cosine_similarity(near.flatten(1)[:, None], gallery[None], dim=2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 def test_a_folder_that_is_none(tmp_path: Path):
     for name in (None, str(tmp_path), "nobody/nothing"):
         with pytest.raises(UserError, match=r"codec\.name .*no features codec"):
