@@ -144,7 +144,9 @@ def write_curve(points: Sequence[CurvePoint], out: Path, about: dict[str, Any]) 
             spread = np.abs(np.array([low, high]) - means)
             label = f"{steps} denoising step{'s' * (steps > 1)}"
             axes[i - 2].errorbar([p.calls for p in of_steps], means, spread, marker="o", capsize=3, label=label)
-        axes[i - 2].set(xscale="log", xlabel="network evaluations a plan", ylabel=measure)
+        axes[i - 2].set(xlabel="network evaluations a plan", ylabel=measure)
+        axes[i - 2].set_xscale("log", base=2)
+        axes[i - 2].xaxis.set_major_formatter("{x:g}")
     axes[0].legend()
     shown.savefig(out / "curve.png", dpi=120)
     return text
