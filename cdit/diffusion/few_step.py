@@ -21,7 +21,7 @@ from tqdm import tqdm
 from cdit.batch import EncodedBatch, KeyedDraws
 from cdit.common.errors import UserError
 from cdit.diffusion.config import SCHEDULERS, SMALLEST_SHORTCUT, TIMESTEPS, FewStepConfig, FlowConfig, SamplerConfig
-from cdit.diffusion.flow import Flow
+from cdit.diffusion.flow import Flow, shifted
 from cdit.diffusion.sampling import Predict, spread
 
 Average = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -139,8 +139,7 @@ class FewStep(Flow):
         """Steps of average velocity with the scheduler `average`; otherwise as a flow, see `Flow.sample`."""
         if config.scheduler != "average":
             return super().sample(predict, noise, config, generator, progress)
-        even = torch.linspace(1, 0, config.steps + 1, device=noise.device)
-        times = config.shift * even / (1 + (config.shift - 1) * even)
+        times = shifted(torch.linspace(1, 0, config.steps + 1, device=noise.device), config.shift)
         x = noise
         for start, end in tqdm(
             pairwise(times), total=config.steps, desc="denoising", disable=not progress, leave=False

@@ -50,7 +50,7 @@ class Flow(DenoisingObjective):
             # Sample by sample: vectorised, the last bit of a sigmoid would depend on its position in the batch.
             logits = draws.randn(*shape) * self.config.time_std + self.config.time_mean
             time = torch.stack([logit.sigmoid() for logit in logits])
-        return self.config.shift * time / (1 + (self.config.shift - 1) * time)
+        return shifted(time, self.config.shift)
 
     def timestep(self, time: Tensor) -> Tensor:
         """1000·t."""
@@ -154,3 +154,8 @@ def make_scheduler(config: SamplerConfig) -> diffusers.SchedulerMixin:
         scheduler.sigma_min = 1.0 / config.steps
     scheduler.set_timesteps(config.steps)
     return scheduler
+
+
+def shifted(time: Tensor, shift: float) -> Tensor:
+    """Diffusion times moved towards noise (Esser et al. 2024, section 5.3.2); 0 and 1 stay."""
+    return shift * time / (1 + (shift - 1) * time)

@@ -1,6 +1,7 @@
 """Who acts in the closed loop. The rows of the table separate causes: dynamics, cost, optimiser, stopping."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -54,7 +55,7 @@ Scores = Callable[[list[Seen], Task, Tensor, torch.Generator], Score]
 """Makes the score of a move from all that was seen, the task, a goal image and the draws."""
 
 
-class Agent:
+class Agent(ABC):
     """Acts until it believes it is at the goal."""
 
     def begin(self, task: Task) -> None:
@@ -68,13 +69,13 @@ class Agent:
         self.asked += 1
         return self.move(past)
 
+    @abstractmethod
     def stops(self, seen: Seen, radius: float, angle: float) -> bool:
         """Whether the goal is known to be reached, before a plan is made."""
-        raise NotImplementedError
 
+    @abstractmethod
     def move(self, past: list[Seen]) -> Move:
         """The next steps, or `STOP`."""
-        raise NotImplementedError
 
     def random(self) -> torch.Generator:
         """Draws of the present move, on the CPU."""

@@ -171,7 +171,7 @@ class Towards:
     def __call__(self, actions: Tensor) -> Tensor:
         """See `Score`."""
         world, cost = self.score.predictor.world, self.score.cost
-        repeats = [self.latents(actions, repeat) for repeat in range(len(self.noises))]
+        repeats = (self.latents(actions, repeat) for repeat in range(len(self.noises)))  # one at a time in memory
         return torch.stack([cost.of_predicted(world, latents, self.goals) for latents in repeats]).mean(0)
 
 
