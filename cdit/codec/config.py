@@ -70,8 +70,13 @@ class CodecTrainConfig(CodecDataOptions):
     """An AutoencoderTiny, an AutoencoderKL, or a decoder for a features codec."""
     features: str | None = None
     """For kind features, the folder that `python -m cdit.codec measure` has written."""
+    decoder: Literal["conv", "vit"] = "conv"
+    """For kind features, a convolutional decoder or a vision transformer."""
     width: Positive[int] = 64
-    """Channels of the convolutions; of a kl at full resolution, twice and four times as many below."""
+    """Channels of the convolutions; of a kl at full resolution, twice and four times as many below. For a vit, the
+    width of a token, a multiple of 64, such as 384."""
+    depth: Positive[int] = 6
+    """Blocks of a vit decoder."""
     downscale: Positive[int] = 8
     """Pixels of a frame per latent cell, a power of two; not for features."""
     channels: Positive[int] = 4

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from cdit.codec.codec import CODECS, Codec
+from cdit.codec.vit_decoder import VitDecoder
 from cdit.common.cli import parser_instance
 from cdit.common.errors import UserError
 from cdit.common.files import read_json, write_json
@@ -47,7 +48,11 @@ class FeaturesDescription:
     trained_size: tuple[Positive[int], Positive[int]] | None = None
     """Height and width that its position embedding is for, if it has one."""
     decoder_width: Positive[int] | None = None
-    """Channels of the decoder's convolutions; None: no decoder."""
+    """Channels of the decoder's convolutions, or width of a vit decoder's tokens; None: no decoder."""
+    decoder_depth: Positive[int] | None = None
+    """Blocks of a vit decoder; None: the decoder is convolutional."""
+    decoder_grid: tuple[Positive[int], Positive[int]] | None = None
+    """Rows and columns of tokens that a vit decoder was trained on."""
     version: int = VERSION
 
 
@@ -79,7 +84,7 @@ class FeaturesCodec(Codec):
         self.register_buffer("gallery", torch.zeros(gallery[0], 3, *gallery[1:], dtype=torch.uint8))
         self.decoder: nn.Module | None = None
         if description.decoder_width:
-            self.add_decoder(description.decoder_width)
+            self.add_decoder(description.decoder_width, description.decoder_depth, description.decoder_grid)
         self._gallery_latents: Tensor | None = None
 
     @property
@@ -87,13 +92,20 @@ class FeaturesCodec(Codec):
         """Whether there is one."""
         return self.decoder is not None
 
-    def add_decoder(self, width: int) -> None:
-        """Adds a convolutional decoder with random weights."""
-        self.description.decoder_width = width
-        levels = math.ceil(math.log2(self.downscale))
-        self.decoder = DecoderTiny(
-            self.channels, 3, (3,) * levels + (1,), (width,) * (levels + 1), 2, "relu", "nearest"
-        ).requires_grad_(False)
+    def add_decoder(self, width: int, depth: int | None = None, grid: tuple[int, int] | None = None) -> None:
+        """Adds a decoder with random weights: a `VitDecoder` if a depth and a grid are given, or a convolutional one.
+
+        Raises:
+            UserError: the width does not fit a `VitDecoder`.
+        """
+        about = self.description
+        about.decoder_width, about.decoder_depth, about.decoder_grid = width, depth, grid
+        if depth:
+            decoder = VitDecoder(self.channels, self.downscale, width, depth, grid)
+        else:
+            levels = math.ceil(math.log2(self.downscale))
+            decoder = DecoderTiny(self.channels, 3, (3,) * levels + (1,), (width,) * (levels + 1), 2, "relu", "nearest")
+        self.decoder = decoder.requires_grad_(False)
 
     @torch.no_grad()
     def moments(self, frames: Tensor) -> Tensor:

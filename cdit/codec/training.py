@@ -65,6 +65,8 @@ class TrainedAutoencoder(Trained):
     """An AutoencoderTiny or AutoencoderKL with random weights."""
 
     def __init__(self, config: CodecTrainConfig):
+        if config.decoder != "conv":
+            raise UserError(f"decoder is {config.decoder}, expected conv for kind {config.kind}")
         levels, width = round(math.log2(config.downscale)) + 1, config.width
         if 2 ** (levels - 1) != config.downscale:
             raise UserError(f"downscale is {config.downscale}, expected a power of two")
@@ -120,7 +122,8 @@ class TrainedDecoder(Trained):
         if config.features is None:
             raise UserError("features: expected the folder of a features codec for kind features")
         self.codec = FeaturesCodec.load(config.features)
-        self.codec.add_decoder(config.width)
+        grid = self.codec.latent_shape(config.data.image_size)[1:]
+        self.codec.add_decoder(config.width, *((config.depth, grid) if config.decoder == "vit" else ()))
         self.network = self.codec.decoder.requires_grad_()
 
     def to(self, device: torch.device) -> nn.Module:
@@ -259,7 +262,8 @@ def _checkpoint(config: CodecTrainConfig) -> Mapping[str, Any] | None:
         raise UserError(f"{path} exists: continue with --resume auto, or choose another out")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        changed = [name for name, value in _options(config).items() if saved["options"].get(name) != value]
+        before = _options(CodecTrainConfig(out="")) | saved["options"]  # options may be newer than the checkpoint
+        changed = [name for name, value in _options(config).items() if before[name] != value]
     except Exception as error:  # torch and pickle raise many types
         raise UserError(f"{path}: not a readable checkpoint ({error})") from error
     if changed:

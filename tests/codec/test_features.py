@@ -16,6 +16,7 @@ from cdit.codec import CodecConfig, FeaturesCodec, load_codec
 from cdit.codec.config import MeasureConfig
 from cdit.codec.features import FeaturesDescription, build_backbone
 from cdit.codec.measure import channel_statistics, measure
+from cdit.codec.vit_decoder import VitDecoder
 from cdit.common.errors import UserError
 from cdit.common.frames import to_float
 from cdit.data.config import DataConfig
@@ -125,6 +126,54 @@ def test_a_saved_codec_is_the_same(folder: Path, walks: Path, tmp_path: Path, ca
     assert codec.latent_shape((32, 32)) == latents.shape[1:] == (64, 4, 4)
 
 
+@torch.no_grad()
+def test_a_vit_decoder_is_a_transformer_of_torch():
+    torch.manual_seed(0)
+    decoder = VitDecoder(5, patch=3, width=128, depth=2, grid=(2, 4)).double()
+    for parameter in decoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    latents = torch.randn(3, 5, 2, 4, dtype=torch.float64)
+    layer = torch.nn.TransformerEncoderLayer(
+        128, 2, 512, dropout=0, activation="gelu", layer_norm_eps=1e-6, batch_first=True, norm_first=True
+    )
+    reference = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).double()
+    names = {
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "attn.proj": "self_attn.out_proj",
+        "mlp.fc1": "linear1",
+        "mlp.fc2": "linear2",
+    }
+    for ours, theirs in zip(decoder.blocks, reference.layers, strict=True):
+        for name, other in names.items():
+            theirs.get_submodule(other).load_state_dict(ours.get_submodule(name).state_dict())
+        theirs.self_attn.in_proj_weight.copy_(ours.attn.qkv.weight)
+        theirs.self_attn.in_proj_bias.copy_(ours.attn.qkv.bias)
+    tokens = torch.stack([latents[:, :, i, j] for i in range(2) for j in range(4)], dim=1)
+    pixels = decoder.to_pixels(decoder.norm(reference(decoder.embed(tokens) + decoder.pos_embed)))
+    frames = decoder(latents)
+    assert frames.shape == (3, 3, 6, 12)
+    for i in range(2):
+        for j in range(4):
+            patch = frames[:, :, 3 * i : 3 * i + 3, 3 * j : 3 * j + 3].flatten(1)
+            torch.testing.assert_close(patch, pixels[:, 4 * i + j])
+    assert decoder(torch.zeros(1, 5, 3, 7, dtype=torch.float64)).shape == (1, 3, 9, 21)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (48, 24)])
+def test_a_saved_vit_decoder_is_the_same_at_any_downscale(size: tuple[int, int], tmp_path: Path):
+    torch.manual_seed(0)
+    config = {"mean": (0.5,) * 3, "std": (0.5,) * 3}
+    codec = codec_of(build_backbone(BACKBONE, 1), 1, config, downscale=8 if size == (32, 32) else 6)
+    codec.add_decoder(64, 2, codec.latent_shape(size)[1:])
+    codec.save(tmp_path)
+    again = FeaturesCodec.load(str(tmp_path))
+    frames = torch.rand(2, 3, *size) * 2 - 1
+    decoded = codec.decode(codec.encode(frames))
+    assert decoded.shape == frames.shape
+    assert torch.equal(again.decode(again.encode(frames)), decoded)
+
+
 def test_without_a_decoder_the_nearest_recorded_frame_is_shown(folder: Path, walks: Path):
     codec = load_codec(CodecConfig("features", str(folder)))
     assert not codec.has_decoder
@@ -155,7 +204,8 @@ def test_a_folder_that_is_none(tmp_path: Path):
 @pytest.mark.parametrize(
     "values",
     [{"backbone": "hf-hub:owner/name"}, {"backbone": "vit_7b_patch16_dinov3"}, {"layer": 3}, {"layer": -1},
-     {"decoder_width": 64}, {"downscale": 0}, {"pixel_std": [1]}, {"unknown": 1}, {"version": 2}],
+     {"decoder_width": 64}, {"decoder_width": 64, "decoder_depth": 1},
+     {"downscale": 0}, {"pixel_std": [1]}, {"unknown": 1}, {"version": 2}],
 )  # fmt: skip
 def test_hostile_configs_are_refused(folder: Path, tmp_path: Path, values: dict):
     shutil.copytree(folder, tmp_path / "codec")

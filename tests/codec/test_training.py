@@ -17,6 +17,7 @@ from cdit.common.frames import to_float
 from cdit.data.config import DataConfig
 
 CPU = torch.device("cpu")
+VIT = {"decoder": "vit", "width": 64, "depth": 2}
 
 
 def options(walks: Path, out: Path, **changes) -> CodecTrainConfig:
@@ -45,9 +46,9 @@ def features(walks: Path, out: Path) -> str:
     return str(out)
 
 
-@pytest.mark.parametrize("kind", ["tiny", "kl", "features"])
-def test_a_resumed_training_is_the_same_bit_for_bit(kind: str, walks: Path, tmp_path: Path):
-    given = {"kind": kind, "latent_noise": 0.5}
+@pytest.mark.parametrize(("kind", "changes"), [("tiny", {}), ("kl", {}), ("features", {}), ("features", VIT)])
+def test_a_resumed_training_is_the_same_bit_for_bit(kind: str, changes: dict, walks: Path, tmp_path: Path):
+    given = {"kind": kind, "latent_noise": 0.5, **changes}
     if kind == "features":
         given["features"] = features(walks, tmp_path / "measured")
     train_codec(options(walks, tmp_path / "whole", **given), CPU)
@@ -81,9 +82,18 @@ def test_it_learns(walks: Path, tmp_path: Path):
     assert row["test/psnr"] > constant + 3
 
 
-def test_a_decoder_does_not_change_the_features(walks: Path, tmp_path: Path):
+def test_a_vit_decoder_learns(walks: Path, tmp_path: Path):
     measured = features(walks, tmp_path / "measured")
-    train_codec(options(walks, tmp_path / "out", kind="features", features=measured), CPU)
+    changes = VIT | {"kind": "features", "features": measured, "steps": 100, "every": 20, "batch_size": 8}
+    train_codec(options(walks, tmp_path / "out", **changes), CPU)
+    losses = [json.loads(line)["train/l1"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("changes", [{}, VIT], ids=["conv", "vit"])
+def test_a_decoder_does_not_change_the_features(changes: dict, walks: Path, tmp_path: Path):
+    measured = features(walks, tmp_path / "measured")
+    train_codec(options(walks, tmp_path / "out", kind="features", features=measured, **changes), CPU)
     before, after = (load_codec(CodecConfig("features", str(f))) for f in (measured, tmp_path / "out"))
     assert (before.has_decoder, after.has_decoder) == (False, True)
     assert before.fingerprint() == after.fingerprint()
@@ -118,8 +128,27 @@ def test_a_folder_that_holds_a_training(walks: Path, tmp_path: Path, changes: di
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"downscale": 6}, "downscale is 6, expected a power of two"), ({"kind": "features"}, "features: expected")],
+    [
+        ({"downscale": 6}, "downscale is 6, expected a power of two"),
+        ({"kind": "features"}, "features: expected"),
+        ({"decoder": "vit"}, "decoder is vit, expected conv for kind tiny"),
+    ],
 )
 def test_options_that_do_not_fit(walks: Path, tmp_path: Path, changes: dict, message: str):
     with pytest.raises(UserError, match=message):
         train_codec(options(walks, tmp_path, **changes), CPU)
+
+
+def test_a_vit_needs_a_width_of_whole_heads(walks: Path, tmp_path: Path):
+    measured = features(walks, tmp_path / "measured")
+    with pytest.raises(UserError, match="width is 65, expected a multiple of 64"):
+        train_codec(options(walks, tmp_path / "out", kind="features", features=measured, **VIT | {"width": 65}), CPU)
+
+
+def test_a_checkpoint_from_before_an_option_existed_continues(walks: Path, tmp_path: Path):
+    train_codec(options(walks, tmp_path, stop_at=2), CPU)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del saved["options"]["decoder"]
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    train_codec(options(walks, tmp_path, resume="auto"), CPU)
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
