@@ -19,6 +19,7 @@ stream of s bytes (2 with rotary positions; 4 with learned ones, whose float32 t
                      that of V alone, and 4 LayerNorm (with learned positions the tokens themselves) + 2 input of K +
                      2 k + 2 v
     output_channels  per pixel, not per token: 2 (channels + those of the noisy frame) + 4·2 channels
+    wide head        self-attention and MLP as above, with a modulation of each token: 6·2 chunks + 2·4 scales
 
 Not counted, because they do not grow with the batch or are small: rounded copies of the weights, angles of rotation,
 everything before the first block except the context's norm. A compiled step keeps less: it recomputes what is cheap.
@@ -63,6 +64,16 @@ def block_bytes(cdit: CDiT, context_frames: int, goals: int) -> int:
     )
 
 
+def wide_block_bytes(cdit: CDiT, goals: int) -> int:
+    """What one block of the wide head keeps for one context and its goals; its residual stream takes 2 bytes."""
+    width = cdit.config.wide_head_width
+    heads = width * cdit.config.num_heads // cdit.config.hidden_size
+    attention = 8 + 4 + 2 + 4 + 2 + 2 + (2 + 2) * (cdit.config.position == "rotary")
+    mlp, modulation = 8 + 2 + 2, 6 * 2 + 2 * 4
+    hidden, statistics = 2 * 2 * int(width * cdit.config.mlp_ratio), 2 * 2 * 4 + 4 * heads
+    return _targets(cdit, goals) * ((attention + mlp + modulation) * width + hidden + statistics)
+
+
 def activation_bytes(cdit: CDiT, context_frames: int, goals: int, checkpointing: bool) -> int:
     """What the whole network keeps for one context and its goals.
 
@@ -75,23 +86,35 @@ def activation_bytes(cdit: CDiT, context_frames: int, goals: int, checkpointing:
     config = cdit.config
     block, depth = block_bytes(cdit, context_frames, goals), len(cdit.blocks)
     targets, past = _targets(cdit, goals) * config.hidden_size, _patches(cdit) * context_frames * config.hidden_size
-    ends = (8 + 2) * targets + goals * _convolution_bytes(cdit)  # the final layer's norm and map
+    ends = goals * _convolution_bytes(cdit)
+    wide_depth, wide_block, wide = config.wide_head_depth, 0, _targets(cdit, goals) * config.wide_head_width
+    if wide_depth:
+        wide_block = wide_block_bytes(cdit, goals)
+        ends += (_stream(cdit) + 2) * targets + 2 * wide  # what modulates it, before and after SiLU, and projected
+        ends += (8 + 2 + 4) * wide  # the final layer's norm, map and scale
+    else:
+        ends += (8 + 2) * targets  # the final layer's norm and map
     if config.context_norm == "both":
         ends += 4 * past  # the input of the context's norm
     tokens = _token(cdit) * _context_tokens(cdit, context_frames, goals) * config.hidden_size
     if checkpointing:
-        return depth * _stream(cdit) * targets + block + ends + tokens
+        return depth * _stream(cdit) * targets + wide_depth * 2 * wide + max(block, wide_block) + ends + tokens
     by_themselves = config.context_norm == "keys" or (config.context_norm == "none" and _token(cdit) == 2)
-    return depth * block + ends + (tokens if by_themselves or config.context_modulation else 0)
+    blocks = depth * block + wide_depth * wide_block
+    return blocks + ends + (tokens if by_themselves or config.context_modulation else 0)
 
 
 def backward_bytes(cdit: CDiT, goals: int) -> int:
     """The peak of what the backward pass holds in addition, for one context and its goals.
 
-    It is reached in a block's MLP: the gradients of the stream, of the branch's output and of both sides of GELU.
+    It is reached in a block's MLP: the gradients of the stream, of the branch's output and of both sides of GELU, and
+    in the wide head of the gates.
     """
-    width = cdit.config.hidden_size
-    return _targets(cdit, goals) * ((_stream(cdit) + 2) * width + 2 * 2 * int(width * cdit.config.mlp_ratio))
+    config = cdit.config
+    sizes = [(_stream(cdit) + 2, config.hidden_size)]
+    if config.wide_head_depth:
+        sizes.append((2 + 2 + 2, config.wide_head_width))
+    return _targets(cdit, goals) * max(each * w + 2 * 2 * int(w * config.mlp_ratio) for each, w in sizes)
 
 
 def _patches(cdit: CDiT) -> int:

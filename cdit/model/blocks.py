@@ -23,7 +23,7 @@ REACH = 4.0
 
 @dataclass
 class Modulation:
-    """How AdaLN-Zero conditions one branch; each (B, 1, D)."""
+    """How AdaLN-Zero conditions one branch; each (B, 1, D), or (B, N, D) in a `WideBlock`."""
 
     shift: Tensor
     scale: Tensor
@@ -206,6 +206,26 @@ class ContextBlock(nn.Module):
         return x_BND + self.mlp(self.norm2(x_BND))
 
 
+class WideBlock(nn.Module):
+    """Self-attention and MLP, each a residual branch that AdaLN-Zero shifts, scales and gates per token, pre-norm."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float = 4.0, qk_norm: bool = False):
+        super().__init__()
+        self.norm = layer_norm(width)
+        self.attn = MultiHeadAttention(width, heads, qk_norm)
+        self.mlp = feed_forward(width, mlp_ratio)
+        self.ada_ln = nn.Linear(width, 6 * width)
+
+    def forward(self, x_BND: Tensor, condition_BND: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """(B, N, D) to (B, N, D)."""
+        chunks = self.ada_ln(condition_BND).chunk(6, dim=-1)
+        for_attn, for_mlp = Modulation(*chunks[:3]), Modulation(*chunks[3:])
+        y_BND = self.attn(modulate(self.norm(x_BND), for_attn.shift, for_attn.scale), rotation=rotation)
+        x_BND = torch.addcmul(x_BND, for_attn.gate, y_BND)
+        y_BND = self.mlp(modulate(self.norm(x_BND), for_mlp.shift, for_mlp.scale))
+        return torch.addcmul(x_BND, for_mlp.gate, y_BND)
+
+
 class FinalLayer(nn.Module):
     """LayerNorm, shifted and scaled by the condition, and a linear map to the values of a patch."""
 
@@ -215,9 +235,9 @@ class FinalLayer(nn.Module):
         self.ada_ln = nn.Linear(width, 2 * width)
         self.linear = nn.Linear(width, values)
 
-    def forward(self, x_BND: Tensor, condition_BD: Tensor) -> Tensor:
-        """(B, N, D) to (B, N, values)."""
-        shift, scale = self.ada_ln(condition_BD)[:, None].chunk(2, dim=-1)
+    def forward(self, x_BND: Tensor, condition: Tensor) -> Tensor:
+        """(B, N, D) to (B, N, values); the condition is (B, 1, D), or (B, N, D) for one of each token."""
+        shift, scale = self.ada_ln(condition).chunk(2, dim=-1)
         return self.linear(modulate(self.norm(x_BND), shift, scale))
 
 

@@ -5,7 +5,8 @@ the past frames, then an MLP; AdaLN-Zero (Peebles & Xie 2023, arXiv 2212.09748) 
 time, action and time shift. Cost is linear in the number of past frames.
 
 Shape suffixes: B contexts, G goals of a context (their targets share its keys and values), T past frames, C channels,
-P patches of a frame, M = T·P context tokens, D width; S rows of encoded frames, each shared by consecutive targets.
+P patches of a frame, M = T·P context tokens, D width, W that of the wide head; S rows of encoded frames, each shared by
+consecutive targets.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 
 from cdit.common.errors import UserError
 from cdit.model.attention import KeysValues, MultiHeadAttention, Part, side_by_side
-from cdit.model.blocks import Block, ContextBlock, ContextTokens, FinalLayer, OutputConvolutions, layer_norm
+from cdit.model.blocks import Block, ContextBlock, ContextTokens, FinalLayer, OutputConvolutions, WideBlock, layer_norm
 from cdit.model.conditioners import (
     CONDITIONERS,
     ActionConditioner,
@@ -115,6 +116,9 @@ class ContextCache:
 class CDiT(ModelMixin, ConfigMixin):
     """Predicts the target of a denoising objective from a noisy frame, past frames and further conditions.
 
+    The wide head follows DiT^DH (Zheng et al. 2025, arXiv 2510.11690): its blocks start from their own embedding of the
+    noisy frame, and the output of the other blocks, plus the condition, modulates each token.
+
     After `enable_gradient_checkpointing()` a block keeps only its input in memory and recomputes the rest, including
     its keys and values of the context, in the backward pass (Chen et al. 2016, arXiv 1604.06174).
 
@@ -155,6 +159,8 @@ class CDiT(ModelMixin, ConfigMixin):
         qk_norm: bool = False,
         norm: Literal["pre", "post"] = "pre",
         output_channels: int = 0,
+        wide_head_depth: int = 0,
+        wide_head_width: int = 2048,
         place_embedding: bool = False,
         reprojection: bool = False,
         resampling: Literal["bilinear", "bicubic"] = "bicubic",
@@ -175,6 +181,11 @@ class CDiT(ModelMixin, ConfigMixin):
             raise UserError(f"hidden_size {hidden_size} must be a multiple of num_heads {num_heads}")
         if position == "rotary" and hidden_size // num_heads % 2:
             raise UserError(f"rotary positions need heads of even width, not {hidden_size // num_heads}")
+        if wide_head_depth and wide_head_width % (hidden_size // num_heads):
+            raise UserError(
+                f"wide_head_width {wide_head_width} must be a multiple of hidden_size / num_heads, "
+                f"{hidden_size // num_heads}"
+            )
         if steered_queries and position != "rotary":
             raise UserError(f"steered_queries needs position rotary, not {position}")
         if context_norm == "keys" and context_modulation:
@@ -224,7 +235,16 @@ class CDiT(ModelMixin, ConfigMixin):
             )
             for _ in range(depth)
         )
-        self.final_layer = FinalLayer(hidden_size, patch_size**2 * (output_channels or self.out_channels))
+        self.wide_embed = self.wide_condition = None
+        if wide_head_depth:
+            self.wide_embed = PatchEmbed(tuple(image_size), patch_size, in_channels, wide_head_width)
+            self.wide_condition = nn.Linear(hidden_size, wide_head_width)
+        wide_heads = wide_head_width // (hidden_size // num_heads)
+        self.wide_blocks = nn.ModuleList(
+            WideBlock(wide_head_width, wide_heads, mlp_ratio, qk_norm) for _ in range(wide_head_depth)
+        )
+        last_width = wide_head_width if wide_head_depth else hidden_size
+        self.final_layer = FinalLayer(last_width, patch_size**2 * (output_channels or self.out_channels))
         self.output_convolutions = None
         if output_channels:
             added = int(reprojection)  # where the past frame shows the point; the logit of its share
@@ -241,8 +261,9 @@ class CDiT(ModelMixin, ConfigMixin):
                     nn.init.zeros_(module.bias)
         if self.config.init == "published":
             self._shrink_weights()
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.flatten(1))  # the convolution is a linear map of a patch
-        nn.init.zeros_(self.patch_embed.proj.bias)
+        for embed in filter(None, (self.patch_embed, self.wide_embed)):
+            nn.init.xavier_uniform_(embed.proj.weight.flatten(1))  # the convolution is a linear map of a patch
+            nn.init.zeros_(embed.proj.bias)
         if "action" in self.conditioners:
             nn.init.normal_(self.conditioners["action"].unknown, std=0.4)  # as large as embeddings of known actions
         for conditioner in self.conditioners.values():
@@ -261,6 +282,8 @@ class CDiT(ModelMixin, ConfigMixin):
             if block.cross_attn.extra_k is not None:
                 nn.init.xavier_normal_(block.cross_attn.extra_k.view(1, 1, -1))
                 nn.init.xavier_normal_(block.cross_attn.extra_v.view(1, 1, -1))
+        for block in self.wide_blocks:
+            nn.init.zeros_(block.ada_ln.weight)
         nn.init.zeros_(self.final_layer.ada_ln.weight)
         if self.config.reprojection:  # the same inverse depth everywhere
             nn.init.zeros_(self.final_layer.linear.weight.unflatten(0, (-1, self.config.output_channels))[:, 0])
@@ -393,13 +416,19 @@ class CDiT(ModelMixin, ConfigMixin):
         pooled = self.time_embed(timestep.flatten())
         for conditioner in self.conditioners.values():
             pooled = pooled + conditioner(condition)
-        pooled = F.silu(pooled)
+        activated = F.silu(pooled)
 
         frame_1 = context.parts[-1].frame_T[-1:] + 1
         position, rotation = self._position(frame_1), self._rotation(frame_1)
         for block, looked_at in zip(self.blocks, self._for_blocks(context, len(x)), strict=True):
-            x = self._run(block, x, pooled, looked_at, rotation, position)
-        x = self._unpatchify(self.final_layer(x, pooled))
+            x = self._run(block, x, activated, looked_at, rotation, position)
+        last_condition = activated[:, None]
+        if self.wide_embed is not None:
+            last_condition = self.wide_condition(F.silu(x + pooled[:, None]))  # (B·G, P, W)
+            x = self.wide_embed(sample.reshape(-1, *sample.shape[-3:]))
+            for block in self.wide_blocks:
+                x = self._run(block, x, last_condition, rotation)
+        x = self._unpatchify(self.final_layer(x, last_condition))
         if self.config.reprojection:
             x = self._blend(x, sample.reshape(-1, *sample.shape[-3:]), condition, context.last_SCHW)
         elif self.output_convolutions is not None:

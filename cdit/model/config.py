@@ -53,6 +53,11 @@ class ModelConfig:
     """Norm before each branch, or after it (residual post-norm of Swin V2)."""
     output_channels: NotNegative[int] = 0
     """Channels per pixel (or latent cell) of three 3×3 convolutions after the last linear map; 0: none."""
+    wide_head_depth: NotNegative[int] = 0
+    """Number of blocks of a wide head, which predicts the output from the noisy frame and the tokens of the network, so
+    that a narrow network can denoise tokens of many channels; 0: none."""
+    wide_head_width: Positive[int] = 2048
+    """Width of a token in the wide head, whose attention heads are as wide as those of the network."""
     place_embedding: bool = False
     """Whether tokens of all frames get a learned vector of their patch: rotary positions tell only differences."""
     reprojection: bool = False

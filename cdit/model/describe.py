@@ -13,6 +13,7 @@ from cdit.model.cdit import CDiT
 
 # The first pattern that matches a parameter's name decides to which part of the network it belongs.
 PARTS = {
+    r"^wide_": "wide head",
     r"patch_embed": "patch embedding",
     r"pos_embed": "position table",
     r"place_embed": "place embedding",
@@ -35,7 +36,9 @@ PARTS = {
     r"final_layer": "final layer",
 }
 
-HIDDEN_MATRIX = re.compile(r"(objective\.\w+\.)?(context_)?blocks\.\d+\.(\w*attn\.(q|kv|out)|mlp\.fc[12])\.weight")
+HIDDEN_MATRIX = re.compile(
+    r"(objective\.\w+\.)?(context_|wide_)?blocks\.\d+\.(\w*attn\.(q|kv|out)|mlp\.fc[12])\.weight"
+)
 """Names of the matrices of attentions and MLPs, which Muon takes; `kv` stacks two."""
 
 

@@ -58,9 +58,10 @@ class Run:
         ]
 
     @property
-    def block_parameters(self) -> int:
-        """Of one block."""
-        return sum(p.numel() for p in self.cdit.blocks[0].parameters())
+    def block_parameters(self) -> list[int]:
+        """Of each block, those of the wide head included."""
+        blocks = (*self.cdit.blocks, *self.cdit.wide_blocks)
+        return [sum(p.numel() for p in block.parameters()) for block in blocks]
 
     def micro_batches(self, gpus: int) -> tuple[int, int]:
         """Micro-batches per GPU and step, and contexts in each; the last ones are padded."""
@@ -73,15 +74,15 @@ def state_bytes(run: Run, gpus: int, mode: Mode) -> dict[str, float]:
     """Bytes on each GPU that do not depend on the batch, by purpose.
 
     If sharded, two blocks are gathered at a time in bfloat16, the second while the first computes, and the gradients of
-    one block are complete, in bfloat16 and in the float32 that is sent; the outermost part (embeddings, final layer) is
-    gathered in float32.
+    one block are complete, in bfloat16 and in the float32 that is sent, all of the size of the largest; the outermost
+    part (embeddings, final layer) is gathered in float32.
     """
     share = 1 / gpus if mode == "FSDP2" else 1.0
     each = 4 * run.parameters * share
     state = {"weights": each, "gradients": each, "moments": moment_bytes(run) * share, "average": each}
     if mode == "FSDP2" and gpus > 1:
-        outermost = run.parameters - len(run.cdit.blocks) * run.block_parameters
-        state["gathered"] = (2 * 2 + 2 + 4) * run.block_parameters + 4 * outermost
+        blocks = run.block_parameters
+        state["gathered"] = (2 * 2 + 2 + 4) * max(blocks) + 4 * (run.parameters - sum(blocks))
     else:
         state["bfloat16 copies"] = 2.0 * run.parameters
         if gpus > 1:
@@ -178,7 +179,7 @@ def step(run: Run, gpus: int, mode: Mode, hardware: Hardware) -> Step:
         bytes_sent = 4 * run.parameters
         sent = all_reduce_seconds(bytes_sent, gpus, math.ceil(bytes_sent / BUCKET), hardware)
         return Step(compute, sent, max(0.0, sent - backward))
-    blocks = len(run.cdit.blocks)
+    blocks = len(run.block_parameters)
     gather = gather_seconds(2 * run.parameters, gpus, blocks, hardware)
     reduce = gather_seconds(4 * run.parameters, gpus, blocks, hardware)
     exposed = max(0.0, gather - forward) + max(0.0, gather + reduce - backward)

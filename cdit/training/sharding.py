@@ -79,7 +79,7 @@ def shard(network: nn.Module, accelerator: Accelerator, compile: bool = False) -
     # The warning concerns outputs that are modified in place; predictions are not.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    blocks = (*network.context_blocks, *network.blocks) if isinstance(network, CDiT) else ()
+    blocks = (*network.context_blocks, *network.blocks, *network.wide_blocks) if isinstance(network, CDiT) else ()
     for block in blocks:
         if compile:
             block.compile()

@@ -39,6 +39,7 @@ DIALECTS: dict[str, dict[str, Any]] = {
     "noisy": {"context_noise": 0.5, "context_depth": 1, "extra_kv": True},
     "convolutions": {"output_channels": 5, "learn_variance": True},
     "levers": {"steered_queries": True, "context_norm": "keys", "output_channels": 5, "extra_kv": True, "norm": "post"},
+    "wide": {"wide_head_depth": 2, "wide_head_width": 48, "output_channels": 3, "qk_norm": True},
     "bilinear": {"output_channels": 3, "reprojection": True, "resampling": "bilinear"},
     "reprojection": {"output_channels": 5, "reprojection": True, "place_embedding": True, "focal": (1.3, 0.8)},
     "modulated_levers": {

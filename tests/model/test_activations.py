@@ -9,7 +9,7 @@ from torch.utils._pytree import tree_leaves
 import cdit.model.attention
 from cdit.common.errors import UserError
 from cdit.model import PRESETS, CDiT
-from cdit.model.activations import activation_bytes, block_bytes
+from cdit.model.activations import activation_bytes, block_bytes, wide_block_bytes
 
 OPTIONS = {
     "native": {},
@@ -22,6 +22,7 @@ OPTIONS = {
     "modulated_none": {"context_norm": "none", "context_modulation": True},
     "levers": {"steered_queries": True, "context_norm": "none", "extra_kv": True, "output_channels": 32},
     "levers_keys": {"steered_queries": True, "context_norm": "keys", "output_channels": 32},
+    "wide": {"wide_head_depth": 2, "wide_head_width": 512},
 }
 
 
@@ -58,7 +59,7 @@ def kept_bytes(cdit: CDiT, contexts: int, goals: int, frames: int) -> int:
                 pack(x)
 
     if cdit.gradient_checkpointing:  # a block's inputs, also those in lists, are kept for it to be run again
-        for block in cdit.blocks:
+        for block in (*cdit.blocks, *cdit.wide_blocks):
             block.register_forward_pre_hook(keep_inputs)
     sample, context = torch.randn(contexts, goals, 4, 28, 28), torch.randn(contexts, frames, 4, 28, 28)
     scalar = torch.rand(contexts, goals)
@@ -94,16 +95,29 @@ def test_a_block_keeps_what_was_derived(name, goals, frames):
     assert block(2) - block(1) == pytest.approx(block_bytes(derived(1, **OPTIONS[name]), frames, goals), rel=1e-3)
 
 
+@pytest.mark.usefixtures("_as_on_a_gpu")
+@pytest.mark.parametrize("position", ["rotary", "learned"])
+def test_a_block_of_the_wide_head_keeps_what_was_derived(position):
+    found = [
+        counted(1, contexts, 2, 3, position=position, wide_head_depth=depth, wide_head_width=512)
+        for contexts, depth in ((2, 2), (2, 1), (1, 2), (1, 1))
+    ]
+    expected = wide_block_bytes(derived(1, position=position, wide_head_depth=1, wide_head_width=512), 2)
+    assert found[0] - found[1] - found[2] + found[3] == pytest.approx(expected, rel=1e-3)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("_as_on_a_gpu")
-@pytest.mark.parametrize("name", ["native", "published", "levers", "levers_keys"])
+@pytest.mark.parametrize("name", ["native", "published", "levers", "levers_keys", "wide"])
 def test_the_network_keeps_what_was_derived(name):
     """CDiT-S, four past frames and two goals: within 1 %, which is what lies before the first block."""
     options, shape = OPTIONS[name], {"goals": 2, "frames": 4}
     whole = activation_bytes(derived(12, **options), 4, 2, False)
     assert counted(12, 2, **shape, **options) - counted(12, 1, **shape, **options) == pytest.approx(whole, rel=0.01)
     # A checkpointed forward pass keeps all but the block that is made again in the backward pass.
-    expected = activation_bytes(derived(12, **options), 4, 2, True) - block_bytes(derived(12, **options), 4, 2)
+    model = derived(12, **options)
+    again = max(block_bytes(model, 4, 2), wide_block_bytes(model, 2) if model.wide_blocks else 0)
+    expected = activation_bytes(model, 4, 2, True) - again
     found = counted(12, 2, checkpointing=True, **shape, **options) - counted(
         12, 1, checkpointing=True, **shape, **options
     )

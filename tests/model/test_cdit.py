@@ -311,7 +311,7 @@ def test_recording_every_attention_leaves_the_output_bit_identical(dialect):
         missing = weights.unflatten(0, (2, -1))[1, ..., : 2 * 6]
         assert (missing == 0).all()
         torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
-    assert len(seen) == 4 + model.config.context_depth
+    assert len(seen) == 4 + model.config.context_depth + model.config.wide_head_depth
 
 
 # --- beginnings ---
@@ -323,10 +323,10 @@ def test_the_untrained_network_is_the_identity_on_its_stream_and_predicts_zero(d
     torch.manual_seed(0)
     model = CDiT(**(BASE | DIALECTS[dialect] | {"norm": norm}))
     streams = []
-    for block in model.blocks:
+    for block in (*model.blocks, *model.wide_blocks):
         block.register_forward_hook(lambda _, inputs, output: streams.append((inputs[0], output)))
     out = call(model, **batch(), **masks())
-    assert len(streams) == 2
+    assert len(streams) == 2 + model.config.wide_head_depth
     for before, after in streams:
         assert torch.equal(before, after)
         assert before.std() > 0.1
@@ -419,6 +419,7 @@ def test_unpatchify_inverts_unfold(patch_size):
         ({"num_heads": 3}, "hidden_size 32 must be a multiple of num_heads 3"),
         ({"hidden_size": 30, "num_heads": 2}, "even width, not 15"),
         ({"steered_queries": True, "position": "learned"}, "steered_queries needs position rotary, not learned"),
+        ({"wide_head_depth": 1, "wide_head_width": 40}, "wide_head_width 40 must be a multiple of .*, 16"),
         ({"context_norm": "keys", "context_modulation": True}, "context_norm keys cannot be .* context_modulation"),
     ],
 )

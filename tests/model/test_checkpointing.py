@@ -126,7 +126,8 @@ def test_sampling_keeps_its_cached_context(dialect):
         cache = model.encode_context(data["context"], data["context_mask"])
         watched = call(model, **data)
     assert len(cache.parts[0].keys_values) == (0 if model.config.context_modulation else 2)
-    assert len(seen) == 2 * model.config.context_depth + 4  # the context is encoded twice here
+    once = model.config.wide_head_depth + 4
+    assert len(seen) == 2 * model.config.context_depth + once  # the context is encoded twice here
 
     for module in model.modules():
         if isinstance(module, MultiHeadAttention):

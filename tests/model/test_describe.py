@@ -64,6 +64,23 @@ def test_flops_are_those_counted_by_hand(device, levers):
     }
 
 
+def test_a_wide_head_is_counted():
+    """Six patches of eight values, one goal; width 32 and 48, two blocks."""
+    wide, d, patches, values, context = 48, 32, 6, 8, 3
+    model, plain = (build("native", wide_head_depth=depth, wide_head_width=wide) for depth in (2, 0))
+    block = 6 * (wide**2 + wide) + 4 * (wide**2 + wide) + 8 * wide**2 + 5 * wide
+    parts, before = parameters(model), parameters(plain)
+    assert parts.pop("wide head") == (values + 1) * wide + (d + 1) * wide + 2 * block
+    assert parts.pop("final layer") == 2 * (wide**2 + wide) + (wide + 1) * values
+    before.pop("final layer")
+    assert parts == before
+    block = patches * (6 * wide**2 + 12 * wide**2) + 2 * patches**2 * wide
+    last = patches * 2 * wide**2 + patches * wide * values
+    more = patches * (values + d) * wide + 2 * block + last - (2 * d**2 + patches * d * values)
+    name = "forward with the cached context"
+    assert flops(model, context, 1)[name] - flops(plain, context, 1)[name] == 2 * more
+
+
 def test_what_a_cached_context_saves():
     """Keys and values that follow the condition are made anew for every goal and step."""
     cached, modulated = (flops(build(dialect).to("meta"), 3, 2) for dialect in ("native", "modulated_rotary"))

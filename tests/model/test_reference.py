@@ -24,7 +24,7 @@ class Reference:
     """The network's arithmetic on the tensors of a CDiT's state_dict."""
 
     def __init__(self, model: CDiT):
-        self.w, self.c, self.heads = model.state_dict(), model.config, model.config.num_heads
+        self.w, self.c = model.state_dict(), model.config
         height, width = (side // self.c.patch_size for side in self.c.image_size)
         self.places = [(r, c) for r in range(height) for c in range(width)]
 
@@ -36,10 +36,10 @@ class Reference:
         features = torch.cat((angles.cos(), angles.sin()))
         return self.linear(f"{name}.mlp.fc2", F.silu(self.linear(f"{name}.mlp.fc1", features)))
 
-    def tokens(self, frame: Tensor) -> Tensor:
+    def tokens(self, frame: Tensor, name: str = "patch_embed") -> Tensor:
         p = self.c.patch_size
         patches = F.unfold(frame[None], p, stride=p)[0].T
-        return patches @ self.w["patch_embed.proj.weight"].flatten(1).T + self.w["patch_embed.proj.bias"]
+        return patches @ self.w[f"{name}.proj.weight"].flatten(1).T + self.w[f"{name}.proj.bias"]
 
     def turn(self, x: Tensor, spots: list[tuple[float, float, float]]) -> Tensor:
         """Rotary positions of the tokens of one head, standing at (frame, row, column) each."""
@@ -80,8 +80,8 @@ class Reference:
         """From the tokens of one frame to those of `frames`, of which `keep` says which exist."""
         q, k = self.linear(f"{name}.q", x), self.linear(f"{name}.kv", for_keys).chunk(2, -1)[0]
         v = self.linear(f"{name}.kv", for_values).chunk(2, -1)[1]
-        width, out = x.shape[-1] // self.heads, []
-        for h in range(self.heads):
+        width, out = self.c.hidden_size // self.c.num_heads, []
+        for h in range(x.shape[-1] // width):
             qh, kh, vh = (t[:, h * width : (h + 1) * width] for t in (q, k, v))
             if self.c.qk_norm:
                 qh, kh = (
@@ -182,7 +182,7 @@ class Reference:
         elif self.c.use_action:
             parts = [self.scalar(f"conditioners.action.parts.{i}", action[i], self.c.embedding_scale) for i in range(3)]
             condition = condition + torch.cat(parts)
-        condition = F.silu(condition)
+        inactive, condition = condition, F.silu(condition)
 
         past = self.context(context)
         frames, target = list(range(len(context))), len(context)
@@ -203,7 +203,15 @@ class Reference:
                     x = x + gate * branch(normalize(x) * (1 + scale) + shift)
                 else:
                     x = x + gate * normalize(branch(x * (1 + scale) + shift))
-        shift, scale = self.linear("final_layer.ada_ln", condition).chunk(2)
+        if self.c.wide_head_depth:
+            condition = self.linear("wide_condition", F.silu(x + inactive))  # one for each token
+            x = self.tokens(sample, "wide_embed")
+        for i in range(self.c.wide_head_depth):
+            name, chunks = f"wide_blocks.{i}", self.linear(f"wide_blocks.{i}.ada_ln", condition).chunk(6, dim=-1)
+            y = normalize(x) * (1 + chunks[1]) + chunks[0]
+            x = x + chunks[2] * self.attention(f"{name}.attn", y, y, y, target, [target])
+            x = x + chunks[5] * self.mlp(f"{name}.mlp", normalize(x) * (1 + chunks[4]) + chunks[3])
+        shift, scale = self.linear("final_layer.ada_ln", condition).chunk(2, dim=-1)
         x = self.linear("final_layer.linear", normalize(x) * (1 + scale) + shift)  # (P, p·p·channels)
         p = self.c.patch_size
         x = x.unflatten(-1, (p * p, -1)).transpose(1, 2).flatten(1)  # F.fold wants channels first

@@ -87,6 +87,18 @@ def test_sharding_divides_what_is_kept_and_not_what_is_gathered():
     assert replicated["buckets"] == replicated["gradients"] == 8 * eight["gradients"]
 
 
+def test_the_blocks_of_a_wide_head_are_gathered_like_others():
+    with torch.device("meta"):
+        cdit = CDiT((28, 28), 4, 4, wide_head_depth=2, wide_head_width=1024)
+    run = replace(a_run(), cdit=cdit)
+    one = sum(p.numel() for p in cdit.wide_blocks[1].parameters())
+    rest = run.parameters - sum(p.numel() for p in cdit.blocks.parameters()) - 2 * one
+    assert state_bytes(run, 8, "FSDP2")["gathered"] == 10 * one + 4 * rest
+    slow = replace(HARDWARE, latency_us=1e6)
+    sent = [step(replace(run, cdit=x), 8, "FSDP2", slow).communication for x in (cdit, a_run().cdit)]
+    assert sent[0] - sent[1] == pytest.approx(3 * 7 * 2, rel=1e-3)  # two more messages, three times, over seven hops
+
+
 @pytest.mark.parametrize("gpus", [2, 3, 8])
 def test_a_ring_sends_what_the_formula_says(gpus):
     """Chunks are really passed around: each GPU ends with the sum, after 2(P-1) hops of a P-th each."""

@@ -38,6 +38,7 @@ DIALECTS: dict[str, dict[str, Any]] = {
     "encoder": {"num_heads": 2, "context_depth": 1, "qk_norm": True, "extra_kv": True, "mlp_ratio": 35 / 36},
     "nwm": {"num_heads": 2, "position": "learned", "context_modulation": True, "extra_kv": True},
     "levers": {"num_heads": 2, "steered_queries": True, "context_norm": "keys", "output_channels": 3},
+    "wide": {"num_heads": 2, "wide_head_depth": 2, "wide_head_width": 54},
     "reprojection": {"num_heads": 2, "output_channels": 3, "reprojection": True, "place_embedding": True},
 }
 

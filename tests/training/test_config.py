@@ -50,6 +50,8 @@ WRONG = [  # option, value, what the message names if not the option
     ("model.depth", "0"),
     ("model.mlp_ratio", "0.0"),
     ("model.context_depth", "-1"),
+    ("model.wide_head_depth", "-1"),
+    ("model.wide_head_width", "0"),
     ("flow.min_time", "0.0"),
     ("flow.time_std", "-1.0"),
     ("sampler.shift", "0.0"),

@@ -121,18 +121,19 @@ def test_orthogonalised_keeps_singular_vectors_and_sets_values_to_about_one(shap
 
 def test_hidden_matrices_are_muons_and_the_rest_is_adamws():
     network = CDiT((8, 8), 3, 2, hidden_size=32, depth=2, num_heads=2, context_depth=1, extra_kv=True, qk_norm=True,
-                   steered_queries=True, output_channels=4)  # fmt: skip
+                   steered_queries=True, output_channels=4, wide_head_depth=1, wide_head_width=64)  # fmt: skip
     optimizer, _ = build_optimizer({"model": network}, OptimizerConfig(name="muon", momentum=0.8), 10)
     mine = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     hidden = {name for name, p in network.named_parameters() if "momentum" in mine[id(p)]}
     layers = [
         *(f"blocks.{i}.{attention}" for i in (0, 1) for attention in ("self_attn", "cross_attn")),
         "context_blocks.0.attn",
+        "wide_blocks.0.attn",
     ]
     expected = {f"{layer}.{matrix}.weight" for layer in layers for matrix in ("q", "kv", "out")}
     expected |= {
         f"{block}.mlp.{matrix}.weight"
-        for block in ("blocks.0", "blocks.1", "context_blocks.0")
+        for block in ("blocks.0", "blocks.1", "context_blocks.0", "wide_blocks.0")
         for matrix in ("fc1", "fc2")
     }
     assert hidden == expected

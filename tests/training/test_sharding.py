@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -47,7 +48,8 @@ def same_bits(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 def without_key_bias(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """What is added to all keys changes no attention: its gradient is rounding errors, which AdamW makes large."""
-    return {name: tensor[len(tensor) // 2 :] if name.endswith("self_attn.kv.bias") else tensor
+    same_frame = re.compile(r"(blocks\.\d+\.self_attn|wide_blocks\.\d+\.attn)\.kv\.bias")
+    return {name: tensor[len(tensor) // 2 :] if same_frame.fullmatch(name) else tensor
             for name, tensor in tensors.items()}  # fmt: skip
 
 
@@ -153,7 +155,13 @@ def test_a_step_that_one_process_spoils_is_taken_by_none(shared: dict[str, list[
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("dialect", "gathered"),
-    [("native", torch.bfloat16), ("nwm", torch.bfloat16), ("encoder", torch.float32), ("levers", torch.bfloat16)],
+    [
+        ("native", torch.bfloat16),
+        ("nwm", torch.bfloat16),
+        ("encoder", torch.float32),
+        ("levers", torch.bfloat16),
+        ("wide", torch.bfloat16),
+    ],
 )
 def test_under_autocast_the_bits_are_those_of_ddp(shared: dict[str, list[dict]], dialect: str, gathered: torch.dtype):
     """Also where weights travel in bfloat16; they do where autocast would round them first of all."""
@@ -172,7 +180,7 @@ def test_under_autocast_the_bits_are_those_of_ddp(shared: dict[str, list[dict]],
 @pytest.mark.parametrize("dialect", DIALECTS)
 def test_a_block_is_gathered_twice_a_step(shared: dict[str, list[dict]], dialect: str):
     """Forward and backward, though its keys and values are made of a context that is encoded before all blocks."""
-    parts = 2 + DIALECTS[dialect].get("context_depth", 0) + 1
+    parts = 2 + DIALECTS[dialect].get("context_depth", 0) + DIALECTS[dialect].get("wide_head_depth", 0) + 1
     for process in shared["bfloat16"]:
         assert process[dialect]["traffic"] == {"c10d._allgather_base_": 2 * parts, "c10d._reduce_scatter_base_": parts}
 
