@@ -62,13 +62,19 @@ class Condition(TensorData):
     """(B, G) bool, which actions are known; values of the others are ignored. None: all."""
     spacing: Tensor | None = None
     """(B,) metres between consecutive frames; used by models trained on datasets of different spacings."""
+    text: Tensor | None = None
+    """(B, E) or (E,) vectors of what is done, in words (see `WorldModel.encode_text`); zeros for an empty text."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Further conditions by name, (B, G, …), for user-defined conditioners."""
 
     def shape(self, dims: int) -> tuple[int, ...] | None:
-        """The first dimensions, such as (B, G), which all but the spacing share; None where there is nothing else."""
-        first = next(iter(replace(self, spacing=None).named_tensors().values()), None)
+        """The first dimensions, such as (B, G), of all but spacing and text; None where there is nothing else."""
+        first = next(iter(replace(self, spacing=None, text=None).named_tensors().values()), None)
         return None if first is None else tuple(first.shape[:dims])
+
+    def map_goals(self, function: Callable[[Tensor], Tensor]) -> "Condition":
+        """A copy with `function` applied to every tensor of goals; spacing and text are kept."""
+        return replace(replace(self, spacing=None, text=None).map(function), spacing=self.spacing, text=self.text)
 
     def then(self, following: "Condition") -> "Condition":
         """These motions (dx, dy, dyaw) and times followed by others, as one; further conditions are the others'."""
@@ -80,12 +86,12 @@ class Condition(TensorData):
         return replace(following, time_shift=self.time_shift + following.time_shift, action=action, known=known)
 
     def part(self, goals: slice) -> "Condition":
-        """Of some of the goals of a single sample, the first dimension; the spacing is kept."""
-        return replace(replace(self, spacing=None)[goals], spacing=self.spacing)
+        """Of some of the goals of a single sample, the first dimension."""
+        return self.map_goals(lambda x: x[goals])
 
     def select(self, dim: int, index: int) -> "Condition":
-        """Selects one index along a dimension, such as that of goals (1), and removes it; the spacing is kept."""
-        return replace(replace(self, spacing=None).map(lambda x: x.select(dim, index)), spacing=self.spacing)
+        """Selects one index along a dimension, such as that of goals (1), and removes it."""
+        return self.map_goals(lambda x: x.select(dim, index))
 
 
 @dataclass
@@ -135,7 +141,7 @@ class EncodedBatch(TensorData):
     condition: dict[str, Tensor]
     """For `CDiT.forward`; every tensor (B, G, …)."""
     action_dropout: float = 0.0
-    """Probability with which `dropped` hides the action of a goal."""
+    """Probability with which `dropped` hides the action and the text of a goal."""
     noise_level: Tensor | None = None
     """(B, T) standard deviations of the noise in the past frames; None: there is none."""
     following: Following | None = None
@@ -149,11 +155,18 @@ class EncodedBatch(TensorData):
         return self.context, self.mask, *noise
 
     def dropped(self, draws: "KeyedDraws") -> dict[str, Tensor]:
-        """The condition with the action hidden from some of the goals, for classifier-free guidance in sampling."""
-        kept = draws.rand(self.clean.shape[1]) >= self.action_dropout
-        if "action" not in self.condition:
-            return self.condition
-        return self.condition | {"action_known": self.condition["action_known"] & kept}
+        """The condition with action and text hidden from some goals, for classifier-free guidance in sampling."""
+        return hide(self.condition, draws.rand(self.clean.shape[1]) < self.action_dropout)
+
+
+def hide(condition: dict[str, Tensor], hidden: Tensor) -> dict[str, Tensor]:
+    """Normalised conditions without action and text where `hidden` ((B, G) or (G,)) is True."""
+    found = dict(condition)
+    if "action" in found:
+        found["action_known"] = found["action_known"] & ~hidden
+    if "text" in found:
+        found["text"] = found["text"].masked_fill(hidden[..., None], 0.0)
+    return found
 
 
 class KeyedDraws:

@@ -30,14 +30,15 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def load_world(checkpoint: str, device: str, moving: bool = False) -> WorldModel:
+def load_world(checkpoint: str, device: str, moving: bool = False, text: str | None = None) -> WorldModel:
     """A trained world model on a device, see `find_device`.
 
     Args:
         moving: whether its actions must be the motion of the camera.
+        text: what is done, in words, on which all its predictions are conditioned; None: what the dataset says.
 
     Raises:
-        UserError: no such device, no world model in the folder, or one with other actions.
+        UserError: no such device, no world model in the folder, or one with other actions or without texts.
     """
     chosen = find_device(device)
     world = WorldModel.from_pretrained(checkpoint).to(chosen)
@@ -46,6 +47,8 @@ def load_world(checkpoint: str, device: str, moving: bool = False) -> WorldModel
         raise UserError(
             f"{checkpoint}: expected a world whose actions are dx, dy, dyaw, not {', '.join(actions.names)}"
         )
+    if text is not None:
+        world.text = world.encode_text(text)
     return world
 
 
@@ -73,6 +76,7 @@ def windows_for(world: WorldModel, options: DataOptions, acting: bool = False) -
         source=options.source,
         camera=options.camera,
         action_key=options.action_key,
+        text_encoder=description.text_encoder,
         **({} if description.actions.kind == "motion" else {"action_kind": description.actions.kind}),
         workers=0,
     )

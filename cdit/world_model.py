@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from cdit.batch import Batch, Condition, EncodedBatch, Following, KeyedDraws
+from cdit.batch import Batch, Condition, EncodedBatch, Following, KeyedDraws, hide
 from cdit.codec.codec import Codec, load_codec
 from cdit.codec.config import CodecConfig
 from cdit.common.cli import parser_instance
@@ -25,6 +25,7 @@ from cdit.common.randomness import seed_of
 from cdit.common.weights import weight_shapes
 from cdit.data.action_space import ActionSpace
 from cdit.data.config import MAX_PIXELS, Crop
+from cdit.data.text import encode_texts
 from cdit.diffusion.config import (
     DDPMConfig,
     FewStepConfig,
@@ -99,7 +100,9 @@ class WorldDescription:
     actions: ActionSpace = field(default_factory=ActionSpace)
     """What the actions are."""
     action_dropout: Annotated[float, within(0, 1)] = 0.0
-    """Share of actions hidden in training; guidance on the action needs more than 0."""
+    """Share of goals whose action and text were hidden in training; guidance on them needs more than 0."""
+    text_encoder: str | None = None
+    """The text model of transformers, by its name on the hub or its folder, if it was trained with texts."""
     min_history: Positive[int] = 1
     """Smallest number of past frames it was trained with."""
     units: Units = field(default_factory=Units)
@@ -148,6 +151,8 @@ class WorldState:
     """Frames per second of the next steps."""
     spacing: Tensor | float | None = None
     """(B,) or one number, metres between consecutive frames, for models of several datasets (see `Units`)."""
+    text: Tensor | None = None
+    """(B, E) or (E,) vectors of what is done, in words, for conditions that have none."""
     candidates: int = 1
     """G."""
     latents: Tensor | None = None
@@ -199,6 +204,8 @@ class WorldModel(nn.Module):
         if description.has_actions and cdit.config.action_size != actions:
             raise UserError(f"actions has {actions} names, but the network has action_size {cdit.config.action_size}")
         self._compiled: Callable[..., Tensor] | None = None
+        self.text: Tensor | None = None
+        """(E,) the vector of a text that replaces those of all states and conditions; None: they keep theirs."""
 
     @property
     def device(self) -> torch.device:
@@ -234,6 +241,7 @@ class WorldModel(nn.Module):
         mask: Tensor | None = None,
         spacing: Tensor | float | None = None,
         fps: float | None = None,
+        text: Tensor | None = None,
     ) -> WorldState:
         """Encodes past frames, of which the last max_context are used.
 
@@ -244,12 +252,13 @@ class WorldModel(nn.Module):
                 of different spacings (see `Units`).
             fps: steps per second, by default the model's. With fewer, frames further apart join the past, as in the
                 published protocol.
+            text: (B, E) or (E,) vectors of what is done, in words (see `encode_text`).
         """
         longest = self.cdit.config.max_context
         latents = self.codec.encode(context[:, -longest:].to(self.device))
         mask = None if mask is None else mask[:, -longest:].to(self.device)
         cache = self.cdit.encode_context(latents, mask)
-        state = WorldState(cache, len(context), fps or self.description.fps, spacing)
+        state = WorldState(cache, len(context), fps or self.description.fps, spacing, text)
         return state if self.cdit.can_push else replace(state, latents=latents, mask=mask)
 
     @torch.no_grad()
@@ -280,10 +289,11 @@ class WorldModel(nn.Module):
         self._check(sampler)
         known = self.network_condition(self._complete(condition or Condition(), state))
         network, goals, device = self._compiled or self.cdit, known["time_shift"].shape, self.device
-        guided = sampler.guidance != 1 and "action" in known and bool(known["action_known"].any())
-        if guided:  # every goal twice, the second time without its action
+        guides = [known[name] for name in ("action_known", "text") if name in known]
+        guided = sampler.guidance != 1 and any(bool(x.any()) for x in guides)
+        if guided:  # every goal twice, the second time without its action and text
             known = {name: x.repeat_interleave(2, 1) for name, x in known.items()}
-            known["action_known"] = known["action_known"] & (torch.arange(2 * goals[1], device=device) % 2 == 0)
+            known = hide(known, torch.arange(2 * goals[1], device=device) % 2 == 1)
 
         def predict(noisy: Tensor, timestep: Tensor, **conditions: Tensor) -> Tensor:
             if guided:
@@ -493,7 +503,7 @@ class WorldModel(nn.Module):
 
         Args:
             batch: of frames or of latents' moments, with keys.
-            action_dropout: share of goals whose action `EncodedBatch.dropped` hides.
+            action_dropout: share of goals whose action and text `EncodedBatch.dropped` hides.
             clean_context: share of windows whose past frames get no noise. In the others each frame gets Gaussian
                 noise of its own standard deviation, uniform up to the network's `context_noise`, as in GameNGen
                 (Valevski et al. 2024, arXiv 2408.14837).
@@ -539,6 +549,10 @@ class WorldModel(nn.Module):
         """
         units = self.description.units
         named = {"time_shift": condition.time_shift * units.time_scale, **condition.extra}
+        text = condition.text if self.text is None else self.text
+        if text is not None and self.cdit.config.text_size:
+            text = torch.atleast_2d(text.to(condition.time_shift.device))[:, None]
+            named["text"] = text.expand(*condition.time_shift.shape, -1)
         if condition.action is None or not self.description.has_actions:
             return named
         known = condition.known
@@ -549,6 +563,20 @@ class WorldModel(nn.Module):
         if self.cdit.config.reprojection:
             named["motion"] = units.in_spacings(condition.action, condition.spacing)
         return named
+
+    def encode_text(self, text: str) -> Tensor:
+        """The vector (E,) of what is done, in words; zeros for an empty text.
+
+        Raises:
+            UserError: the model was trained without texts, or its text encoder is not available.
+        """
+        encoder, size = self.description.text_encoder, self.cdit.config.text_size
+        if encoder is None:
+            raise UserError("text: the model was trained without texts (data.text_encoder)")
+        vector = encode_texts(encoder, [text])[0] if text else torch.zeros(size)
+        if len(vector) != size:
+            raise UserError(f"text_encoder {encoder} gives {len(vector)} numbers, but the model takes {size}")
+        return vector.to(self.device)
 
     def _draw(self, goals: tuple[int, ...], generator: torch.Generator | None) -> Tensor:
         shape, device = (*goals, *self.latent_shape), generator.device if generator else self.device
@@ -578,6 +606,8 @@ class WorldModel(nn.Module):
             condition = replace(condition, time_shift=shift)
         if condition.spacing is None:
             condition = replace(condition, spacing=state.spacing)
+        if condition.text is None:
+            condition = replace(condition, text=state.text)
         return condition if state.since is None else state.since.then(condition)
 
     def save_pretrained(self, folder: Path | str) -> None:

@@ -79,13 +79,15 @@ def test_samples_are_stacked_indexed_and_moved_as_a_whole():
     assert not batch.context.is_meta  # the batch itself stays where it is
 
 
-def test_one_step_of_a_condition_keeps_its_spacing():
-    spacing = torch.tensor([0.25, 0.5])
-    condition = Condition(action=numbers(2, 4, 5, 3), spacing=spacing, extra={"hour": numbers(2, 4, 5)})
+def test_one_step_of_a_condition_keeps_its_spacing_and_text():
+    spacing, text = torch.tensor([0.25, 0.5]), numbers(2, 7)
+    condition = Condition(action=numbers(2, 4, 5, 3), spacing=spacing, text=text, extra={"hour": numbers(2, 4, 5)})
+    assert condition.shape(3) == (2, 4, 5)
     step = condition.select(2, 3)
     assert torch.equal(step.action, condition.action[:, :, 3])
     assert torch.equal(step.extra["hour"], condition.extra["hour"][:, :, 3])
     assert step.spacing is spacing
+    assert step.text is text
     assert (step.time_shift, step.known) == (None, None)
 
 

@@ -45,6 +45,14 @@ class DataOptions:
 
 
 @dataclass(kw_only=True)
+class TextOptions:
+    """What a model trained with texts is conditioned on."""
+
+    text: str | None = None
+    """What is done, in words, for models trained with texts; by default what the dataset says, if anything."""
+
+
+@dataclass(kw_only=True)
 class OutputOptions:
     """Where results go."""
 

@@ -101,6 +101,9 @@ class DataConfig:
     action_kind: ActionKind = "absolute"
     """What an action from one frame to another is, made of the numbers of each frame (lerobot): those that led to the
     goal (absolute), their difference to those that led to the start (relative), or their sum in between (sum)."""
+    text_encoder: str | None = None
+    """For datasets that say in words what is done: the text model of transformers, by its name on the Hugging Face hub
+    or its folder, whose vectors condition the model (docs/data.md: Text). By default texts are not used."""
     cache_gb: NotNegative[float] = 4.0
     """Memory for decoded frames in GB, per process and split, allocated as it fills."""
     workers: NotNegative[int] = 2

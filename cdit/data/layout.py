@@ -4,6 +4,7 @@
     <folder>/splits/<split>/traj_names.txt     one trajectory name per line
     <folder>/<trajectory>/0.jpg, 1.jpg, …      the frames, in time order
     <folder>/<trajectory>/traj_data.pkl        dict(position (T, 2) metres, yaw (T,) radians); absent without poses
+    <folder>/<trajectory>/text.txt             what is done, in words; optional
 
 At yaw 0 the camera looks along +x; yaw grows counter-clockwise; positions are world coordinates.
 """
@@ -26,6 +27,7 @@ from cdit.data.action_space import ActionSpace
 
 FORMAT_VERSION = 1
 POSES = "traj_data.pkl"
+TEXT = "text.txt"
 DESCRIPTION = "dataset.json"
 LATENTS = "latents"
 """Folder of the latent cache (see cdit.data.latents)."""
@@ -107,6 +109,7 @@ def write_trajectory(
     position: np.ndarray | None = None,
     yaw: np.ndarray | None = None,
     quality: int = 95,
+    text: str = "",
     **extra: np.ndarray,
 ) -> None:
     """Writes one trajectory atomically (into a hidden folder that is then renamed).
@@ -118,6 +121,7 @@ def write_trajectory(
         position: (T, 2) world position in metres, or None for video without poses.
         yaw: (T,) heading in radians, counter-clockwise, or None.
         quality: JPEG quality.
+        text: what is done, in words.
         extra: further arrays of length T, stored as `<key>.npz` beside the poses (such as depth).
     """
     import torch  # imported here, because reading a description does not need torch
@@ -133,6 +137,8 @@ def write_trajectory(
     if position is not None:
         poses = {"position": np.asarray(position, np.float64), "yaw": np.asarray(yaw, np.float64)}
         (partial / POSES).write_bytes(pickle.dumps(poses))
+    if text:
+        (partial / TEXT).write_text(text)
     for key, array in extra.items():
         np.savez_compressed(partial / f"{key}.npz", array)
     shutil.rmtree(final, ignore_errors=True)

@@ -2,6 +2,7 @@
 
     <folder>/meta/info.json                 features, frame rate, and where the other files are
     <folder>/meta/stats.json                smallest and largest numbers of each feature
+    <folder>/meta/tasks.parquet             what is done, in words, by `task_index` of the rows; optional
     <folder>/meta/episodes/…/*.parquet      the episodes: where their rows and videos are
     <folder>/data/…/*.parquet               the rows, one for each frame of an episode
     <folder>/videos/<camera>/…/*.mp4        the frames, several episodes in a file
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSION = "v3.0"
-INFO, STATS, EPISODES = "meta/info.json", "meta/stats.json", "meta/episodes"
+INFO, STATS, EPISODES, TASKS = "meta/info.json", "meta/stats.json", "meta/episodes", "meta/tasks.parquet"
 VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 STATE, POSE = "observation.state", ["x", "y", "yaw"]
 """The feature that holds poses, and the names of its numbers."""
@@ -65,6 +66,7 @@ class Episode:
     yaw: np.ndarray | None = None
     actions: np.ndarray | None = None
     conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    texts: Sequence[str] = ()
     dataset = shard = None
 
     def __len__(self) -> int:
@@ -150,7 +152,7 @@ class _Dataset:
         columns = {name for name in self.features if self.numbers(name) is not None} - BOOKKEEPING
         if has_poses:
             columns.discard("action")
-        rows = self.read_rows(columns)
+        rows, self.tasks = self.read_rows(columns), self.read_tasks()
         problems, trajectories = [], []
         episodes = self.episodes(camera)
         for number in self.split(split, splits, sorted(episodes)):
@@ -188,9 +190,10 @@ class _Dataset:
             steps = values[: length * self.stride].reshape(length, self.stride, -1)
             actions = steps.sum(axis=1) if space.kind == "sum" else steps[:, -1]
         conditions = {key: values[taken] for key, values in numbers.items()}
+        texts = [self.tasks.get(task, "") for task in np.ravel(conditions.get("task_index", ())).tolist()]
         start = float(where["start"])
         return Episode(
-            name, where["path"], start, self.recorded, self.stride, length, position, yaw, actions, conditions
+            name, where["path"], start, self.recorded, self.stride, length, position, yaw, actions, conditions, texts
         )
 
     def inside(self, path: Path) -> Path:
@@ -297,23 +300,38 @@ class _Dataset:
             episodes[number] = joined
         return episodes
 
+    def read_tasks(self) -> dict[int, str]:
+        """What is done in each task, in words."""
+        file, tasks = self.folder / TASKS, {}
+        if file.is_file():
+            table = self.table(file)
+            with _as_data_error(file):
+                name = "task" if "task" in table.column_names else "__index_level_0__"  # the index of a pandas table
+                texts = [text.strip() for text in table[name].to_pylist()]
+                tasks = dict(zip(table["task_index"].to_pylist(), texts, strict=True))
+        return tasks
+
     def tables(self, folder: str, columns: Sequence[str]) -> Iterator[tuple[Path, "pa.Table"]]:
         """The columns of all parquet files of a folder, in order."""
-        import_pyarrow()
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
         files = sorted((self.folder / folder).glob("chunk-*/file-*.parquet"))
         if not files:
             raise DataError(f"{self.folder / folder}: no chunk-*/file-*.parquet")
         for file in files:
-            try:
-                parquet = pq.ParquetFile(self.inside(file))
-                if missing := [name for name in columns if name not in parquet.schema_arrow.names]:
-                    raise DataError(f"{file}: has no column {missing[0]}")
-                yield file, parquet.read(columns=list(columns))
-            except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from error
+            yield file, self.table(file, columns)
+
+    def table(self, file: Path, columns: Sequence[str] | None = None) -> "pa.Table":
+        """The columns of a parquet file, by default all."""
+        import_pyarrow()
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            parquet = pq.ParquetFile(self.inside(file))
+            if missing := [name for name in columns or () if name not in parquet.schema_arrow.names]:
+                raise DataError(f"{file}: has no column {missing[0]}")
+            return parquet.read(columns=columns and list(columns))
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"{file}: not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
 def import_pyarrow() -> None:

@@ -215,6 +215,11 @@ class _Split:
         if self.trajectories[0].position is not None:
             for key in ("position", "yaw"):
                 table[key] = torch.from_numpy(np.concatenate([getattr(t, key) for t in self.trajectories]))
+        texts = [text for t in self.trajectories for text in t.texts or [""] * len(t)]
+        if any(texts):
+            rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
+            table["text"] = torch.tensor([rows[text] for text in texts])
+            table["texts"] = torch.frombuffer(bytearray(json.dumps(list(rows)).encode()), dtype=torch.uint8)
         of_each = [{(name, x.shape[1:], x.dtype) for name, x in t.conditions.items()} for t in self.trajectories]
         for name, *_ in set.intersection(*of_each):
             table[CONDITION + name] = torch.from_numpy(np.concatenate([t.conditions[name] for t in self.trajectories]))

@@ -9,7 +9,8 @@
 
 Made by `python -m cdit.data.shard`. The tables hold, over all trajectories of a split one after the other, `offset` and
 `size` (N,) int64 of every frame's file within its shard, `position` (N, 2) and `yaw` (N,) float64, further conditions
-`condition.<name>` (N, …), and, for each trajectory, `latents` (M,) int64: the offset of its latents' file.
+`condition.<name>` (N, …), and, for each trajectory, `latents` (M,) int64: the offset of its latents' file. Where there
+are texts, `text` (N,) int64 is the number of each frame's in `texts`, the bytes of a JSON list.
 
 Nothing is unpacked: files are read at their offsets, after checking for the tar header of a plain file with the
 expected name and size.
@@ -124,6 +125,7 @@ class Shards:
             raise DataError(f"{self.location}: no split {split!r} in these shards, only {', '.join(self.splits)}")
         record = self.splits[split]
         table = self._table(record)
+        texts = _texts(table, f"{self.location}/{record.table.file}")
         found: list[ShardTrajectory] = []
         start = 0
         for shard in (Shard(self, shard, record) for shard in record.shards):
@@ -143,6 +145,7 @@ class Shards:
                             for key, values in table.items()
                             if key.startswith(CONDITION)
                         },
+                        texts[frame],
                     )
                 )
                 start += frames
@@ -164,6 +167,9 @@ class Shards:
             with safe_open(path, "pt") as file:
                 table = {name: file.get_tensor(name) for name in expected}
                 further = {name: file.get_tensor(name) for name in file.keys() if name.startswith(CONDITION)}  # noqa: SIM118
+                if "text" in file.keys():  # noqa: SIM118
+                    table |= {name: file.get_tensor(name) for name in ("text", "texts")}
+                    expected |= {"text": ((frames,), torch.int64), "texts": (table["texts"].shape, torch.uint8)}
         except (OSError, SafetensorError) as error:
             raise DataError(f"{path}: not readable ({error})") from error
         for name, tensor in table.items():
@@ -252,6 +258,7 @@ class ShardTrajectory:
     position: np.ndarray | None
     yaw: np.ndarray | None
     conditions: Mapping[str, np.ndarray]
+    texts: Sequence[str]
     actions = None
 
     def __len__(self) -> int:
@@ -378,6 +385,18 @@ def npy_header(start: bytes, origin: str) -> tuple[tuple[tuple[int, ...], np.dty
     except (ValueError, TypeError, SyntaxError, RecursionError, MemoryError) as error:
         raise DataError(f"{origin}: not an array of numbers ({error})") from error
     return (shape, dtype), file.tell()
+
+
+def _texts(table: Mapping[str, np.ndarray], path: str) -> list[str]:
+    """What is done at every frame of a split, in words; empty without texts."""
+    if "text" not in table:
+        return []
+    listed, rows = parse_json(table["texts"].tobytes().decode(errors="replace"), path), table["text"]
+    if not (isinstance(listed, list) and all(isinstance(text, str) for text in listed)):
+        raise DataError(f"{path}: texts: expected a list of strings")
+    if not ((rows >= 0) & (rows < len(listed))).all():
+        raise DataError(f"{path}: text: expected numbers of texts, 0 to {len(listed) - 1}")
+    return [listed[row] for row in rows]
 
 
 def _split(values: dict[str, Any], origin: str) -> SplitRecord:

@@ -33,6 +33,8 @@ class TrajectorySource(Protocol):
     conditions: Mapping[str, np.ndarray] = MappingProxyType({})
     """Further numbers per frame, (T, …) each; if all trajectories have them, those at the goal go to
     `Condition.extra`."""
+    texts: Sequence[str] = ()
+    """What is done at each of the T frames, in words; empty where it is unknown, or as a whole."""
     dataset: Path | None = None
     """Folder with the dataset's latent cache; None if it has none."""
     shard: "Shard | None" = None

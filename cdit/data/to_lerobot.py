@@ -23,7 +23,7 @@ from cdit.common.errors import DataError, UserError, writing
 from cdit.common.files import write_json
 from cdit.common.options import names
 from cdit.data.config import StoredDataset
-from cdit.data.lerobot import EPISODES, INFO, POSE, STATE, STATS, VERSION, VIDEO_PATH, import_pyarrow
+from cdit.data.lerobot import EPISODES, INFO, POSE, STATE, STATS, TASKS, VERSION, VIDEO_PATH, import_pyarrow
 
 if TYPE_CHECKING:
     from cdit.data.action_space import ActionSpace
@@ -47,7 +47,7 @@ class ToLeRobotConfig(StoredDataset):
     split: str | None = None
     """Splits to write, separated by commas; by default all."""
     task: str | None = None
-    """What is done in the episodes, in words; by default the dataset's name."""
+    """What is done, in words, where the dataset does not say; by default its name."""
 
 
 def to_lerobot(source: StoredDataset, out: Path, splits: Sequence[str] | None = None, task: str | None = None) -> int:
@@ -71,7 +71,7 @@ def to_lerobot(source: StoredDataset, out: Path, splits: Sequence[str] | None = 
     space = info.actions if info.actions.recorded(trajectories[0]) else None
     has_poses = trajectories[0].position is not None
     task, start, size = task or info.name, 0, None
-    rows, episodes, pictures = [], [], []
+    rows, episodes, pictures, tasks = [], [], [], {}
     with writing(out):
         for number, trajectory in enumerate(tqdm(trajectories, unit="episode")):
             path = VIDEO_PATH.format(video_key=CAMERA, chunk_index=number // CHUNK, file_index=number % CHUNK)
@@ -79,20 +79,23 @@ def to_lerobot(source: StoredDataset, out: Path, splits: Sequence[str] | None = 
             if size not in (None, sample.shape[1:3]):
                 raise DataError(f"{source.folder}: {trajectory.name} has frames of another size than the first")
             size, length = sample.shape[1:3], len(trajectory)
+            texts = [text or task for text in trajectory.texts or [""] * length]
+            for text in texts:
+                tasks.setdefault(text, len(tasks))
             columns = {
                 **_numbers(trajectory, space, has_poses),
                 "timestamp": (np.arange(length) / info.fps).astype(np.float32),
                 "frame_index": np.arange(length),
                 "episode_index": np.full(length, number),
                 "index": start + np.arange(length),
-                "task_index": np.zeros(length, np.int64),
+                "task_index": np.array([tasks[text] for text in texts]),
             }
             statistics = {CAMERA: _of_pixels(sample), **{key: _statistics(x) for key, x in columns.items()}}
             rows.append(columns)
             pictures.append(sample[:: max(1, len(sample) // 8)])
             episodes.append({
                 "episode_index": number,
-                "tasks": [task],
+                "tasks": list(dict.fromkeys(texts)),
                 "length": length,
                 "data/chunk_index": 0,
                 "data/file_index": 0,
@@ -108,7 +111,7 @@ def to_lerobot(source: StoredDataset, out: Path, splits: Sequence[str] | None = 
             })  # fmt: skip
             start += length
         joined = {key: np.concatenate([row[key] for row in rows]) for key in rows[0]}
-        _write_tables(out, joined, episodes, task)
+        _write_tables(out, joined, episodes, tasks)
         statistics = {
             CAMERA: _of_pixels(np.concatenate(pictures)),
             **{key: _statistics(x) for key, x in joined.items()},
@@ -120,7 +123,7 @@ def to_lerobot(source: StoredDataset, out: Path, splits: Sequence[str] | None = 
             "robot_type": None,
             "total_episodes": len(episodes),
             "total_frames": start,
-            "total_tasks": 1,
+            "total_tasks": len(tasks),
             "chunks_size": CHUNK,
             "data_files_size_in_mb": 100,
             "video_files_size_in_mb": 200,
@@ -216,7 +219,9 @@ def _of_pixels(frames: np.ndarray) -> dict[str, Any]:
     return lists | {"count": [len(frames)]}
 
 
-def _write_tables(out: Path, columns: dict[str, np.ndarray], episodes: list[dict[str, Any]], task: str) -> None:
+def _write_tables(
+    out: Path, columns: dict[str, np.ndarray], episodes: list[dict[str, Any]], tasks: dict[str, int]
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -239,8 +244,8 @@ def _write_tables(out: Path, columns: dict[str, np.ndarray], episodes: list[dict
         )
     ]  # fmt: skip
     pandas = {"index_columns": [index], "column_indexes": [], "columns": described, "pandas_version": "2.0.0"}
-    tasks = pa.table({"task_index": pa.array([0]), index: pa.array([task])})
-    tables["meta/tasks.parquet"] = tasks.replace_schema_metadata({"pandas": json.dumps(pandas)})
+    table = pa.table({"task_index": pa.array(list(tasks.values())), index: pa.array(list(tasks))})
+    tables[TASKS] = table.replace_schema_metadata({"pandas": json.dumps(pandas)})
     for path, table in tables.items():
         (out / path).parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, out / path)

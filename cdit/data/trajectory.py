@@ -13,7 +13,7 @@ import numpy as np
 from cdit.common.errors import DataError
 from cdit.common.files import check_inside, check_name, read_text
 from cdit.data import safe_pickle
-from cdit.data.layout import DESCRIPTION, LATENTS, POSES, DatasetInfo, split_file
+from cdit.data.layout import DESCRIPTION, LATENTS, POSES, TEXT, DatasetInfo, split_file
 from cdit.data.source import DatasetSource, Opened, register_source
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Trajectory:
     position: np.ndarray | None
     yaw: np.ndarray | None
     conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    texts: Sequence[str] = ()
     actions = shard = None
 
     def __len__(self) -> int:
@@ -160,6 +161,11 @@ def _read_trajectory(
                 length = max(length, len(position))
             if len(position) != length:
                 pose_problems.append(f"{folder}: {length} frames, but {len(position)} poses in {POSES}")
+    text = ""
+    try:
+        text = read_description(folder / TEXT)
+    except DataError as error:
+        problems.append(str(error))
     missing = length - len(files)
     if missing and not (may_lack and position is not None):
         first = next(time for time in range(length) if time not in files)
@@ -170,7 +176,7 @@ def _read_trajectory(
         return None, problems + pose_problems
     kind = Path(next(iter(files.values()))).suffix
     names = np.array([files.get(time, f"{time}{kind}") for time in range(length)])
-    return Trajectory(name, folder, names, position, yaw, conditions), []
+    return Trajectory(name, folder, names, position, yaw, conditions, [text] * length), []
 
 
 def _frame_files(folder: Path) -> tuple[dict[int, str], list[str]]:
@@ -184,6 +190,11 @@ def _frame_files(folder: Path) -> tuple[dict[int, str], list[str]]:
                 problems.append(f"{folder}: frame {time} is there twice, as {found[time]} and {file}")
             found[time] = file
     return found, problems
+
+
+def read_description(path: Path) -> str:
+    """What a text file says; empty without a file."""
+    return read_text(path).strip() if path.is_file() else ""
 
 
 def read_poses(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, np.ndarray]]:

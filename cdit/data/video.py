@@ -4,6 +4,7 @@
     <folder>/splits/<split>/traj_names.txt     names of videos without suffix; by default the last tenth is `test`
     <folder>/<name>.mp4, .avi, .mkv, .webm, …  the video
     <folder>/<name>.csv or <name>.pkl          its poses, optional; traj_data.pkl for a video in a folder of its own
+    <folder>/<name>.txt                        what is done, in words; optional
 
 Videos are sampled at the dataset's frame rate (`data.fps`, else that of dataset.json, else 4). A .csv has a header with
 x, y (metres) and yaw (radians), a .pkl the dict of a traj_data.pkl: one row for each sampled frame; or rows at any
@@ -31,7 +32,7 @@ from cdit.common.files import check_inside, read_text
 from cdit.data.config import MAX_PIXELS
 from cdit.data.layout import DESCRIPTION, POSES, DatasetInfo, split_file
 from cdit.data.source import DatasetSource, Opened, register_source
-from cdit.data.trajectory import checked_poses, listed_problems, read_names, read_poses
+from cdit.data.trajectory import checked_poses, listed_problems, read_description, read_names, read_poses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +59,7 @@ class VideoTrajectory:
     position: np.ndarray | None = None
     yaw: np.ndarray | None = None
     conditions: Mapping[str, np.ndarray] = field(default_factory=dict)
+    texts: Sequence[str] = ()
     actions = shard = None
 
     def __len__(self) -> int:
@@ -210,12 +212,15 @@ class VideoSource(DatasetSource):
             try:
                 if path is None:
                     raise DataError(f"{root / name}: no video of this name ({', '.join(SUFFIXES)})")
-                for file in (path, poses[name]):
+                for file in (path, poses[name], path.with_suffix(".txt")):
                     if file is not None and not follow_links:
                         check_inside(file, root)
                 with video_errors(path), open_video(path) as container:
                     trajectory = VideoTrajectory(name, path, info.fps, int(duration(container, path) * info.fps), root)
-                trajectories.append(_with_poses(trajectory, poses[name]) if has_poses else trajectory)
+                if has_poses:
+                    trajectory = _with_poses(trajectory, poses[name])
+                texts = [read_description(path.with_suffix(".txt"))] * len(trajectory)
+                trajectories.append(replace(trajectory, texts=texts))
             except DataError as error:
                 problems.append(str(error))
         if problems:

@@ -18,8 +18,9 @@ from cdit.data.latents import Encoding
 from cdit.data.order import laned, shuffled
 from cdit.data.shard_cache import ShardCache
 from cdit.data.sources import read_sources
+from cdit.data.text import encode_texts
 
-BUILT_IN = {"time_shift", "action", "action_known", "spacing"}
+BUILT_IN = {"time_shift", "action", "action_known", "spacing", "text"}
 """Names that further conditions cannot have."""
 
 
@@ -40,7 +41,8 @@ class WindowDataset(Dataset):
     An item is a `Batch` of one sample, without the dimension B. Context frames before the start of the trajectory are
     zeros; actions are float32 (see `ActionSpace`; dyaw in [-π, π)), and zeros where unknown; `key` is
     `seed_of(seed, step, sample)`; `condition.extra` has the conditions that all trajectories have, at the goal, as
-    float32, int64 or bool. With `config.rollout`, `following` has the frames of `path`.
+    float32, int64 or bool. With `config.text_encoder`, `condition.text` is the vector of the current frame's text, if
+    any trajectory has texts. With `config.rollout`, `following` has the frames of `path`.
 
     After `use_latents`, context and target of an item are the latents' moments (T, S, C, h, w) and (G, S, C, h, w) in
     float32 (see cdit.data.latents); `window` and `path` still return frames.
@@ -63,12 +65,22 @@ class WindowDataset(Dataset):
         self.trajectories, self._spacing, self.info = read_sources(config.sources, split, min_frames, cache, may_lack)
         of_each = [{(name, x.shape[1:]) for name, x in t.conditions.items()} for t in self.trajectories]
         self._conditions = sorted({name for name, _ in set.intersection(*of_each)} - BUILT_IN)
+        self._vectors: dict[str, torch.Tensor] = {}
+        texts = {text for t in self.trajectories for text in set(t.texts)} - {""} if config.text_encoder else set()
+        if texts:
+            vectors = encode_texts(config.text_encoder, sorted(texts))
+            self._vectors = {"": torch.zeros_like(vectors[0]), **dict(zip(sorted(texts), vectors, strict=True))}
         self._starts = np.cumsum([0, *(len(trajectory) - min_frames + 1 for trajectory in self.trajectories)])
         self.frames = FrameStore(self.trajectories, config.image_size, config.crop, config.cache_gb)
         self._latents: LatentStore | None = None
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    @property
+    def text_size(self) -> int:
+        """The size E of the vectors of texts; 0 without texts or `config.text_encoder`."""
+        return len(self._vectors[""]) if self._vectors else 0
 
     def __getitem__(self, key: WindowKey | int) -> Batch:
         """The window with goals drawn by the key, uniformly over the offsets in range that the trajectory has.
@@ -191,6 +203,7 @@ class WindowDataset(Dataset):
                 action=torch.tensor(action, dtype=torch.float32),
                 known=torch.full((len(goals),), known),
                 spacing=torch.tensor(self._spacing[index], dtype=torch.float32),
+                text=self._vectors.get(trajectory.texts[now] if trajectory.texts else "") if self._vectors else None,
                 extra={name: _numbers(trajectory.conditions[name][goals]) for name in self._conditions},
             ),
         )

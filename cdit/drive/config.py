@@ -5,7 +5,7 @@ from typing import Literal
 
 from cdit.common.errors import UserError
 from cdit.common.limits import Positive
-from cdit.common.options import CheckpointOptions, DataOptions, check_options
+from cdit.common.options import CheckpointOptions, DataOptions, TextOptions, check_options
 from cdit.diffusion.config import SamplerOptions
 from cdit.plan.config import OptimizerConfig, PlannerConfig
 from cdit.worlds import starts_of
@@ -14,7 +14,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 @dataclass(kw_only=True)
-class DriveConfig(DataOptions, CheckpointOptions):
+class DriveConfig(TextOptions, DataOptions, CheckpointOptions):
     """What to drive, and who may."""
 
     checkpoint: str = "maze"

@@ -49,7 +49,7 @@ class Stage:
     def __init__(self, config: DriveConfig):
         self.config = config
         self.names = [config.checkpoint, *config.also]
-        self.worlds = [load_world(name, config.device, moving=True) for name in self.names]
+        self.worlds = [load_world(name, config.device, moving=True, text=config.text) for name in self.names]
         world = self.worlds[0]
         self.description = world.description
         for name, other in zip(self.names, self.worlds, strict=True):

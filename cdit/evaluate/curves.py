@@ -94,12 +94,12 @@ class ControlStudy(Study):
         asked = torch.tensor([protocol.turn, -protocol.turn], device=world.device)
         turns = torch.zeros(len(items), 2, 3, device=world.device)
         turns[..., 2] = asked
-        state = world.begin(to_float(items.context), items.mask, items.condition.spacing)
+        state = world.begin(to_float(items.context), items.mask, items.condition.spacing, text=items.condition.text)
         frame, measured = to_float(items.context[:, -1]), []
-        recorded = replace(items.condition, time_shift=None, spacing=None)
+        recorded = replace(items.condition, time_shift=None)
         for i, offset in enumerate(protocol.offsets):
             if offset:
-                step = recorded.map(lambda x, i=i: x[:, i, None])
+                step = recorded.map_goals(lambda x, i=i: x[:, i, None])
                 state, sampled = world.step(state, step, sampler, noise)
                 frame = world.decode(sampled)[:, 0]
             if i in protocol.measured:

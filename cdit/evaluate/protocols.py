@@ -138,10 +138,9 @@ class Rollout(Protocol):
         latents: bool = False,
     ) -> Tensor:
         """All steps, one after the other."""
-        of_one_candidate = replace(batch.condition, time_shift=None, spacing=None).map(lambda x: x[:, None])
         return world.rollout(
             to_float(batch.context),
-            replace(of_one_candidate, spacing=batch.condition.spacing),
+            replace(batch.condition, time_shift=None).map_goals(lambda x: x[:, None]),
             mask=batch.mask,
             fps=self.fps / self.stride,
             sampler=sampler,

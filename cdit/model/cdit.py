@@ -29,6 +29,7 @@ from cdit.model.conditioners import (
     IntervalConditioner,
     NoiseEmbedding,
     ScalarEmbedding,
+    TextConditioner,
     TimeShiftConditioner,
 )
 from cdit.model.reprojection import reproject
@@ -128,6 +129,7 @@ class CDiT(ModelMixin, ConfigMixin):
         max_context: the largest number of past frames.
         learn_variance: twice the output channels, the second half for the variance (Nichol & Dhariwal 2021).
         action_size: the number K of numbers of an action.
+        text_size: the size E of the vectors of texts; 0: the network is not conditioned on texts.
         focal: of the camera for `reprojection`, see `cdit.model.reprojection.reproject`.
 
     The other arguments are the fields of `cdit.model.ModelConfig`.
@@ -173,6 +175,7 @@ class CDiT(ModelMixin, ConfigMixin):
         learn_variance: bool = False,
         focal: tuple[float, float] = (1.0, 1.0),
         action_size: int = 3,
+        text_size: int = 0,
     ):
         super().__init__()
         if any(side % patch_size for side in image_size):
@@ -205,6 +208,8 @@ class CDiT(ModelMixin, ConfigMixin):
             self.conditioners["time_shift"] = TimeShiftConditioner(hidden_size, embedding_scale)
         if use_action:
             self.conditioners["action"] = ActionConditioner(hidden_size, embedding_scale, action_size)
+        if text_size:
+            self.conditioners["text"] = TextConditioner(hidden_size, text_size)
         for name, kind in (extra_conditioners or {}).items():
             if name in self.conditioners:
                 raise UserError(f"extra_conditioners: {name} is built in; choose another name")
@@ -269,6 +274,8 @@ class CDiT(ModelMixin, ConfigMixin):
         for conditioner in self.conditioners.values():
             if isinstance(conditioner, IntervalConditioner):
                 nn.init.zeros_(conditioner.embedding.mlp.fc2.weight)  # no effect yet: a trained flow stays what it is
+            if isinstance(conditioner, TextConditioner):
+                nn.init.zeros_(conditioner.mlp.fc2.weight)  # the same
         if self.pos_embed is not None:
             nn.init.normal_(self.pos_embed, std=0.02)
         if self.noise_embed is not None:
@@ -401,7 +408,8 @@ class CDiT(ModelMixin, ConfigMixin):
             condition: normalised conditions by name, for the conditioners: `time_shift` (B[, G]) from the last past
                 frame to the target, negative for the past; `action` (B[, G], K), such as dx, dy, dyaw in the frame of
                 the last past frame, absent if all are unknown, and `action_known` (B[, G]), False where unknown; with
-                `reprojection` also `motion` (B[, G], 3), the action in spacings and radians.
+                `text_size` also `text` (B[, G], E), zeros where there is none; with `reprojection` also `motion`
+                (B[, G], 3), the action in spacings and radians.
             context: (B, T, C, H, W) past frames, oldest first, or the result of `encode_context`.
             context_mask: (B, T), True where a past frame exists; with frames only.
             noise_level: (B, T) of the past frames, see `encode_context`; with frames only.

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.embeddings import get_timestep_embedding
 from timm.layers import Mlp
 from torch import Tensor, nn
@@ -77,6 +78,26 @@ class IntervalConditioner(nn.Module):
         if interval is None:
             interval = self.embedding.mlp.fc1.bias.new_zeros(1)
         return self.embedding(interval.flatten())
+
+
+class TextConditioner(nn.Module):
+    """Embeds `text`, a vector of `size` numbers of a text encoder, at any scale; a learned vector where it is zero, or
+    if there is none.
+    """
+
+    def __init__(self, width: int, size: int):
+        super().__init__()
+        self.mlp = Mlp(size, width, width, act_layer=nn.SiLU)
+        self.unknown = nn.Parameter(torch.zeros(width))
+
+    def forward(self, condition: Mapping[str, Tensor]) -> Tensor:
+        """(B, D), or (1, D) without a text."""
+        if "text" not in condition:
+            return self.unknown[None]
+        text_BE = condition["text"].flatten(0, -2)
+        known = (text_BE != 0).any(dim=-1, keepdim=True)
+        embedding_BD = self.mlp(F.layer_norm(text_BE, text_BE.shape[-1:]).to(self.mlp.fc1.weight.dtype))
+        return torch.where(known, embedding_BD, self.unknown.to(embedding_BD.dtype))
 
 
 class ActionConditioner(nn.Module):

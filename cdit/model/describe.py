@@ -21,6 +21,7 @@ PARTS = {
     r"conditioners\.time_shift": "time shift embedding",
     r"conditioners\.action": "action embedding",
     r"conditioners\.interval": "interval embedding",
+    r"conditioners\.text": "text embedding",
     r"conditioners\.": "further conditioners",
     r"noise_embed": "noise level embedding",
     r"context_blocks": "context blocks",

@@ -234,7 +234,7 @@ class Setting:
 
     def __init__(self, config: ActConfig, map_name: str):
         self.config = config
-        self.world = load_world(config.checkpoint, config.device, moving=True)
+        self.world = load_world(config.checkpoint, config.device, moving=True, text=config.text)
         size = self.world.description.image_size
         if size[0] != size[1]:
             raise UserError(

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cdit.common.errors import UserError
-from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions
+from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, TextOptions
 from cdit.diffusion.config import SamplerOptions
 
 LEARNED = ("steps", "motion")
@@ -170,7 +170,7 @@ class LearnConfig(OutputOptions, DataOptions, CheckpointOptions):
 
 
 @dataclass(kw_only=True)
-class OpenConfig(OutputOptions, DataOptions, CheckpointOptions):
+class OpenConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
     """The open-loop benchmark."""
 
     planner: PlannerConfig = field(default_factory=PlannerConfig)
@@ -283,7 +283,7 @@ class EpisodesConfig:
 
 
 @dataclass(kw_only=True)
-class ActConfig(OutputOptions, DataOptions, CheckpointOptions):
+class ActConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
     """The closed loop: agents, episodes, and how plans are made."""
 
     split: str = "train"

@@ -72,7 +72,8 @@ def diagnose(config: DiagnoseConfig) -> None:
     for indices, batch in tqdm(benchmark.batches(), total=len(walks), desc="candidates", unit="case"):
         number = indices.start
         actions, distance = candidates(benchmark, planner, number, config.candidates)
-        state = predictor.begin(to_float(batch.context), batch.mask, batch.condition.spacing)
+        given = batch.condition
+        state = predictor.begin(to_float(batch.context), batch.mask, given.spacing, given.text)
         judged = {name: [] for name in costs}
         for repeat in range(config.noises):
             noise = predictor.draw_noise(generator(config.seed, 4, number, repeat, device=world.device))

@@ -113,7 +113,7 @@ class Benchmark:
     def __init__(self, config: OpenConfig):
         config.validate()
         self.config = config
-        self.world = load_world(config.checkpoint, config.device, moving=True)
+        self.world = load_world(config.checkpoint, config.device, moving=True, text=config.text)
         self.dataset = windows_for(self.world, config)
         if not self.dataset.info.has_actions:
             raise UserError(f"{config.data}: has no poses, with which plans are compared")
@@ -292,7 +292,8 @@ def score_of(score: WorldScore, batch: Batch, seed: int, number: int) -> Towards
     """The score of a batch's cases, with noise of the case's number."""
     noise = generator(seed, 0, number, device=batch.target.device)
     goals = to_float(batch.target[:, -1])
-    return score.to_goals(to_float(batch.context), goals, noise, batch.mask, batch.condition.spacing)
+    given = batch.condition
+    return score.to_goals(to_float(batch.context), goals, noise, batch.mask, given.spacing, given.text)
 
 
 def picture_of(benchmark: Benchmark, score: WorldScore, plan: Plan, number: int) -> Picture:

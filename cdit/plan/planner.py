@@ -133,6 +133,7 @@ class WorldScore:
         generator: torch.Generator,
         mask: Tensor | None = None,
         spacing: Tensor | float | None = None,
+        text: Tensor | None = None,
     ) -> "Towards":
         """The score of reaching goals.
 
@@ -142,8 +143,9 @@ class WorldScore:
             generator: of the noise.
             mask: (B, T), True where a past frame exists.
             spacing: see `WorldModel.begin`.
+            text: see `WorldModel.begin`.
         """
-        state = self.predictor.begin(context, mask, spacing)
+        state = self.predictor.begin(context, mask, spacing, text)
         noises = [self.predictor.draw_noise(generator) for _ in range(self.repeats)]
         return Towards(self, state, goals.to(context.device), noises)
 

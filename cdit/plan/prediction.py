@@ -32,9 +32,15 @@ class Predictor:
     chunk: int = 256
     """Largest number of frames that are predicted at a time; halved whenever memory does not suffice."""
 
-    def begin(self, context: Tensor, mask: Tensor | None = None, spacing: Tensor | float | None = None) -> WorldState:
+    def begin(
+        self,
+        context: Tensor,
+        mask: Tensor | None = None,
+        spacing: Tensor | float | None = None,
+        text: Tensor | None = None,
+    ) -> WorldState:
         """Encodes past frames (B, T, 3, H, W); see `WorldModel.begin`."""
-        return self.world.begin(context, mask, spacing, self.world.description.fps / (self.stride or 1))
+        return self.world.begin(context, mask, spacing, self.world.description.fps / (self.stride or 1), text)
 
     @torch.no_grad()
     def predict(self, state: WorldState, actions: Tensor, noise: Tensor) -> Tensor:

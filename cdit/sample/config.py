@@ -5,13 +5,13 @@ from typing import Literal
 
 from cdit.common.errors import UserError
 from cdit.common.limits import Positive
-from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, check_options
+from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, TextOptions, check_options
 from cdit.diffusion.config import SamplerOptions
 from cdit.heads.config import AttentionConfig
 
 
 @dataclass(kw_only=True)
-class SampleConfig(DataOptions, OutputOptions, CheckpointOptions):
+class SampleConfig(TextOptions, DataOptions, OutputOptions, CheckpointOptions):
     """What to sample, and from what."""
 
     data: str | None = None

@@ -46,6 +46,8 @@ class Scenes:
     """L."""
     spacing: Tensor | None
     """(N,) metres between frames, for models of several datasets."""
+    text: Tensor | None = None
+    """(N, E) vectors of what is done, as the dataset says in words."""
 
 
 def sample(config: SampleConfig) -> None:
@@ -54,7 +56,7 @@ def sample(config: SampleConfig) -> None:
     Raises:
         UserError: the model, the data or the actions cannot be used; nothing is written.
     """
-    world = load_world(config.checkpoint, config.device)
+    world = load_world(config.checkpoint, config.device, text=config.text)
     description = world.description
     if config.attention:
         config.inspect.resolve(world.cdit, "inspect")
@@ -108,7 +110,8 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
         known = dataset.info.has_actions and world.description.has_actions
         actions, truth = batch.condition.action if known else None, batch.target
     length = recorded if given is None else len(given)
-    return Scenes(names, sources, batch.context, batch.mask, actions, truth, length, batch.condition.spacing)
+    spacing, text = batch.condition.spacing, batch.condition.text
+    return Scenes(names, sources, batch.context, batch.mask, actions, truth, length, spacing, text)
 
 
 def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
@@ -138,7 +141,7 @@ def predict_rollout(world: WorldModel, scenes: Scenes, seed: int) -> Tensor:
     actions = None if scenes.actions is None else scenes.actions[:, None]
     rollout = world.rollout(
         to_float(scenes.context),
-        Condition(action=actions, spacing=scenes.spacing),
+        Condition(action=actions, spacing=scenes.spacing, text=scenes.text),
         scenes.mask,
         scenes.length,
         generator=generator(seed),
@@ -154,7 +157,7 @@ def predict_direct(world: WorldModel, scenes: Scenes, horizons: list[int], seed:
         motions = np.stack([world.description.actions.compose(steps) for steps in scenes.actions.numpy()])
         actions = torch.from_numpy(motions)[:, [h - 1 for h in horizons]]
     time_shift = torch.tensor(horizons).expand(len(scenes.names), -1) / world.description.fps
-    condition = Condition(time_shift, actions, spacing=scenes.spacing)
+    condition = Condition(time_shift, actions, spacing=scenes.spacing, text=scenes.text)
     context, noise = to_float(scenes.context), generator(seed, 1)
     return world.predict(context, condition, scenes.mask, generator=noise, progress=True).cpu()
 
@@ -167,6 +170,7 @@ def inspect_first_frame(world: WorldModel, scenes: Scenes, rollout: Tensor, conf
         time_shift=torch.full((count, 1), 1 / world.description.fps),
         action=None if scenes.actions is None else scenes.actions[:, :1],
         spacing=scenes.spacing,
+        text=scenes.text,
     )
     batch = Batch(scenes.context, scenes.mask, target, condition)
     return inspect_attention(world, batch, config.inspect, config.seed, scenes.sources)

@@ -120,7 +120,8 @@ def predicted_turns(
             chosen = windows[start : start + config.batch_size]
             pasts = Batch.collate([dataset.window(i, []) for i in chosen]).to(world.device)
             context = to_float(pasts.context)
-            turns = Condition(action=actions.expand(len(chosen), -1, -1), spacing=pasts.condition.spacing)
+            given = pasts.condition
+            turns = Condition(action=actions.expand(len(chosen), -1, -1), spacing=given.spacing, text=given.text)
             frames = world.predict(context, turns, sampler=sampler, generator=noise)
             before = context[:, -1:].expand_as(frames).flatten(0, 1)
             found = measured_turn(before, frames.flatten(0, 1), focal)

@@ -161,7 +161,7 @@ class TrainConfig:
     """Whether blocks keep only their input for the backward pass and recompute the rest: the same gradients and far
     less memory for about a third more compute."""
     action_dropout: Share = 0.0
-    """Share of goals whose action is hidden in training, for guidance on the action in sampling."""
+    """Share of goals whose action and text are hidden in training, for guidance on them in sampling."""
     clean_context: Share = 0.5
     """With model.context_noise, share of windows whose past frames get no noise."""
     data: DataConfig = field(default_factory=DataConfig)

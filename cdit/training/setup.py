@@ -146,6 +146,8 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
     Raises:
         UserError: sizes are not compatible, or `init_from` is another model.
     """
+    if config.data.text_encoder and not dataset.text_size:
+        raise UserError(f"data.text_encoder is {config.data.text_encoder}, but the dataset has no texts (docs/data.md)")
     codec, actions = load_codec(config.codec), dataset.info.actions
     channels, *size = codec.latent_shape(config.data.image_size)
     torch.manual_seed(config.seed)
@@ -157,6 +159,7 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         learn_variance=objective.outputs == 2,
         focal=_focal(config, dataset),
         action_size=len(actions.names),
+        text_size=dataset.text_size,
         **config.model.arguments(objective.conditioners),
     )
     start = None if config.init_from is None else WorldModel.from_pretrained(config.init_from)
@@ -186,6 +189,7 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         has_actions=dataset.info.has_actions and config.model.use_action,
         actions=actions,
         action_dropout=config.action_dropout,
+        text_encoder=config.data.text_encoder,
         min_history=config.data.min_history,
         units=units,
         objective=config.objective,
@@ -227,6 +231,7 @@ def _take_weights(cdit: CDiT, codec: Codec, start: WorldModel, name: str) -> Non
         "extra_conditioners",
         "context_noise",
         *(() if cdit.pos_embed is not None else ("max_context",)),
+        *(() if start.cdit.config.text_size else ("text_size",)),
     }
     for field in sorted(own.keys() & given.keys() - free):
         if not field.startswith("_") and own[field] != given[field]:

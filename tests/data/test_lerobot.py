@@ -61,7 +61,7 @@ def arm(tmp_path: Path) -> Path:
         "frame_index": pa.array(np.concatenate([np.arange(n) for n in LENGTHS])),
         "episode_index": pa.array(np.repeat(range(3), LENGTHS)),
         "index": pa.array(range(sum(LENGTHS))),
-        "task_index": pa.array([0] * sum(LENGTHS)),
+        "task_index": pa.array([0] * 30 + [1] * (sum(LENGTHS) - 30)),
     })  # fmt: skip
     for file, part in enumerate((rows[: starts[2]], rows[starts[2] :])):
         path = folder / f"data/chunk-000/file-{file:03d}.parquet"
@@ -72,6 +72,7 @@ def arm(tmp_path: Path) -> Path:
     episodes |= {f"videos/{key}/{name}": values for key in CAMERAS for name, values in located.items()}
     (folder / "meta/episodes/chunk-000").mkdir(parents=True)
     pq.write_table(pa.table(episodes), folder / "meta/episodes/chunk-000/file-000.parquet")
+    pq.write_table(pa.table({"task_index": [1, 0], "task": ["put down", "lift"]}), folder / "meta/tasks.parquet")
     stats = {"action": {"min": actions.min(0).tolist(), "max": actions.max(0).tolist()}}
     (folder / "meta/stats.json").write_text(json.dumps(stats))
     features = {
@@ -132,6 +133,12 @@ def test_actions_names_ranges_and_splits(arm: Path):
     np.testing.assert_array_equal(trajectories[1].conditions["reward"], np.arange(24, 41) / 2)
     assert info.fps == FPS
     assert [t.name for t in opened(arm, "test")] == ["episode_000002"]
+
+
+def test_texts_are_the_tasks_of_the_frames(arm: Path):
+    lifting, both = opened(arm, fps=5.0)
+    assert lifting.texts == ["lift"] * 12
+    assert both.texts == ["lift"] * 3 + ["put down"] * 5
 
 
 def test_a_lower_rate_takes_every_other_frame_and_sums_or_ends_its_actions(arm: Path):

@@ -169,6 +169,9 @@ def test_poses_beside_the_video(folder, kind):
     (trajectory,) = opened(folder)
     np.testing.assert_allclose(trajectory.position, poses["position"])
     np.testing.assert_allclose(trajectory.yaw, poses["yaw"])
+    assert set(trajectory.texts) == {""}
+    trajectory.path.with_suffix(".txt").write_text("walk on\n")
+    assert opened(folder)[0].texts == ["walk on"] * len(trajectory)
     dataset = windows(folder)
     assert dataset.info.has_actions
     window = dataset.window(10, [1, 3])

@@ -37,7 +37,7 @@ class World:
         self.nows = [dataset.locate(window)[1] for window in WINDOWS]
         self.path: list[Tensor] = []
 
-    def begin(self, context: Tensor, mask: Tensor, spacing: Tensor) -> Tensor:
+    def begin(self, context: Tensor, mask: Tensor, spacing: Tensor, text: None) -> Tensor:
         self.path = [YAW[self.nows]]
         return self.path[0]
 
