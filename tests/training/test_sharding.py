@@ -125,7 +125,8 @@ def test_each_process_holds_its_rows_and_no_more(shared: dict[str, list[dict]], 
 @pytest.mark.slow
 @pytest.mark.parametrize("dialect", RUNS)
 def test_steps_are_those_of_one_process(shared: dict[str, list[dict]], dialect: str):
-    expected, far = alone(dialect), 100 if dialect == "muon" else 1  # which rounds gradients to bfloat16
+    # Muon rounds gradients to bfloat16; small gradients of a wide head show how its keys' undetermined biases differ.
+    expected, far = alone(dialect), {"muon": 100, "wide": 10}.get(dialect, 1)
     assert max(expected["norms"]) > 1.1 * MAX_NORM  # so that clipping matters
     for process in shared[dialect]:
         assert process["losses"] == pytest.approx(expected["losses"], rel=far * 1e-5)
