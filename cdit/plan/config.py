@@ -7,7 +7,7 @@ from cdit.common.errors import UserError
 from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, TextOptions
 from cdit.diffusion.config import SamplerOptions
 
-LEARNED = ("steps", "motion")
+LEARNED = ("steps", "distance")
 COSTS = ("pixels", "latents", "lpips", "dreamsim", *LEARNED, "features:NAME")
 
 
@@ -83,10 +83,10 @@ class PlannerConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How the best candidate is looked for."""
     cost: str = "lpips"
-    """Distance of a predicted frame to the goal: pixels, latents, lpips, dreamsim, steps or motion (steps to go, or
+    """Distance of a predicted frame to the goal: pixels, latents, lpips, dreamsim, steps or distance (steps to go, or
     metres and radians; learned, see `learned`), or features:NAME, the cosine between features of a backbone of timm."""
     learned: str | None = None
-    """Folder that `python -m cdit.plan learn` wrote, for the costs steps and motion, and for proposals."""
+    """Folder that `python -m cdit.plan learn` wrote, for the costs steps and distance, and for proposals."""
     stride: int | None = None
     """Frames of one predicted step: 1 predicts every frame from those before, 4 every fourth; by default each frame is
     predicted in one jump."""
@@ -135,15 +135,17 @@ class LearnConfig(OutputOptions, DataOptions, CheckpointOptions):
 
     split: str = "train"
     """Split to learn from: the walks that the world was trained on."""
-    steps: int = 3000
+    steps: int = 8000
     """Training steps."""
-    batch_size: int = 64
+    batch_size: int = 128
     """Pairs of frames in a step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 1.5e-3
     """Largest learning rate."""
+    mixed_precision: Literal["no", "bf16"] = "no"
+    """bf16 computes in bfloat16, about twice as fast where the processor has instructions for it."""
     horizon: int = 8
     """Steps that are proposed."""
-    predicted: int = 2048
+    predicted: int = 8192
     """Frames that the world predicts first, so that the network knows what its frames look like; 0 for none."""
     jumps: int = 4
     """Frames predicted from each context."""

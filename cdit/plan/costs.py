@@ -120,7 +120,7 @@ def load_cost(name: str, world: WorldModel, learned: str | None = None) -> Cost:
         "lpips": lambda: Pairwise(load_lpips().to(world.device)),
         "dreamsim": lambda: Pairwise(DreamSim(world.device)),
         "steps": lambda: Pairwise(load_goal_network(learned, world.device).steps),
-        "motion": lambda: Pairwise(load_goal_network(learned, world.device).distance),
+        "distance": lambda: Pairwise(load_goal_network(learned, world.device).distance),
         "features": lambda: Features(backbone, world.device),
     }
     return loaders[kind]()

@@ -1,10 +1,9 @@
-"""A small network that compares a frame with a goal image: steps to go, motion to it, what to do, whether arrived.
+"""A small network that compares a frame with a goal image: distance and steps to go, what to do, whether arrived.
 
 It is trained on pairs of frames of the same walks as the world (`cdit.plan.learn`), and needs no pretrained weights.
 """
 
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -18,14 +17,18 @@ from cdit.common.files import read_json, write_json, write_whole
 from cdit.plan.noise import coloured_noise
 
 WEIGHTS, DESCRIPTION = "goal_network.safetensors", "goal_network.json"
-SIDE = 64
-"""Frames are resized to this."""
+SIDE, PLACES = 64, 16
+"""Frames are resized to SIDE × SIDE, and have features at PLACES × PLACES."""
 FARTHEST = 64
 """Steps to go beyond this many, and frames of other walks, are one class."""
 EDGES = (0, 1, 2, 4, 8, 16, 32, FARTHEST)
 """Largest number of steps in each class but the last."""
 MIDDLES = (0.0, 1.0, 2.0, 3.5, 6.5, 12.5, 24.5, 48.5, 96.0)
 """Number of steps that each class stands for."""
+FAR_EDGES = (0.2, 0.4, 0.6, 0.9, 1.2, 1.6, 2.0, 2.6, 3.4, 4.4, 6.0, 9.0)
+"""Largest distance in each class but the last, in multiples of what counts as reached."""
+FAR_MIDDLES = (0.1, 0.3, 0.5, 0.75, 1.05, 1.4, 1.8, 2.3, 3.0, 3.9, 5.2, 7.5, 12.0)
+"""Distance that each class stands for."""
 LOG_STD = (-5.0, 2.0)
 
 
@@ -43,7 +46,7 @@ class GoalDescription:
     """Metres within which a goal is reached."""
     angle: float
     """Radians within which a goal is reached."""
-    width: int = 32
+    width: int = 24
     """Channels of the first convolution."""
 
 
@@ -53,6 +56,8 @@ class Compared:
 
     classes: Tensor
     """(N, 9) logits of the number of steps, see `EDGES`."""
+    far: Tensor
+    """(N, 13) logits of the distance, see `FAR_EDGES`."""
     arrived: Tensor
     """(N,) logits of being at the goal."""
     motion: tuple[Tensor, Tensor]
@@ -62,18 +67,29 @@ class Compared:
 
 
 class GoalNetwork(nn.Module):
-    """Convolutions over both frames, one above the other, and a linear map."""
+    """Correlates every place of a frame with every place of a goal; convolutions and a linear map follow.
+
+    The correlation of all pairs is that of RAFT (Teed and Deng 2020): a step shows in where things have moved to.
+    """
 
     def __init__(self, description: GoalDescription):
         super().__init__()
         self.description = description
         w, h = description.width, description.horizon
-        channels = [6, w, 2 * w, 3 * w, 4 * w]
-        layers: list[nn.Module] = []
-        for before, after in pairwise(channels):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU()]
-        self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.Linear(4 * w * (SIDE // 16) ** 2, 256), nn.GELU())
-        self.sizes = (len(MIDDLES), 1, 6, 6 * h)
+        self.encoder = nn.Sequential(
+            *_convolution(3, w), *_convolution(w, 2 * w), nn.Conv2d(2 * w, 2 * w, 3, padding=1)
+        )
+        self.trunk = nn.Sequential(
+            nn.Conv2d(PLACES**2 + 4 * w, 64, 1),
+            nn.GroupNorm(8, 64),
+            nn.GELU(),
+            *_convolution(64, 96),
+            *_convolution(96, 128),
+            nn.Flatten(),
+            nn.Linear(128 * (PLACES // 4) ** 2, 256),
+            nn.GELU(),
+        )
+        self.sizes = (len(MIDDLES), len(FAR_MIDDLES), 1, 6, 6 * h)
         self.head = nn.Linear(256, sum(self.sizes))
         self.register_buffer("action_scale", torch.tensor(description.action_scale), persistent=False)
         self.register_buffer("motion_scale", torch.tensor(description.motion_scale), persistent=False)
@@ -83,20 +99,25 @@ class GoalNetwork(nn.Module):
         pair = torch.cat((frames, goals), dim=1).clamp(-1, 1)
         if pair.shape[-2:] != (SIDE, SIDE):
             pair = F.interpolate(pair, (SIDE, SIDE), mode="bilinear", antialias=True)
-        classes, arrived, motion, actions = self.head(self.trunk(pair)).split(self.sizes, dim=1)
-        return Compared(classes, arrived[:, 0], _gaussian(motion), _gaussian(actions.unflatten(1, (-1, 6))))
+        found = self.head(self.trunk(self._correlated(*pair.split(3, dim=1)))).float()
+        classes, far, arrived, motion, actions = found.split(self.sizes, dim=1)
+        return Compared(classes, far, arrived[:, 0], _gaussian(motion), _gaussian(actions.unflatten(1, (-1, 6))))
+
+    def _correlated(self, frames: Tensor, goals: Tensor) -> Tensor:
+        """At each place of a frame its correlation with every place of the goal, and the features of both."""
+        here, there = self.encoder(torch.cat((frames, goals))).chunk(2)
+        similar = F.normalize(there.flatten(2), dim=1).transpose(1, 2) @ F.normalize(here.flatten(2), dim=1)
+        return torch.cat((4 * similar.unflatten(2, (PLACES, PLACES)), here, there), dim=1)
 
     @torch.no_grad()
     def steps(self, frames: Tensor, goals: Tensor) -> Tensor:
         """Expected steps to go (N,): 2^E - 1 of the expected E = log₂(1 + steps)."""
-        middles = torch.tensor(MIDDLES, device=frames.device)
-        return 2 ** (self(frames, goals).classes.softmax(1) @ (1 + middles).log2()) - 1
+        return _expected(self(frames, goals).classes, MIDDLES)
 
     @torch.no_grad()
     def distance(self, frames: Tensor, goals: Tensor) -> Tensor:
-        """How far the goal is (N,), in metres, with a radian counted as a metre."""
-        motion = self(frames, goals).motion[0] * self.motion_scale
-        return motion[:, :2].norm(dim=1) + motion[:, 2].abs()
+        """How far the goal is (N,): expected metres / radius + radians / angle, averaged as `steps` are."""
+        return _expected(self(frames, goals).far, FAR_MIDDLES)
 
     @torch.no_grad()
     def propose(self, frames: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,6 +166,20 @@ def load_goal_network(folder: str | Path, device: torch.device | str = "cpu") ->
 def class_of(steps: Tensor) -> Tensor:
     """The class of each number of steps."""
     return torch.bucketize(steps, torch.tensor(EDGES, device=steps.device))
+
+
+def far_class_of(distance: Tensor) -> Tensor:
+    """The class of each distance, in multiples of what counts as reached."""
+    return torch.bucketize(distance, torch.tensor(FAR_EDGES, device=distance.device))
+
+
+def _expected(logits: Tensor, middles: tuple[float, ...]) -> Tensor:
+    return 2 ** (logits.softmax(1) @ (1 + torch.tensor(middles, device=logits.device)).log2()) - 1
+
+
+def _convolution(before: int, after: int) -> list[nn.Module]:
+    """Halves the resolution."""
+    return [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GroupNorm(8, after), nn.GELU()]
 
 
 def _gaussian(numbers: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,8 @@
-"""Trains the goal network: on pairs of frames of one walk, some of which a world predicted, and pairs of two walks."""
+"""Trains the goal network: on pairs of frames of one walk, some of which a world predicted, and pairs of two walks.
+
+Half of the pairs are of close places, whichever frame was recorded first: a cost must tell apart frames short of the
+goal, beside it and past it, and walks rarely lead backwards.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +22,14 @@ from cdit.data.windows import WindowDataset
 from cdit.loading import load_world, spread, windows_for
 from cdit.plan.candidates import recorded_actions
 from cdit.plan.config import LearnConfig
-from cdit.plan.goal_network import FARTHEST, GoalDescription, GoalNetwork, class_of
+from cdit.plan.goal_network import FARTHEST, GoalDescription, GoalNetwork, class_of, far_class_of
 from cdit.world_model import WorldModel
 
-OTHERS = 0.2
-"""Share of pairs of two walks."""
+OTHERS, CLOSE = 0.15, 0.5
+"""Shares of pairs of two walks, and of pairs of close places."""
+WITHIN = 4, 3
+"""Multiples of the radius and the angle of a reached goal within which two places are close."""
+UNORDERED = -1
 JUMPS = 16
 """Frames that the world looks ahead, at most."""
 
@@ -36,11 +43,12 @@ class Pairs:
     goals: Tensor
     """(N, 3, H, W) uint8."""
     steps: Tensor
-    """(N,) int64 from the frame to the goal; more than `FARTHEST` for frames of two walks."""
+    """(N,) int64 from the frame to the goal; more than `FARTHEST` for frames of two walks, `UNORDERED` for pairs that
+    were chosen for their places."""
     motion: Tensor
     """(N, 3) float32 in metres and radians; zeros for frames of two walks."""
     actions: Tensor
-    """(N, H, 3) float32: what was done, from the frame on."""
+    """(N, H, 3) float32: what was done, from the frame on; zeros unless the goal was recorded later."""
 
 
 def learn(config: LearnConfig) -> None:
@@ -54,7 +62,7 @@ def learn(config: LearnConfig) -> None:
     dataset = windows_for(world, config)
     if not dataset.info.has_actions:
         raise UserError(f"{config.data}: has no poses, which the goal network learns from")
-    sampler = Sampler(dataset, config.horizon, config.seed)
+    sampler = Sampler(dataset, config)
     predicted = predict_frames(world, dataset, config) if config.predicted else {}
     scale = sampler.draw(2048)
     same = scale.steps <= FARTHEST
@@ -72,7 +80,8 @@ def learn(config: LearnConfig) -> None:
     average, bar = {}, tqdm(range(config.steps), desc="goal network", unit="step")
     for step in bar:
         pairs = sampler.draw(config.batch_size, predicted)
-        losses = loss_of(network, pairs, generator(config.seed, step))
+        with torch.autocast(world.device.type, torch.bfloat16, enabled=config.mixed_precision == "bf16"):
+            losses = loss_of(network, pairs, generator(config.seed, step))
         optimizer.zero_grad()
         sum(losses.values()).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
@@ -91,17 +100,17 @@ class Sampler:
 
     Args:
         dataset: of walks with poses.
-        horizon: H.
-        seed: of the draws.
+        config: the horizon, what counts as reached, and the seed.
     """
 
-    def __init__(self, dataset: WindowDataset, horizon: int, seed: int):
-        self.dataset, self.horizon = dataset, horizon
-        self.random = np.random.default_rng(seed_of(seed, 1))
+    def __init__(self, dataset: WindowDataset, config: LearnConfig):
+        self.dataset, self.horizon = dataset, config.horizon
+        self.within = WITHIN[0] * config.radius, WITHIN[1] * np.radians(config.degrees)
+        self.random = np.random.default_rng(seed_of(config.seed, 1))
         self.lengths = np.array([len(trajectory) for trajectory in dataset.trajectories])
 
     def draw(self, count: int, predicted: dict[tuple[int, int], Tensor] | None = None) -> Pairs:
-        """Pairs of one walk, with log-uniform times between them, and some of two walks.
+        """Pairs of one walk, of close places or with log-uniform times between them, and some of two walks.
 
         Args:
             count: N.
@@ -120,19 +129,25 @@ class Sampler:
         else:
             index = random.choice(len(self.lengths), p=self.lengths / self.lengths.sum())
             now = int(random.integers(self.lengths[index]))
-        left = int(self.lengths[index]) - 1 - now
-        steps = min(left, int(2 ** random.uniform(0, np.log2(FARTHEST + 2)) - 1))
-        motion, actions = np.zeros(3), np.zeros((self.horizon, 3))
-        position, yaw = dataset.trajectories[index].position, dataset.trajectories[index].yaw
-        if random.random() < OTHERS and len(self.lengths) > 1:
+        motion, actions, kind = np.zeros(3), np.zeros((self.horizon, 3)), random.random()
+        if kind < OTHERS and len(self.lengths) > 1:
             other = (index + random.integers(1, len(self.lengths))) % len(self.lengths)
             goal = dataset.frames.read(other, [int(random.integers(self.lengths[other]))])[0]
             steps = FARTHEST + 1
         else:
-            goal = dataset.frames.read(index, [now + steps])[0]
-            motion = local_motion(position[now], yaw[now], position[now + steps], yaw[now + steps])
-            times = np.minimum(np.arange(now, now + self.horizon + 1), now + steps)  # stands still at the goal
-            actions = local_motion(position[times[:-1]], yaw[times[:-1]], position[times[1:]], yaw[times[1:]])
+            position, yaw = dataset.trajectories[index].position, dataset.trajectories[index].yaw
+            motions = local_motion(position[now], yaw[now], position, yaw)
+            if kind < OTHERS + CLOSE:
+                metres, radians = np.linalg.norm(motions[:, :2], axis=1), np.abs(motions[:, 2])
+                then = int(random.choice(np.flatnonzero((metres < self.within[0]) & (radians < self.within[1]))))
+                steps = UNORDERED
+            else:
+                left = int(self.lengths[index]) - 1 - now
+                steps = min(left, int(2 ** random.uniform(0, np.log2(FARTHEST + 2)) - 1))
+                then = now + steps
+                times = np.minimum(np.arange(now, now + self.horizon + 1), then)  # stands still at the goal
+                actions = local_motion(position[times[:-1]], yaw[times[:-1]], position[times[1:]], yaw[times[1:]])
+            goal, motion = dataset.frames.read(index, [then])[0], motions[then]
         frame = predicted[index, now] if from_prediction else dataset.frames.read(index, [now])[0]
         return frame, goal, torch.tensor(steps), torch.tensor(motion).float(), torch.tensor(actions).float()
 
@@ -143,13 +158,15 @@ def loss_of(network: GoalNetwork, pairs: Pairs, random: torch.Generator) -> dict
     frames, goals = (_augmented(to_float(x), random).to(device) for x in (pairs.frames, pairs.goals))
     steps, motion, actions = (x.to(device) for x in (pairs.steps, pairs.motion, pairs.actions))
     found = network(frames, goals)
-    same = steps <= FARTHEST
-    near = same & (motion[:, :2].norm(dim=1) < description.radius) & (motion[:, 2].abs() < description.angle)
+    same, ordered = steps <= FARTHEST, steps != UNORDERED
+    metres, radians = motion[:, :2].norm(dim=1) / description.radius, motion[:, 2].abs() / description.angle
+    far = torch.where(same, metres + radians, torch.inf)
     return {
-        "steps": F.cross_entropy(found.classes, class_of(steps)),
-        "arrived": F.binary_cross_entropy_with_logits(found.arrived, near.float()),
-        "motion": _likelihood(found.motion, motion / network.motion_scale)[same].mean(),
-        "actions": _likelihood(found.actions, actions / network.action_scale)[same].mean(),
+        "steps": _mean(F.cross_entropy(found.classes, class_of(steps), reduction="none"), ordered),
+        "distance": F.cross_entropy(found.far, far_class_of(far)),
+        "arrived": F.binary_cross_entropy_with_logits(found.arrived, (same & (metres < 1) & (radians < 1)).float()),
+        "motion": _mean(_likelihood(found.motion, motion / network.motion_scale), same),
+        "actions": _mean(_likelihood(found.actions, actions / network.action_scale), same & ordered),
     }
 
 
@@ -184,3 +201,7 @@ def _likelihood(gaussian: tuple[Tensor, Tensor], truth: Tensor) -> Tensor:
     """Negative log likelihood, averaged over all but the first dimension."""
     mean, log_std = gaussian
     return (log_std + ((truth - mean) / log_std.exp()).square() / 2).clamp(max=50).flatten(1).mean(1)
+
+
+def _mean(losses: Tensor, mask: Tensor) -> Tensor:
+    return losses[mask].sum() / mask.sum().clamp(min=1)

@@ -1,14 +1,17 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
+from cdit.common.frames import to_float
 from cdit.common.motion import integrate
 from cdit.plan.config import CurveConfig, LearnConfig, OpenConfig, OptimizerConfig, PlannerConfig
-from cdit.plan.goal_network import GoalDescription, GoalNetwork, class_of, load_goal_network
-from cdit.plan.learn import Sampler, learn
+from cdit.plan.goal_network import FAR_EDGES, FARTHEST, GoalDescription, GoalNetwork, class_of, load_goal_network
+from cdit.plan.learn import UNORDERED, Sampler, learn, loss_of
 from cdit.plan.openloop import Benchmark, nwm_compatible, run_curve, run_open
 from cdit.plan.openloop_report import write_curve, write_open
 
@@ -66,19 +69,46 @@ def test_a_curve_has_every_budget(config, tmp_path):
 
 
 def test_pairs_say_how_far_and_what_was_done(dataset):
-    sampler = Sampler(dataset, horizon=4, seed=0)
-    pairs = sampler.draw(200)
+    options = LearnConfig(data="", checkpoint="", out="", horizon=4, radius=0.2, degrees=20.0)
+    pairs = Sampler(dataset, options).draw(400)
     # The walks' frames say which they are: green is 8 times the time, red says which walk.
     time, goal = ((frames[:, 1, 0, 0] / 8).round().long() for frames in (pairs.frames, pairs.goals))
     walk, goal_walk = ((frames[:, 0, 0, 0] / 60).round().long() - 1 for frames in (pairs.frames, pairs.goals))
-    same = pairs.steps <= 64
+    same, ordered = pairs.steps <= 64, pairs.steps != UNORDERED
     assert torch.equal(walk == goal_walk, same)
-    torch.testing.assert_close((goal - time)[same], pairs.steps[same])
-    for i in torch.nonzero(same)[:20, 0].tolist():
+    torch.testing.assert_close((goal - time)[same & ordered], pairs.steps[same & ordered])
+    for i in torch.nonzero(same)[:, 0].tolist():
         trajectory = dataset.trajectories[walk[i]]
         moved = np.linalg.norm(trajectory.position[goal[i]] - trajectory.position[time[i]])
         assert pairs.motion[i, :2].norm().item() == pytest.approx(moved, abs=1e-4)
-        assert (pairs.actions[i, pairs.steps[i] :] == 0).all()
+        if ordered[i]:
+            assert (pairs.actions[i, pairs.steps[i] :] == 0).all()
+        else:
+            assert moved < 4 * 0.2
+            assert pairs.motion[i, 2].abs() < 3 * np.radians(20)
+    assert {-1, 1} <= set((goal - time)[~ordered].sign().tolist())
+
+
+def test_the_loss_is_smallest_for_the_right_classes(dataset):
+    options = LearnConfig(data="", checkpoint="", out="", horizon=4)
+    pairs = Sampler(dataset, options).draw(64)
+    network = GoalNetwork(GoalDescription(4, (1.0,) * 3, (1.0,) * 3, options.radius, np.radians(options.degrees)))
+    far = pairs.motion[:, :2].norm(dim=1) / 0.5 + pairs.motion[:, 2].abs() / (np.pi / 6)
+    classes = torch.tensor([sum(d > edge for edge in FAR_EDGES) for d in far])
+    classes[pairs.steps > FARTHEST] = len(FAR_EDGES)
+
+    def says(shift: int):
+        found = network(to_float(pairs.frames), to_float(pairs.goals))
+        logits = 20.0 * F.one_hot((classes + shift) % 13, 13)
+        return lambda frames, goals: replace(found, far=logits)
+
+    losses = []
+    for shift in (0, 1):
+        network.forward = says(shift)
+        losses.append(loss_of(network, pairs, torch.manual_seed(0))["distance"].item())
+        del network.forward
+    assert losses[0] < 1e-3
+    assert losses[1] == pytest.approx(20, abs=1e-3)
 
 
 def test_classes_of_steps():
@@ -100,5 +130,17 @@ def test_a_goal_network_learns_and_is_saved(walks, checkpoint, tmp_path):
 def test_steps_are_those_of_the_likely_class():
     network = GoalNetwork(GoalDescription(4, (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), 0.5, 0.5))
     torch.nn.init.zeros_(network.head.weight)
-    network.head.bias.data[:9] = torch.tensor([0.0, 0, 0, 0, 50, 0, 0, 0, 0])
-    torch.testing.assert_close(network.steps(torch.zeros(1, 3, 64, 64), torch.zeros(1, 3, 64, 64)), torch.tensor([6.5]))
+    network.head.bias.data[4] = 50
+    network.head.bias.data[9 + 8] = 50
+    blank = torch.zeros(1, 3, 64, 64)
+    torch.testing.assert_close(network.steps(blank, blank), torch.tensor([6.5]))
+    torch.testing.assert_close(network.distance(blank, blank), torch.tensor([3.0]))
+
+
+def test_places_of_a_frame_are_correlated_with_those_of_the_goal():
+    network = GoalNetwork(GoalDescription(4, (1.0,) * 3, (1.0,) * 3, 0.5, 0.5))
+    frames, goals = torch.rand(2, 2, 3, 64, 64, generator=torch.manual_seed(0)) * 2 - 1
+    joined = network._correlated(frames, goals)
+    here, there = network.encoder(frames)[1, :, 3, 5], network.encoder(goals)[1, :, 12, 7]
+    expected = 4 * torch.dot(here, there) / (here.norm() * there.norm())
+    torch.testing.assert_close(joined[1, 12 * 16 + 7, 3, 5], expected)
