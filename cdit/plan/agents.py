@@ -18,7 +18,7 @@ from cdit.plan.episodes import Episode
 from cdit.plan.free_space import Distances
 from cdit.plan.goal_network import GoalNetwork
 from cdit.plan.graph import Graph
-from cdit.plan.planner import Plan, Planner, Score, Towards, WorldScore
+from cdit.plan.planner import Planner, Score, Towards, WorldScore
 
 MASTERED = 0.6
 """Share of the radius and angle of success within which agents that know the true distance stop."""
@@ -176,7 +176,9 @@ class Planned(Agent):
         random, penalty = self.random(), self._penalty(past[-1])
         score = self.scores(past, self.task, goal, random)
         if self.proposals is not None:
-            plan = self._ranked(past[-1].frame, goal, score, random, penalty)
+            here, there = (x[None].to(self.proposals.head.weight.device) for x in (past[-1].frame, goal))
+            proposed = self.proposals.proposals(here, there, self.planner.config.optimizer.samples, random)
+            plan = self.planner.rank(score, proposed, penalty)
         else:
             plan = self.planner.plan(score, 1, random, self.last, penalty)
         if self.cost is not None and not insist:
@@ -191,20 +193,6 @@ class Planned(Agent):
         if isinstance(score, Towards):
             dream = score.frames(actions[:, None])[0, 0, self.planner.moments.index(int(plan.length))].cpu()
         return Move(actions[0, :count].cpu(), integrate(actions[0]).cpu(), dream)
-
-    def _ranked(
-        self, frame: Tensor, goal: Tensor, score: Score, random: torch.Generator, penalty: Penalty | None
-    ) -> Plan:
-        device = self.proposals.head.weight.device
-        count = self.planner.config.optimizer.samples
-        proposed = self.proposals.proposals(frame[None].to(device), goal[None].to(device), count, random)
-        costs = score(proposed)[0]
-        ranked = costs.min(1).values
-        if penalty is not None:
-            ranked = ranked + penalty(integrate(proposed))[0]
-        best = ranked.argmin()
-        length = torch.tensor(self.planner.moments)[costs[best].argmin().cpu()]
-        return Plan(proposed[:, best], length[None], costs.min()[None])
 
     def _penalty(self, seen: Seen) -> Penalty | None:
         if not self.avoid:

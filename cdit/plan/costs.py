@@ -6,17 +6,34 @@ Suffixes: B goals, S frames compared with each, L moments of a candidate.
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cdit.codec import Codec
 from cdit.common.errors import UserError
 from cdit.common.lpips import load_lpips
 from cdit.evaluate.metrics import DreamSim
 from cdit.plan.goal_network import load_goal_network
 from cdit.world_model import WorldModel
+
+
+@dataclass
+class Predicted:
+    """What a world predicts; decoded once, and only if a cost looks at frames."""
+
+    codec: Codec
+    latents: Tensor
+    """(B, S, L, C, h, w)."""
+
+    @cached_property
+    def frames(self) -> Tensor:
+        """(B, S, L, 3, H, W)."""
+        return self.codec.decode(self.latents)
 
 
 class Cost(ABC):
@@ -26,9 +43,9 @@ class Cost(ABC):
     def __call__(self, frames: Tensor, goals: Tensor) -> Tensor:
         """Distances (B, S) of frames (B, S, 3, H, W) to goals (B, 3, H, W), in [-1, 1]."""
 
-    def of_predicted(self, world: WorldModel, latents: Tensor, goals: Tensor) -> Tensor:
-        """Distances (B, S, L) of what a world predicts, latents (B, S, L, C, h, w), to goals: by default decoded."""
-        return self(world.decode(latents).flatten(1, 2), goals).unflatten(1, latents.shape[1:3])
+    def of_predicted(self, predicted: Predicted, goals: Tensor) -> Tensor:
+        """Distances (B, S, L) of what a world predicts to goals."""
+        return self(predicted.frames.flatten(1, 2), goals).unflatten(1, predicted.latents.shape[1:3])
 
 
 class Pairwise(Cost):
@@ -52,19 +69,19 @@ class Pixels(Cost):
 
 
 class Latents(Cost):
-    """Mean squared difference of the latents of a world's codec; what the world predicts is not decoded."""
+    """Mean squared difference of the latents of a codec; what is predicted is not decoded."""
 
-    def __init__(self, world: WorldModel):
-        self.world = world
+    def __init__(self, codec: Codec):
+        self.codec = codec
 
     def __call__(self, frames: Tensor, goals: Tensor) -> Tensor:
         """See `Cost`."""
-        return self.of_predicted(self.world, self.world.codec.encode(frames)[:, :, None], goals)[:, :, 0]
+        return self.of_predicted(Predicted(self.codec, self.codec.encode(frames)[:, :, None]), goals)[:, :, 0]
 
-    def of_predicted(self, world: WorldModel, latents: Tensor, goals: Tensor) -> Tensor:
+    def of_predicted(self, predicted: Predicted, goals: Tensor) -> Tensor:
         """See `Cost`."""
-        goal = world.codec.encode(goals)[:, None, None]
-        return (world.codec.as_past(latents) - goal).square().mean((3, 4, 5))
+        goal = self.codec.encode(goals)[:, None, None]
+        return (self.codec.as_past(predicted.latents) - goal).square().mean((3, 4, 5))
 
 
 class Features(Cost):
@@ -116,7 +133,7 @@ def load_cost(name: str, world: WorldModel, learned: str | None = None) -> Cost:
         )
     loaders = {
         "pixels": Pixels,
-        "latents": lambda: Latents(world),
+        "latents": lambda: Latents(world.codec),
         "lpips": lambda: Pairwise(load_lpips().to(world.device)),
         "dreamsim": lambda: Pairwise(DreamSim(world.device)),
         "steps": lambda: Pairwise(load_goal_network(learned, world.device).steps),

@@ -18,7 +18,7 @@ from cdit.common.randomness import generator
 from cdit.common.statistics import Estimate, estimates
 from cdit.common.tables import markdown_table
 from cdit.plan.config import DiagnoseConfig
-from cdit.plan.costs import load_cost
+from cdit.plan.costs import Predicted, load_cost
 from cdit.plan.openloop import Benchmark
 from cdit.plan.planner import Planner
 from cdit.plan.prediction import Predictor
@@ -77,9 +77,10 @@ def diagnose(config: DiagnoseConfig) -> None:
         judged = {name: [] for name in costs}
         for repeat in range(config.noises):
             noise = predictor.draw_noise(generator(config.seed, 4, number, repeat, device=world.device))
-            predicted, goals = predictor.predict(state, actions[None].to(world.device), noise), batch.target[:, 0]
+            latents, goals = predictor.predict(state, actions[None].to(world.device), noise), batch.target[:, 0]
+            predicted = Predicted(world.codec, latents)
             for name, cost in costs.items():
-                judged[name].append(cost.of_predicted(world, predicted, to_float(goals))[0, :, 0].cpu())
+                judged[name].append(cost.of_predicted(predicted, to_float(goals))[0, :, 0].cpu())
         for name in costs:
             found[name].append(judge(torch.stack(judged[name]), distance))
     diagnoses = [Diagnosis(name, np.array(values)) for name, values in found.items()]

@@ -189,7 +189,7 @@ class Benchmark:
             draws = generator(self.config.seed, 3, indices.start)
             proposed = self.network.proposals(frame, goal, self.config.planner.optimizer.samples, draws)
             means.append(proposed[:, 0])
-            best.append(proposed[0, scored(proposed).min(2).values.argmin(1)])
+            best.append(planner.rank(scored, proposed).actions)
         return Answers(integrate(torch.cat(means)).cpu()), Answers(integrate(torch.cat(best)).cpu())
 
 

@@ -13,7 +13,7 @@ from cdit.common.motion import integrate
 from cdit.plan.candidates import Family, Prior, make_family
 from cdit.plan.config import PlannerConfig
 from cdit.plan.constraints import PROJECTIONS, Penalty
-from cdit.plan.costs import Cost, load_cost
+from cdit.plan.costs import Cost, Predicted, load_cost
 from cdit.plan.optimizers import optimize
 from cdit.plan.prediction import Predictor
 from cdit.world_model import WorldModel, WorldState
@@ -96,6 +96,16 @@ class Planner:
         tried = [self.project(self.family.actions(values)) for values in found.tried]
         return Plan(actions, length, torch.stack(lowest).min(0).values, tried, found.costs)
 
+    def rank(self, score: Score, actions: Tensor, penalty: Penalty | None = None) -> Plan:
+        """The best of given steps (B, S, H, 3); score and penalty as in `plan`."""
+        costs = score(actions)
+        total = costs.min(2).values
+        if penalty is not None:
+            total = total + penalty(integrate(actions))
+        rows, best = torch.arange(len(actions)), total.argmin(1)
+        length = torch.tensor(self.moments, device=costs.device)[costs[rows, best].argmin(1)]
+        return Plan(actions[rows, best], length, costs.amin((1, 2)), [actions], [total])
+
 
 @dataclass
 class WorldScore:
@@ -172,9 +182,9 @@ class Towards:
     @torch.no_grad()
     def __call__(self, actions: Tensor) -> Tensor:
         """See `Score`."""
-        world, cost = self.score.predictor.world, self.score.cost
+        codec, cost = self.score.predictor.world.codec, self.score.cost
         repeats = (self.latents(actions, repeat) for repeat in range(len(self.noises)))  # one at a time in memory
-        return torch.stack([cost.of_predicted(world, latents, self.goals) for latents in repeats]).mean(0)
+        return torch.stack([cost.of_predicted(Predicted(codec, x), self.goals) for x in repeats]).mean(0)
 
 
 class CostWorld:

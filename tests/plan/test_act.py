@@ -244,16 +244,16 @@ def test_an_episode_is_judged_by_hand(space: FreeSpace):
     assert elsewhere.soft_spl > 0
 
 
-def test_budgets_end_episodes(space: FreeSpace):
+def test_budgets_end_episodes(space: FreeSpace, monkeypatch: pytest.MonkeyPatch):
     task = task_in(space)
-    NETWORK.head.bias.data[9] = -50.0  # never believes to have arrived
+    monkeypatch.setattr(NETWORK, "arrival", lambda frames, goals: torch.zeros(len(frames)))  # never believes to arrive
     trace = run_episode(Plane(), Candidates(*SHARED, recorded=RECORDED, straight=True), task, 0.5, 0.5)
     assert len(trace.past) == task.episode.budget + 1
     assert not judged(trace, task, "x", 0, config_of()).stopped
 
 
-def test_policies_stop_when_they_believe_to_be_there(space: FreeSpace):
-    NETWORK.head.bias.data[9] = 50.0
+def test_policies_stop_when_they_believe_to_be_there(space: FreeSpace, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(NETWORK, "arrival", lambda frames, goals: torch.ones(len(frames)))
     trace = run_episode(Plane(), Policy(*SHARED), task_in(space), 0.5, 0.5)
     assert isinstance(trace, Trace)
     assert len(trace.past) == 1

@@ -100,7 +100,7 @@ def test_costs_are_zero_at_the_goal_and_positive_elsewhere(model, cost):
     frames = torch.stack((goals, goals.flip(-1), goals.flip(-2)), dim=1)
     made = {
         "pixels": Pixels,
-        "latents": lambda: Latents(model),
+        "latents": lambda: Latents(model.codec),
         "features": lambda: Features("resnet10t", "cpu", pretrained=False),
     }
     found = made[cost]()(frames, goals)
@@ -127,7 +127,7 @@ class Pooled(Codec):
 
 def test_latents_are_compared_without_being_decoded(world, context, actions):
     model = world(Pooled(), patch_size=1)
-    score = WorldScore(Predictor(model, [2, 4]), Latents(model))
+    score = WorldScore(Predictor(model, [2, 4]), Latents(model.codec))
     goals = context[:, 0].flip(-1)
     towards = score.to_goals(context, goals, torch.manual_seed(0))
     predicted = score.predictor.predict(towards.state, actions, towards.noises[0])
