@@ -62,7 +62,7 @@ def describe(config: ActConfig, outcomes: Sequence[Outcome]) -> str:
     planner, optimizer = config.planner, config.planner.optimizer
     text = (
         f"{len({o.episode for o in outcomes})} episodes; success is a stop within {config.radius:g} m and "
-        f"{config.degrees:g}°. Plans: {planner.candidates}, {optimizer.name}, {optimizer.samples} × "
+        f"{config.degrees:g}°. Plans: {planner.motions} candidates, {optimizer.name}, {optimizer.samples} × "
         f"{optimizer.iterations}, cost {planner.cost}; {config.execute} of {config.horizon} steps are carried out. ± "
         "is half the width of the 95 % interval over episodes. Agents with * know where they are, and stop by that."
     )

@@ -102,6 +102,11 @@ class PlannerConfig:
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     """How frames are sampled."""
 
+    @property
+    def motions(self) -> str:
+        """The candidates in words."""
+        return "arc" if self.candidates == "spline" and self.knots == 1 else self.candidates
+
     def validate(self, horizon: int) -> None:
         """Checks the values.
 
