@@ -65,6 +65,14 @@ class Compared:
     actions: tuple[Tensor, Tensor]
     """Mean and log standard deviation of the next steps, (N, H, 3) each, in `action_scale`."""
 
+    def steps(self) -> Tensor:
+        """Expected steps to go (N,): 2^E - 1 of the expected E = log₂(1 + steps)."""
+        return _expected(self.classes, MIDDLES)
+
+    def distance(self) -> Tensor:
+        """Expected distance to the goal (N,), metres / radius + radians / angle, averaged as `steps` are."""
+        return _expected(self.far, FAR_MIDDLES)
+
 
 class GoalNetwork(nn.Module):
     """Correlates every place of a frame with every place of a goal; convolutions and a linear map follow.
@@ -111,13 +119,13 @@ class GoalNetwork(nn.Module):
 
     @torch.no_grad()
     def steps(self, frames: Tensor, goals: Tensor) -> Tensor:
-        """Expected steps to go (N,): 2^E - 1 of the expected E = log₂(1 + steps)."""
-        return _expected(self(frames, goals).classes, MIDDLES)
+        """See `Compared.steps`."""
+        return self(frames, goals).steps()
 
     @torch.no_grad()
     def distance(self, frames: Tensor, goals: Tensor) -> Tensor:
-        """How far the goal is (N,): expected metres / radius + radians / angle, averaged as `steps` are."""
-        return _expected(self(frames, goals).far, FAR_MIDDLES)
+        """See `Compared.distance`."""
+        return self(frames, goals).distance()
 
     @torch.no_grad()
     def propose(self, frames: Tensor, goals: Tensor) -> tuple[Tensor, Tensor]:

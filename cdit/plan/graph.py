@@ -1,7 +1,7 @@
 """A graph of remembered frames, for goals that are out of sight.
 
 Nodes are frames of recorded walks. Edges lead from a frame to the next of its walk, and to frames of other walks that
-the learned steps-to-go says are close. Dijkstra's algorithm finds the way; its weights are steps.
+the learned distance says are close. Dijkstra's algorithm finds the way; its weights are steps.
 """
 
 import heapq
@@ -16,10 +16,12 @@ from cdit.common.frames import to_float
 from cdit.data.windows import WindowDataset
 from cdit.plan.goal_network import GoalNetwork
 
-SIMILAR = 12
+SIMILAR = 32
 """Frames that may be close to a frame, by small pictures, and are compared by the network."""
-CLOSE = 4.0
-"""Steps within which two frames of different walks are connected."""
+CLOSE = 2.0
+"""Distance within which two frames of different walks are connected, in multiples of what counts as reached."""
+EQUAL = 1.0
+"""Frames whose distances differ by less may be where the walker is."""
 WELD = 1.5
 """How many times more steps such an edge costs: the network may be wrong."""
 AHEAD = 8.0
@@ -60,13 +62,18 @@ class Graph:
 
     def _weld(self, every: int) -> None:
         for node in tqdm(range(len(self.frames)), desc="graph", unit="frame"):
-            others, steps = self.nearest(to_float(self.frames[node]), leaving=True)
-            for other, distance in zip(others.tolist(), steps.tolist(), strict=True):
+            for other, steps, distance in zip(*self.similar(to_float(self.frames[node]), leaving=True), strict=True):
                 if abs(other - node) > 2 and distance < CLOSE:
-                    self.edges[node].append((other, WELD * max(distance, 1.0)))
+                    self.edges[node].append((other, WELD * max(steps, 1.0)))
 
-    def nearest(self, frame: Tensor, leaving: bool) -> tuple[Tensor, Tensor]:
-        """The frames most similar to one, and the steps from it to them (leaving), or from them to it."""
+    def nearest(self, frame: Tensor, leaving: bool) -> list[tuple[int, float]]:
+        """The remembered frames closest to one, and the steps from it to them (leaving), or from them to it."""
+        found = list(zip(*self.similar(frame, leaving), strict=True))
+        least = min(distance for _, _, distance in found)
+        return [(node, steps) for node, steps, distance in found if distance < least + EQUAL]
+
+    def similar(self, frame: Tensor, leaving: bool) -> tuple[list[int], list[float], list[float]]:
+        """The remembered frames that look like one, and steps and distances from it to them (leaving), or back."""
         if not hasattr(self, "_small"):
             self._small = _small(to_float(self.frames))
         far = (self._small - _small(frame[None])).square().mean((1, 2, 3))
@@ -74,22 +81,21 @@ class Graph:
         device = self.network.head.weight.device
         there = to_float(self.frames[nodes]).to(device)
         here = frame[None].to(device).expand_as(there)
-        steps = self.network.steps(here, there) if leaving else self.network.steps(there, here)
-        return nodes, steps.cpu()
+        with torch.no_grad():
+            found = self.network(here, there) if leaving else self.network(there, here)
+        return nodes.tolist(), found.steps().tolist(), found.distance().tolist()
 
     def to_goal(self, goal: Tensor) -> "Route":
         """The ways from every node to a goal image (3, H, W)."""
-        nodes, steps = self.nearest(goal, leaving=False)
-        best = steps < steps.min() + 2
         backwards: list[list[tuple[int, float]]] = [[] for _ in self.edges]
         for node, out in enumerate(self.edges):
             for other, weight in out:
                 backwards[other].append((node, weight))
         distance = [float("inf")] * len(self.edges)
         following: list[int | None] = [None] * len(self.edges)
-        queue = [(float(s), int(n)) for n, s in zip(nodes[best], steps[best], strict=True)]
-        for s, n in queue:
-            distance[n] = s
+        queue = [(steps, node) for node, steps in self.nearest(goal, leaving=False)]
+        for steps, node in queue:
+            distance[node] = steps
         heapq.heapify(queue)
         while queue:
             far, node = heapq.heappop(queue)
@@ -119,9 +125,7 @@ class Route:
 
     def next(self, frame: Tensor) -> tuple[int | None, Tensor]:
         """The node to walk to, and its frame (3, H, W) in [-1, 1]; None and the goal image at the end of the way."""
-        nodes, steps = self.graph.nearest(frame, leaving=True)
-        total = [float(s) + self.distance[n] for n, s in zip(nodes.tolist(), steps, strict=True)]
-        at = nodes[min(range(len(total)), key=total.__getitem__)].item()
+        at, _ = min(self.graph.nearest(frame, leaving=True), key=lambda found: found[1] + self.distance[found[0]])
         if self.node is not None and self.distance[self.node] < self.distance[at]:
             at = self.node  # does not go back
         return self._ahead_of(at)

@@ -261,14 +261,15 @@ def test_policies_stop_when_they_believe_to_be_there(space: FreeSpace, monkeypat
 
 def test_a_graph_leads_along_walks_and_across_them(dataset, monkeypatch: pytest.MonkeyPatch):
     # Frames of walk "a" are close to those of walk "b" by the network of this test if their times agree.
-    def steps(frames, goals):
+    def compared(frames, goals):
         here, there = ((x[:, 1, 0, 0] + 1) * 127.5 / 8 for x in (frames, goals))
         walks = ((x[:, 0, 0, 0] + 1) * 127.5 / 60 for x in (frames, goals))
         apart = (next(walks) - next(walks)).abs()
-        return (there - here).abs() + 20 * ((there < here - 0.5) | (apart > 1.5))
+        steps = (there - here).abs() + 20 * ((there < here - 0.5) | (apart > 1.5))
+        return SimpleNamespace(steps=lambda: steps, distance=lambda: steps / 2)
 
     network = GoalNetwork(GoalDescription(4, (1.0,) * 3, (1.0,) * 3, 0.5, 0.5))
-    monkeypatch.setattr(network, "steps", steps)
+    monkeypatch.setattr(network, "forward", compared)
     graph = Graph.build(dataset, network, count=20, every=2)
     first = len(range(0, len(dataset.trajectories[0]), 2))
     assert graph.edges[0][0] == (1, 2.0)
