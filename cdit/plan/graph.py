@@ -1,10 +1,11 @@
 """A graph of remembered frames, for goals that are out of sight.
 
 Nodes are frames of recorded walks. Edges lead from a frame to the next of its walk, and to frames of other walks that
-the learned distance says are close. Dijkstra's algorithm finds the way; its weights are steps.
+look the same, along with the frames around them. Dijkstra's algorithm finds the way; its weights are steps.
 """
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -14,18 +15,22 @@ from tqdm import tqdm
 
 from cdit.common.frames import to_float
 from cdit.data.windows import WindowDataset
-from cdit.plan.goal_network import GoalNetwork
+from cdit.plan.goal_network import Compared, GoalNetwork
 
 SIMILAR = 32
 """Frames that may be close to a frame, by small pictures, and are compared by the network."""
 CLOSE = 2.0
-"""Distance within which two frames of different walks are connected, in multiples of what counts as reached."""
-EQUAL = 1.0
-"""Frames whose distances differ by less may be where the walker is."""
+"""Distance within which two frames of different walks may be connected, in multiples of what counts as reached."""
+AROUND = 2
+"""Remembered frames before and after both that are compared, too: many places look alike in one frame."""
+ALIKE = 1.5
+"""Mean distance within which they must be; SeqSLAM (Milford and Wyeth 2012) compares sequences for the same reason."""
 WELD = 1.5
 """How many times more steps such an edge costs: the network may be wrong."""
 AHEAD = 8.0
 """Steps within which the farthest frame of the way is the next target."""
+LOST = 4.0
+"""Distance to the way from which on the walker looks for itself anywhere."""
 
 
 @dataclass
@@ -34,6 +39,8 @@ class Graph:
 
     frames: Tensor
     """(N, 3, H, W) uint8."""
+    walks: Tensor
+    """(N,) the walk of each."""
     edges: list[list[tuple[int, float]]]
     """Of each node: neighbours and steps to them."""
     network: GoalNetwork
@@ -44,59 +51,72 @@ class Graph:
 
         Args:
             dataset: of walks.
-            network: tells the steps between frames.
+            network: tells how far frames are from each other.
             count: about how many frames to remember.
             every: remember every so many frames of a walk.
         """
-        frames, edges = [], []
+        frames, walks, edges = [], [], []
         for index, trajectory in enumerate(dataset.trajectories):
             times = list(range(0, len(trajectory), every))
             first = len(edges)
             frames.append(dataset.frames.read(index, times))
+            walks += [index] * len(times)
             edges += [[(first + i + 1, float(every))] if i + 1 < len(times) else [] for i in range(len(times))]
             if len(edges) >= count:
                 break
-        graph = cls(torch.cat(frames), edges, network)
-        graph._weld(every)
+        graph = cls(torch.cat(frames), torch.tensor(walks), edges, network)
+        graph._weld()
         return graph
 
-    def _weld(self, every: int) -> None:
+    def _weld(self) -> None:
+        self._small = _small(to_float(self.frames))
         for node in tqdm(range(len(self.frames)), desc="graph", unit="frame"):
-            for other, steps, distance in zip(*self.similar(to_float(self.frames[node]), leaving=True), strict=True):
-                if abs(other - node) > 2 and distance < CLOSE:
+            others = [other for other in self.similar(to_float(self.frames[node])) if abs(other - node) > AROUND]
+            found = self._compare((node, other) for other in others)
+            for other, steps, distance in zip(others, found.steps().tolist(), found.distance().tolist(), strict=True):
+                if distance < CLOSE and self._difference(node, other) < ALIKE:
                     self.edges[node].append((other, WELD * max(steps, 1.0)))
 
-    def nearest(self, frame: Tensor, leaving: bool) -> list[tuple[int, float]]:
-        """The remembered frames closest to one, and the steps from it to them (leaving), or from them to it."""
-        found = list(zip(*self.similar(frame, leaving), strict=True))
-        least = min(distance for _, _, distance in found)
-        return [(node, steps) for node, steps, distance in found if distance < least + EQUAL]
+    def _difference(self, node: int, other: int) -> float:
+        """Mean distance of the frames around a node to those around another, which may be a frame faster or slower."""
+        pairs = []
+        for shift in range(-AROUND, AROUND + 1):
+            there = self._of_walk(other, (other + shift + late for late in (-1, 0, 1)))
+            pairs += [[(here, t) for t in there] for here in self._of_walk(node, [node + shift]) if there]
+        distances = self._compare(pair for group in pairs for pair in group).distance()
+        return torch.stack([far.min() for far in distances.split([len(group) for group in pairs])]).mean().item()
 
-    def similar(self, frame: Tensor, leaving: bool) -> tuple[list[int], list[float], list[float]]:
-        """The remembered frames that look like one, and steps and distances from it to them (leaving), or back."""
-        if not hasattr(self, "_small"):
-            self._small = _small(to_float(self.frames))
+    def _of_walk(self, node: int, others: Iterable[int]) -> list[int]:
+        return [i for i in others if 0 <= i < len(self.walks) and self.walks[i] == self.walks[node]]
+
+    def _compare(self, pairs: Iterable[tuple[int, int]]) -> Compared:
+        here, there = (to_float(self.frames[list(nodes)]) for nodes in zip(*pairs, strict=True))
+        return self.compare(here, there)
+
+    @torch.no_grad()
+    def compare(self, here: Tensor, there: Tensor) -> Compared:
+        """Frames with goals, (n, 3, H, W) each, or one of them without n."""
+        device, (here, there) = self.network.head.weight.device, torch.broadcast_tensors(here, there)
+        return self.network(here.to(device), there.to(device))
+
+    def similar(self, frame: Tensor) -> list[int]:
+        """The nodes that look most like a frame (3, H, W)."""
         far = (self._small - _small(frame[None])).square().mean((1, 2, 3))
-        nodes = far.topk(min(SIMILAR, len(far)), largest=False).indices
-        device = self.network.head.weight.device
-        there = to_float(self.frames[nodes]).to(device)
-        here = frame[None].to(device).expand_as(there)
-        with torch.no_grad():
-            found = self.network(here, there) if leaving else self.network(there, here)
-        return nodes.tolist(), found.steps().tolist(), found.distance().tolist()
+        return far.topk(min(SIMILAR, len(far)), largest=False).indices.tolist()
 
     def to_goal(self, goal: Tensor) -> "Route":
-        """The ways from every node to a goal image (3, H, W)."""
+        """The ways from every node to the one closest to a goal image (3, H, W)."""
+        nodes = self.similar(goal)
+        found = self.compare(to_float(self.frames[nodes]), goal)
+        closest = found.distance().argmin().item()
         backwards: list[list[tuple[int, float]]] = [[] for _ in self.edges]
         for node, out in enumerate(self.edges):
             for other, weight in out:
                 backwards[other].append((node, weight))
         distance = [float("inf")] * len(self.edges)
         following: list[int | None] = [None] * len(self.edges)
-        queue = [(steps, node) for node, steps in self.nearest(goal, leaving=False)]
-        for steps, node in queue:
-            distance[node] = steps
-        heapq.heapify(queue)
+        distance[nodes[closest]] = found.steps()[closest].item()
+        queue = [(distance[nodes[closest]], nodes[closest])]
         while queue:
             far, node = heapq.heappop(queue)
             if far > distance[node]:
@@ -125,24 +145,36 @@ class Route:
 
     def next(self, frame: Tensor) -> tuple[int | None, Tensor]:
         """The node to walk to, and its frame (3, H, W) in [-1, 1]; None and the goal image at the end of the way."""
-        at, _ = min(self.graph.nearest(frame, leaving=True), key=lambda found: found[1] + self.distance[found[0]])
-        if self.node is not None and self.distance[self.node] < self.distance[at]:
-            at = self.node  # does not go back
-        return self._ahead_of(at)
+        at = None
+        if self.node is not None:
+            at, far = self._closest(frame, self._way(self.node, 2 * AHEAD))
+            at = at if far < LOST else None
+        if at is None:
+            nodes = self.graph.similar(frame)
+            at, _ = self._closest(frame, [node for node in nodes if self.distance[node] < float("inf")] or nodes)
+        return self._towards(at)
 
     def skip(self) -> tuple[int | None, Tensor]:
         """As `next`, from the node that was the target last, which counts as reached."""
-        return self._ahead_of(self.target)
+        return self._towards(self.target)
 
-    def _ahead_of(self, at: int) -> tuple[int | None, Tensor]:
-        self.node, gone = at, 0.0
-        while self.following[at] is not None and gone < AHEAD:
-            gone += self.distance[at] - self.distance[self.following[at]]
-            at = self.following[at]
-        self.target = at
-        if self.following[at] is None:
+    def _closest(self, frame: Tensor, nodes: list[int]) -> tuple[int, float]:
+        distances = self.graph.compare(frame, to_float(self.graph.frames[nodes])).distance()
+        return nodes[distances.argmin()], distances.min().item()
+
+    def _way(self, node: int, steps: float) -> list[int]:
+        """The nodes that follow one within so many steps, itself first."""
+        way = [node]
+        while (after := self.following[way[-1]]) is not None and self.distance[node] - self.distance[after] < steps:
+            way.append(after)
+        return way
+
+    def _towards(self, at: int) -> tuple[int | None, Tensor]:
+        way = self._way(at, AHEAD)
+        self.node, self.target = at, way[-1] if len(way) > 1 or self.following[at] is None else self.following[at]
+        if self.following[self.target] is None:
             return None, self.goal
-        return at, to_float(self.graph.frames[at])
+        return self.target, to_float(self.graph.frames[self.target])
 
 
 def _small(frames: Tensor) -> Tensor:
