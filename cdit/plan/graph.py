@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from cdit.common.frames import to_float
 from cdit.data.windows import WindowDataset
-from cdit.plan.goal_network import Compared, GoalNetwork
+from cdit.plan.goal_network import GoalNetwork
 
 SIMILAR = 32
 """Frames that may be close to a frame, by small pictures, and are compared by the network."""
@@ -23,12 +23,14 @@ CLOSE = 2.0
 """Distance within which two frames of different walks may be connected, in multiples of what counts as reached."""
 AROUND = 2
 """Remembered frames before and after both that are compared, too: many places look alike in one frame."""
-ALIKE = 1.5
+ALIKE = 1.0
 """Mean distance within which they must be; SeqSLAM (Milford and Wyeth 2012) compares sequences for the same reason."""
 WELD = 1.5
 """How many times more steps such an edge costs: the network may be wrong."""
 AHEAD = 8.0
 """Steps within which the farthest frame of the way is the next target."""
+CHUNK = 256
+"""Pairs compared at a time."""
 LOST = 4.0
 """Distance to the way from which on the walker looks for itself anywhere."""
 
@@ -72,8 +74,8 @@ class Graph:
         self._small = _small(to_float(self.frames))
         for node in tqdm(range(len(self.frames)), desc="graph", unit="frame"):
             others = [other for other in self.similar(to_float(self.frames[node])) if abs(other - node) > AROUND]
-            found = self._compare((node, other) for other in others)
-            for other, steps, distance in zip(others, found.steps().tolist(), found.distance().tolist(), strict=True):
+            found = (values.tolist() for values in self._compare((node, other) for other in others))
+            for other, steps, distance in zip(others, *found, strict=True):
                 if distance < CLOSE and self._difference(node, other) < ALIKE:
                     self.edges[node].append((other, WELD * max(steps, 1.0)))
 
@@ -83,21 +85,22 @@ class Graph:
         for shift in range(-AROUND, AROUND + 1):
             there = self._of_walk(other, (other + shift + late for late in (-1, 0, 1)))
             pairs += [[(here, t) for t in there] for here in self._of_walk(node, [node + shift]) if there]
-        distances = self._compare(pair for group in pairs for pair in group).distance()
+        _, distances = self._compare(pair for group in pairs for pair in group)
         return torch.stack([far.min() for far in distances.split([len(group) for group in pairs])]).mean().item()
 
     def _of_walk(self, node: int, others: Iterable[int]) -> list[int]:
         return [i for i in others if 0 <= i < len(self.walks) and self.walks[i] == self.walks[node]]
 
-    def _compare(self, pairs: Iterable[tuple[int, int]]) -> Compared:
+    def _compare(self, pairs: Iterable[tuple[int, int]]) -> tuple[Tensor, Tensor]:
         here, there = (to_float(self.frames[list(nodes)]) for nodes in zip(*pairs, strict=True))
         return self.compare(here, there)
 
     @torch.no_grad()
-    def compare(self, here: Tensor, there: Tensor) -> Compared:
-        """Frames with goals, (n, 3, H, W) each, or one of them without n."""
-        device, (here, there) = self.network.head.weight.device, torch.broadcast_tensors(here, there)
-        return self.network(here.to(device), there.to(device))
+    def compare(self, here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps and distances from frames to goals, (n, 3, H, W) each, or one of them without n."""
+        device, pairs = self.network.head.weight.device, torch.stack(torch.broadcast_tensors(here, there), dim=1)
+        found = [self.network(*chunk.to(device).unbind(1)) for chunk in pairs.split(CHUNK)]
+        return torch.cat([x.steps() for x in found]).cpu(), torch.cat([x.distance() for x in found]).cpu()
 
     def similar(self, frame: Tensor) -> list[int]:
         """The nodes that look most like a frame (3, H, W)."""
@@ -106,17 +109,16 @@ class Graph:
 
     def to_goal(self, goal: Tensor) -> "Route":
         """The ways from every node to the one closest to a goal image (3, H, W)."""
-        nodes = self.similar(goal)
-        found = self.compare(to_float(self.frames[nodes]), goal)
-        closest = found.distance().argmin().item()
+        steps, distances = self.compare(to_float(self.frames), goal)
+        closest = distances.argmin().item()
         backwards: list[list[tuple[int, float]]] = [[] for _ in self.edges]
         for node, out in enumerate(self.edges):
             for other, weight in out:
                 backwards[other].append((node, weight))
         distance = [float("inf")] * len(self.edges)
         following: list[int | None] = [None] * len(self.edges)
-        distance[nodes[closest]] = found.steps()[closest].item()
-        queue = [(distance[nodes[closest]], nodes[closest])]
+        distance[closest] = steps[closest].item()
+        queue = [(distance[closest], closest)]
         while queue:
             far, node = heapq.heappop(queue)
             if far > distance[node]:
@@ -150,8 +152,8 @@ class Route:
             at, far = self._closest(frame, self._way(self.node, 2 * AHEAD))
             at = at if far < LOST else None
         if at is None:
-            nodes = self.graph.similar(frame)
-            at, _ = self._closest(frame, [node for node in nodes if self.distance[node] < float("inf")] or nodes)
+            known = [node for node, steps in enumerate(self.distance) if steps < float("inf")]
+            at, _ = self._closest(frame, known)
         return self._towards(at)
 
     def skip(self) -> tuple[int | None, Tensor]:
@@ -159,7 +161,7 @@ class Route:
         return self._towards(self.target)
 
     def _closest(self, frame: Tensor, nodes: list[int]) -> tuple[int, float]:
-        distances = self.graph.compare(frame, to_float(self.graph.frames[nodes])).distance()
+        _, distances = self.graph.compare(frame, to_float(self.graph.frames[nodes]))
         return nodes[distances.argmin()], distances.min().item()
 
     def _way(self, node: int, steps: float) -> list[int]:
