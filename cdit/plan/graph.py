@@ -33,6 +33,9 @@ CHUNK = 256
 """Pairs compared at a time."""
 LOST = 4.0
 """Distance to the way from which on the walker looks for itself anywhere."""
+WORTH = 16.0
+"""Steps that a frame may be out of the way for each unit by which it looks closer: of places that look alike, the way
+leads from and to those that are close to each other."""
 
 
 @dataclass
@@ -108,17 +111,16 @@ class Graph:
         return far.topk(min(SIMILAR, len(far)), largest=False).indices.tolist()
 
     def to_goal(self, goal: Tensor) -> "Route":
-        """The ways from every node to the one closest to a goal image (3, H, W)."""
-        steps, distances = self.compare(to_float(self.frames), goal)
-        closest = distances.argmin().item()
+        """The ways from every node to a goal image (3, H, W)."""
+        _, distances = self.compare(to_float(self.frames), goal)
         backwards: list[list[tuple[int, float]]] = [[] for _ in self.edges]
         for node, out in enumerate(self.edges):
             for other, weight in out:
                 backwards[other].append((node, weight))
-        distance = [float("inf")] * len(self.edges)
+        distance = (WORTH * distances).tolist()  # the way may end anywhere
         following: list[int | None] = [None] * len(self.edges)
-        distance[closest] = steps[closest].item()
-        queue = [(distance[closest], closest)]
+        queue = list(zip(distance, range(len(distance)), strict=True))
+        heapq.heapify(queue)
         while queue:
             far, node = heapq.heappop(queue)
             if far > distance[node]:
@@ -137,7 +139,7 @@ class Route:
     graph: Graph
     goal: Tensor
     distance: list[float]
-    """Steps from each node."""
+    """Steps from each node, and `WORTH` times the distance that remains at the end."""
     following: list[int | None]
     """The next node on the way."""
     node: int | None = None
@@ -152,8 +154,8 @@ class Route:
             at, far = self._closest(frame, self._way(self.node, 2 * AHEAD))
             at = at if far < LOST else None
         if at is None:
-            known = [node for node, steps in enumerate(self.distance) if steps < float("inf")]
-            at, _ = self._closest(frame, known)
+            _, far = self.graph.compare(frame, to_float(self.graph.frames))
+            at = (WORTH * far + torch.tensor(self.distance)).argmin().item()
         return self._towards(at)
 
     def skip(self) -> tuple[int | None, Tensor]:
