@@ -272,12 +272,12 @@ class Setting:
         """The agent of that name, see `ActConfig.agents`."""
         config, planner, cost = self.config, self.planner, self.score.cost
         learned = self.network, config.arrived, config.execute
-        by_world = planner, WorldScores(self.score), config.execute, cost, config.avoid
+        by_world = planner, WorldScores(self.score), config.execute, False, config.avoid
         moments, device = planner.moments, self.world.device
         by_engine = EngineScores(self.other, moments, cost, device)
 
         def by_distance(scores: Scores) -> Planned:
-            return Planned(planner, scores, config.execute, None, config.avoid)
+            return Planned(planner, scores, config.execute, True, config.avoid)
 
         makers = {
             "random": lambda: Candidates(*learned, recorded=self.recorded, straight=False),
@@ -285,7 +285,7 @@ class Setting:
             "policy": lambda: Policy(*learned),
             "ranked": lambda: Planned(*by_world, proposals=self.network),
             "world": lambda: Planned(*by_world),
-            "engine": lambda: Planned(planner, by_engine, config.execute, cost, config.avoid),
+            "engine": lambda: Planned(planner, by_engine, config.execute, False, config.avoid),
             "world_distance": lambda: by_distance(MotionScores(moments)),
             "engine_distance": lambda: by_distance(EngineScores(self.other, moments)),
             "graph": lambda: Remembering(*by_world, graph=Graph.build(self.dataset, self.network, config.graph_frames)),

@@ -12,7 +12,6 @@ from torch import Tensor
 from cdit.common.motion import integrate, placed
 from cdit.common.randomness import generator
 from cdit.plan.constraints import Penalty, staying_out
-from cdit.plan.costs import Cost
 from cdit.plan.environment import DoomEnvironment, Seen
 from cdit.plan.episodes import Episode
 from cdit.plan.free_space import Distances
@@ -135,13 +134,13 @@ class Policy(Learned):
 class Planned(Agent):
     """A planner with whatever scores its candidates.
 
-    It stops where no candidate leads to a frame that is closer to the goal than the present one.
+    It stops where no candidate leads closer to the goal than standing still, of which frames are predicted, too.
 
     Args:
         planner: finds the best candidate.
         scores: makes the score of a move.
         execute: steps of a plan that are carried out, at most; fewer if the plan ends earlier.
-        cost: distance of the present frame to the goal, as candidates are scored; None to stop by the true pose.
+        by_pose: whether to stop by the true pose instead (privileged).
         avoid: a rectangle that no plan may cross, in the world.
         proposals: a network whose proposals are the candidates, which are ranked only.
     """
@@ -151,11 +150,11 @@ class Planned(Agent):
         planner: Planner,
         scores: Scores,
         execute: int,
-        cost: Cost | None,
+        by_pose: bool = False,
         avoid: list[float] | None = None,
         proposals: GoalNetwork | None = None,
     ):
-        self.planner, self.scores, self.execute, self.cost = planner, scores, execute, cost
+        self.planner, self.scores, self.execute, self.by_pose = planner, scores, execute, by_pose
         self.avoid, self.proposals = avoid, proposals
 
     def begin(self, task: Task) -> None:
@@ -165,14 +164,14 @@ class Planned(Agent):
 
     def stops(self, seen: Seen, radius: float, angle: float) -> bool:
         """See `Agent`."""
-        return self.cost is None and self.is_there(seen, radius, angle)
+        return self.by_pose and self.is_there(seen, radius, angle)
 
     def move(self, past: list[Seen]) -> Move:
         """See `Agent`."""
         return self.towards(past, self.task.goal) or STOP
 
     def towards(self, past: list[Seen], goal: Tensor, insist: bool = False) -> Move | None:
-        """The next steps to a goal image; None where no candidate leads closer to it, unless `insist`."""
+        """The next steps to a goal image; None where none is better than standing still, unless `insist`."""
         random, penalty = self.random(), self._penalty(past[-1])
         score = self.scores(past, self.task, goal, random)
         if self.proposals is not None:
@@ -181,10 +180,9 @@ class Planned(Agent):
             plan = self.planner.rank(score, proposed, penalty)
         else:
             plan = self.planner.plan(score, 1, random, self.last, penalty)
-        if self.cost is not None and not insist:
-            device = plan.actions.device
-            present = self.cost(past[-1].frame[None, None].to(device), goal[None].to(device))
-            if present.item() <= plan.lowest.item():
+        if not (self.by_pose or insist):
+            still = score(torch.zeros_like(plan.actions[:, None]))
+            if still.min() <= plan.lowest:
                 return None
         actions, count = plan.actions, max(1, min(self.execute, int(plan.length)))
         left = actions[:, count:]
