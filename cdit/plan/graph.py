@@ -74,9 +74,12 @@ class Graph:
         return graph
 
     def _weld(self) -> None:
-        self._small = _small(to_float(self.frames))
-        for node in tqdm(range(len(self.frames)), desc="graph", unit="frame"):
-            others = [other for other in self.similar(to_float(self.frames[node])) if abs(other - node) > AROUND]
+        small = F.adaptive_avg_pool2d(to_float(self.frames), (8, 8))
+        for node in tqdm(range(len(small)), desc="graph", unit="frame"):
+            similar = (small - small[node]).square().mean((1, 2, 3)).topk(min(SIMILAR, len(small)), largest=False)
+            others = [other for other in similar.indices.tolist() if abs(other - node) > AROUND]
+            if not others:
+                continue
             found = (values.tolist() for values in self._compare((node, other) for other in others))
             for other, steps, distance in zip(others, *found, strict=True):
                 if distance < CLOSE and self._difference(node, other) < ALIKE:
@@ -104,11 +107,6 @@ class Graph:
         device, pairs = self.network.head.weight.device, torch.stack(torch.broadcast_tensors(here, there), dim=1)
         found = [self.network(*chunk.to(device).unbind(1)) for chunk in pairs.split(CHUNK)]
         return torch.cat([x.steps() for x in found]).cpu(), torch.cat([x.distance() for x in found]).cpu()
-
-    def similar(self, frame: Tensor) -> list[int]:
-        """The nodes that look most like a frame (3, H, W)."""
-        far = (self._small - _small(frame[None])).square().mean((1, 2, 3))
-        return far.topk(min(SIMILAR, len(far)), largest=False).indices.tolist()
 
     def to_goal(self, goal: Tensor) -> "Route":
         """The ways from every node to a goal image (3, H, W)."""
@@ -175,11 +173,9 @@ class Route:
 
     def _towards(self, at: int) -> tuple[int | None, Tensor]:
         way = self._way(at, AHEAD)
-        self.node, self.target = at, way[-1] if len(way) > 1 or self.following[at] is None else self.following[at]
+        if len(way) == 1 and self.following[at] is not None:  # farther than AHEAD
+            way.append(self.following[at])
+        self.node, self.target = at, way[-1]
         if self.following[self.target] is None:
             return None, self.goal
         return self.target, to_float(self.graph.frames[self.target])
-
-
-def _small(frames: Tensor) -> Tensor:
-    return F.adaptive_avg_pool2d(frames, (8, 8))
