@@ -52,13 +52,14 @@ def load_world(checkpoint: str, device: str, moving: bool = False, text: str | N
     return world
 
 
-def windows_for(world: WorldModel, options: DataOptions, acting: bool = False) -> WindowDataset:
+def windows_for(world: WorldModel, options: DataOptions, acting: bool = False, with_text: bool = True) -> WindowDataset:
     """The windows of a split in the format of the model: frame size, crop, context length, frames per second.
 
     Prints a note on stderr if the frame rate of the dataset differs.
 
     Args:
         acting: whether the model is conditioned on given actions even if the dataset has none.
+        with_text: whether the texts of the dataset are used, unless the world has one of its own.
 
     Raises:
         UserError: the dataset cannot be used, or the model needs a spacing and none is given.
@@ -76,7 +77,7 @@ def windows_for(world: WorldModel, options: DataOptions, acting: bool = False) -
         source=options.source,
         camera=options.camera,
         action_key=options.action_key,
-        text_encoder=description.text_encoder,
+        text_encoder=description.text_encoder if with_text and world.text is None else None,
         **({} if description.actions.kind == "motion" else {"action_kind": description.actions.kind}),
         workers=0,
     )

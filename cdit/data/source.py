@@ -34,7 +34,7 @@ class TrajectorySource(Protocol):
     """Further numbers per frame, (T, …) each; if all trajectories have them, those at the goal go to
     `Condition.extra`."""
     texts: Sequence[str] = ()
-    """What is done at each of the T frames, in words; empty where it is unknown, or as a whole."""
+    """What is done at each of the T frames, in words: '' where it is unknown, () if there are none."""
     dataset: Path | None = None
     """Folder with the dataset's latent cache; None if it has none."""
     shard: "Shard | None" = None

@@ -163,7 +163,7 @@ def _read_trajectory(
                 pose_problems.append(f"{folder}: {length} frames, but {len(position)} poses in {POSES}")
     text = ""
     try:
-        text = read_description(folder / TEXT)
+        text = read_caption(folder / TEXT)
     except DataError as error:
         problems.append(str(error))
     missing = length - len(files)
@@ -192,7 +192,7 @@ def _frame_files(folder: Path) -> tuple[dict[int, str], list[str]]:
     return found, problems
 
 
-def read_description(path: Path) -> str:
+def read_caption(path: Path) -> str:
     """What a text file says; empty without a file."""
     return read_text(path).strip() if path.is_file() else ""
 

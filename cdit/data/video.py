@@ -32,7 +32,7 @@ from cdit.common.files import check_inside, read_text
 from cdit.data.config import MAX_PIXELS
 from cdit.data.layout import DESCRIPTION, POSES, DatasetInfo, split_file
 from cdit.data.source import DatasetSource, Opened, register_source
-from cdit.data.trajectory import checked_poses, listed_problems, read_description, read_names, read_poses
+from cdit.data.trajectory import checked_poses, listed_problems, read_caption, read_names, read_poses
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -219,7 +219,7 @@ class VideoSource(DatasetSource):
                     trajectory = VideoTrajectory(name, path, info.fps, int(duration(container, path) * info.fps), root)
                 if has_poses:
                     trajectory = _with_poses(trajectory, poses[name])
-                texts = [read_description(path.with_suffix(".txt"))] * len(trajectory)
+                texts = [read_caption(path.with_suffix(".txt"))] * len(trajectory)
                 trajectories.append(replace(trajectory, texts=texts))
             except DataError as error:
                 problems.append(str(error))

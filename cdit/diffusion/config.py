@@ -64,7 +64,7 @@ class SamplerConfig:
     shift: Positive[float] = 1.0
     """Moves the steps of a flow towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
     guidance: float = 1.0
-    """Scale of classifier-free guidance on the action; 1: off. Needs training with action_dropout."""
+    """Scale of classifier-free guidance on action and text; 1: off. Needs training with action_dropout."""
     context_noise: NotNegative[float] = 0.0
     """Noise level that a rollout declares for its own frames, which are used as they are; 0: as clean as recorded
     frames. At most model.context_noise."""
@@ -94,7 +94,7 @@ class SamplerOptions:
     shift: Positive[float] | None = None
     """Moves the steps of a flow towards noise: t becomes shift·t / (1 + (shift - 1)·t)."""
     guidance: float | None = None
-    """Scale of classifier-free guidance on the action; 1: off. Needs a model trained with action_dropout."""
+    """Scale of classifier-free guidance on action and text; 1: off. Needs a model trained with action_dropout."""
     context_noise: NotNegative[float] | None = None
     """Noise level that a rollout declares for its own frames, which are used as they are; 0: as clean as recorded
     frames. At most the model.context_noise of training."""

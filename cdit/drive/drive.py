@@ -67,7 +67,7 @@ class Stage:
         info = None
         if config.start_data is not None:
             options = replace(config, data=config.start_data)
-            self.data = windows_for(world, options, acting=True)
+            self.data = windows_for(world, options, acting=True, with_text=False)
             self.starts = self.data.windows_with([0])
             info = DatasetInfo.load(Path(options.data))
             self.spacing = self.spacing or self.data.info.spacing

@@ -240,7 +240,7 @@ class Setting:
             raise UserError(
                 f"checkpoint: predicts frames of {size[0]}×{size[1]}, expected squares, as the engine shows"
             )
-        self.dataset = windows_for(self.world, config)
+        self.dataset = windows_for(self.world, config, with_text=False)
         self.recorded = recorded_actions(self.dataset.trajectories, config.horizon)
         if not len(self.recorded):
             raise UserError(
@@ -272,23 +272,25 @@ class Setting:
         """The agent of that name, see `ActConfig.agents`."""
         config, planner, cost = self.config, self.planner, self.score.cost
         learned = self.network, config.arrived, config.execute
-        by_world = planner, WorldScores(self.score), config.execute, False, config.avoid
+        by_world = planner, WorldScores(self.score), config.execute
         moments, device = planner.moments, self.world.device
         by_engine = EngineScores(self.other, moments, cost, device)
 
         def by_distance(scores: Scores) -> Planned:
-            return Planned(planner, scores, config.execute, True, config.avoid)
+            return Planned(planner, scores, config.execute, by_pose=True, avoid=config.avoid)
 
         makers = {
             "random": lambda: Candidates(*learned, recorded=self.recorded, straight=False),
             "straight": lambda: Candidates(*learned, recorded=self.recorded, straight=True),
             "policy": lambda: Policy(*learned),
-            "ranked": lambda: Planned(*by_world, proposals=self.network),
-            "world": lambda: Planned(*by_world),
-            "engine": lambda: Planned(planner, by_engine, config.execute, False, config.avoid),
+            "ranked": lambda: Planned(*by_world, avoid=config.avoid, proposals=self.network),
+            "world": lambda: Planned(*by_world, avoid=config.avoid),
+            "engine": lambda: Planned(planner, by_engine, config.execute, avoid=config.avoid),
             "world_distance": lambda: by_distance(MotionScores(moments)),
             "engine_distance": lambda: by_distance(EngineScores(self.other, moments)),
-            "graph": lambda: Remembering(*by_world, graph=Graph.build(self.dataset, self.network, config.graph_frames)),
+            "graph": lambda: Remembering(
+                *by_world, avoid=config.avoid, graph=Graph.build(self.dataset, self.network, config.graph_frames)
+            ),
             "expert": lambda: Expert(config.execute),
         }
         return makers[name]()

@@ -134,7 +134,7 @@ class Policy(Learned):
 class Planned(Agent):
     """A planner with whatever scores its candidates.
 
-    It stops where no candidate leads closer to the goal than standing still, of which frames are predicted, too.
+    It stops where no candidate, allowed or not, is predicted to lead closer to the goal than standing still.
 
     Args:
         planner: finds the best candidate.

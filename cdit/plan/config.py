@@ -83,8 +83,9 @@ class PlannerConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How the best candidate is looked for."""
     cost: str = "lpips"
-    """Distance of a predicted frame to the goal: pixels, latents, lpips, dreamsim, steps or distance (steps to go, or
-    metres and radians; learned, see `learned`), or features:NAME, the cosine between features of a backbone of timm."""
+    """Distance of a predicted frame to the goal: pixels, latents, lpips, dreamsim, steps or distance (to go, in
+    multiples of what counts as reached; both learned, see `learned`), or features:NAME, the cosine between features of
+    a backbone of timm."""
     learned: str | None = None
     """Folder that `python -m cdit.plan learn` wrote, for the costs steps and distance, and for proposals."""
     stride: int | None = None
@@ -172,6 +173,9 @@ class LearnConfig(OutputOptions, DataOptions, CheckpointOptions):
         for name, least in (("steps", 1), ("batch_size", 1), ("horizon", 1), ("predicted", 0), ("jumps", 1)):
             if getattr(self, name) < least:
                 raise UserError(f"{name} is {getattr(self, name)}, expected at least {least}")
+        for name in ("learning_rate", "radius", "degrees"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"{name} is {getattr(self, name):g}, expected more than 0")
         if self.jumps > 16:
             raise UserError(f"jumps is {self.jumps}, expected at most 16")
 

@@ -52,7 +52,7 @@ class GoalDescription:
 
 @dataclass
 class Compared:
-    """What the network says of N pairs."""
+    """The outputs for N pairs."""
 
     classes: Tensor
     """(N, 9) logits of the number of steps, see `EDGES`."""
@@ -61,7 +61,8 @@ class Compared:
     arrived: Tensor
     """(N,) logits of being at the goal."""
     motion: tuple[Tensor, Tensor]
-    """Mean and log standard deviation of the motion to the goal (dx, dy, dyaw), (N, 3) each, in `motion_scale`."""
+    """Mean and log standard deviation of the motion to the goal (dx, dy, dyaw), (N, 3) each, in `motion_scale`; an
+    auxiliary task of the training."""
     actions: tuple[Tensor, Tensor]
     """Mean and log standard deviation of the next steps, (N, H, 3) each, in `action_scale`."""
 
@@ -77,7 +78,7 @@ class Compared:
 class GoalNetwork(nn.Module):
     """Correlates every place of a frame with every place of a goal; convolutions and a linear map follow.
 
-    The correlation of all pairs is that of RAFT (Teed and Deng 2020): a step shows in where things have moved to.
+    The correlation of all pairs is that of RAFT (Teed and Deng 2020): which places match shows how the camera moved.
     """
 
     def __init__(self, description: GoalDescription):
@@ -166,7 +167,8 @@ def load_goal_network(folder: str | Path, device: torch.device | str = "cpu") ->
         network.load_state_dict(load_file(Path(folder) / WEIGHTS))
     except Exception as error:  # safetensors, torch and jsonargparse raise many types
         raise UserError(
-            f"{folder}: no readable goal network, as python -m cdit.plan learn writes it ({error})"
+            f"{folder}: no readable goal network of this version, as python -m cdit.plan learn writes it "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
     return network.to(device).eval()
 
@@ -182,7 +184,7 @@ def far_class_of(distance: Tensor) -> Tensor:
 
 
 def _expected(logits: Tensor, middles: tuple[float, ...]) -> Tensor:
-    return 2 ** (logits.softmax(1) @ (1 + torch.tensor(middles, device=logits.device)).log2()) - 1
+    return 2 ** (logits.softmax(1) * (1 + torch.tensor(middles, device=logits.device)).log2()).sum(1) - 1
 
 
 def _convolution(before: int, after: int) -> list[nn.Module]:

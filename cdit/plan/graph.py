@@ -1,7 +1,8 @@
 """A graph of remembered frames, for goals that are out of sight.
 
-Nodes are frames of recorded walks. Edges lead from a frame to the next of its walk, and to frames of other walks that
-look the same, along with the frames around them. Dijkstra's algorithm finds the way; its weights are steps.
+Nodes are frames of recorded walks. Edges lead from a frame to the next of its walk, and to frames of other walks, or
+of another part of the same one, that look the same, along with the frames around them. Dijkstra's algorithm finds
+routes; its weights are steps.
 """
 
 import heapq
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from cdit.common.frames import to_float
+from cdit.common.frames import to_float, to_uint8
 from cdit.data.windows import WindowDataset
 from cdit.plan.goal_network import GoalNetwork
 
@@ -28,14 +29,14 @@ ALIKE = 1.0
 WELD = 1.5
 """How many times more steps such an edge costs: the network may be wrong."""
 AHEAD = 8.0
-"""Steps within which the farthest frame of the way is the next target."""
+"""Steps within which the farthest frame of the route is the next target."""
 CHUNK = 256
 """Pairs compared at a time."""
 LOST = 4.0
-"""Distance to the way from which on the walker looks for itself anywhere."""
+"""Beyond this distance from the route the walker is localised again, among all nodes."""
 WORTH = 16.0
-"""Steps that a frame may be out of the way for each unit by which it looks closer: of places that look alike, the way
-leads from and to those that are close to each other."""
+"""Steps of detour that one unit of distance is worth where a route starts and ends: of places that look alike, those
+close to each other are chosen."""
 
 
 @dataclass
@@ -77,7 +78,9 @@ class Graph:
         small = F.adaptive_avg_pool2d(to_float(self.frames), (8, 8))
         for node in tqdm(range(len(small)), desc="graph", unit="frame"):
             similar = (small - small[node]).square().mean((1, 2, 3)).topk(min(SIMILAR, len(small)), largest=False)
-            others = [other for other in similar.indices.tolist() if abs(other - node) > AROUND]
+            others = [
+                i for i in similar.indices.tolist() if abs(i - node) > AROUND or self.walks[i] != self.walks[node]
+            ]
             if not others:
                 continue
             found = (values.tolist() for values in self._compare((node, other) for other in others))
@@ -98,19 +101,20 @@ class Graph:
         return [i for i in others if 0 <= i < len(self.walks) and self.walks[i] == self.walks[node]]
 
     def _compare(self, pairs: Iterable[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        here, there = (to_float(self.frames[list(nodes)]) for nodes in zip(*pairs, strict=True))
+        here, there = (self.frames[list(nodes)] for nodes in zip(*pairs, strict=True))
         return self.compare(here, there)
 
     @torch.no_grad()
     def compare(self, here: Tensor, there: Tensor) -> tuple[Tensor, Tensor]:
-        """Steps and distances from frames to goals, (n, 3, H, W) each, or one of them without n."""
-        device, pairs = self.network.head.weight.device, torch.stack(torch.broadcast_tensors(here, there), dim=1)
-        found = [self.network(*chunk.to(device).unbind(1)) for chunk in pairs.split(CHUNK)]
+        """Steps and distances from frames to goals, (n, 3, H, W) uint8 each, or one of them without n."""
+        device, (here, there) = self.network.head.weight.device, torch.broadcast_tensors(here, there)
+        chunks = zip(here.split(CHUNK), there.split(CHUNK), strict=True)
+        found = [self.network(to_float(a).to(device), to_float(b).to(device)) for a, b in chunks]
         return torch.cat([x.steps() for x in found]).cpu(), torch.cat([x.distance() for x in found]).cpu()
 
     def to_goal(self, goal: Tensor) -> "Route":
         """The ways from every node to a goal image (3, H, W)."""
-        _, distances = self.compare(to_float(self.frames), goal)
+        _, distances = self.compare(self.frames, to_uint8(goal))
         backwards: list[list[tuple[int, float]]] = [[] for _ in self.edges]
         for node, out in enumerate(self.edges):
             for other, weight in out:
@@ -152,7 +156,7 @@ class Route:
             at, far = self._closest(frame, self._way(self.node, 2 * AHEAD))
             at = at if far < LOST else None
         if at is None:
-            _, far = self.graph.compare(frame, to_float(self.graph.frames))
+            _, far = self.graph.compare(to_uint8(frame), self.graph.frames)
             at = (WORTH * far + torch.tensor(self.distance)).argmin().item()
         return self._towards(at)
 
@@ -161,7 +165,7 @@ class Route:
         return self._towards(self.target)
 
     def _closest(self, frame: Tensor, nodes: list[int]) -> tuple[int, float]:
-        _, distances = self.graph.compare(frame, to_float(self.graph.frames[nodes]))
+        _, distances = self.graph.compare(to_uint8(frame), self.graph.frames[nodes])
         return nodes[distances.argmin()], distances.min().item()
 
     def _way(self, node: int, steps: float) -> list[int]:

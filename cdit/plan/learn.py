@@ -153,7 +153,7 @@ class Sampler:
 
 
 def loss_of(network: GoalNetwork, pairs: Pairs, random: torch.Generator) -> dict[str, Tensor]:
-    """The losses by name: cross entropies of steps and arrival, likelihoods of motion and actions."""
+    """The losses by name: cross entropies, and negative log likelihoods of motion and actions."""
     device, description = network.head.weight.device, network.description
     frames, goals = (_augmented(to_float(x), random).to(device) for x in (pairs.frames, pairs.goals))
     steps, motion, actions = (x.to(device) for x in (pairs.steps, pairs.motion, pairs.actions))

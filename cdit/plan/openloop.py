@@ -276,7 +276,9 @@ def prior_actions(world: WorldModel, config: OpenConfig, horizon: int) -> Tensor
     Raises:
         UserError: there are none.
     """
-    recorded = recorded_actions(windows_for(world, replace(config, split=config.prior_split)).trajectories, horizon)
+    recorded = recorded_actions(
+        windows_for(world, replace(config, split=config.prior_split), with_text=False).trajectories, horizon
+    )
     if not len(recorded):
         raise UserError(f"prior_split: no walk of {config.prior_split!r} has poses of {horizon + 1} frames")
     return recorded

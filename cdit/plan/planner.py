@@ -102,7 +102,7 @@ class Planner:
         total = costs.min(2).values
         if penalty is not None:
             total = total + penalty(integrate(actions))
-        rows, best = torch.arange(len(actions)), total.argmin(1)
+        rows, best = torch.arange(len(actions), device=costs.device), total.argmin(1)
         length = torch.tensor(self.moments, device=costs.device)[costs[rows, best].argmin(1)]
         return Plan(actions[rows, best], length, costs.amin((1, 2)), [actions], [total])
 

@@ -10,6 +10,7 @@ import torch
 from rooms import build, room
 
 from cdit.common.errors import UserError
+from cdit.common.frames import to_float, to_uint8
 from cdit.common.motion import integrate, placed
 from cdit.plan.act import Trace, act, judged, run_episode, select
 from cdit.plan.act_report import write_act
@@ -294,6 +295,49 @@ def test_a_graph_leads_along_walks_and_across_them(dataset, monkeypatch: pytest.
         beyond, image = route.skip()
     assert beyond is None
     torch.testing.assert_close(image, goal)
+
+
+class Shown:
+    """Its frames are of one colour, which is all that `Alike` compares."""
+
+    def __init__(self, *walks: list[int]):
+        self.trajectories = walks
+        self.frames = self
+
+    def read(self, index: int, times: list[int]) -> torch.Tensor:
+        colours = torch.tensor(self.trajectories[index])[times]
+        return colours.byte()[:, None, None, None].expand(-1, 3, 8, 8)
+
+
+class Alike(GoalNetwork):
+    def forward(self, frames, goals):
+        apart = (to_uint8(frames).float() - to_uint8(goals).float())[:, 0, 0, 0].abs()
+        return SimpleNamespace(steps=lambda: apart, distance=lambda: apart)
+
+
+def test_walks_are_connected_where_frames_around_match_too():
+    # Frame 4 of both walks shows 100. Around it the second walk differs, the third is the same, but earlier.
+    here, other = [20, 40, 60, 80, 100, 120, 140, 160, 180], [11, 31, 51, 71, 100, 131, 151, 171, 191]
+    graph = Graph.build(Shown(here, other, here[2:]), Alike(NETWORK.description), count=100, every=1)
+    welds = {(node, other) for node, edges in enumerate(graph.edges) for other, _ in edges if other != node + 1}
+    assert (4, 20) in welds
+    assert not any(9 <= i < 18 for edge in welds for i in edge)
+
+
+def test_routes_are_shortest_and_walkers_are_found_again():
+    graph = Graph.build(Shown(list(range(0, 200, 10)), [250]), Alike(NETWORK.description), count=100, every=1)
+    graph.edges = [[(node + 1, 3.0)] if node < 19 else [] for node in range(21)]
+    graph.edges[2].append((12, 4.0))
+    colour = lambda value: to_float(torch.full((3, 8, 8), value, dtype=torch.uint8))  # noqa: E731
+    route = graph.to_goal(colour(150))
+    assert route._way(0, float("inf")) == [0, 1, 2, 12, 13, 14, 15]
+    assert route.distance[0] == 3.0 + 3.0 + 4.0 + 3 * 3.0
+    target, _ = route.next(colour(0))
+    assert (route.node, target) == (0, 2)  # eight steps ahead
+    route.next(colour(23))  # close to the route
+    assert route.node == 2
+    route.next(colour(90))  # lost
+    assert route.node == 9
 
 
 def test_episodes_are_kept_and_chosen(tmp_path: Path, space: FreeSpace):

@@ -111,6 +111,31 @@ def test_the_loss_is_smallest_for_the_right_classes(dataset):
     assert losses[1] == pytest.approx(20, abs=1e-3)
 
 
+def test_losses_leave_out_what_a_pair_does_not_say(dataset):
+    pairs = Sampler(dataset, LearnConfig(data="", checkpoint="", out="", horizon=4)).draw(64)
+    network = GoalNetwork(GoalDescription(4, (1.0,) * 3, (1.0,) * 3, 0.5, 0.5))
+    found = network(to_float(pairs.frames), to_float(pairs.goals))
+    same, ordered = pairs.steps <= FARTHEST, pairs.steps != UNORDERED
+
+    def loss(name: str, field: str, rows: torch.Tensor) -> float:
+        values, log_std = getattr(found, field) if field in ("motion", "actions") else (getattr(found, field), None)
+        values = values + torch.randn(values.shape) * rows.view(-1, *[1] * (values.ndim - 1))
+        network.forward = lambda frames, goals: replace(
+            found, **{field: values if log_std is None else (values, log_std)}
+        )
+        return loss_of(network, pairs, torch.manual_seed(0))[name].item()
+
+    for name, field, known in (
+        ("steps", "classes", ordered),
+        ("motion", "motion", same),
+        ("actions", "actions", same & ordered),
+        ("arrived", "arrived", torch.ones_like(same)),
+    ):
+        before = loss(name, field, torch.zeros_like(same))
+        assert loss(name, field, ~known) == before
+        assert loss(name, field, known) != before
+
+
 def test_classes_of_steps():
     assert class_of(torch.tensor([0, 1, 2, 3, 4, 5, 64, 65])).tolist() == [0, 1, 2, 3, 3, 4, 7, 8]
 

@@ -165,6 +165,26 @@ def test_a_plan_ends_where_it_is_closest():
     assert plan.length.item() == [2, 4, 8][errors.argmin()]
 
 
+def test_given_candidates_are_ranked():
+    planner = planner_of(knots=1, frames=[1, 2, 4])
+    actions = torch.zeros(2, 3, 4, 3)
+    actions[:, :, :, 0] = torch.tensor([0.1, 0.2, 0.3])[:, None]
+    goals = torch.tensor([0.4, 0.31])  # the second after four steps, or the third after one
+
+    def score(candidates: torch.Tensor) -> torch.Tensor:
+        places = integrate(candidates)[..., [0, 1, 3], 0]
+        return (places - goals[:, None, None]).abs() + torch.tensor([0.1, 0.2, 0.0])[:, None]
+
+    plan = planner.rank(score, actions)
+    torch.testing.assert_close(plan.actions[:, 0, 0], torch.tensor([0.3, 0.3]))
+    torch.testing.assert_close(plan.lowest, torch.tensor([0.1, 0.01]))
+    assert plan.length.tolist() == [1, 1]
+    plan = planner.rank(score, actions, lambda path: torch.tensor([[0.0, 0.0, 1.0], [0.0, 0.0, 0.0]]))
+    torch.testing.assert_close(plan.actions[:, 0, 0], torch.tensor([0.1, 0.3]))
+    assert plan.length.tolist() == [4, 1]
+    torch.testing.assert_close(plan.lowest, torch.tensor([0.1, 0.01]))  # without the penalty
+
+
 @pytest.mark.parametrize(("constraint", "order"), [("forward_first", forward_first), ("turn_first", turn_first)])
 def test_plans_obey_projections(constraint, order):
     plan = planner_of(constraint=constraint).plan(distance_to(torch.tensor([1.0, 0.5])), 1, torch.manual_seed(0))
