@@ -272,24 +272,23 @@ class Setting:
         """The agent of that name, see `ActConfig.agents`."""
         config, planner, cost = self.config, self.planner, self.score.cost
         learned = self.network, config.arrived, config.execute
-        by_world = planner, WorldScores(self.score), config.execute
-        moments, device = planner.moments, self.world.device
-        by_engine = EngineScores(self.other, moments, cost, device)
+        moments, by_world = planner.moments, WorldScores(self.score)
+        by_engine = EngineScores(self.other, moments, cost, self.world.device)
 
-        def by_distance(scores: Scores) -> Planned:
-            return Planned(planner, scores, config.execute, by_pose=True, avoid=config.avoid)
+        def planned(scores: Scores, kind: type[Planned] = Planned, **options: object) -> Planned:
+            return kind(planner, scores, config.execute, avoid=config.avoid, **options)
 
         makers = {
             "random": lambda: Candidates(*learned, recorded=self.recorded, straight=False),
             "straight": lambda: Candidates(*learned, recorded=self.recorded, straight=True),
             "policy": lambda: Policy(*learned),
-            "ranked": lambda: Planned(*by_world, avoid=config.avoid, proposals=self.network),
-            "world": lambda: Planned(*by_world, avoid=config.avoid),
-            "engine": lambda: Planned(planner, by_engine, config.execute, avoid=config.avoid),
-            "world_distance": lambda: by_distance(MotionScores(moments)),
-            "engine_distance": lambda: by_distance(EngineScores(self.other, moments)),
-            "graph": lambda: Remembering(
-                *by_world, avoid=config.avoid, graph=Graph.build(self.dataset, self.network, config.graph_frames)
+            "ranked": lambda: planned(by_world, proposals=self.network),
+            "world": lambda: planned(by_world),
+            "engine": lambda: planned(by_engine),
+            "world_distance": lambda: planned(MotionScores(moments), by_pose=True),
+            "engine_distance": lambda: planned(EngineScores(self.other, moments), by_pose=True),
+            "graph": lambda: planned(
+                by_world, Remembering, graph=Graph.build(self.dataset, self.network, config.graph_frames)
             ),
             "expert": lambda: Expert(config.execute),
         }

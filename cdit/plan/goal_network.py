@@ -173,14 +173,9 @@ def load_goal_network(folder: str | Path, device: torch.device | str = "cpu") ->
     return network.to(device).eval()
 
 
-def class_of(steps: Tensor) -> Tensor:
-    """The class of each number of steps."""
-    return torch.bucketize(steps, torch.tensor(EDGES, device=steps.device))
-
-
-def far_class_of(distance: Tensor) -> Tensor:
-    """The class of each distance, in multiples of what counts as reached."""
-    return torch.bucketize(distance, torch.tensor(FAR_EDGES, device=distance.device))
+def class_of(values: Tensor, edges: tuple[float, ...] = EDGES) -> Tensor:
+    """The class of each number of steps, or of each distance with `FAR_EDGES`."""
+    return torch.bucketize(values, torch.tensor(edges, device=values.device))
 
 
 def _expected(logits: Tensor, middles: tuple[float, ...]) -> Tensor:

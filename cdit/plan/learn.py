@@ -22,7 +22,7 @@ from cdit.data.windows import WindowDataset
 from cdit.loading import load_world, spread, windows_for
 from cdit.plan.candidates import recorded_actions
 from cdit.plan.config import LearnConfig
-from cdit.plan.goal_network import FARTHEST, GoalDescription, GoalNetwork, class_of, far_class_of
+from cdit.plan.goal_network import FAR_EDGES, FARTHEST, GoalDescription, GoalNetwork, class_of
 from cdit.world_model import WorldModel
 
 OTHERS, CLOSE = 0.15, 0.5
@@ -163,7 +163,7 @@ def loss_of(network: GoalNetwork, pairs: Pairs, random: torch.Generator) -> dict
     far = torch.where(same, metres + radians, torch.inf)
     return {
         "steps": _mean(F.cross_entropy(found.classes, class_of(steps), reduction="none"), ordered),
-        "distance": F.cross_entropy(found.far, far_class_of(far)),
+        "distance": F.cross_entropy(found.far, class_of(far, FAR_EDGES)),
         "arrived": F.binary_cross_entropy_with_logits(found.arrived, (same & (metres < 1) & (radians < 1)).float()),
         "motion": _mean(_likelihood(found.motion, motion / network.motion_scale), same),
         "actions": _mean(_likelihood(found.actions, actions / network.action_scale), same & ordered),

@@ -84,9 +84,9 @@ class Planner:
 
         def objective(values: Tensor) -> Tensor:
             actions = self.project(self.family.actions(values))
-            costs = score(actions).min(2).values
-            lowest.append(costs.min(1).values)
-            return costs if penalty is None else costs + penalty(integrate(actions))
+            costs = score(actions)
+            lowest.append(costs.amin((1, 2)))
+            return _total(costs, actions, penalty)
 
         values = None if start is None else self.family.values(start).clamp(self.prior.low, self.prior.high)
         found = optimize(objective, self.prior, self.config.optimizer, batch, generator, values)
@@ -99,9 +99,7 @@ class Planner:
     def rank(self, score: Score, actions: Tensor, penalty: Penalty | None = None) -> Plan:
         """The best of given steps (B, S, H, 3); score and penalty as in `plan`."""
         costs = score(actions)
-        total = costs.min(2).values
-        if penalty is not None:
-            total = total + penalty(integrate(actions))
+        total = _total(costs, actions, penalty)
         rows, best = torch.arange(len(actions), device=costs.device), total.argmin(1)
         length = torch.tensor(self.moments, device=costs.device)[costs[rows, best].argmin(1)]
         return Plan(actions[rows, best], length, costs.amin((1, 2)), [actions], [total])
@@ -221,3 +219,9 @@ class CostWorld:
             generator = torch.Generator(context.device).manual_seed(self.seed)
             last = self._last = context, goals, self.score.to_goals(context, goals, generator)
         return last[2](self.actions(candidates)).min(2).values
+
+
+def _total(costs: Tensor, actions: Tensor, penalty: Penalty | None) -> Tensor:
+    """Costs (B, S) of candidates at their closest moment, with the penalty."""
+    closest = costs.min(2).values
+    return closest if penalty is None else closest + penalty(integrate(actions))
