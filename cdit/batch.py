@@ -63,7 +63,8 @@ class Condition(TensorData):
     spacing: Tensor | None = None
     """(B,) metres between consecutive frames; used by models trained on datasets of different spacings."""
     text: Tensor | None = None
-    """(B, E) or (E,) vectors of what is done, in words (see `WorldModel.encode_text`); zeros for an empty text."""
+    """(B, E) or (E,) embeddings of texts that describe what is done (see `WorldModel.encode_text`); zeros for an empty
+    text."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """Further conditions by name, (B, G, …), for user-defined conditioners."""
 
@@ -77,7 +78,8 @@ class Condition(TensorData):
         return replace(replace(self, spacing=None, text=None).map(function), spacing=self.spacing, text=self.text)
 
     def then(self, following: "Condition") -> "Condition":
-        """These motions (dx, dy, dyaw) and times followed by others, as one; further conditions are the others'."""
+        """Composes these motions (dx, dy, dyaw) and times with those that follow; further conditions are taken from the
+        latter."""
         action, known = None, following.known
         if self.action is not None and following.action is not None:
             action = placed(following.action[..., None, :], self.action)[..., 0, :]
@@ -86,7 +88,7 @@ class Condition(TensorData):
         return replace(following, time_shift=self.time_shift + following.time_shift, action=action, known=known)
 
     def part(self, goals: slice) -> "Condition":
-        """Of some of the goals of a single sample, the first dimension."""
+        """The condition of some goals of a single sample, along its first dimension."""
         return self.map_goals(lambda x: x[goals])
 
     def select(self, dim: int, index: int) -> "Condition":
@@ -101,7 +103,8 @@ class Following(TensorData):
     frames: Tensor
     """(B, N, 3, H, W) uint8, or their latents' moments; in an `EncodedBatch` (B, N, C, h, w) latents."""
     condition: Condition | dict[str, Tensor]
-    """Of each frame, with the motion and time from the frame before it; in an `EncodedBatch` for `CDiT.forward`."""
+    """The condition of each frame, with the motion and time from the frame before it; in an `EncodedBatch` for
+    `CDiT.forward`."""
 
 
 @dataclass
@@ -120,7 +123,7 @@ class Batch(TensorData):
     weight: Tensor | None = None
     """(B,) float32, weight of each sample; 0 for padding."""
     following: Following | None = None
-    """With data.rollout."""
+    """The frames after the current one, with data.rollout."""
     skipped: list[str] = field(default_factory=list)
     """A message for each sample that could not be read and was replaced by one of weight 0."""
 
@@ -143,7 +146,7 @@ class EncodedBatch(TensorData):
     action_dropout: float = 0.0
     """Probability with which `dropped` hides the action and the text of a goal."""
     noise_level: Tensor | None = None
-    """(B, T) standard deviations of the noise in the past frames; None: there is none."""
+    """(B, T) standard deviations of the noise in the past frames; None: no noise."""
     following: Following | None = None
     as_past: Callable[[Tensor], Tensor] | None = None
     """The form in which sampled latents join the past, see `Codec.as_past`."""

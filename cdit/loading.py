@@ -35,7 +35,7 @@ def load_world(checkpoint: str, device: str, moving: bool = False, text: str | N
 
     Args:
         moving: whether its actions must be the motion of the camera.
-        text: what is done, in words, on which all its predictions are conditioned; None: what the dataset says.
+        text: describes what is done; all predictions are conditioned on it. None: the texts of the dataset are used.
 
     Raises:
         UserError: no such device, no world model in the folder, or one with other actions or without texts.
@@ -86,7 +86,7 @@ def windows_for(world: WorldModel, options: DataOptions, acting: bool = False, w
     if recorded is not None and not is_sampled and abs(recorded.fps - description.fps) > 1e-6:
         tqdm.write(
             f"{options.data}: dataset.json says {recorded.fps:g} frames per second, but the model expects "
-            f"{description.fps:g}; frames are used as they are",
+            f"{description.fps:g}; frames are not resampled",
             file=sys.stderr,
         )
     dataset = WindowDataset(config, options.split)

@@ -79,7 +79,7 @@ class Units:
         """Actions (B, G, K) in metres and radians to spacings and radians; see `normalize`."""
         spacing = spacing if self.spacing is None else self.spacing
         if spacing is None:
-            raise UserError("this model was trained on datasets of different spacings: pass the spacing of this one")
+            raise UserError("the model was trained on datasets of different spacings: pass the spacing of this dataset")
         unit = action.new_ones(len(action), 1, action.shape[-1])
         unit[..., :2] = torch.as_tensor(spacing, dtype=action.dtype, device=action.device).reshape(-1, 1, 1)
         return action / unit
@@ -100,7 +100,7 @@ class WorldDescription:
     actions: ActionSpace = field(default_factory=ActionSpace)
     """What the actions are."""
     action_dropout: Annotated[float, within(0, 1)] = 0.0
-    """Share of goals whose action and text were hidden in training; guidance on them needs more than 0."""
+    """Share of goals whose action and text were hidden in training; classifier-free guidance needs more than 0."""
     text_encoder: str | None = None
     """The text model of transformers, by its name on the hub or its folder, if it was trained with texts."""
     min_history: Positive[int] = 1
@@ -152,7 +152,7 @@ class WorldState:
     spacing: Tensor | float | None = None
     """(B,) or one number, metres between consecutive frames, for models of several datasets (see `Units`)."""
     text: Tensor | None = None
-    """(B, E) or (E,) vectors of what is done, in words, for conditions that have none."""
+    """(B, E) or (E,) embeddings of texts that describe what is done, for conditions without text."""
     candidates: int = 1
     """G."""
     latents: Tensor | None = None
@@ -183,8 +183,8 @@ class WorldModel(nn.Module):
     """Predicts frames from past frames and conditions.
 
     Frames are (…, 3, H, W) in [-1, 1]; conditions (`cdit.batch.Condition`) are in seconds, metres and radians, or the
-    units of `description.actions`. The
-    world alone normalises them, and drops actions if the model was trained without.
+    units of `description.actions`. Only the world normalises them, and it drops actions if the model was trained
+    without actions.
 
     Step by step, in latents, which can be scored without decoding:
 
@@ -205,7 +205,7 @@ class WorldModel(nn.Module):
             raise UserError(f"actions has {actions} names, but the network has action_size {cdit.config.action_size}")
         self._compiled: Callable[..., Tensor] | None = None
         self.text: Tensor | None = None
-        """(E,) the vector of a text that replaces those of all states and conditions; None: they keep theirs."""
+        """(E,) embedding of a text that replaces those of all states and conditions; None: they keep theirs."""
 
     @property
     def device(self) -> torch.device:
@@ -252,7 +252,7 @@ class WorldModel(nn.Module):
                 of different spacings (see `Units`).
             fps: steps per second, by default the model's. With fewer, frames further apart join the past, as in the
                 published protocol.
-            text: (B, E) or (E,) vectors of what is done, in words (see `encode_text`).
+            text: (B, E) or (E,) embeddings of texts that describe what is done (see `encode_text`).
         """
         longest = self.cdit.config.max_context
         latents = self.codec.encode(context[:, -longest:].to(self.device))
@@ -360,7 +360,8 @@ class WorldModel(nn.Module):
             noise: (B, G, C, h, w) what they were sampled from, see `noise`; needed in the same case.
             frames: (B, G, 3, H, W), to encode instead of using the latents.
             sampler: whose `context_noise` is declared as the frames' noise level. No noise is added, as when Diffusion
-                Forcing (Chen et al. 2024, arXiv 2407.01392) stabilises rollouts: a frame is the mean of its noisy ones.
+                Forcing (Chen et al. 2024, arXiv 2407.01392) stabilises rollouts: a frame is the mean of its noisy
+                versions.
 
         Raises:
             UserError: the model was not trained with as much context noise.
@@ -378,7 +379,7 @@ class WorldModel(nn.Module):
 
     @torch.no_grad()
     def join(self, state: WorldState, sampler: SamplerConfig | None = None) -> WorldState:
-        """The state after all frames that are held have become the past, before the sampler would have them."""
+        """The state after all held frames have joined the past, earlier than the sampler would add them."""
         held, sampler = state.held, sampler or self.description.sampler
         state = replace(state, held=(), since=None, noise=None)
         for new in held[-self.cdit.config.max_context :]:
@@ -565,7 +566,7 @@ class WorldModel(nn.Module):
         return named
 
     def encode_text(self, text: str) -> Tensor:
-        """The vector (E,) of what is done, in words; zeros for an empty text.
+        """The embedding (E,) of a text that describes what is done; zeros for an empty text.
 
         Raises:
             UserError: the model was trained without texts, or its text encoder is not available.

@@ -76,7 +76,7 @@ def latents(bench: Bench) -> Iterator[Table]:
 
 
 def read(dataset: WindowDataset, config: BenchmarkConfig, workers: int) -> None:
-    """Batches of a loader from its start, that of its workers included."""
+    """Reads all batches of a new loader, including the start-up of its workers."""
     sampler = KeyedBatchSampler(len(dataset), config.batch_size, seed=0, start_step=0, steps=config.data.batches)
     for _ in loader(dataset, sampler, replace(dataset.config, workers=workers)):
         pass

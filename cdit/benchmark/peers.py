@@ -1,7 +1,7 @@
 """Plain implementations of what users would otherwise run, with the width of the CDiT they are compared with.
 
 `PublishedCDiT` is the network of Navigation World Models (Bar et al. 2025, arXiv 2412.03572) with torch's and timm's
-modules: keys and values of the past follow the condition and are recomputed in every block, call and goal.
+modules: keys and values of the past depend on the condition and are recomputed in every block, call and goal.
 `ConcatDiT` is a DiT (Peebles & Xie 2023, arXiv 2212.09748) whose self-attention runs over the tokens of the past frames
 and of the target together. Modules are named as in the published checkpoints.
 

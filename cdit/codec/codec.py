@@ -28,7 +28,7 @@ class Codec(nn.Module, ABC):
     samples: bool = False
     """Whether `encode` draws latents from a posterior."""
     has_decoder: bool = True
-    """Whether `decode` makes pictures of its own. Otherwise it shows recorded frames, which are not measured."""
+    """Whether `decode` generates frames. Otherwise it returns recorded ones, for which no metrics are computed."""
     rank: Callable[[Tensor, Tensor], Tensor] | None = None
     """Predicted and true latents (N, C, h, w) to the shares (N,) of recorded frames that are further from a prediction
     than the truth is, for codecs that can have no decoder."""

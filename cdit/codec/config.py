@@ -35,7 +35,8 @@ class CodecDataOptions(OutputOptions):
     """Frames of a dataset, and where the codec goes."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """The dataset or mix; image_size, crop, splits, cache_gb and workers matter, the other fields describe windows."""
+    """The dataset or mix; image_size, crop, splits, cache_gb and workers are used; the other fields describe
+    windows."""
     device: str = "auto"
     """Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, …"""
     seed: NotNegative[int] = 0
@@ -47,7 +48,7 @@ class MeasureConfig(CodecDataOptions):
     """A backbone, and the frames that its features are measured on."""
 
     backbone: str = "vit_small_patch14_reg4_dinov2.lvd142m"
-    """A model of timm that gives feature maps, with weights from the Hugging Face hub; hf-hub:OWNER/NAME; or a folder
+    """A timm model that returns feature maps, with weights from the Hugging Face hub; hf-hub:OWNER/NAME; or a folder
     with timm's config.json and model.safetensors."""
     random_weights: bool = False
     """Random weights instead of trained ones, to try things out; backbone must name an architecture."""
@@ -82,13 +83,14 @@ class CodecTrainConfig(CodecDataOptions):
     channels: Positive[int] = 4
     """Channels of the latents; not for features."""
     perceptual: NotNegative[float] = 1.0
-    """Weight of LPIPS in the loss, besides the mean absolute error. It is left out, and a line says so, if its weights
-    are not available or frames have fewer than 32 pixels a side."""
+    """Weight of LPIPS in the loss, besides the mean absolute error. It is left out, with a note on stderr, if its
+    weights are not available or frames have fewer than 32 pixels a side."""
     kl: NotNegative[float] = 1e-3
     """Weight of the Kullback-Leibler divergence of a kl's posterior, in nats per latent number."""
     latent_noise: NotNegative[float] = 0.0
-    """Latents are decoded with Gaussian noise whose standard deviation is uniform up to this many of their own, so that
-    the decoder tolerates errors of a world model (as in RAE, Zheng et al. 2025, arXiv 2510.11690)."""
+    """Gaussian noise is added to latents before they are decoded, so that the decoder tolerates errors of a world
+    model. Its standard deviation is uniform between 0 and this multiple of the latents' own (as in RAE, Zheng et al.
+    2025, arXiv 2510.11690)."""
     steps: Positive[int] = 20000
     """Optimizer steps of the whole training."""
     batch_size: Positive[int] = 16

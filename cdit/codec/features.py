@@ -228,7 +228,7 @@ def build_backbone(name: str, layer: int, pretrained: bool = False, size: tuple[
         UserError: there is no such backbone or layer, or it gives no feature maps, or its weights are not available.
     """
     if not pretrained and not timm.is_model(name):  # a saved name must not reach the hub
-        raise UserError(f"backbone is {name!r}, which is no model of timm")
+        raise UserError(f"backbone is {name!r}, which is not a timm model")
     path = f"local-dir:{name}" if pretrained and Path(name).is_dir() else name
     options = {} if size is None else {"img_size": size}
     try:

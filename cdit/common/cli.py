@@ -36,11 +36,11 @@ class Command(NamedTuple):
     positional: bool = False
     """See `parse_config`."""
     file: str | None = None
-    """What help calls a config file that is the first argument, such as SPEC.yaml."""
+    """Name that `--help` shows for a config file given as the first argument, such as SPEC.yaml."""
 
 
 class _Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Help whose description keeps its lines, with limits in words."""
+    """Help that keeps the line breaks of descriptions and states limits in words."""
 
     def _expand_help(self, action: Action) -> str:
         return readable(super()._expand_help(action))
@@ -168,7 +168,7 @@ def _filled(text: str) -> str:
 
 
 def _complete(argv: Sequence[str], parser: _Parser, config_class: type, default_file: Path | str | None) -> list[str]:
-    """Arguments with the default file and the values of bare flags; tells the parser which files there are."""
+    """Adds the default file and the values of bare flags to the arguments, and sets the parser's config files."""
     argv = list(argv)
     if default_file is not None and not any(a == "--config" or a.startswith("--config=") for a in argv):
         argv = ["--config", str(default_file), *argv]

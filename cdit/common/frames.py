@@ -10,7 +10,7 @@ def to_float(frames: Tensor) -> Tensor:
 
 
 def to_uint8(frames: Tensor) -> Tensor:
-    """Frames in [-1, 1] as uint8, rounded and clipped, of the same shape; uint8 stays as it is."""
+    """Frames in [-1, 1] as uint8, rounded and clipped, of the same shape; uint8 is returned unchanged."""
     if frames.dtype == torch.uint8:
         return frames
     return ((frames.detach().float() + 1) * 127.5).round().clamp(0, 255).byte()

@@ -62,7 +62,7 @@ def load_lpips(backbone: Backbone = "alex", timeout: float = 10.0) -> Lpips:
 
     Args:
         backbone: AlexNet or VGG16.
-        timeout: seconds without an answer after which the download is given up.
+        timeout: seconds without a response after which the download is aborted.
 
     Raises:
         UserError: the variable does not name a file with these weights.

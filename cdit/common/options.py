@@ -31,7 +31,7 @@ class DataOptions:
     splits: str | None = None
     """Folder with <split>/traj_names.txt; by default <data>/splits."""
     follow_links: bool = False
-    """Whether links within the dataset folder may lead out of it."""
+    """Whether symbolic links in the dataset folder may point outside it."""
     source: str = "auto"
     """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), a
     LeRobot dataset (lerobot), or a source of your own, `my_module:Class`."""
@@ -40,16 +40,17 @@ class DataOptions:
     action_key: str = "action"
     """The feature with the actions (lerobot)."""
     spacing: Positive[float] | None = None
-    """Metres between consecutive frames, which models trained on several datasets ask for; by default the one in
+    """Metres between consecutive frames, required by models trained on several datasets; by default the value in
     dataset.json."""
 
 
 @dataclass(kw_only=True)
 class TextOptions:
-    """What a model trained with texts is conditioned on."""
+    """The text that a model trained with texts is conditioned on."""
 
     text: str | None = None
-    """What is done, in words, for models trained with texts; by default what the dataset says, if anything."""
+    """Text that describes what is done, for models trained with texts; by default the text of the dataset, if it has
+    one."""
 
 
 @dataclass(kw_only=True)
@@ -57,7 +58,7 @@ class OutputOptions:
     """Where results go."""
 
     out: str
-    """Folder for the results. Files of the same names are replaced, others stay."""
+    """Folder for the results. Files with the same names are replaced; others are kept."""
 
 
 @dataclass(kw_only=True)

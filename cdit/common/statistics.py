@@ -1,12 +1,12 @@
 """Confidence intervals of means by bootstrap over trajectories.
 
-Samples of one trajectory resemble each other, so resampling single samples would make intervals too narrow. Whole
+Samples of one trajectory are correlated, so resampling single samples would make intervals too narrow. Whole
 trajectories are resampled instead, and every statistic is the mean over all samples of the drawn ones (the cluster
 bootstrap: Davison and Hinkley 1997, section 3.8; Field and Welsh 2007).
 
 With few trajectories percentile intervals are too narrow as well: resamples vary less than the data by a factor
-√((n - 1) / n), and normal quantiles take the place of Student's (Hesterberg 2015, "What Teachers Should Know About the
-Bootstrap", sections 3.2 and 5). Both are corrected for, by scaling the percentiles' distances from the mean.
+√((n - 1) / n), and they use normal quantiles in place of Student's (Hesterberg 2015, "What Teachers Should Know About
+the Bootstrap", sections 3.2 and 5). Both are corrected for, by scaling the percentiles' distances from the mean.
 """
 
 import math
@@ -81,7 +81,7 @@ def paired_difference(
 
 
 def estimate_of_runs(values: Sequence[float]) -> Estimate:
-    """The mean over independent runs, such as trainings with several seeds, with Student's 95 % interval."""
+    """The mean over independent runs, such as training runs with several seeds, with Student's 95 % interval."""
     values = np.asarray(values, np.float64)
     count, mean = len(values), float(values.mean())
     if count < 2:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from cdit.data.source import TrajectorySource
 
 ActionKind = Literal["absolute", "relative", "sum"]
-"""What an action from one frame to another is, made from numbers of every frame (see `ActionSpace.kind`)."""
+"""How the action between two frames is computed from the numbers of every frame (see `ActionSpace.kind`)."""
 MAX_NUMBER = 1e9
 """Largest number of an action, so that sums and squares are finite in float32."""
 
@@ -32,12 +32,12 @@ class ActionSpace:
     high: list[float] = field(default_factory=list)
     """Largest recorded value."""
     kind: Literal["motion", "absolute", "relative", "sum"] = "motion"
-    """What an action from one frame to another is. Motion: that of the camera, computed from poses. Otherwise it is
-    made from numbers recorded at every frame, which lead to the next one: those that led to the goal (absolute), their
-    difference to those that led to the start (relative), or their sum over the interval (sum)."""
+    """How the action between two frames is defined. motion: the motion of the camera, computed from poses. Otherwise it
+    is computed from numbers recorded at every frame, which lead to the next one: those that led to the goal (absolute),
+    their difference from those that led to the start (relative), or their sum over the interval (sum)."""
 
     def problem(self) -> str | None:
-        """What is wrong with the values of a file, or None."""
+        """A description of what is wrong with the values of a file, or None."""
         if len(self.units) != len(self.names):
             return f"units: expected {len(self.names)}, one for each name"
         count = 0 if self.kind == "motion" else len(self.names)
@@ -50,7 +50,7 @@ class ActionSpace:
         return None
 
     def recorded(self, trajectory: "TrajectorySource") -> bool:
-        """Whether a trajectory has what actions are made from."""
+        """Whether a trajectory has the data that actions are computed from."""
         return (trajectory.position if self.kind == "motion" else trajectory.actions) is not None
 
     def between(

@@ -27,7 +27,7 @@ class StoredDataset:
     fps: Positive[float] | None = None
     """Frames per second; by default as in dataset.json, or 4 without one."""
     follow_links: bool = False
-    """Whether links within the folder may lead out of it; the folder may be a link in any case."""
+    """Whether symbolic links in the folder may point outside it; the folder itself may always be a link."""
     source: str = "auto"
     """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), a
     LeRobot dataset (lerobot), or a source of your own, `my_module:Class` (see docs/extending.md)."""
@@ -36,8 +36,8 @@ class StoredDataset:
     action_key: str = "action"
     """The feature with the actions (lerobot)."""
     action_kind: ActionKind = "absolute"
-    """What an action from one frame to another is, made of the numbers of each frame (lerobot): those that led to the
-    goal (absolute), their difference to those that led to the start (relative), or their sum in between (sum)."""
+    """How the action between two frames is computed from the numbers of each frame (lerobot): those that led to the
+    goal (absolute), their difference from those that led to the start (relative), or their sum in between (sum)."""
 
 
 @dataclass
@@ -69,7 +69,7 @@ class DataConfig:
     """Height and width of the frames given to the model."""
     crop: Crop = "aspect"
     """Centre crop before the resize: to the aspect ratio of image_size; to 4:3, then squeezed (the NWM release); or
-    none, only squeezed."""
+    none, which squeezes the whole frame."""
     context_frames: Positive[int] = 4
     """Past frames given to the model, including the current one."""
     min_history: Positive[int] = 1
@@ -90,7 +90,7 @@ class DataConfig:
     spacing: Positive[float] | None = None
     """Metres between consecutive frames, the unit of normalised actions; by default as in dataset.json, or 1."""
     follow_links: bool = False
-    """Whether links within the folder may lead out of it; the folder may be a link in any case."""
+    """Whether symbolic links in the folder may point outside it; the folder itself may always be a link."""
     source: str = "auto"
     """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), a
     LeRobot dataset (lerobot), or a source of your own, `my_module:Class` (see docs/extending.md)."""
@@ -99,11 +99,12 @@ class DataConfig:
     action_key: str = "action"
     """The feature with the actions (lerobot)."""
     action_kind: ActionKind = "absolute"
-    """What an action from one frame to another is, made of the numbers of each frame (lerobot): those that led to the
-    goal (absolute), their difference to those that led to the start (relative), or their sum in between (sum)."""
+    """How the action between two frames is computed from the numbers of each frame (lerobot): those that led to the
+    goal (absolute), their difference from those that led to the start (relative), or their sum in between (sum)."""
     text_encoder: str | None = None
-    """For datasets that say in words what is done: the text model of transformers, by its name on the Hugging Face hub
-    or its folder, whose vectors condition the model (docs/data.md: Text). By default texts are not used."""
+    """For datasets with texts that describe what is done: the transformers text model, by its name on the Hugging Face
+    hub or its folder, on whose embeddings the model is conditioned (docs/data.md: Text). By default, texts are not
+    used."""
     cache_gb: NotNegative[float] = 4.0
     """Memory for decoded frames in GB, per process and split, allocated as it fills."""
     workers: NotNegative[int] = 2

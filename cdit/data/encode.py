@@ -22,7 +22,7 @@ class EncodeConfig:
     """What to encode."""
 
     data: DataConfig = field(default_factory=DataConfig)
-    """The dataset or mix; only image_size, crop and workers matter, the other fields describe windows."""
+    """The dataset or mix; only image_size, crop and workers are used; the other fields describe windows."""
     codec: CodecConfig = field(default_factory=CodecConfig)
     """The codec."""
     split: str | None = None

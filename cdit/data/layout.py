@@ -4,7 +4,7 @@
     <folder>/splits/<split>/traj_names.txt     one trajectory name per line
     <folder>/<trajectory>/0.jpg, 1.jpg, …      the frames, in time order
     <folder>/<trajectory>/traj_data.pkl        dict(position (T, 2) metres, yaw (T,) radians); absent without poses
-    <folder>/<trajectory>/text.txt             what is done, in words; optional
+    <folder>/<trajectory>/text.txt             text description of what is done; optional
 
 At yaw 0 the camera looks along +x; yaw grows counter-clockwise; positions are world coordinates.
 """
@@ -121,7 +121,7 @@ def write_trajectory(
         position: (T, 2) world position in metres, or None for video without poses.
         yaw: (T,) heading in radians, counter-clockwise, or None.
         quality: JPEG quality.
-        text: what is done, in words.
+        text: description of what is done.
         extra: further arrays of length T, stored as `<key>.npz` beside the poses (such as depth).
     """
     import torch  # imported here, because reading a description does not need torch

@@ -2,7 +2,7 @@
 
     <folder>/meta/info.json                 features, frame rate, and where the other files are
     <folder>/meta/stats.json                smallest and largest numbers of each feature
-    <folder>/meta/tasks.parquet             what is done, in words, by `task_index` of the rows; optional
+    <folder>/meta/tasks.parquet             descriptions of the tasks, by `task_index` of the rows; optional
     <folder>/meta/episodes/…/*.parquet      the episodes: where their rows and videos are
     <folder>/data/…/*.parquet               the rows, one for each frame of an episode
     <folder>/videos/<camera>/…/*.mp4        the frames, several episodes in a file
@@ -60,7 +60,7 @@ class Episode:
     fps: Fraction
     """Frames a second of the video."""
     stride: int
-    """Every how many frames one is taken."""
+    """Stride in recorded frames: one of this many is used."""
     length: int
     position: np.ndarray | None = None
     yaw: np.ndarray | None = None
@@ -197,7 +197,7 @@ class _Dataset:
         )
 
     def inside(self, path: Path) -> Path:
-        """A path of the dataset, which may not lead out of it."""
+        """A path of the dataset, which must not point outside it."""
         if not self.follow_links:
             check_inside(path, self.folder)
         return path
@@ -301,7 +301,7 @@ class _Dataset:
         return episodes
 
     def read_tasks(self) -> dict[int, str]:
-        """What is done in each task, in words."""
+        """The text description of each task."""
         file, tasks = self.folder / TASKS, {}
         if file.is_file():
             table = self.table(file)
@@ -347,7 +347,7 @@ def _as_data_error(file: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise DataError(f"{file}: not as LeRobot {VERSION} has it ({error})") from error
+        raise DataError(f"{file}: not in the format of LeRobot {VERSION} ({error})") from error
 
 
 def _get(mapping: Any, name: str) -> Any:

@@ -9,8 +9,8 @@
 
 Made by `python -m cdit.data.shard`. The tables hold, over all trajectories of a split one after the other, `offset` and
 `size` (N,) int64 of every frame's file within its shard, `position` (N, 2) and `yaw` (N,) float64, further conditions
-`condition.<name>` (N, …), and, for each trajectory, `latents` (M,) int64: the offset of its latents' file. Where there
-are texts, `text` (N,) int64 is the number of each frame's in `texts`, the bytes of a JSON list.
+`condition.<name>` (N, …), and, for each trajectory, `latents` (M,) int64: the offset of its latents' file. If there are
+texts, `text` (N,) int64 is the index of each frame's text in `texts`, the bytes of a JSON list.
 
 Nothing is unpacked: files are read at their offsets, after checking for the tar header of a plain file with the
 expected name and size.
@@ -388,14 +388,14 @@ def npy_header(start: bytes, origin: str) -> tuple[tuple[tuple[int, ...], np.dty
 
 
 def _texts(table: Mapping[str, np.ndarray], path: str) -> list[str]:
-    """What is done at every frame of a split, in words; empty without texts."""
+    """The text description of every frame of a split; empty without texts."""
     if "text" not in table:
         return []
     listed, rows = parse_json(table["texts"].tobytes().decode(errors="replace"), path), table["text"]
     if not (isinstance(listed, list) and all(isinstance(text, str) for text in listed)):
         raise DataError(f"{path}: texts: expected a list of strings")
     if not ((rows >= 0) & (rows < len(listed))).all():
-        raise DataError(f"{path}: text: expected numbers of texts, 0 to {len(listed) - 1}")
+        raise DataError(f"{path}: text: expected indices of texts, 0 to {len(listed) - 1}")
     return [listed[row] for row in rows]
 
 

@@ -34,7 +34,7 @@ class TrajectorySource(Protocol):
     """Further numbers per frame, (T, …) each; if all trajectories have them, those at the goal go to
     `Condition.extra`."""
     texts: Sequence[str] = ()
-    """What is done at each of the T frames, in words: '' where it is unknown, () if there are none."""
+    """Text descriptions of what is done at each of the T frames: '' where unknown, () if there are none."""
     dataset: Path | None = None
     """Folder with the dataset's latent cache; None if it has none."""
     shard: "Shard | None" = None
@@ -82,7 +82,7 @@ class DatasetSource:
             camera: `data.camera`.
             action_key: `data.action_key`.
             action_kind: `data.action_kind`.
-            may_lack: whether frames may be missing; they then fail when they are read.
+            may_lack: whether frames may be missing; reading a missing frame then fails.
             cache: keeps remote files; by default one in the usual place.
 
         Returns:

@@ -14,8 +14,8 @@ def encode_texts(encoder: str, texts: Sequence[str]) -> Tensor:
     """The mean of the encoder's last hidden state over the tokens of each text: (N, E) float32, on the CPU.
 
     Args:
-        encoder: a text model of transformers: its name on the Hugging Face hub, or its folder. Of an encoder-decoder
-            (T5) the encoder is used, of a model of images and texts (CLIP) the text model.
+        encoder: a text model of transformers: its name on the Hugging Face hub, or its folder. For an encoder-decoder
+            (T5) the encoder is used, for a model of images and texts (CLIP) the text model.
         texts: N, not empty.
 
     Raises:

@@ -47,7 +47,7 @@ class ToLeRobotConfig(StoredDataset):
     split: str | None = None
     """Splits to write, separated by commas; by default all."""
     task: str | None = None
-    """What is done, in words, where the dataset does not say; by default its name."""
+    """Task description where the dataset has no text; by default the dataset's name."""
 
 
 def to_lerobot(source: StoredDataset, out: Path, splits: Sequence[str] | None = None, task: str | None = None) -> int:

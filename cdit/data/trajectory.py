@@ -88,8 +88,10 @@ def read_split(
 
     Args:
         split_folder: the folder of `<split>/traj_names.txt`; by default `<folder>/splits`.
-        follow_links: whether links may lead out of the dataset's folder, which is otherwise a problem.
-        may_lack: whether frames may be missing if poses tell the number of frames; they then fail when they are read.
+        follow_links: whether links may point outside the dataset's folder; such links are otherwise reported as
+            problems.
+        may_lack: whether frames may be missing if the poses give the number of frames; reading a missing frame then
+            fails.
 
     Returns:
         The trajectories without problems, in the order of the split file; and the problems, one line each. Without a
@@ -131,7 +133,7 @@ def read_split(
 
 
 def _links_out(trajectory: Path, dataset: Path) -> str | None:
-    """The problem of a trajectory with a link that leads out of the dataset."""
+    """The problem of a trajectory with a link that points outside the dataset."""
     try:
         check_inside(trajectory, dataset)
         with os.scandir(trajectory) as entries:
@@ -193,7 +195,7 @@ def _frame_files(folder: Path) -> tuple[dict[int, str], list[str]]:
 
 
 def read_caption(path: Path) -> str:
-    """What a text file says; empty without a file."""
+    """The content of a text file; empty without a file."""
     return read_text(path).strip() if path.is_file() else ""
 
 

@@ -1,10 +1,10 @@
-"""Video files as trajectories, decoded as frames are read rather than unpacked beforehand.
+"""Video files as trajectories; frames are decoded on demand rather than unpacked beforehand.
 
     <folder>/dataset.json                      what the dataset is; optional
     <folder>/splits/<split>/traj_names.txt     names of videos without suffix; by default the last tenth is `test`
     <folder>/<name>.mp4, .avi, .mkv, .webm, …  the video
     <folder>/<name>.csv or <name>.pkl          its poses, optional; traj_data.pkl for a video in a folder of its own
-    <folder>/<name>.txt                        what is done, in words; optional
+    <folder>/<name>.txt                        text description of what is done; optional
 
 Videos are sampled at the dataset's frame rate (`data.fps`, else that of dataset.json, else 4). A .csv has a header with
 x, y (metres) and yaw (radians), a .pkl the dict of a traj_data.pkl: one row for each sampled frame; or rows at any

@@ -21,7 +21,7 @@ from cdit.data.sources import read_sources
 from cdit.data.text import encode_texts
 
 BUILT_IN = {"time_shift", "action", "action_known", "spacing", "text"}
-"""Names that further conditions cannot have."""
+"""Reserved names, which further conditions cannot have."""
 
 
 class WindowKey(NamedTuple):

@@ -57,7 +57,7 @@ class SamplerConfig:
 
     scheduler: str = "euler"
     """For a flow euler, heun (two network calls a step), dpm (DPM-Solver++ 2M) or unipc; for a shortcut or mean_flow
-    also average, its own few steps; for a DDPM ddpm (ancestral sampling), ddim, dpm or unipc; for a regression
+    also average, its own few-step sampler; for a DDPM ddpm (ancestral sampling), ddim, dpm or unipc; for a regression
     direct."""
     steps: Annotated[int, within(1, 100_000)] = 8
     """Number of denoising steps."""
@@ -66,8 +66,8 @@ class SamplerConfig:
     guidance: float = 1.0
     """Scale of classifier-free guidance on action and text; 1: off. Needs training with action_dropout."""
     context_noise: NotNegative[float] = 0.0
-    """Noise level that a rollout declares for its own frames, which are used as they are; 0: as clean as recorded
-    frames. At most model.context_noise."""
+    """Noise level on which the network is conditioned for a rollout's own frames, to which no noise is added; 0: as
+    clean as recorded frames. At most model.context_noise."""
     hold: Positive[int] = 1
     """Frames of a rollout that are predicted from the same past, each in one jump and from the same noise, before the
     last of them become the past. 1: every frame joins the past at once."""
@@ -87,7 +87,7 @@ class SamplerOptions:
 
     scheduler: str | None = None
     """For a flow euler, heun (two network calls a step), dpm (DPM-Solver++ 2M) or unipc; for a shortcut or mean_flow
-    also average, its own few steps; for a DDPM ddpm (ancestral sampling), ddim, dpm or unipc; for a regression
+    also average, its own few-step sampler; for a DDPM ddpm (ancestral sampling), ddim, dpm or unipc; for a regression
     direct."""
     steps: Positive[int] | None = None
     """Number of denoising steps."""
@@ -96,8 +96,8 @@ class SamplerOptions:
     guidance: float | None = None
     """Scale of classifier-free guidance on action and text; 1: off. Needs a model trained with action_dropout."""
     context_noise: NotNegative[float] | None = None
-    """Noise level that a rollout declares for its own frames, which are used as they are; 0: as clean as recorded
-    frames. At most the model.context_noise of training."""
+    """Noise level on which the network is conditioned for a rollout's own frames, to which no noise is added; 0: as
+    clean as recorded frames. At most the model.context_noise of training."""
     hold: Positive[int] | None = None
     """Frames of a rollout that are predicted from the same past, each in one jump and from the same noise, before the
     last of them become the past. 1: every frame joins the past at once."""
@@ -121,13 +121,14 @@ class PerceptualConfig:
     """A perceptual loss on the predicted clean frame, added to the flow's."""
 
     weight: NotNegative[float] = 0.0
-    """Weight of LPIPS in the loss; 0: off. The evaluation should then include a metric that was not trained on, such
-    as lpips_vgg or dreamsim beside alex."""
+    """Weight of LPIPS in the loss; 0: off. The evaluation should then include a metric that was not trained on, such as
+    lpips_vgg or dreamsim if the network is alex."""
     backbone: Literal["alex", "vgg"] = "alex"
     """Network of LPIPS. Weights are downloaded by torchvision, or read from the safetensors file that the environment
     variable CDIT_LPIPS_BACKBONE (alex) or CDIT_LPIPS_VGG_BACKBONE (vgg) names."""
     max_time: NotNegative[float] = 0.5
-    """Largest diffusion time at which it applies: from more noise, the clean frame is predicted as a blurred mean."""
+    """Largest diffusion time at which it applies; at higher noise levels, the predicted clean frame is a blurred
+    mean."""
 
 
 @dataclass
@@ -164,9 +165,9 @@ class FewStepConfig:
     """Decay per step of the running average of the network that targets come from: the half steps of a shortcut, the
     velocity of a mean_flow. 1: the initial network; 0: the network itself, without an average in memory."""
     derivative: Literal["difference", "forward"] = "difference"
-    """How a mean_flow is differentiated along the flow: by the difference of two predictions, which smooths how the
-    network follows diffusion time; or exactly, by forward-mode differentiation, uncompiled, without fused attention and
-    not for networks with reprojection."""
+    """How mean_flow computes the derivative along the flow: as the difference of two predictions, which smooths the
+    network's dependence on diffusion time; or exactly, by forward-mode differentiation, which runs without compilation
+    or fused attention and does not support networks with reprojection."""
     difference: float = 0.02
     """How far the times of the two predictions lie from the current one."""
 
@@ -184,7 +185,7 @@ class SelfRolloutConfig:
     """Training on the world's own rollouts of data.rollout frames, by the sampler of the config."""
 
     base: str = "flow"
-    """The objective that is trained besides: a flow."""
+    """The objective that is trained in addition: a flow."""
     weight: NotNegative[float] = 1.0
     """Weight of the squared error of the clean frames of a rollout."""
 

@@ -112,7 +112,8 @@ class Flow(DenoisingObjective):
         return self.convert(prediction, self.config.prediction, "velocity", noisy, time)
 
     def guide(self, unknown: Tensor, known: Tensor, scale: float) -> Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022): from the prediction without the action past that with it."""
+        """Classifier-free guidance (Ho & Salimans 2022): extrapolates from the prediction without the action beyond the
+        one with it."""
         return torch.lerp(unknown, known, scale)
 
     @torch.no_grad()

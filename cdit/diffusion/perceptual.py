@@ -14,7 +14,7 @@ class PerceptualLoss:
     """LPIPS between predicted and true frame where there is little noise.
 
     Args:
-        config: backbone, weight, and up to which noise.
+        config: backbone, weight, and the largest diffusion time.
         decode: latents (N, C, h, w) to frames (N, 3, H, W) in [-1, 1], differentiable.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Training on a world's own rollouts, so that they hold.
+"""Training on a world's own rollouts, so that they stay stable.
 
-In training past frames are recorded, in a rollout they are the world's own. Self Forcing (Huang et al. 2025, arXiv
-2506.08009) closes this gap by rolling out in training; MWM (2603.07799) does so for navigation, with the recorded frame
-as the target.
+In training, past frames are recorded ones; in a rollout, they are the world's own predictions. Self Forcing (Huang et
+al. 2025, arXiv 2506.08009) closes this gap by rolling out in training; MWM (2603.07799) does so for navigation, with
+the recorded frame as the target.
 """
 
 from collections.abc import Callable, Mapping

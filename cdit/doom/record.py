@@ -56,7 +56,7 @@ def record(
         rng: source of all randomness; the result depends only on it, the map and the lengths.
         length: requested number of frames.
         min_length: required number of frames.
-        tick: called before every frame; what it raises ends the recording.
+        tick: called before every frame; an exception that it raises ends the recording.
 
     Raises:
         UserError: no place in the map allows a walk of `min_length` frames.

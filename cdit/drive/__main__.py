@@ -4,9 +4,9 @@
     python -m cdit.drive --checkpoint runs/quickstart --data data/doom/quickstart --record data/drives
     python -m cdit.drive --also "[runs/other]"
 
-Shows the dream, and beside it the truth where the start frames were recorded in Doom; what attention heads look at;
-how samples from different noise differ; plans to a goal picture; and two checkpoints or samplers side by side. Listens
-on this machine alone; with another --host, the printed address has a token that every page needs.
+Shows the dream and, if the start frames were recorded in Doom, the ground truth beside it; what attention heads attend
+to; how samples from different noise differ; plans to a goal picture; and two checkpoints or samplers side by side.
+Listens on this machine only; with another --host, the printed address contains a token that every page needs.
 """
 
 from cdit.common.cli import parse_config, run

@@ -15,7 +15,7 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(kw_only=True)
 class DriveConfig(TextOptions, DataOptions, CheckpointOptions):
-    """What to drive, and who may."""
+    """What to drive, and who may connect."""
 
     checkpoint: str = "maze"
     """Folder of a training run or of a world model, or the name of a world that ships with the package (maze)."""
@@ -29,20 +29,20 @@ class DriveConfig(TextOptions, DataOptions, CheckpointOptions):
     mixed_precision: Literal["no", "bf16"] = "no"
     """Autocast precision of the dream. bf16 is faster on many machines, and differs by rounding."""
     host: str = "127.0.0.1"
-    """Address to listen on. Others than this machine's need the token."""
+    """Address to listen on. Any address that is not local to this machine requires the token."""
     port: int = 8600
     """Port to listen on; 0 for any free one."""
     token: str | None = None
-    """Secret that the page's address must have, as ?token=…; by default random if the host is not this machine."""
+    """Secret that the page's address must contain, as ?token=…; by default random if the host is not this machine."""
     sessions: int = 4
-    """Largest number of pages that drive at the same time."""
+    """Largest number of pages that can drive at the same time."""
     session_mb: float = 256.0
     """Memory in MB of a session's drive, which limits its length."""
     idle_minutes: float = 10.0
     """Minutes without input after which a session ends."""
     threads: Positive[int] | None = None
     """Threads of the network on a CPU; by default OMP_NUM_THREADS or, if it is not set, one fewer than there are cores,
-    which leaves one to the browser."""
+    which leaves one for the browser."""
     planner: PlannerConfig = field(
         default_factory=lambda: PlannerConfig(
             optimizer=OptimizerConfig(samples=24, iterations=2, elites=4),

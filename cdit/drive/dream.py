@@ -19,12 +19,13 @@ from cdit.heads.record import LayerAttention, watch_attention
 from cdit.world_model import WorldModel, WorldState
 
 KEPT_STATES = 32
-"""Every so many steps the state is kept; those between are recomputed from the sampled latents when going back."""
+"""Interval in steps at which the state is kept; states in between are recomputed from the sampled latents when going
+back."""
 
 
 @dataclass
 class Moment:
-    """One step of a dream, and all that its repetition needs."""
+    """One step of a dream, with everything that is needed to repeat it."""
 
     action: tuple[float, float, float]
     sampled: Tensor
@@ -74,7 +75,7 @@ class Dream:
         self.moments: list[Moment] = []
 
     def begin(self, context: Tensor, mask: Tensor) -> None:
-        """Starts anew.
+        """Starts over.
 
         Args:
             context: (T, 3, H, W) uint8, oldest first.
@@ -98,7 +99,7 @@ class Dream:
         return self.moments[-1].frame if self.moments else self.context[-1]
 
     def step(self, action: Sequence[float]) -> Tensor:
-        """One frame further.
+        """Advances by one frame.
 
         Args:
             action: dx, dy (metres), dyaw (radians) during the step, in the local frame at its start.
@@ -117,7 +118,7 @@ class Dream:
         return frame
 
     def back(self) -> None:
-        """Takes the last step back, if there is one."""
+        """Undoes the last step, if there is one."""
         if self.moments:
             self._noise.set_state(self.moments.pop().noise)
             self._state = self._after(len(self.moments))
@@ -156,9 +157,10 @@ class Dream:
         return self._past()[0]
 
     def ends(self, action: Sequence[float], samples: int, seconds: float = 1.0) -> Tensor:
-        """Frames in `seconds` if this action goes on, from different noise, each in one jump: (samples, 3, H, W) uint8.
+        """Predicted frames (samples, 3, H, W) uint8, `seconds` ahead if this action continues, from different noise,
+        each in one jump.
 
-        The dream's own noise is left alone.
+        The dream's own noise is not affected.
         """
         steps = max(1, round(seconds * self.world.description.fps))
         motion = torch.from_numpy(compose([action] * steps)[-1])
@@ -199,7 +201,7 @@ class Dream:
             counted.remove()
 
     def _after(self, steps: int) -> WorldState:
-        """The state after so many steps."""
+        """The state after this many steps."""
         kept = steps
         while kept and self.moments[kept - 1].state is None:
             kept -= 1

@@ -1,4 +1,4 @@
-"""What one person drives: dreams side by side, the truth beside them, and what the page shows of them."""
+"""What one user drives: dreams side by side, the truth beside them, and what the page shows of them."""
 
 import math
 import tempfile
@@ -36,7 +36,8 @@ THUMBNAILS = 8
 SHOWN = ("entropy", "effective tokens", "distance", "same place", "edge lift")
 """Measures of heads on the page."""
 ENOUGH = 64
-"""Recorded windows from which the candidates of plans are drawn; with fewer, arcs at any speed of the page are."""
+"""Number of recorded windows from which the candidates of plans are drawn; with fewer, arcs at any speed that the page
+allows are drawn instead."""
 
 
 class Stage:
@@ -163,7 +164,7 @@ class Begin:
     map_name: str | None = None
     """A map of the engine, at a random place, instead."""
     truth: bool = False
-    """Whether the engine walks beside the dream; always with `map_name`, never with a picture."""
+    """Whether the engine runs beside the dream; always with `map_name`, never with a picture."""
     seed: int = 0
     """Of the noise, and of the random place."""
 
@@ -177,7 +178,8 @@ class View:
 
 
 class Drive:
-    """One person's drive. Its methods but `plan` are called by one thread at a time, and only one drive's at a time.
+    """One person's drive. Except for `plan`, its methods are called by one thread at a time, and for only one drive at
+    a time.
 
     Args:
         stage: what is shared.
@@ -211,7 +213,7 @@ class Drive:
     # ---- beginning ----
 
     def begin(self, how: Begin) -> None:
-        """Begins anew.
+        """Starts over.
 
         Raises:
             UserError: the truth is not available.
@@ -243,7 +245,7 @@ class Drive:
         self._begin(context, mask)
 
     def from_here(self) -> None:
-        """The dream begins anew from what the truth has shown last."""
+        """Restarts the dream from the newest true frames."""
         if self.truth is None:
             return
         dream, true = self.dreams[0], self._true_frames
@@ -260,7 +262,7 @@ class Drive:
     # ---- driving ----
 
     def step(self, forward: float, left: float, turn: float) -> bool:
-        """One frame further with these commands, in m/s and rad/s; False if it cannot go on."""
+        """Advances by one frame with these commands, in m/s and rad/s; False if the drive cannot continue."""
         walked = len(self.truth.walk) - 1 if self.truth is not None else 0
         if self.beginning is None or max(self.steps, walked) >= self.limit:
             return False
@@ -278,7 +280,7 @@ class Drive:
         return True
 
     def back(self) -> None:
-        """Takes the last step back."""
+        """Undoes the last step."""
         if self.steps:
             for dream in self.dreams:
                 dream.back()
@@ -288,7 +290,7 @@ class Drive:
                 self.truth.back()
 
     def compare(self, world: int | None) -> None:
-        """A second dream beside the first, in that world, or none; the drive begins anew."""
+        """Sets the world of a second dream beside the first, or removes it; the drive starts over."""
         del self.dreams[1:]
         if world is not None:
             chosen = self.stage.worlds[world]
@@ -297,7 +299,7 @@ class Drive:
             self.begin(self.beginning)
 
     def sample_with(self, number: int, scheduler: str, steps: int) -> None:
-        """How the next frames of a dream are sampled.
+        """Sets how the next frames of a dream are sampled.
 
         Raises:
             UserError: its world has no such scheduler.
@@ -306,7 +308,7 @@ class Drive:
             dream = self.dreams[number]
             possible = dream.world.objective.schedulers
             if scheduler not in possible:
-                raise UserError(f"{scheduler} is none of this world's schedulers: {', '.join(possible)}")
+                raise UserError(f"{scheduler} is not one of this world's schedulers: {', '.join(possible)}")
             sampler = replace(dream.sampler, scheduler=scheduler, steps=steps)
             check_sampler(dream.world.description.objective, sampler)
             dream.sampler = sampler
@@ -352,10 +354,10 @@ class Drive:
     # ---- what is shown ----
 
     def view(self, command: Sequence[float] = (0.0, 0.0, 0.0)) -> View:
-        """The newest frames, and what was chosen to be shown of them.
+        """The newest frames, and the views of them that were chosen.
 
         Args:
-            command: forward, left (m/s) and turn (rad/s), with which `doubt` goes on.
+            command: forward, left (m/s) and turn (rad/s), which `doubt` assumes to continue.
         """
         if self.beginning is None:
             return View({"step": 0, "limit": self.limit, "dreams": []}, {})

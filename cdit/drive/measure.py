@@ -3,7 +3,7 @@
     python -m cdit.drive.measure
     python -m cdit.drive.measure --pictures docs/images
 
-Starts the server and drives, as fast as it goes, with the keys of a person. Needs chromium, chromedriver and selenium.
+Starts the server and drives as fast as possible with simulated key presses. Needs chromium, chromedriver and selenium.
 Prints a Markdown table. The server, the browser and its drawing share the machine.
 """
 
@@ -29,7 +29,7 @@ FLAGS = ("--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars",
 FASTEST = 60
 """The pace while frames are counted."""
 WAIT = 300.0
-"""Seconds until what does not happen is given up."""
+"""Timeout in seconds for everything that is waited for."""
 
 
 @dataclass(kw_only=True)
@@ -43,9 +43,9 @@ class MeasureConfig(CheckpointOptions):
     mixed_precision: Literal["no", "bf16"] = "no"
     """See python -m cdit.drive."""
     seconds: float = 10.0
-    """For which frames are counted."""
+    """Seconds for which frames are counted."""
     presses: int = 40
-    """Presses of a key whose latency is measured."""
+    """Number of key presses whose latency is measured."""
     pictures: str | None = None
     """Folder for pictures of the page, drive.png, drive-plan.png and drive-phone.png, instead of measuring."""
 
@@ -57,7 +57,7 @@ class Browser:
         self.driver = driver
 
     def open(self, address: str) -> None:
-        """Until the start frame is seen."""
+        """Waits until the start frame is shown."""
         self.driver.get(address)
         self.until("window.drive?.last?.dreams.length")
 
@@ -69,7 +69,7 @@ class Browser:
         """Waits for a condition in JavaScript.
 
         Raises:
-            UserError: it did not come about.
+            UserError: it did not become true in time.
         """
         end = time.monotonic() + WAIT
         while not self.run(f"return Boolean({condition})"):
@@ -88,7 +88,7 @@ class Browser:
         element.click()
 
     def choose(self, selector: str, value: object) -> None:
-        """Sets the value of a field, as a person would."""
+        """Sets the value of a field, as a user would."""
         element = self.driver.find_element("css selector", selector)
         script = "Object.assign(arguments[0], {value: arguments[1]}).dispatchEvent(new Event(arguments[2]))"
         for event in ("input", "change"):

@@ -16,12 +16,13 @@ from cdit.loading import spread
 from cdit.plan.planner import Planner, Towards, WorldScore
 
 Run = Callable[..., Any]
-"""Calls a function with arguments where networks are computed; raises `Cancelled` if the plan was cancelled."""
+"""Calls a function with arguments in the thread that runs the networks; raises `Cancelled` if the plan was
+cancelled."""
 
 ENDS = 8
 """Candidates whose predicted ends are shown: the plan, and others spread evenly over the rest, the best first."""
 PIECE = 8
-"""Candidates that are scored at a time: in between, others get their frames."""
+"""Candidates that are scored at a time; in between, other sessions get their frames."""
 
 
 class Cancelled(Exception):
@@ -48,7 +49,7 @@ class Planned:
 
 
 def plan(planner: Planner, score: WorldScore, dream: Dream, goal: Tensor, run: Run) -> Planned:
-    """Plans from the dream's newest frame, with the heads turned off that are.
+    """Plans from the dream's newest frame, with the same heads turned off.
 
     Args:
         planner: finds steps of low cost.

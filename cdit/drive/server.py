@@ -38,15 +38,15 @@ T = TypeVar("T")
 IN_FLIGHT = 2
 """Frames that may be sent before one is acknowledged."""
 MAX_TEXT = 2**14
-"""Bytes of a message, besides pictures."""
+"""Largest message in bytes, except for pictures."""
 MAX_WAITING = 32
-"""Commands and answers that may wait; a client that sends more, or takes none, is not the page."""
+"""Largest number of queued commands and answers; a client that sends more, or reads none, is not the page."""
 STALLED = 5.0
 """Seconds without an acknowledgement after which driving pauses."""
 PATIENCE = 10.0
 """Seconds within which a connection must have sent its first request."""
 SHUTDOWN = 10.0
-"""Seconds that sessions get to end when the server does."""
+"""Seconds that sessions have to end when the server stops."""
 MAX_SPEED, MAX_TURN, MAX_PACE = 20.0, 2 * math.pi, 60
 MAX_HEADS, MAX_SAMPLES, MAX_CALLS = 12, 16, 64
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
@@ -92,7 +92,7 @@ class Server:
         return f"http://{host}:{port}/" + (f"?token={self.token}" if self.token else "")
 
     def impatient(self, runner: web.AppRunner) -> Callable[[], asyncio.BaseProtocol]:
-        """Makes the protocol of a connection, which is closed if there is no whole request within `PATIENCE`."""
+        """Makes the protocol of a connection, which is closed if it sends no complete request within `PATIENCE`."""
         loop = asyncio.get_running_loop()
 
         def expire(protocol: web.RequestHandler) -> None:
@@ -114,7 +114,7 @@ class Server:
         return await handler(request)
 
     async def compute(self, function: Callable[..., T], *args: Any) -> T:
-        """Runs a function in the thread that computes for all."""
+        """Runs a function in the thread that computes for all sessions."""
 
         def call() -> T:
             enabled = self.config.mixed_precision == "bf16"
@@ -140,7 +140,7 @@ class Server:
         return web.Response(body=self._files[name], content_type=TYPES[Path(name).suffix], charset="utf-8")
 
     def _check(self, request: web.Request) -> None:
-        """Rejects names of this server that others chose (DNS rebinding), and requests without the token."""
+        """Rejects host names that are not this server's own (DNS rebinding), and requests without the token."""
         if self.config.host in LOCAL and _host(f"//{request.host}") not in LOCAL:
             raise web.HTTPForbidden(text=f"expected the host {self.config.host}")
         given = request.query.get("token", "")
@@ -158,7 +158,7 @@ class Server:
             raise web.HTTPBadRequest(text="expected a websocket")
         await socket.prepare(request)
         if len(self.sessions) >= self.config.sessions:
-            text = f"{len(self.sessions)} people are driving already, as many as this server takes"
+            text = f"{len(self.sessions)} people are already driving, the most that this server accepts"
             await socket.send_bytes(pack("end", {"message": text}))
             await socket.close(code=WSCloseCode.TRY_AGAIN_LATER)
             return socket
@@ -171,7 +171,7 @@ class Server:
         return socket
 
     async def _end_sessions(self, app: web.Application) -> None:
-        """Ends all, and waits for their engines to end."""
+        """Ends all sessions, and waits for their engines to end."""
         ending = [session.end("the server has stopped", WSCloseCode.GOING_AWAY) for session in self.sessions]
         await asyncio.gather(*ending, return_exceptions=True)
         until = perf_counter() + SHUTDOWN
@@ -183,7 +183,7 @@ class Server:
 
 
 class Session:
-    """One page: reads what a person does, steps the drive at their pace, and sends the newest frame.
+    """One page: reads the user's input, steps the drive at the chosen pace, and sends the newest frame.
 
     Args:
         server: whose.
@@ -199,10 +199,10 @@ class Session:
         self._following: deque[tuple[float, float, float]] = deque()
         """Commands of the plan that is being followed."""
         self._stale = threading.Event()
-        """Set once the plan that is being made is not wanted any more."""
+        """Set when the plan that is being made is no longer needed."""
         self._todo: deque[Callable[[], Awaitable[None]]] = deque()
         self._settings: dict[str, Callable[[], Any]] = {}
-        """Settings that wait to be made."""
+        """Settings that are waiting to be applied."""
         self._wake = asyncio.Event()
         self._answers: deque[bytes] = deque()
         self._newest: tuple[View, dict[str, Any]] | None = None
@@ -212,7 +212,7 @@ class Session:
         self._active = self._heard = perf_counter()
 
     async def run(self) -> None:
-        """Until the connection ends."""
+        """Runs until the connection ends."""
         self._answers.append(await self._server.compute(self._hello))
         self._ready.set()
         tasks = [asyncio.create_task(work) for work in (self._drives(), self._sends())]
@@ -226,7 +226,7 @@ class Session:
             await asyncio.shield(self._server.compute(self._drive.close))
 
     async def end(self, reason: str, code: int) -> None:
-        """Ends the session with a message to the person."""
+        """Ends the session with a message to the user."""
         with suppress(ConnectionError, asyncio.TimeoutError):
             await asyncio.wait_for(self._socket.send_bytes(pack("end", {"message": reason})), 1.0)
         await self._socket.close(code=code, message=reason.encode()[:100])
@@ -361,11 +361,11 @@ class Session:
     # ---- driving ----
 
     def _do(self, function: Callable[..., Any], *args: Any) -> None:
-        """Has the drive do something, then shows it."""
+        """Runs a command on the drive, then shows the result."""
         self._todo.append(partial(self._done, partial(function, *args)))
 
     def _set(self, name: str, function: Callable[..., Any], *args: Any) -> None:
-        """As `_do`, for a setting: while one waits to be made, it is replaced."""
+        """Like `_do`, for a setting: a setting that is still waiting is replaced."""
         if name not in self._settings:
             self._todo.append(lambda: self._done(self._settings.pop(name)))
         self._settings[name] = partial(function, *args)
@@ -375,7 +375,7 @@ class Session:
         await self._show()
 
     async def _drives(self) -> None:
-        """Does what the person wants, and steps at their pace in between."""
+        """Executes the user's commands, and steps at the chosen pace in between."""
         due = 0.0
         while True:
             now = perf_counter()
@@ -396,7 +396,7 @@ class Session:
         return self._flows or any(self._command) or bool(self._following)
 
     async def _careful(self, work: Coroutine[Any, Any, None]) -> None:
-        """Tells the person what went wrong; ends the session for what should not."""
+        """Reports what went wrong to the user; ends the session after an unexpected error."""
         try:
             await work
         except UserError as error:
@@ -436,13 +436,13 @@ class Session:
     # ---- planning ----
 
     def _forget_plan(self) -> None:
-        """Stops making, and following, a plan for what will be another drive or goal."""
+        """Stops making and following a plan, because the drive or the goal changes."""
         self._stale.set()
         self._stale, self._planned = threading.Event(), None
         self._following.clear()
 
     async def _plan(self, goal: Callable[[], torch.Tensor], cost: str | None, stale: threading.Event) -> None:
-        """Plans in a thread of its own, which computes piece by piece in that of all."""
+        """Plans in a separate thread, whose computations run piece by piece in the shared one."""
         loop, began = asyncio.get_running_loop(), perf_counter()
 
         def run(function: Callable[..., T], *args: Any) -> T:
@@ -503,7 +503,7 @@ class Session:
         self._ready.set()
 
     async def _sends(self) -> None:
-        """Answers in their order, and the newest frame whenever few are on their way."""
+        """Sends answers in order, and the newest frame whenever few frames are unacknowledged."""
         idle = 60 * self._server.config.idle_minutes
         while True:
             while self._answers:
@@ -516,7 +516,7 @@ class Session:
             else:
                 await _set_or_after(self._ready, 1.0)
             if perf_counter() - self._active > idle:
-                await self.end("the session has ended, as nobody drove", WSCloseCode.OK)
+                await self.end("the session has ended because nobody was driving", WSCloseCode.OK)
                 return
 
     def _hello(self) -> bytes:
@@ -554,7 +554,7 @@ COMMANDS = {name.removeprefix("_read_") for name in vars(Session) if name.starts
 
 
 async def _set_or_after(event: asyncio.Event, seconds: float) -> None:
-    """Until the event is set, or some time has passed. (Python 3.11's `wait_for` may overlook a cancellation.)"""
+    """Waits until the event is set, or some time has passed. (Python 3.11's `wait_for` may overlook a cancellation.)"""
     timer = asyncio.get_running_loop().call_later(seconds, event.set)
     try:
         await event.wait()

@@ -1,7 +1,8 @@
-"""The truth beside the dream: the same commands walk the engine, and what the camera did there is what the dream does.
+"""The truth beside the dream: the same commands move the player in the engine, and the resulting camera motion is the
+dream's action.
 
-In the engine walkers have inertia and walls stop them, so the action of a step is the measured motion, as in recorded
-datasets.
+In the engine, players have inertia and are stopped by walls, so the action of a step is the measured motion, as in
+recorded datasets.
 """
 
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ class Truth:
         return tuple(motion.tolist())
 
     def back(self) -> None:
-        """Takes the last step back; the walker then stands still there."""
+        """Undoes the last step; the player then stands still there."""
         if len(self.walk) > 1:
             self.walk.pop()
             self._is_placed = False
@@ -98,7 +99,7 @@ def truth_of(info: DatasetInfo | None, world: WorldDescription) -> list[str]:
     """The maps in which the truth can be walked.
 
     Raises:
-        UserError: there is no engine for this dataset, and why.
+        UserError: there is no engine for this dataset; the message says why.
     """
     if info is None or info.source.get("recipe") != RECIPE:
         raise UserError("the start frames are not from a dataset that was recorded in Doom")

@@ -12,7 +12,7 @@ from cdit.common.files import parse_json, to_json
 
 
 class Malformed(Exception):
-    """A message that the page does not send."""
+    """A message that the page would not send."""
 
 
 def pack(kind: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray] | None = None) -> bytes:

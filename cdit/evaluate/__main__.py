@@ -4,7 +4,7 @@
 
 There are two protocols: "time" predicts each horizon in one jump, "rollout" frame by frame. OUT gets results.json (all
 numbers, also of every sample), results.md (tables) and index.html (tables and pictures). Finished batches stay in
-OUT/parts: after an interruption the same command continues, and if nothing is missing it only draws again.
+OUT/parts: after an interruption the same command continues; if nothing is missing, it only redraws the pages.
 
 With `accelerate launch -m cdit.evaluate …` several processes share the batches; the results are the same.
 """

@@ -34,9 +34,9 @@ class RolloutConfig:
     """Steps per second, one rollout for each; they must divide the model's frames per second."""
     curves: bool = False
     """Also measure every second up to the last horizon, sharpness, jumps on the same cases, how well the model still
-    turns where it is asked to, and whether it returns after a turn; and draw all that as curves (docs/rollouts.md)."""
+    follows commanded turns, and whether it returns after a turn; and plot all of these as curves (docs/rollouts.md)."""
     turn: Annotated[float, Limit("more than 0 and at most 90", lambda x: 0 < x <= 90)] = 15.0
-    """Degrees within one step that curves ask for."""
+    """Commanded turn of the curves, in degrees within one step."""
     samples: Positive[int] = 64
     """Number of contexts, evenly spread over the split."""
     index: str | None = None
@@ -54,11 +54,11 @@ class EvaluateConfig(TrackingOptions, OutputOptions, DataOptions, CheckpointOpti
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """Frame by frame."""
     metrics: Distinct[list[Metric]] = field(default_factory=lambda: ["psnr", "ssim", "lpips"])
-    """lpips is on AlexNet, lpips_vgg on VGG16. sharpness is the gradient energy of the prediction over that of the
-    truth, best at 1. latents is the mean squared error of what the model denoises, rank (of features) the share
-    of recorded frames that are further from the prediction than the truth, by the cosine of features, 0.5 by chance;
-    these two measure a codec without a decoder. dreamsim, fid and fvd (of rollouts) need
-    `pip install cdit[dreamsim]`, `cdit[fid]`, `cdit[fvd]`."""
+    """lpips uses AlexNet, lpips_vgg VGG16. sharpness is the gradient energy of the prediction over that of the truth,
+    best at 1. latents is the mean squared error of what the model denoises, rank (of features) the share of recorded
+    frames that are further from the prediction than the truth, by the cosine of features, 0.5 by chance; these two are
+    also available for a codec without a decoder. dreamsim, fid and fvd (of rollouts) need `pip install cdit[dreamsim]`,
+    `cdit[fid]`, `cdit[fvd]`."""
     fid_network: str = "inception"
     """Network of fid: inception, or MODULE:FUNCTION that returns an nn.Module from frames (N, 3, H, W) in [-1, 1] to
     features (N, F)."""
@@ -70,7 +70,7 @@ class EvaluateConfig(TrackingOptions, OutputOptions, DataOptions, CheckpointOpti
     nwm_compat: bool = False
     """Follow the NWM release: actions of rollouts are differences of normalised waypoints (which is not what it was
     trained with), predicted frames are encoded again before they join the past, and predictions are truncated to 8
-    bits. By default actions are those of training, predicted latents join the past as they are, and predictions are
+    bits. By default actions are those of training, predicted latents join the past unchanged, and predictions are
     rounded to 8 bits."""
     batch_size: Positive[int] = 16
     """Contexts per batch. The noise depends on it."""
@@ -81,9 +81,9 @@ class EvaluateConfig(TrackingOptions, OutputOptions, DataOptions, CheckpointOpti
     seed: int = 0
     """Seed of the noise and of the bootstrap."""
     overwrite: bool = False
-    """Delete what OUT/parts holds, also of another evaluation, and start over."""
+    """Delete the contents of OUT/parts, even those of another evaluation, and start over."""
     timeout_minutes: Positive[float] = 30.0
-    """How long processes wait for one another before all stop; must exceed the time of one batch."""
+    """Minutes that processes wait for one another before all stop; must exceed the time of one batch."""
 
     def validate(self) -> None:
         """Checks what the fields' types cannot express.

@@ -84,8 +84,8 @@ class ControlStudy(Study):
     def compute(
         self, batch: int, world: WorldModel, dataset: WindowDataset, judge: Judge, sampler: SamplerConfig | None = None
     ) -> dict[str, Tensor]:
-        """`model/right_sign`, the share of turns to the right side, and `model/turn`, the mean of measured over asked
-        ones, each (B, S).
+        """`model/right_sign`, the share of turns in the correct direction, and `model/turn`, the mean of the measured
+        turn divided by the commanded one, each (B, S).
         """
         protocol = self.protocol
         windows = [protocol.window(dataset, self.cases[i]) for i in self.batches[batch]]

@@ -167,7 +167,7 @@ def build_studies(config: EvaluateConfig, world: WorldModel, dataset: WindowData
 
 
 def build_judge(config: EvaluateConfig, world: WorldModel, studies: Sequence[Study], device: torch.device) -> Judge:
-    """The metrics, without those that frames are too small or rollouts too short for, which a line on stderr names.
+    """The metrics, except those for which frames are too small or rollouts too short; a line on stderr names these.
 
     Raises:
         UserError: a package or weights are missing, or a metric is not available for the world's codec.
@@ -181,7 +181,7 @@ def build_judge(config: EvaluateConfig, world: WorldModel, studies: Sequence[Stu
         return Judge.without_decoder(world.codec)
     rank = "rank" in config.metrics
     if rank and world.codec.rank is None:
-        raise UserError("metrics: rank needs a world in features, expected another metric")
+        raise UserError("metrics: rank needs a world that predicts features, expected another metric")
     judge = Judge(
         load_metrics(device, tuple(world.description.image_size), names),
         Features(config.fid_network, "fid_network").to(device) if "fid" in config.metrics else None,

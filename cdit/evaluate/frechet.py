@@ -120,7 +120,7 @@ def frechet_distance(truth: Tensor, prediction: Tensor) -> float:
 
 
 class _Given(nn.Module):
-    """Takes features as they are."""
+    """Returns features unchanged."""
 
     def __init__(self, num_features: int):
         super().__init__()

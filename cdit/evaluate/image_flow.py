@@ -10,10 +10,10 @@ from torch import Tensor
 def horizontal_shift(first: Tensor, second: Tensor, max_shift: int | None = None) -> Tensor:
     """How far the picture moved to the right from the first frame to the second, in pixels, to a fraction of one: (N,).
 
-    The shift at which the overlapping parts correlate best, each with its mean taken off and its energy divided out;
-    between whole pixels a parabola through the best and its neighbours. Phase correlation, the usual choice, errs more
-    often here: it takes borders for periodic and every frequency for equally good, which suits neither large shifts
-    nor blurred predictions.
+    The shift at which the overlapping parts correlate best, each with its mean subtracted and its energy normalised;
+    between whole pixels a parabola through the best and its neighbours. Phase correlation, the usual choice, fails more
+    often here: it assumes periodic borders and weights all frequencies equally, which suits neither large shifts nor
+    blurred predictions.
 
     Args:
         first: (N, C, H, W), any range; the channels are averaged.

@@ -10,8 +10,8 @@ from cdit.evaluate.metrics import HIGHER_IS_BETTER
 NAMES = {
     "latents": "squared error of latents",
     "rank": "share of recorded frames further away than the truth",
-    "right_sign": "turns to the right side",
-    "turn": "measured / asked turn",
+    "right_sign": "turns in the correct direction",
+    "turn": "measured / commanded turn",
 }
 """Titles of metrics whose name in capitals would not say what they are."""
 

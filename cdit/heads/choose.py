@@ -1,4 +1,5 @@
-"""Choosing honestly: intervals over trajectories; heads chosen on one half of the samples, reported on the other."""
+"""Choosing without selection bias: intervals over trajectories; heads chosen on one half of the samples, reported on
+the other."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass

@@ -126,7 +126,7 @@ def _targets(cdit: CDiT, goals: int) -> int:
 
 
 def _context_tokens(cdit: CDiT, context_frames: int, goals: int) -> int:
-    """Tokens from which keys and values are computed; if these follow the condition, each goal has its own."""
+    """Tokens from which keys and values are computed; if these depend on the condition, each goal has its own."""
     return _patches(cdit) * context_frames * (goals if cdit.config.context_modulation else 1)
 
 

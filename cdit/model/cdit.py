@@ -36,7 +36,7 @@ from cdit.model.reprojection import reproject
 from cdit.model.rotary import Rotation, axial_rotation, corner
 
 DEPTH_LOGIT = -2.0
-"""Of the first inverse depth: softplus of it, 0.127, is a depth of 8 spacings."""
+"""Logit of the initial inverse depth: its softplus, 0.127, is a depth of 8 spacings."""
 
 
 @dataclass
@@ -46,7 +46,7 @@ class EncodedFrames:
     keys_values: list[KeysValues]
     """Per block, (S, H, M, K) each, with the extra ones. Empty if blocks compute their own from `tokens_SMD`."""
     tokens_SMD: Tensor | None
-    """Tokens, if K and V follow the condition or are used only once; otherwise None."""
+    """Tokens, if K and V depend on the condition or are used only once; otherwise None."""
     mask_ST: Tensor | None
     """True where a frame exists; None if all do."""
     frame_T: Tensor
@@ -376,7 +376,7 @@ class CDiT(ModelMixin, ConfigMixin):
         return EncodedFrames([], tokens_SMD=x, mask_ST=mask, frame_T=frame_T, patches=self.grid[0] * self.grid[1])
 
     def _with_keys_values(self, frames: EncodedFrames) -> EncodedFrames:
-        """Replaces tokens by the keys and values of every block, unless these follow the condition."""
+        """Replaces tokens by the keys and values of every block, unless these depend on the condition."""
         if self.config.context_modulation:
             return frames
         rotation, target = self._rotation(frames.frame_T), self._rotation(frames.frame_T[-1:] + 1)

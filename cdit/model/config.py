@@ -42,9 +42,9 @@ class ModelConfig:
     context_norm: Literal["both", "keys", "none"] = "both"
     """Whether tokens of past frames are normalised before projection: for keys and values, keys only, or neither."""
     context_noise: NotNegative[float] = 0.0
-    """Largest standard deviation of noise that is added to past frames in training, different for each; the network
-    sees each frame's. Rollouts can then treat their own frames as slightly noisy (see sampler.context_noise); 0: off.
-    About 0.3 for pixels, 0.7 for latents."""
+    """Largest standard deviation of the noise that is added to past frames in training. Each frame gets a level up to
+    it, on which the network is conditioned. Rollouts can then treat their own frames as slightly noisy (see
+    sampler.context_noise); 0: off. About 0.3 for pixels, 0.7 for latents."""
     extra_kv: bool = False
     """Whether cross-attention has one learned extra key and value, a sink for patches that match nothing."""
     qk_norm: bool = False
@@ -59,7 +59,8 @@ class ModelConfig:
     wide_head_width: Positive[int] = 2048
     """Width of a token in the wide head, whose attention heads are as wide as those of the network."""
     place_embedding: bool = False
-    """Whether tokens of all frames get a learned vector of their patch: rotary positions tell only differences."""
+    """Whether tokens of all frames get a learned embedding of their patch, because rotary positions encode only
+    differences."""
     reprojection: bool = False
     """Whether the network also predicts the inverse depth of each pixel, reprojects the last past frame to the target's
     pose with it, and blends it with what it generates. Needs output_channels, clean predictions, actions, and the

@@ -80,7 +80,7 @@ def counted_flops(call: Callable[[], object]) -> int:
 def flops(cdit: CDiT, context_frames: int, goals: int) -> dict[str, int]:
     """FLOPs (2 per multiply-add) for one context: encoding it, and the forward of its goals.
 
-    If K and V follow the condition, there is little to encode beforehand, and the forward pass computes them.
+    If K and V depend on the condition, there is little to encode beforehand, and the forward pass computes them.
 
     Args:
         cdit: a network, which may be on the meta device.

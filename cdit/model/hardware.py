@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Hardware:
-    """GPUs and their connections; rates are what training is assumed to reach of those in a data sheet."""
+    """GPUs and their connections; rates are those that training is assumed to reach, as shares of data-sheet values."""
 
     gpus: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32, 64, 128, 256, 512])
     """Numbers of GPUs to compare."""
@@ -20,7 +20,7 @@ class Hardware:
     gpu_link_gb_s: float = 360.0
     """10^9 bytes per second that a GPU sends within its node; assumed: 80 % of the 450 of NVLink 4."""
     node_link_gb_s: float = 40.0
-    """The same to other nodes; assumed: 80 % of a 400 Gbit/s InfiniBand adapter for each GPU."""
+    """The same for other nodes; assumed: 80 % of a 400 Gbit/s InfiniBand adapter for each GPU."""
     latency_us: float = 5.0
     """10^-6 seconds from one GPU to the next for the smallest message; assumed."""
     host_gb_s: float = 20.0

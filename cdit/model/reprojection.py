@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NEAR = 0.1
-"""Points that were less far in front of the past camera, relative to their depth in the target, count as not seen."""
+"""Points whose depth in the past camera is less than this fraction of their depth in the target count as not
+visible."""
 
 
 def reproject(

@@ -33,7 +33,7 @@ class ConvertConfig:
     """Hub name or local folder of the AutoencoderKL."""
     spacing: float | None = None
     """Metres between consecutive frames of the dataset to use the model on (RECON 0.25, SCAND 0.38, HuRoN 0.255,
-    TartanDrive 0.72). By default every call of the model has to give it."""
+    TartanDrive 0.72). By default, it has to be passed in every call of the model."""
     num_heads: int | None = None
     """Heads of each attention; by default those of the published network of that width and depth."""
 

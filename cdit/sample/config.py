@@ -24,7 +24,7 @@ class SampleConfig(TextOptions, DataOptions, OutputOptions, CheckpointOptions):
     samples: Positive[int] = 4
     """Number of samples: contexts spread over the split, or futures of the image that differ in their noise."""
     length: Positive[int] = 16
-    """Frames to predict, unless actions are given, each of which predicts one."""
+    """Number of frames to predict; if actions are given, one frame is predicted for each."""
     actions: str | None = None
     """Actions to take instead of the recorded ones, one per frame: words such as forward*8,turn_left*4, or a file.
     Words: forward, back, left, right, which take metres, as in forward(0.5) (by default the spacing of the dataset or
@@ -42,7 +42,7 @@ class SampleConfig(TextOptions, DataOptions, OutputOptions, CheckpointOptions):
     attention: bool = False
     """Also write what each head attends to while the first frame is denoised, to OUT/attention (see cdit.heads)."""
     inspect: AttentionConfig = field(default_factory=AttentionConfig)
-    """With attention: what of it."""
+    """With attention: what to inspect."""
     compile: bool = False
     """Compile the network: slow to start, faster for many samples."""
     seed: int = 0

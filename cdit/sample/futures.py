@@ -47,7 +47,7 @@ class Scenes:
     spacing: Tensor | None
     """(N,) metres between frames, for models of several datasets."""
     text: Tensor | None = None
-    """(N, E) vectors of what is done, as the dataset says in words."""
+    """(N, E) embeddings of the texts of the dataset."""
 
 
 def sample(config: SampleConfig) -> None:
@@ -132,7 +132,7 @@ def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
 
 
 def _step(config: SampleConfig, world: WorldModel, recorded: float | None = None) -> float:
-    """Metres of a word such as forward: the spacing that is given, or the dataset's, or the model's."""
+    """Metres of a word such as forward: the given spacing, otherwise the dataset's, otherwise the model's."""
     return config.spacing or recorded or world.description.units.spacing or DEFAULT_STEP
 
 
@@ -188,7 +188,8 @@ def write_rollouts(folder: Path, scenes: Scenes, rollout: Tensor, play_fps: floa
 
 
 def write_summary(folder: Path, scenes: Scenes, rollout: Tensor, config: SampleConfig, world: WorldModel) -> None:
-    """samples.json: options and actions, and the PSNR of a rollout's frames if the truth and a decoder are there."""
+    """samples.json: options and actions, and the PSNR of a rollout's frames if the truth and a decoder are
+    available."""
     samples: list[dict] = []
     for i, name in enumerate(scenes.names):
         entry: dict = {"name": name, "actions": None if scenes.actions is None else scenes.actions[i].tolist()}

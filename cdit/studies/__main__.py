@@ -12,7 +12,7 @@ few denoising steps are enough: every scheduler, number of steps and shift sampl
 time, and states how much less time one recipe needs for the quality of another. `growth` measures at several
 checkpoints of a run whether heads find where the same surface was.
 
-What is finished is not computed again: after an interruption the same command continues.
+Finished parts are not computed again: after an interruption, the same command continues.
 """
 
 from cdit.common.cli import Command, parse_command, run

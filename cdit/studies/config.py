@@ -29,7 +29,8 @@ class AblationConfig:
     train_seconds: Positive[float] | None = None
     """Train each run for this many seconds instead of a number of steps (see train.py)."""
     slices: Positive[int] = 10
-    """Number of turns that the runs take with train_seconds, so that other load affects all of them equally."""
+    """Number of slices of each run with train_seconds. The runs take turns slice by slice, so that other load affects
+    all of them equally."""
     seconds: list[Positive[float]] = field(default_factory=lambda: [0.25, 0.5, 1.0, 2.0])
     """Horizons that are measured."""
     cases: Positive[int] = 256
@@ -97,7 +98,7 @@ class StepsConfig(OutputOptions, DataOptions, CheckpointOptions):
     seed: int = 0
     """Seed of the noise and of the bootstrap."""
     overwrite: bool = False
-    """Delete what OUT/parts holds, also of another study, and start over."""
+    """Delete the contents of OUT/parts, even those of another study, and start over."""
 
     @property
     def evaluation(self) -> EvaluateConfig:
@@ -134,9 +135,10 @@ class CurveConfig(OutputOptions):
     reference: str | None = None
     """The curve that the others are compared with; by default the first."""
     points: Literal["probes", "final"] = "probes"
-    """Every probe of a run, or only its final one. Set probe.samples and probe.final_samples of the runs alike:
-    otherwise the final probe measures other windows, and `probes` leaves it out. Earlier probes of a run are at a
-    higher learning rate than its last; `final`, with several runs of different length, compares finished ones."""
+    """Every probe of a run, or only its final one. Set probe.final_samples of the runs to the same number as
+    probe.samples: otherwise the final probe measures other windows, and `probes` leaves it out. Earlier probes of a run
+    are taken at a higher learning rate than its last one; `final`, with several runs of different length, compares
+    finished ones."""
     frames: list[int] | None = None
     """Horizons in frames; by default all probe.offsets that the runs have in common."""
 

@@ -142,7 +142,7 @@ def turning_table(turns: list[Turn], focal: float) -> str:
         "right sign",
         "f·tan(Δyaw) in px",
         "measured in px (median)",
-        "measured / asked (median)",
+        "measured / commanded (median)",
     ]
     rows = []
     for turn in turns:

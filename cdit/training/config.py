@@ -128,8 +128,8 @@ class TrainConfig:
     the weights depend on must not change. A damaged checkpoint is reported and kept, and an older one is used."""
     init_from: str | None = None
     """Start from the weights, units and codec of a trained world model: a run, a folder, or the name of a world that
-    ships with the package. The model section must describe its network; further conditioners may be added, and
-    context_noise; those of cdit start without effect."""
+    ships with the package. The model section must describe its network. Further conditioners and context_noise may be
+    added; those built into cdit have no effect at the start."""
     allow_changes: bool = False
     """Continue even if settings that the weights depend on have changed."""
     seed: NotNegative[int] = 0
@@ -139,8 +139,8 @@ class TrainConfig:
     stop_at: Positive[int] | None = None
     """Stop after this step without changing schedules, to train a run in pieces (see resume)."""
     train_seconds: Positive[float] | None = None
-    """Train for this time instead of `steps`: seconds without validation, probes and checkpoints, summed over resumes.
-    The learning rate follows its schedule over `steps` by the share of the time that has passed."""
+    """Train for this many seconds instead of `steps`, not counting validation, probes and checkpoints, summed over
+    resumes. The learning-rate schedule advances with the fraction of the time that has elapsed."""
     stop_at_seconds: Positive[float] | None = None
     """Stop after this many seconds of training without changing schedules, to train a run in slices."""
     batch_size: Positive[int] = 32
@@ -153,17 +153,17 @@ class TrainConfig:
     """On a GPU, use only deterministic kernels, and fail where there is none; slower. On a CPU all kernels are
     deterministic for a fixed number of threads."""
     timeout_minutes: Positive[float] = 30.0
-    """How long processes wait for each other before all exit. Must be longer than a probe, which one process runs
-    alone; record data that takes longer beforehand."""
+    """Minutes that processes wait for each other before all exit. Must be longer than a probe, which one process runs
+    alone; if recording a dataset takes longer, record it beforehand."""
     compile: bool = False
     """Whether to compile the network (torch.compile); worthwhile on a GPU and in long CPU runs."""
     activation_checkpointing: bool = False
     """Whether blocks keep only their input for the backward pass and recompute the rest: the same gradients and far
     less memory for about a third more compute."""
     action_dropout: Share = 0.0
-    """Share of goals whose action and text are hidden in training, for guidance on them in sampling."""
+    """Share of goals whose action and text are hidden in training, for classifier-free guidance in sampling."""
     clean_context: Share = 0.5
-    """With model.context_noise, share of windows whose past frames get no noise."""
+    """With model.context_noise, the share of windows whose past frames get no noise."""
     data: DataConfig = field(default_factory=DataConfig)
     """The dataset and its windows."""
     codec: CodecConfig = field(default_factory=CodecConfig)

@@ -59,5 +59,5 @@ class EMA:
         return dict(zip(names, self.average.shadow_params, strict=True))
 
     def resume(self, step: int) -> None:
-        """Continues as after that many steps."""
+        """Continues as if that many steps had been made."""
         self.average.optimization_step = step + self._ahead

@@ -1,4 +1,4 @@
-"""Probes during training: predicted frames, metrics beside baselines, rollouts, attention maps."""
+"""Probes during training: predicted frames, metrics next to baselines, rollouts, attention maps."""
 
 from functools import partial
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Packs a trained world model for shipping: half-precision weights and the card of what it is.
+"""Packs a trained world model for shipping: half-precision weights and a model card.
 
     python -m cdit.worlds --checkpoint runs/maze --out cdit/worlds/maze --evaluation evaluation --starts data/doom/maze
 

@@ -72,7 +72,7 @@ def test_actions_are_normalised_as_published(spacing):
     torch.testing.assert_close(action, expected)
     torch.testing.assert_close(time, torch.tensor([[-0.5, 0.5, 1 / 128, 4 / 128]]))
     torch.testing.assert_close(normalization(spacing=spacing).normalize(motion), expected)
-    with pytest.raises(UserError, match="spacing of this one"):
+    with pytest.raises(UserError, match="spacing of this dataset"):
         normalization().normalize(motion)
 
 
