@@ -69,7 +69,8 @@ class Condition(TensorData):
     """Further conditions by name, (B, G, …), for user-defined conditioners."""
 
     def shape(self, dims: int) -> tuple[int, ...] | None:
-        """The first dimensions, such as (B, G), of all but spacing and text; None where there is nothing else."""
+        """The leading dimensions, such as (B, G), of all fields except spacing and text; None if there are no other
+        fields."""
         first = next(iter(replace(self, spacing=None, text=None).named_tensors().values()), None)
         return None if first is None else tuple(first.shape[:dims])
 

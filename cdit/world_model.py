@@ -683,7 +683,7 @@ def _take_average(cdit: CDiT, files: list[Path]) -> None:
         parts = [load_file(file) for file in files]
         names = dict.fromkeys(name for part in parts for name in part)
         if set(names) != {name for name, _ in cdit.named_parameters()}:
-            raise ValueError("other weights than those of the run's world model")
+            raise ValueError("the weights do not belong to the run's world model")
         found = {name: [part[name] for part in parts if name in part] for name in names}
         cdit.load_state_dict({n: torch.cat(some) if len(some) > 1 else some[0] for n, some in found.items()}, False)
     except Exception as error:  # safetensors has its own exceptions

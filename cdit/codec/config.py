@@ -74,7 +74,7 @@ class CodecTrainConfig(CodecDataOptions):
     decoder: Literal["conv", "vit"] = "conv"
     """For kind features, a convolutional decoder or a vision transformer."""
     width: Positive[int] = 64
-    """Channels of the convolutions; of a kl at full resolution, twice and four times as many below. For a vit, the
+    """Channels of the convolutions; for kl, at full resolution, with twice and four times as many below. For vit, the
     width of a token, a multiple of 64, such as 384."""
     depth: Positive[int] = 6
     """Blocks of a vit decoder."""
@@ -86,7 +86,7 @@ class CodecTrainConfig(CodecDataOptions):
     """Weight of LPIPS in the loss, besides the mean absolute error. It is left out, with a note on stderr, if its
     weights are not available or frames have fewer than 32 pixels a side."""
     kl: NotNegative[float] = 1e-3
-    """Weight of the Kullback-Leibler divergence of a kl's posterior, in nats per latent number."""
+    """For kl, weight of the Kullback-Leibler divergence of the posterior, in nats per latent number."""
     latent_noise: NotNegative[float] = 0.0
     """Gaussian noise is added to latents before they are decoded, so that the decoder tolerates errors of a world
     model. Its standard deviation is uniform between 0 and this multiple of the latents' own (as in RAE, Zheng et al.

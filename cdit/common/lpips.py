@@ -88,8 +88,8 @@ def load_lpips(backbone: Backbone = "alex", timeout: float = 10.0) -> Lpips:
         return Lpips(weights, backbone)
     except (OSError, RuntimeError, HTTPException) as error:  # not reachable, damaged, incomplete
         raise WeightsNotAvailable(
-            f"{name} could not be downloaded ({error}); connect once, or set {variable} to a safetensors file with "
-            f"torchvision's {layers}"
+            f"{name} could not be downloaded ({error}); connect to the internet once, or set {variable} "
+            f"to a safetensors file with torchvision's {layers}"
         ) from error
     finally:
         socket.setdefaulttimeout(before)

@@ -101,7 +101,7 @@ def verify(config: EncodeConfig) -> None:
         bar = tqdm(trajectories, "checking", leave=False)
         if problems := [problem for trajectory in bar if (problem := cache.problem(trajectory, checksum=True))]:
             lines = "\n  ".join(problems)
-            raise DataError(f"{cache.folder}: {len(problems)} of {len(trajectories)} to be made again\n  {lines}")
+            raise DataError(f"{cache.folder}: {len(problems)} of {len(trajectories)} must be encoded again\n  {lines}")
         print(f"{cache.folder}: fine ({len(trajectories)} trajectories; {cache.info.encoding})")
 
 

@@ -87,6 +87,6 @@ def _in_shards(trajectories: Sequence[TrajectorySource], encoding: Encoding) -> 
         raise DataError(
             f"{shard.shards.location}: its latents were made with {shard.split.latents.encoding}; expected "
             f"{encoding}. Make shards of latents of this encoding (python -m cdit.data.shard), or train on the images, "
-            "where they are in the shards, with --data.latents no"
+            "if the shards contain them, with --data.latents no"
         )
     return [LatentMember(trajectory) for trajectory in trajectories]

@@ -262,7 +262,7 @@ class _Dataset:
         test = max(1, len(episodes) // 10)
         found = {"train": episodes[:-test], "test": episodes[-test:]}.get(split)
         if not found:
-            raise DataError(f"{self.folder}: {len(episodes)} episodes do not make a split {split!r}")
+            raise DataError(f"{self.folder}: no split {split!r} can be made of {len(episodes)} episodes")
         return found
 
     def episodes(self, camera: str) -> dict[int, dict[str, Any]]:

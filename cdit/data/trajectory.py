@@ -189,7 +189,7 @@ def _frame_files(folder: Path) -> tuple[dict[int, str], list[str]]:
         if match := FRAME_FILE.fullmatch(file):
             time = int(match[1])
             if time in found:
-                problems.append(f"{folder}: frame {time} is there twice, as {found[time]} and {file}")
+                problems.append(f"{folder}: frame {time} exists twice, as {found[time]} and {file}")
             found[time] = file
     return found, problems
 

@@ -236,7 +236,7 @@ def _names(folder: Path, split: str, splits: str | None) -> list[str]:
     names = {"train": found[:-test], "test": found[-test:]}.get(split)
     if not names:
         listing = split_file(folder, split)
-        raise DataError(f"{folder}: {len(found)} videos do not make a split {split!r}; list some in {listing}")
+        raise DataError(f"{folder}: no split {split!r} can be made of {len(found)} videos; list some in {listing}")
     return names
 
 

@@ -79,7 +79,7 @@ class WindowDataset(Dataset):
 
     @property
     def text_size(self) -> int:
-        """The size E of the vectors of texts; 0 without texts or `config.text_encoder`."""
+        """E, the size of text embeddings; 0 without texts or `config.text_encoder`."""
         return len(self._vectors[""]) if self._vectors else 0
 
     def __getitem__(self, key: WindowKey | int) -> Batch:
@@ -125,10 +125,10 @@ class WindowDataset(Dataset):
         return laned(bounds, self.seed, epoch, self.config.lanes, self.config.shuffle_shards)
 
     def fingerprint(self) -> str:
-        """Hexadecimal SHA-256 of what the order and the units of windows depend on, besides the config.
+        """Hexadecimal SHA-256 of everything besides the config that the order and the units of windows depend on.
 
-        That is names and lengths of the trajectories, their shards, frame rate and spacings; not the frames' content or
-        the dataset's location.
+        These are names and lengths of the trajectories, their shards, frame rate and spacings, but not the frames'
+        content or the dataset's location.
         """
         digest = hashlib.sha256(repr(self.info.fps).encode())
         for trajectory, spacing in zip(self.trajectories, self._spacing, strict=True):

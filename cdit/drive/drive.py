@@ -228,7 +228,7 @@ class Drive:
             if how.truth:
                 map_name = map_of(trajectory.name, stage.maps)
                 if map_name is None or trajectory.position is None:
-                    raise UserError(f"it is not known where in the engine {trajectory.name} was recorded")
+                    raise UserError(f"the place in the engine where {trajectory.name} was recorded is unknown")
                 place = Place(map_name, tuple(trajectory.position[now].tolist()), float(trajectory.yaw[now]))
         elif how.picture is not None:
             context, mask = past_of_image(stage.worlds[0], how.picture)

@@ -79,7 +79,9 @@ class Features(nn.Module):
                 self.net = self._find(name)()
         except OSError as error:  # not reachable, incomplete
             where = Path(torch.hub.get_dir()) / "checkpoints"
-            raise UserError(f"{field}: no weights for {name} ({error}); connect once, or fill {where}") from error
+            raise UserError(
+                f"{field}: no weights for {name} ({error}); connect to the internet once, or place them in {where}"
+            ) from error
         if not isinstance(self.net, nn.Module):
             raise UserError(f"{field}: {name} returns a {type(self.net).__name__}, expected an nn.Module")
         self.min_frames: int = getattr(self.net, "min_frames", 1)

@@ -25,7 +25,7 @@ DIFFERENCES = {
 """Differences of two methods sample by sample, and their names in tables."""
 
 Predict = Callable[[Batch], Tensor]
-"""From a batch, the model's frames (B, G, 3, H, W) in [-1, 1]."""
+"""Maps a batch to the model's frames (B, G, 3, H, W) in [-1, 1]."""
 
 
 def predictions(

@@ -103,7 +103,9 @@ class DreamSim(nn.Module):
             with redirect_stdout(sys.stderr):
                 self.net, _ = dreamsim.dreamsim(device=str(device), cache_dir=str(folder))
         except OSError as error:  # not reachable, incomplete
-            raise UserError(f"metrics: no weights for dreamsim ({error}); connect once, or fill {folder}") from error
+            raise UserError(
+                f"metrics: no weights for dreamsim ({error}); connect to the internet once, or place them in {folder}"
+            ) from error
 
     @torch.no_grad()
     def forward(self, prediction: Tensor, truth: Tensor) -> Tensor:

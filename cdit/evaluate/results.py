@@ -33,7 +33,7 @@ class ProtocolResult:
     cases: list[tuple[str, int]]
     """(trajectory, time) of each sample."""
     rows: list[Row]
-    """Method by method, then metric by metric, then horizon by horizon; the differences between methods last."""
+    """Ordered by method, then metric, then horizon; the differences between methods come last."""
     shown: list[float] = field(default_factory=list)
     """The horizons in tables; all if empty."""
 

@@ -246,7 +246,7 @@ class PruningCurve:
     ordered: list[Estimate]
     """For each count, the loss without the heads that the other samples need least."""
     random: list[Estimate]
-    """The loss without as many random heads, the mean over several orders."""
+    """The loss without the same number of random heads, averaged over several orders."""
 
 
 def pruning_curve(

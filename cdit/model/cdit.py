@@ -128,8 +128,8 @@ class CDiT(ModelMixin, ConfigMixin):
         in_channels: C.
         max_context: the largest number of past frames.
         learn_variance: twice the output channels, the second half for the variance (Nichol & Dhariwal 2021).
-        action_size: the number K of numbers of an action.
-        text_size: the size E of the vectors of texts; 0: the network is not conditioned on texts.
+        action_size: K, how many numbers an action has.
+        text_size: E, the size of text embeddings; 0: the network is not conditioned on texts.
         focal: of the camera for `reprojection`, see `cdit.model.reprojection.reproject`.
 
     The other arguments are the fields of `cdit.model.ModelConfig`.

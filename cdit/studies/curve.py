@@ -29,7 +29,7 @@ class Point(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """When a curve first is as good as a level."""
+    """When a curve first reaches a level."""
 
     seconds: float
     at_most: bool

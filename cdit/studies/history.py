@@ -46,7 +46,7 @@ class History:
 
     @property
     def steps_per_second(self) -> float:
-        """Median over the rows, so that compilation and other work on the machine hardly count."""
+        """Median over the rows, so that compilation and other load on the machine have little effect."""
         return float(1 / np.median(self._seconds_per_step))
 
     def values(self, name: str) -> list[tuple[int, float]]:

@@ -34,7 +34,8 @@ from cdit.world_model import WorldDescription, WorldModel
 
 SHIFTS = (0.5, 1.0, 2.0, 3.0)
 REFERENCE = {"flow": "euler", "ddpm": "ddim"}
-"""A scheduler for each objective that adds no noise on its way, so that frames depend on the initial noise only."""
+"""For each objective, a scheduler that adds no noise during sampling, so that frames depend only on the initial
+noise."""
 
 
 def compare_steps(config: StepsConfig) -> None:
@@ -87,7 +88,7 @@ def settings(config: StepsConfig, description: WorldDescription) -> list[Sampler
     if shifts is None:
         shifts = list(SHIFTS) if objective == "flow" else [1.0]
     if config.reference.scheduler == "ddpm":
-        raise UserError("reference.scheduler is ddpm, expected one that draws no noise on its way, such as ddim")
+        raise UserError("reference.scheduler is ddpm, expected one that adds no noise during sampling, such as ddim")
     try:
         scheduler = config.reference.scheduler or REFERENCE.get(objective, schedulers[0])
         reference = SamplerOptions(scheduler, config.reference.steps, 1.0).over(description)

@@ -217,7 +217,7 @@ def _take_weights(cdit: CDiT, codec: Codec, start: WorldModel, name: str) -> Non
     """Loads the weights of a trained world.
 
     Raises:
-        UserError: its network, besides conditioners and noise levels that it lacks, or its codec is another one.
+        UserError: its codec or its network differs, except for conditioners and noise levels that it lacks.
     """
     if (start.codec.kind, start.codec.fingerprint()) != (codec.kind, codec.fingerprint()):
         raise UserError(f"init_from is {name}, whose codec ({start.codec.kind}) is not the config's ({codec.kind})")
@@ -299,7 +299,7 @@ def resume_schedule(schedule: LambdaLR, state: dict[str, Any]) -> None:
 
 
 def set_rates(schedule: LambdaLR) -> None:
-    """Has the optimizer use the learning rates of `schedule.last_epoch`."""
+    """Sets the optimizer's learning rates to those of `schedule.last_epoch`."""
     for group, rate, factor in zip(
         schedule.optimizer.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True
     ):

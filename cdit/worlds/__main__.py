@@ -30,7 +30,7 @@ class PackConfig(CheckpointOptions, OutputOptions):
     starts: str | None = None
     """Dataset whose split `test` gives the walks to start from."""
     note: str = ""
-    """A paragraph for the card: machine, data, licence of what the frames show."""
+    """A paragraph for the card: machine, data, licence of the contents of the frames."""
 
 
 def main() -> None:

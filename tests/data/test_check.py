@@ -57,7 +57,7 @@ CASES = {
     "missing frame": (lambda d: (d / "a/7.jpg").unlink(), "a: 1 of 20 frames missing, the first is frame 7", False),
     "first frame missing": (lambda d: (d / "a/0.jpg").unlink(), "a: 1 of 20 frames missing", False),
     "last frame missing": (lambda d: (d / "a/19.jpg").unlink(), "a: 19 frames, but 20 poses", False),
-    "frame twice": (lambda d: shutil.copy(d / "a/7.jpg", d / "a/7.png"), "a: frame 7 is there twice", False),
+    "frame twice": (lambda d: shutil.copy(d / "a/7.jpg", d / "a/7.png"), "a: frame 7 exists twice", False),
     "truncated frame": (lambda d: cut(d / "a/7.jpg"), "a/7.jpg: not a readable image", True),
     "empty frame": (lambda d: (d / "a/7.jpg").write_bytes(b""), "a/7.jpg: not a readable image", True),
     "frame of another size": (

@@ -189,7 +189,7 @@ def test_what_is_missing_or_damaged_is_made_again(dataset, arguments, command):
             (dataset / "latents" / "b.safetensors").unlink()
         else:
             (dataset / "latents" / "b.safetensors").write_bytes(b)
-        with pytest.raises(UserError, match=r"2 of 3 to be made again\n.*a\.safetensors: .*\n.*b\.safetensors: "):
+        with pytest.raises(UserError, match=r"2 of 3 must be encoded again\n.*a\.safetensors: .*\n.*b\.safetensors: "):
             command(*arguments, "--verify", "true")
         command(*arguments)
         assert shards(dataset) == first

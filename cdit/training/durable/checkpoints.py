@@ -277,7 +277,7 @@ def step_of(checkpoint: Path) -> int:
 def find_resume(config: TrainConfig) -> Path | None:
     """The checkpoint to continue, after checking it and its config; None to start from the beginning.
 
-    With `auto`, damaged ones are reported on stderr and renamed, so that they are kept but not tried again.
+    With `auto`, damaged checkpoints are reported on stderr and renamed, so that they are kept but not tried again.
 
     Raises:
         UserError: a run would be overwritten; the checkpoint is missing or damaged, or all are; or it was made with

@@ -225,7 +225,8 @@ class DurableRun:
         self._losses, self._timed_from, self._since = [], self.step, time.perf_counter()
 
     def _count_seconds(self) -> None:
-        """Counts the main process's time, so that all stop at the same step, and has the learning rate follow it."""
+        """Counts the main process's time, so that all processes stop at the same step, and adjusts the learning rate to
+        it."""
         own = time.perf_counter() - self._started if self.accelerator.is_main_process else 0.0
         (self.state.seconds,) = self._processes.sum(own)
         if self.config.train_seconds is not None:
