@@ -275,14 +275,18 @@ class Setting:
         moments, by_world = planner.moments, WorldScores(self.score)
         by_engine = EngineScores(self.other, moments, cost, self.world.device)
 
+        arrived = None if self.network is None else config.arrived
+
         def planned(scores: Scores, kind: type[Planned] = Planned, **options: object) -> Planned:
-            return kind(planner, scores, config.execute, avoid=config.avoid, **options)
+            shared = {"avoid": config.avoid, "network": self.network, "arrived": arrived}
+            return kind(planner, scores, config.execute, **shared, **options)
 
         makers = {
             "random": lambda: Candidates(*learned, recorded=self.recorded, straight=False),
             "straight": lambda: Candidates(*learned, recorded=self.recorded, straight=True),
             "policy": lambda: Policy(*learned),
-            "ranked": lambda: planned(by_world, proposals=self.network),
+            "ranked": lambda: planned(by_world, proposals="rank"),
+            "guided": lambda: planned(by_world, proposals="guide"),
             "world": lambda: planned(by_world),
             "engine": lambda: planned(by_engine),
             "world_distance": lambda: planned(MotionScores(moments), by_pose=True),

@@ -20,6 +20,7 @@ NAMES = {
     "straight": "straight ahead",
     "policy": "inverse dynamics",
     "ranked": "inverse dynamics, ranked by the world",
+    "guided": "planned with the world, guided by inverse dynamics",
     "world": "planned with the world",
     "engine": "planned with the engine, same cost",
     "world_distance": "planned by the true distance, commanded motion *",

@@ -1,9 +1,11 @@
 """Who acts in the closed loop. The rows of the table separate causes: dynamics, cost, optimiser, stopping."""
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import torch
@@ -17,8 +19,9 @@ from cdit.plan.episodes import Episode
 from cdit.plan.free_space import Distances
 from cdit.plan.goal_network import GoalNetwork
 from cdit.plan.graph import Graph
-from cdit.plan.planner import Planner, Score, Towards, WorldScore
+from cdit.plan.planner import Guided, Planner, Score, Towards, WorldScore
 
+INSIST = bool(os.environ.get("INSIST"))
 MASTERED = 0.6
 """Share of the radius and angle of success within which agents that know the true distance stop."""
 
@@ -86,6 +89,12 @@ class Agent(ABC):
         return bool(self.task.distances.at(seen.pose[:2]) < radius and abs(turn) < angle)
 
 
+def arrival(network: GoalNetwork, seen: Seen, goal: Tensor) -> float:
+    """The probability that what is seen is at a goal (3, H, W)."""
+    device = network.head.weight.device
+    return network.arrival(seen.frame[None].to(device), goal[None].to(device)).item()
+
+
 class Learned(Agent):
     """Stops by the learned probability of having arrived.
 
@@ -100,8 +109,7 @@ class Learned(Agent):
 
     def stops(self, seen: Seen, radius: float, angle: float) -> bool:
         """See `Agent`."""
-        device = self.network.head.weight.device
-        return self.network.arrival(seen.frame[None].to(device), self.task.goal[None].to(device)).item() > self.arrived
+        return arrival(self.network, seen, self.task.goal) > self.arrived
 
 
 class Candidates(Learned):
@@ -142,7 +150,10 @@ class Planned(Agent):
         execute: steps of a plan that are carried out, at most; fewer if the plan ends earlier.
         by_pose: whether to stop by the true pose instead (privileged).
         avoid: a rectangle that no plan may cross, in the world.
-        proposals: a network whose proposals are the candidates, which are ranked only.
+        network: compares frames with the goal.
+        proposals: what its proposals are for: rank, they are the only candidates; guide, they are half of the first
+            candidates, and the prior of all (`Guided`).
+        arrived: probability of having arrived, by the network, at which to stop, too.
     """
 
     def __init__(
@@ -152,10 +163,12 @@ class Planned(Agent):
         execute: int,
         by_pose: bool = False,
         avoid: list[float] | None = None,
-        proposals: GoalNetwork | None = None,
+        network: GoalNetwork | None = None,
+        proposals: Literal["rank", "guide"] | None = None,
+        arrived: float | None = None,
     ):
         self.planner, self.scores, self.execute, self.by_pose = planner, scores, execute, by_pose
-        self.avoid, self.proposals = avoid, proposals
+        self.avoid, self.network, self.proposals, self.arrived = avoid, network, proposals, arrived
 
     def begin(self, task: Task) -> None:
         """See `Agent`."""
@@ -164,7 +177,9 @@ class Planned(Agent):
 
     def stops(self, seen: Seen, radius: float, angle: float) -> bool:
         """See `Agent`."""
-        return self.by_pose and self.is_there(seen, radius, angle)
+        if self.by_pose:
+            return self.is_there(seen, radius, angle)
+        return self.arrived is not None and arrival(self.network, seen, self.task.goal) > self.arrived
 
     def move(self, past: list[Seen]) -> Move:
         """See `Agent`."""
@@ -174,14 +189,20 @@ class Planned(Agent):
         """The next steps to a goal image; None where none is better than standing still, unless `insist`."""
         random, penalty = self.random(), self._penalty(past[-1])
         score = self.scores(past, self.task, goal, random)
+        judged, proposed = score, None
         if self.proposals is not None:
-            here, there = (x[None].to(self.proposals.head.weight.device) for x in (past[-1].frame, goal))
-            proposed = self.proposals.proposals(here, there, self.planner.config.optimizer.samples, random)
-            plan = self.planner.rank(score, proposed, penalty)
+            here, there = (x[None].to(self.network.head.weight.device) for x in (past[-1].frame, goal))
+            samples = self.planner.config.optimizer.samples
+            count = samples if self.proposals == "rank" else samples // 2
+            proposed = self.network.proposals(here, there, count, random)
+            if self.proposals == "guide":
+                judged = Guided.by(self.network, here, there, score, self.planner)
+        if self.proposals == "rank":
+            plan = self.planner.rank(judged, proposed, penalty)
         else:
-            plan = self.planner.plan(score, 1, random, self.last, penalty)
+            plan = self.planner.plan(judged, 1, random, self.last, penalty, proposed)
         if not (self.by_pose or insist):
-            still = score(torch.zeros_like(plan.actions[:, None]))
+            still = judged(torch.zeros_like(plan.actions[:, None]))
             if still.min() <= plan.lowest:
                 return None
         actions, count = plan.actions, max(1, min(self.execute, int(plan.length)))

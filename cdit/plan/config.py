@@ -98,6 +98,9 @@ class PlannerConfig:
     """Predictions of each candidate, whose costs are averaged."""
     chunk: int = 256
     """Largest number of frames predicted at a time; halved while memory does not suffice."""
+    guidance: float = 0.1
+    """How much plans that inverse dynamics guides cost more for each squared standard deviation from what it proposes,
+    on average over steps and their three numbers; in units of the cost."""
     constraint: Literal["none", "forward_first", "turn_first"] = "none"
     """forward_first: walk, then turn; turn_first: turn, then walk. With five eighths of the time for the walk."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
@@ -123,6 +126,7 @@ class PlannerConfig:
             "knots": (self.knots >= 1, "at least 1"),
             "repeats": (self.repeats >= 1, "at least 1"),
             "chunk": (self.chunk >= 1, "at least 1"),
+            "guidance": (self.guidance >= 0, "at least 0"),
             "stride": (self.stride is None or horizon % max(1, self.stride) == 0, f"a divisor of {horizon}"),
             "frames": (
                 all(1 <= t <= horizon and t % (self.stride or 1) == 0 for t in self.frames)
@@ -155,6 +159,9 @@ class LearnConfig(OutputOptions, DataOptions, CheckpointOptions):
     """Frames that the world predicts first, so that the network knows what its frames look like; 0 for none."""
     jumps: int = 4
     """Frames predicted from each context."""
+    shared_coordinates: bool = False
+    """The poses of all walks are in one coordinate frame, as in one building: pairs of close places are then also of
+    two walks, which shows places beside each other."""
     radius: float = 0.5
     """Metres within which a goal is reached."""
     degrees: float = 30.0
@@ -260,9 +267,10 @@ class DiagnoseConfig(OpenConfig):
 
 
 AgentName = Literal[
-    "random", "straight", "policy", "ranked", "world", "engine", "world_distance", "engine_distance", "graph", "expert"
-]
-LEARNING = ("random", "straight", "policy", "ranked", "graph")
+    "random", "straight", "policy", "ranked", "guided", "world",
+    "engine", "world_distance", "engine_distance", "graph", "expert",
+]  # fmt: skip
+LEARNING = ("random", "straight", "policy", "ranked", "guided", "graph")
 """Agents that need a goal network."""
 
 
@@ -305,19 +313,19 @@ class ActConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
         default_factory=lambda: ["random", "straight", "policy", "ranked", "world", "expert"]
     )
     """Who acts: random candidates; straight ahead; policy, inverse dynamics; ranked, its proposals ranked by the world;
-    world, planned with the world; engine, planned with the engine as a perfect world, by the same cost; world_distance
-    and engine_distance, planned by the true distance, with motions as they are commanded, or as the engine executes
-    them; graph, planned with the world from one remembered frame to the next; expert, along the shortest way on the
-    map."""
+    guided, planned with the world near its proposals; world, planned with the world; engine, planned with the engine as
+    a perfect world, by the same cost; world_distance and engine_distance, planned by the true distance, with motions as
+    they are commanded, or as the engine executes them; graph, planned with the world from one remembered frame to the
+    next; expert, along the shortest way on the map."""
     planner: PlannerConfig = field(default_factory=lambda: PlannerConfig(knots=1, frames=[1, 2, 4, 8]))
-    """How plans are made. planner.learned, which random, straight, policy, ranked and graph need, also tells random,
-    straight and policy when a goal is reached."""
+    """How plans are made. With planner.learned, which random, straight, policy, ranked, guided and graph need, agents
+    also stop where it predicts that the goal is reached."""
     horizon: int = 8
     """Steps of a plan."""
     execute: int = 4
     """Steps that are executed before the next plan."""
-    arrived: float = 0.5
-    """Probability at which the learned network stops."""
+    arrived: float = 0.7
+    """Probability of having arrived, by planner.learned, at which agents stop."""
     most: int | None = None
     """Most episodes of each stratum."""
     radius: float = 0.5

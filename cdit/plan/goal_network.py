@@ -26,9 +26,15 @@ EDGES = (0, 1, 2, 4, 8, 16, 32, FARTHEST)
 MIDDLES = (0.0, 1.0, 2.0, 3.5, 6.5, 12.5, 24.5, 48.5, 96.0)
 """Number of steps that each class stands for."""
 FAR_EDGES = (0.2, 0.4, 0.6, 0.9, 1.2, 1.6, 2.0, 2.6, 3.4, 4.4, 6.0, 9.0)
-"""Largest distance in each class but the last, in multiples of what counts as reached."""
+"""Largest distance in each class but the last, in multiples of the radius of what counts as reached."""
 FAR_MIDDLES = (0.1, 0.3, 0.5, 0.75, 1.05, 1.4, 1.8, 2.3, 3.0, 3.9, 5.2, 7.5, 12.0)
 """Distance that each class stands for."""
+TURN_EDGES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.4, 2.0, 3.0, 4.5)
+"""Largest difference of headings in each class but the last, in multiples of the angle of what counts as reached."""
+TURN_MIDDLES = (0.05, 0.15, 0.27, 0.42, 0.62, 0.87, 1.2, 1.7, 2.5, 3.7, 5.2)
+"""Difference that each class stands for."""
+TURN_WEIGHT, TURN_REACH = 0.5, 4.0
+"""How much an angle counts at the goal, in radii, and the radii at which it no longer counts."""
 LOG_STD = (-5.0, 2.0)
 
 
@@ -58,6 +64,8 @@ class Compared:
     """(N, 9) logits of the number of steps, see `EDGES`."""
     far: Tensor
     """(N, 13) logits of the distance, see `FAR_EDGES`."""
+    turned: Tensor
+    """(N, 11) logits of the difference of headings, see `TURN_EDGES`."""
     arrived: Tensor
     """(N,) logits of being at the goal."""
     motion: tuple[Tensor, Tensor]
@@ -70,9 +78,25 @@ class Compared:
         """Expected steps to go (N,): 2^E - 1 of the expected E = log₂(1 + steps)."""
         return _expected(self.classes, MIDDLES)
 
-    def distance(self) -> Tensor:
-        """Expected distance to the goal (N,), metres / radius + radians / angle, averaged as `steps` are."""
+    def metres(self) -> Tensor:
+        """Expected distance (N,), in multiples of the radius, averaged as `steps` are."""
         return _expected(self.far, FAR_MIDDLES)
+
+    def turn(self) -> Tensor:
+        """Expected difference of headings (N,), in multiples of the angle, averaged as `steps` are."""
+        return _expected(self.turned, TURN_MIDDLES)
+
+    def apart(self) -> Tensor:
+        """How different the places are (N,): the sum of `metres` and `turn`."""
+        return self.metres() + self.turn()
+
+    def distance(self) -> Tensor:
+        """What is left to the goal (N,), in radii: the distance, and close to the goal the heading (`TURN_WEIGHT`).
+
+        Farther away the heading does not count: whoever has to go there may have to turn away from it first.
+        """
+        metres = self.metres()
+        return metres + TURN_WEIGHT * self.turn() * (1 - metres / TURN_REACH).clamp(min=0)
 
 
 class GoalNetwork(nn.Module):
@@ -98,7 +122,7 @@ class GoalNetwork(nn.Module):
             nn.Linear(128 * (PLACES // 4) ** 2, 256),
             nn.GELU(),
         )
-        self.sizes = (len(MIDDLES), len(FAR_MIDDLES), 1, 6, 6 * h)
+        self.sizes = (len(MIDDLES), len(FAR_MIDDLES), len(TURN_MIDDLES), 1, 6, 6 * h)
         self.head = nn.Linear(256, sum(self.sizes))
         self.register_buffer("action_scale", torch.tensor(description.action_scale), persistent=False)
         self.register_buffer("motion_scale", torch.tensor(description.motion_scale), persistent=False)
@@ -109,8 +133,8 @@ class GoalNetwork(nn.Module):
         if pair.shape[-2:] != (SIDE, SIDE):
             pair = F.interpolate(pair, (SIDE, SIDE), mode="bilinear", antialias=True)
         found = self.head(self.trunk(self._correlated(*pair.split(3, dim=1)))).float()
-        classes, far, arrived, motion, actions = found.split(self.sizes, dim=1)
-        return Compared(classes, far, arrived[:, 0], _gaussian(motion), _gaussian(actions.unflatten(1, (-1, 6))))
+        *logits, arrived, motion, actions = found.split(self.sizes, dim=1)
+        return Compared(*logits, arrived[:, 0], _gaussian(motion), _gaussian(actions.unflatten(1, (-1, 6))))
 
     def _correlated(self, frames: Tensor, goals: Tensor) -> Tensor:
         """At each place of a frame its correlation with every place of the goal, and the features of both."""

@@ -110,7 +110,7 @@ class Graph:
         device, (here, there) = self.network.head.weight.device, torch.broadcast_tensors(here, there)
         chunks = zip(here.split(CHUNK), there.split(CHUNK), strict=True)
         found = [self.network(to_float(a).to(device), to_float(b).to(device)) for a, b in chunks]
-        return torch.cat([x.steps() for x in found]).cpu(), torch.cat([x.distance() for x in found]).cpu()
+        return torch.cat([x.steps() for x in found]).cpu(), torch.cat([x.apart() for x in found]).cpu()
 
     def to_goal(self, goal: Tensor) -> "Route":
         """The ways from every node to a goal image (3, H, W)."""

@@ -22,11 +22,13 @@ from cdit.data.windows import WindowDataset
 from cdit.loading import load_world, spread, windows_for
 from cdit.plan.candidates import recorded_actions
 from cdit.plan.config import LearnConfig
-from cdit.plan.goal_network import FAR_EDGES, FARTHEST, GoalDescription, GoalNetwork, class_of
+from cdit.plan.goal_network import FAR_EDGES, FARTHEST, TURN_EDGES, GoalDescription, GoalNetwork, class_of
 from cdit.world_model import WorldModel
 
 OTHERS, CLOSE = 0.15, 0.5
 """Shares of pairs of two walks, and of pairs of close places."""
+REMEMBERED = 4096
+"""Goals among which frames of other places that look alike are searched."""
 WITHIN = 4, 3
 """Multiples of the radius and the angle of a reached goal within which two places are close."""
 UNORDERED = -1
@@ -46,7 +48,7 @@ class Pairs:
     """(N,) int64 from the frame to the goal; more than `FARTHEST` for frames of two walks, `UNORDERED` for pairs that
     were chosen for their places."""
     motion: Tensor
-    """(N, 3) float32 in metres and radians; zeros for frames of two walks."""
+    """(N, 3) float32 in metres and radians; NaN for frames of two walks without shared coordinates."""
     actions: Tensor
     """(N, H, 3) float32: what was done, from the frame on; zeros unless the goal was recorded later."""
 
@@ -105,9 +107,15 @@ class Sampler:
 
     def __init__(self, dataset: WindowDataset, config: LearnConfig):
         self.dataset, self.horizon = dataset, config.horizon
-        self.within = WITHIN[0] * config.radius, WITHIN[1] * np.radians(config.degrees)
+        self.within = np.array((WITHIN[0] * config.radius, WITHIN[1] * np.radians(config.degrees)))
         self.random = np.random.default_rng(seed_of(config.seed, 1))
         self.lengths = np.array([len(trajectory) for trajectory in dataset.trajectories])
+        self.starts = np.cumsum(self.lengths) - self.lengths
+        self.position = np.concatenate([trajectory.position for trajectory in dataset.trajectories])
+        self.yaw = np.concatenate([trajectory.yaw for trajectory in dataset.trajectories])
+        self.shared, self.by_x = config.shared_coordinates, np.argsort(self.position[:, 0])
+        self.sorted_x = self.position[self.by_x, 0]
+        self.looks, self.looked_at, self.count = torch.zeros(REMEMBERED, 192), np.zeros(REMEMBERED, int), 0
 
     def draw(self, count: int, predicted: dict[tuple[int, int], Tensor] | None = None) -> Pairs:
         """Pairs of one walk, of close places or with log-uniform times between them, and some of two walks.
@@ -122,34 +130,69 @@ class Sampler:
         )
 
     def _pair(self, predicted: dict[tuple[int, int], Tensor] | None, known: list) -> tuple[Tensor, ...]:
-        random, dataset = self.random, self.dataset
+        random, kind = self.random, self.random.random()
         from_prediction = known and random.random() < 0.5
         if from_prediction:
             index, now = known[random.integers(len(known))]
         else:
-            index = random.choice(len(self.lengths), p=self.lengths / self.lengths.sum())
-            now = int(random.integers(self.lengths[index]))
-        motion, actions, kind = np.zeros(3), np.zeros((self.horizon, 3)), random.random()
+            index, now = self._place(random.integers(len(self.yaw)))
+        start, steps, actions = self.starts[index] + now, UNORDERED, np.zeros((self.horizon, 3))
+        frame = predicted[index, now] if from_prediction else self._frame(start)
         if kind < OTHERS and len(self.lengths) > 1:
-            other = (index + random.integers(1, len(self.lengths))) % len(self.lengths)
-            goal = dataset.frames.read(other, [int(random.integers(self.lengths[other]))])[0]
-            steps = FARTHEST + 1
+            goal = self._elsewhere(index, start, frame)
+            if not (self.shared and self._close(self._motion(start, goal))):
+                steps = FARTHEST + 1
+        elif kind < OTHERS + CLOSE:
+            goal = random.choice(self._neighbours(index, start, random.random()))
         else:
-            position, yaw = dataset.trajectories[index].position, dataset.trajectories[index].yaw
-            motions = local_motion(position[now], yaw[now], position, yaw)
-            if kind < OTHERS + CLOSE:
-                metres, radians = np.linalg.norm(motions[:, :2], axis=1), np.abs(motions[:, 2])
-                then = int(random.choice(np.flatnonzero((metres < self.within[0]) & (radians < self.within[1]))))
-                steps = UNORDERED
-            else:
-                left = int(self.lengths[index]) - 1 - now
-                steps = min(left, int(2 ** random.uniform(0, np.log2(FARTHEST + 2)) - 1))
-                then = now + steps
-                times = np.minimum(np.arange(now, now + self.horizon + 1), then)  # stands still at the goal
-                actions = local_motion(position[times[:-1]], yaw[times[:-1]], position[times[1:]], yaw[times[1:]])
-            goal, motion = dataset.frames.read(index, [then])[0], motions[then]
-        frame = predicted[index, now] if from_prediction else dataset.frames.read(index, [now])[0]
-        return frame, goal, torch.tensor(steps), torch.tensor(motion).float(), torch.tensor(actions).float()
+            left = self.lengths[index] - 1 - now
+            steps = min(left, int(2 ** random.uniform(0, np.log2(FARTHEST + 2)) - 1))
+            goal = start + steps
+            times = np.minimum(np.arange(start, start + self.horizon + 1), goal)  # stands still at the goal
+            actions = self._motion(times[:-1], times[1:])
+        known = self.shared or steps <= FARTHEST
+        motion = self._motion(start, goal) if known else np.full(3, np.nan)
+        shown = self._frame(goal)
+        slot, self.count = self.count % REMEMBERED, self.count + 1
+        self.looks[slot], self.looked_at[slot] = _look(shown), goal
+        return frame, shown, torch.tensor(steps), *(torch.tensor(x).float() for x in (motion, actions))
+
+    def _elsewhere(self, index: int, start: int, frame: Tensor) -> int:
+        """A frame of another walk; with shared coordinates every second time the most similar one of another place."""
+        if self.shared and self.random.random() < 0.5:
+            frames = self.looked_at[: self.count]
+            walks = np.searchsorted(self.starts, frames, side="right") - 1
+            apart = np.flatnonzero((walks != index) & ~self._close(self._motion(start, frames)))
+            if len(apart):
+                return frames[apart[(self.looks[apart] - _look(frame)).square().sum(1).argmin()]]
+        other = (index + self.random.integers(1, len(self.lengths))) % len(self.lengths)
+        return self.starts[other] + self.random.integers(self.lengths[other])
+
+    def _place(self, frame: int) -> tuple[int, int]:
+        """Trajectory and time of one of all frames."""
+        index = int(np.searchsorted(self.starts, frame, side="right")) - 1
+        return index, int(frame - self.starts[index])
+
+    def _frame(self, frame: int) -> Tensor:
+        index, time = self._place(frame)
+        return self.dataset.frames.read(index, [time])[0]
+
+    def _motion(self, start: int | np.ndarray, goal: int | np.ndarray) -> np.ndarray:
+        return local_motion(self.position[start], self.yaw[start], self.position[goal], self.yaw[goal])
+
+    def _close(self, motion: np.ndarray, scale: float = 1.0) -> np.ndarray:
+        metres, radians = np.linalg.norm(motion[..., :2], axis=-1), np.abs(motion[..., 2])
+        return (metres <= scale * self.within[0]) & (radians <= scale * self.within[1])
+
+    def _neighbours(self, index: int, start: int, scale: float) -> np.ndarray:
+        """Frames close to one of walk `index`, itself among them: of this walk, or of all that share coordinates."""
+        if self.shared:
+            (x, y), reach = self.position[start], scale * self.within[0] + 1e-6
+            frames = self.by_x[slice(*np.searchsorted(self.sorted_x, (x - reach, x + reach)))]
+            frames = frames[np.abs(self.position[frames, 1] - y) <= reach]
+        else:
+            frames = self.starts[index] + np.arange(self.lengths[index])
+        return frames[self._close(self._motion(start, frames), scale)]
 
 
 def loss_of(network: GoalNetwork, pairs: Pairs, random: torch.Generator) -> dict[str, Tensor]:
@@ -158,12 +201,14 @@ def loss_of(network: GoalNetwork, pairs: Pairs, random: torch.Generator) -> dict
     frames, goals = (_augmented(to_float(x), random).to(device) for x in (pairs.frames, pairs.goals))
     steps, motion, actions = (x.to(device) for x in (pairs.steps, pairs.motion, pairs.actions))
     found = network(frames, goals)
-    same, ordered = steps <= FARTHEST, steps != UNORDERED
+    same, ordered, located = steps <= FARTHEST, steps != UNORDERED, motion.isfinite().all(1)
+    motion = motion.nan_to_num()
     metres, radians = motion[:, :2].norm(dim=1) / description.radius, motion[:, 2].abs() / description.angle
-    far = torch.where(same, metres + radians, torch.inf)
+    far = torch.where(located, metres, torch.inf)
     return {
         "steps": _mean(F.cross_entropy(found.classes, class_of(steps), reduction="none"), ordered),
         "distance": F.cross_entropy(found.far, class_of(far, FAR_EDGES)),
+        "turn": _mean(F.cross_entropy(found.turned, class_of(radians, TURN_EDGES), reduction="none"), located),
         "arrived": F.binary_cross_entropy_with_logits(found.arrived, (same & (metres < 1) & (radians < 1)).float()),
         "motion": _mean(_likelihood(found.motion, motion / network.motion_scale), same),
         "actions": _mean(_likelihood(found.actions, actions / network.action_scale), same & ordered),
@@ -187,6 +232,11 @@ def predict_frames(world: WorldModel, dataset: WindowDataset, config: LearnConfi
             index, now = dataset.locate(window)
             found |= {(index, now + int(offset)): frame for offset, frame in zip(ahead, row, strict=True)}
     return found
+
+
+def _look(frame: Tensor) -> Tensor:
+    """A frame (3, H, W) in 8 × 8 pixels: (192,)."""
+    return F.adaptive_avg_pool2d(frame.float(), 8).flatten()
 
 
 def _augmented(frames: Tensor, random: torch.Generator) -> Tensor:

@@ -27,13 +27,14 @@ from cdit.plan.candidates import recorded_actions, walked
 from cdit.plan.config import CurveConfig, DiagnoseConfig, OpenConfig
 from cdit.plan.goal_network import load_goal_network
 from cdit.plan.motion import path_errors
-from cdit.plan.planner import Plan, Planner, Towards, WorldScore
+from cdit.plan.planner import Guided, Plan, Planner, Towards, WorldScore
 from cdit.world_model import WorldModel
 
 METHODS = {
     "world": "planned with the world",
     "policy": "inverse dynamics",
     "ranked": "inverse dynamics, ranked by the world",
+    "guided": "planned with the world, guided by inverse dynamics",
     "prior": "mean of the candidates",
     "straight": "straight ahead",
     "random": "a random candidate",
@@ -41,8 +42,8 @@ METHODS = {
     "truth": "true motion as a candidate",
 }
 """Methods and their names in tables. The last is the error that the candidates' family leaves."""
-NOT_COMPARED = ("world", "truth")
-"""Methods that the table does not compare the planner with."""
+PLANNERS = "world", "guided"
+"""Methods that the table compares with the others, but for the last."""
 
 
 @dataclass
@@ -98,9 +99,9 @@ class OpenResults:
         """Means of the four errors, with intervals over trajectories."""
         return estimates(self.errors(method), [case.name for case in self.cases])
 
-    def differences(self, method: str) -> list[Estimate]:
-        """The planner's errors minus a method's, case by case."""
-        return paired_difference(self.errors("world"), self.errors(method), [case.name for case in self.cases])
+    def differences(self, planner: str, method: str) -> list[Estimate]:
+        """A planner's errors minus a method's, case by case."""
+        return paired_difference(self.errors(planner), self.errors(method), [case.name for case in self.cases])
 
 
 class Benchmark:
@@ -168,8 +169,7 @@ class Benchmark:
         fitted = planner.family.actions(planner.family.values(self.truth_actions))
         found["truth"] = Answers(integrate(fitted), costs=self._costs(score, fitted))
         if self.network is not None:
-            policy, ranked = self._proposals(planner, score)
-            found |= {"policy": policy, "ranked": ranked}
+            found |= self._proposals(planner, score)
         return found
 
     def _costs(self, score: WorldScore, actions: Tensor) -> Tensor:
@@ -180,17 +180,19 @@ class Benchmark:
             costs.append(scored(actions[indices][:, None].to(self.world.device))[:, 0].min(1).values)
         return torch.cat(costs).cpu()
 
-    def _proposals(self, planner: Planner, score: WorldScore) -> tuple[Answers, Answers]:
-        """The policy's mean, and the best of its proposals by the world's costs."""
-        means, best = [], []
+    def _proposals(self, planner: Planner, score: WorldScore) -> dict[str, Answers]:
+        """The policy's mean, the best of its proposals by the world's costs, and the best that is planned from them."""
+        found: dict[str, list[Tensor]] = {"policy": [], "ranked": [], "guided": []}
         for indices, batch in self.batches():
             frame, goal = to_float(batch.context[:, -1]), to_float(batch.target[:, 0])
             scored = score_of(score, batch, self.config.seed, indices.start)
-            draws = generator(self.config.seed, 3, indices.start)
-            proposed = self.network.proposals(frame, goal, self.config.planner.optimizer.samples, draws)
-            means.append(proposed[:, 0])
-            best.append(planner.rank(scored, proposed).actions)
-        return Answers(integrate(torch.cat(means)).cpu()), Answers(integrate(torch.cat(best)).cpu())
+            draws, samples = generator(self.config.seed, 3, indices.start), self.config.planner.optimizer.samples
+            proposed = self.network.proposals(frame, goal, samples, draws)
+            found["policy"].append(proposed[:, 0])
+            found["ranked"].append(planner.rank(scored, proposed).actions)
+            guided = Guided.by(self.network, frame, goal, scored, planner)
+            found["guided"].append(planner.plan(guided, 1, draws, proposed=proposed[:, : samples // 2]).actions)
+        return {name: Answers(integrate(torch.cat(actions)).cpu()) for name, actions in found.items()}
 
 
 def run_open(config: OpenConfig) -> OpenResults:
@@ -207,6 +209,7 @@ def run_open(config: OpenConfig) -> OpenResults:
     found = {"world": answers} | benchmark.baselines(planner, score)
     truth = integrate(benchmark.truth_actions)
     results = OpenResults(asdict(config), benchmark.cases, truth, found, benchmark.spacing)
+    results.about["planner"]["motions"] = config.planner.motions
     shown = np.linspace(0, len(plans) - 1, min(config.pictures, len(plans))).round().astype(int)
     results.pictures = [picture_of(benchmark, score, plans[i], int(i)) for i in shown]
     return results

@@ -16,7 +16,7 @@ from cdit.common.statistics import Estimate
 from cdit.common.tables import html_table, markdown_table
 from cdit.evaluate.page import figure, html_page
 from cdit.plan.draw import OTHER, PLAN, TRUTH, beside, costs_as_colours, frame, from_above, map_of
-from cdit.plan.openloop import METHODS, NOT_COMPARED, CurvePoint, OpenResults, Picture
+from cdit.plan.openloop import METHODS, PLANNERS, CurvePoint, OpenResults, Picture
 
 MEASURES = {"ATE": 2, "RPE": 2, "final distance [m]": 2, "final turn [°]": 1}
 """Errors and their decimals."""
@@ -53,13 +53,15 @@ def table(results: OpenResults) -> tuple[list[str], list[list[str]]]:
 
 
 def differences(results: OpenResults) -> tuple[list[str], list[list[str]]]:
-    """The planner's errors minus those of each baseline."""
-    rows = [
-        [f"world − {METHODS[method]}"]
-        + [_cell(e, places, "+") for e, places in zip(results.differences(method), MEASURES.values(), strict=True)]
-        for method in METHODS
-        if method in results.answers and method not in NOT_COMPARED
-    ]
+    """The errors of each planner minus those of each baseline."""
+    rows = []
+    for planner in PLANNERS:
+        others = [
+            name for name in METHODS if name not in (planner, "truth") and {planner, name} <= set(results.answers)
+        ]
+        for name in others:
+            pairs = zip(results.differences(planner, name), MEASURES.values(), strict=True)
+            rows.append([f"{planner} − {METHODS[name]}", *(_cell(e, places, "+") for e, places in pairs)])
     return ["difference, case by case", *MEASURES], rows
 
 
@@ -73,7 +75,7 @@ def describe(results: OpenResults) -> str:
         worse = f" The plan costs less than the true motion in {beaten:.0%} of the episodes."
     return (
         f"{len(results.cases)} episodes of {len({case.name for case in results.cases})} walks of split "
-        f"{about['split']} of {about['data']}, {about['seconds']:g} s ahead; {planner['candidates']} candidates, "
+        f"{about['split']} of {about['data']}, {about['seconds']:g} s ahead; {planner['motions']} candidates, "
         f"{optimizer['name']}, {optimizer['samples']} × {optimizer['iterations']}, {planner['repeats']} repeats, cost "
         f"{planner['cost']}. ATE and RPE in units of {results.spacing:g} m; ± is half the width of the 95 % interval "
         f"over walks.{worse}"

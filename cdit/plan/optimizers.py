@@ -42,6 +42,7 @@ def optimize(
     batch: int,
     generator: torch.Generator,
     start: Tensor | None = None,
+    proposed: Tensor | None = None,
 ) -> Solution:
     """Looks for the numbers of lowest cost.
 
@@ -53,6 +54,7 @@ def optimize(
         generator: of the candidates.
         start: (B, K, 3), an earlier plan to continue (a warm start): the mean of the first iteration, which also tries
             it as it is.
+        proposed: (B, P, K, 3), further candidates of the first iteration, in place of as many others.
     """
     knots = len(prior.mean)
     mean = prior.mean.expand(batch, knots, 3) if start is None else start
@@ -68,6 +70,8 @@ def optimize(
             values = (mean[:, None] + std[:, None] * noise).clamp(prior.low, prior.high)
         if iteration == 0 and start is not None:
             values[:, 0] = start
+        if iteration == 0 and proposed is not None:
+            values[:, -proposed.shape[1] :] = proposed
         if iteration > 0 and config.name == "icem":
             values = torch.cat((values, kept), dim=1)
             if iteration == config.iterations - 1:

@@ -14,6 +14,7 @@ from cdit.plan.candidates import Family, Prior, make_family
 from cdit.plan.config import PlannerConfig
 from cdit.plan.constraints import PROJECTIONS, Penalty
 from cdit.plan.costs import Cost, Predicted, load_cost
+from cdit.plan.goal_network import GoalNetwork
 from cdit.plan.optimizers import optimize
 from cdit.plan.prediction import Predictor
 from cdit.world_model import WorldModel, WorldState
@@ -69,6 +70,7 @@ class Planner:
         generator: torch.Generator,
         start: Tensor | None = None,
         penalty: Penalty | None = None,
+        proposed: Tensor | None = None,
     ) -> Plan:
         """The best steps.
 
@@ -78,8 +80,10 @@ class Planner:
             generator: of the candidates.
             start: (B, H, 3), steps to continue from.
             penalty: added to the costs.
+            proposed: (B, P, H, 3), steps that the first iteration tries, as close as candidates come to them.
         """
-
+        low, high = self.prior.low, self.prior.high
+        started, proposals = (x if x is None else self.family.values(x).clamp(low, high) for x in (start, proposed))
         lowest = []
 
         def objective(values: Tensor) -> Tensor:
@@ -88,8 +92,7 @@ class Planner:
             lowest.append(costs.amin((1, 2)))
             return _total(costs, actions, penalty)
 
-        values = None if start is None else self.family.values(start).clamp(self.prior.low, self.prior.high)
-        found = optimize(objective, self.prior, self.config.optimizer, batch, generator, values)
+        found = optimize(objective, self.prior, self.config.optimizer, batch, generator, started, proposals)
         actions = self.project(self.family.actions(found.values))
         moments = torch.tensor(self.moments, device=actions.device)
         length = moments[score(actions[:, None])[:, 0].argmin(1)] if len(moments) > 1 else moments.expand(batch)
@@ -183,6 +186,35 @@ class Towards:
         codec, cost = self.score.predictor.world.codec, self.score.cost
         repeats = (self.latents(actions, repeat) for repeat in range(len(self.noises)))  # one at a time in memory
         return torch.stack([cost.of_predicted(Predicted(codec, x), self.goals) for x in repeats]).mean(0)
+
+
+@dataclass
+class Guided:
+    """A score that also prefers what a policy proposes: a Gaussian prior of the steps, as in maximum a posteriori.
+
+    A policy and a cost err independently, and an optimiser finds the candidates whose costs err most. A candidate's
+    cost grows by `weight` times its mean squared deviation from the policy, in standard deviations.
+    """
+
+    score: Score
+    mean: Tensor
+    """(B, H, 3) of the policy's steps."""
+    std: Tensor
+    """(B, H, 3)."""
+    weight: float
+    moments: list[int]
+    """The steps after which candidates are scored."""
+
+    @classmethod
+    def by(cls, network: GoalNetwork, frames: Tensor, goals: Tensor, score: Score, planner: Planner) -> "Guided":
+        """Prefers what a network does on the way from frames to goals, (B, 3, H, W) each."""
+        return cls(score, *network.propose(frames, goals), planner.config.guidance, planner.moments)
+
+    def __call__(self, actions: Tensor) -> Tensor:
+        """See `Score`."""
+        deviations = ((actions - self.mean[:, None]) / self.std[:, None]).square().mean(3).cumsum(2)
+        moments = torch.tensor(self.moments, device=actions.device)
+        return self.score(actions) + self.weight * deviations[:, :, moments - 1] / moments
 
 
 class CostWorld:

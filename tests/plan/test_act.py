@@ -164,12 +164,35 @@ def test_proposals_are_ranked_and_forbidden_ones_avoided(space: FreeSpace):
 
     network = Proposing(NETWORK.description)
     for avoid, best in (([], ahead), ([2.1, 6.3, 4.5, 6.51], aside)):
-        agent = by_picture(environment, avoid=avoid, proposals=network)
+        agent = by_picture(environment, avoid=avoid, network=network, proposals="rank")
         agent.begin(task)
         past = environment.reset(task.episode)
         torch.testing.assert_close(agent.towards(past, task.goal).actions, best[:4])
     past[-1] = replace(past[-1], pose=np.array(task.episode.goal))  # already there
     assert agent.towards(past, task.goal) is None
+
+
+def test_half_of_the_first_candidates_are_proposed(space: FreeSpace):
+    environment, task, turn = Showing(), task_in(space), torch.tensor([0.2, 0.0, 0.05]).expand(8, 3)
+    task.goal = environment.goal(task.episode)
+    tried = []
+
+    class Proposing(GoalNetwork):
+        def proposals(self, frames, goals, count, random):
+            return turn.expand(1, count, 8, 3)
+
+    agent = by_picture(environment, network=Proposing(NETWORK.description), proposals="guide")
+    scores = agent.scores
+
+    def watching(*given):
+        score = scores(*given)
+        return lambda actions: tried.append(actions) or score(actions)
+
+    agent.scores = watching
+    agent.begin(task)
+    agent.towards(environment.reset(task.episode), task.goal)
+    assert torch.isclose(tried[0], turn, atol=1e-6).all((2, 3)).sum() == 30
+    assert not torch.isclose(tried[1], turn, atol=1e-6).all((2, 3)).any()
 
 
 def test_a_graph_is_followed_to_the_goal_past_frames_that_no_plan_leads_closer_to(space: FreeSpace):
@@ -200,7 +223,7 @@ def test_a_graph_is_followed_to_the_goal_past_frames_that_no_plan_leads_closer_t
     assert way.shown == [0, 1, 2]
 
 
-@pytest.mark.parametrize("agent", ["random", "straight", "policy", "ranked", "graph"])
+@pytest.mark.parametrize("agent", ["random", "straight", "policy", "ranked", "guided", "graph"])
 def test_agents_that_learned_need_a_network(agent):
     with pytest.raises(UserError, match=rf"planner\.learned.*{agent}"):
         config_of(agents=[agent]).validate()
@@ -263,6 +286,16 @@ def test_policies_stop_when_they_believe_to_be_there(space: FreeSpace, monkeypat
     assert len(trace.past) == 1
 
 
+@pytest.mark.parametrize(("likely", "stops"), [(0.9, True), (0.6, False)])
+def test_planned_agents_also_stop_by_the_learned_probability(space: FreeSpace, monkeypatch, likely, stops):
+    monkeypatch.setattr(NETWORK, "arrival", lambda frames, goals: torch.full((len(frames),), likely))
+    environment, task = Showing(), task_in(space)
+    task.goal = environment.goal(task.episode)
+    agent = by_picture(environment, network=NETWORK, arrived=0.7)
+    agent.begin(task)
+    assert (len(agent.act(environment.reset(task.episode), 0.5, 0.5).actions) == 0) == stops
+
+
 def test_a_graph_leads_along_walks_and_across_them(dataset, monkeypatch: pytest.MonkeyPatch):
     # Frames of walk "a" are close to those of walk "b" by the network of this test if their times agree.
     def compared(frames, goals):
@@ -270,7 +303,7 @@ def test_a_graph_leads_along_walks_and_across_them(dataset, monkeypatch: pytest.
         walks = ((x[:, 0, 0, 0] + 1) * 127.5 / 60 for x in (frames, goals))
         apart = (next(walks) - next(walks)).abs()
         steps = (there - here).abs() + 20 * ((there < here - 0.5) | (apart > 1.5))
-        return SimpleNamespace(steps=lambda: steps, distance=lambda: steps / 2)
+        return SimpleNamespace(steps=lambda: steps, apart=lambda: steps / 2)
 
     network = GoalNetwork(GoalDescription(4, (1.0,) * 3, (1.0,) * 3, 0.5, 0.5))
     monkeypatch.setattr(network, "forward", compared)
@@ -312,7 +345,7 @@ class Shown:
 class Alike(GoalNetwork):
     def forward(self, frames, goals):
         apart = (to_uint8(frames).float() - to_uint8(goals).float())[:, 0, 0, 0].abs()
-        return SimpleNamespace(steps=lambda: apart, distance=lambda: apart)
+        return SimpleNamespace(steps=lambda: apart, apart=lambda: apart)
 
 
 def test_walks_are_connected_where_frames_around_match_too():

@@ -93,7 +93,7 @@ def test_the_loss_is_smallest_for_the_right_classes(dataset):
     options = LearnConfig(data="", checkpoint="", out="", horizon=4)
     pairs = Sampler(dataset, options).draw(64)
     network = GoalNetwork(GoalDescription(4, (1.0,) * 3, (1.0,) * 3, options.radius, np.radians(options.degrees)))
-    far = pairs.motion[:, :2].norm(dim=1) / 0.5 + pairs.motion[:, 2].abs() / (np.pi / 6)
+    far = pairs.motion[:, :2].norm(dim=1) / 0.5
     classes = torch.tensor([sum(d > edge for edge in FAR_EDGES) for d in far])
     classes[pairs.steps > FARTHEST] = len(FAR_EDGES)
 
@@ -128,6 +128,7 @@ def test_losses_leave_out_what_a_pair_does_not_say(dataset):
     for name, field, known in (
         ("steps", "classes", ordered),
         ("motion", "motion", same),
+        ("turn", "turned", same),
         ("actions", "actions", same & ordered),
         ("arrived", "arrived", torch.ones_like(same)),
     ):
@@ -157,9 +158,31 @@ def test_steps_are_those_of_the_likely_class():
     torch.nn.init.zeros_(network.head.weight)
     network.head.bias.data[4] = 50
     network.head.bias.data[9 + 8] = 50
+    network.head.bias.data[9 + 13 + 7] = 50
     blank = torch.zeros(1, 3, 64, 64)
     torch.testing.assert_close(network.steps(blank, blank), torch.tensor([6.5]))
-    torch.testing.assert_close(network.distance(blank, blank), torch.tensor([3.0]))
+    found = network(blank, blank)
+    torch.testing.assert_close(found.metres(), torch.tensor([3.0]))
+    torch.testing.assert_close(found.turn(), torch.tensor([1.7]))
+    torch.testing.assert_close(found.apart(), torch.tensor([4.7]))
+    # 1.5 m from the goal an angle of 1.7 · 30° counts a quarter of 0.5 radii each: the heading no longer counts at 2 m.
+    torch.testing.assert_close(network.distance(blank, blank), torch.tensor([3.0 + 1.7 * 0.5 / 4]))
+
+
+def test_walks_of_one_building_are_close_to_each_other(dataset):
+    options = LearnConfig(data="", checkpoint="", out="", horizon=4, radius=0.2, degrees=20.0, shared_coordinates=True)
+    pairs = Sampler(dataset, options).draw(400)
+    time, goal = ((frames[:, 1, 0, 0] / 8).round().long() for frames in (pairs.frames, pairs.goals))
+    walk, goal_walk = ((frames[:, 0, 0, 0] / 60).round().long() - 1 for frames in (pairs.frames, pairs.goals))
+    known = pairs.steps <= FARTHEST
+    assert (walk != goal_walk)[known].any()
+    for i in range(400):
+        here, there = dataset.trajectories[walk[i]], dataset.trajectories[goal_walk[i]]
+        offset = complex(*(there.position[goal[i]] - here.position[time[i]])) * np.exp(-1j * here.yaw[time[i]])
+        turn = (there.yaw[goal[i]] - here.yaw[time[i]] + np.pi) % (2 * np.pi) - np.pi
+        close = abs(offset) <= 4 * 0.2 and abs(turn) <= 3 * np.radians(20)
+        np.testing.assert_allclose(pairs.motion[i], [offset.real, offset.imag, turn], atol=1e-4)
+        assert close if pairs.steps[i] == UNORDERED else known[i] == (walk[i] == goal_walk[i])
 
 
 def test_places_of_a_frame_are_correlated_with_those_of_the_goal():

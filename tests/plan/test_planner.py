@@ -9,7 +9,7 @@ from cdit.plan.candidates import Prior, Spline
 from cdit.plan.config import OptimizerConfig, PlannerConfig
 from cdit.plan.constraints import forward_first, staying_out, turn_first
 from cdit.plan.costs import Features, Latents, Pixels
-from cdit.plan.planner import CostWorld, Planner, WorldScore
+from cdit.plan.planner import CostWorld, Guided, Planner, WorldScore
 from cdit.plan.prediction import Predictor
 
 SIDE = 32
@@ -212,6 +212,26 @@ def test_a_warm_start_is_kept_if_nothing_is_better():
     end = integrate(start)[:, -1, :2]
     plan = planner.plan(distance_to(end), 1, torch.manual_seed(0), start=start)
     torch.testing.assert_close(plan.actions, start)
+
+
+def test_proposals_are_tried():
+    planner = planner_of(candidates="steps")
+    proposed = planner.prior.recorded[None, 5:8]
+    end = integrate(proposed[:, 1])[:, -1, :2]
+    plan = planner.plan(distance_to(end), 1, torch.manual_seed(0), planner.prior.recorded[:1], proposed=proposed)
+    torch.testing.assert_close(plan.actions, proposed[:, 1])
+
+
+def test_guided_scores_are_those_of_a_gaussian_prior():
+    generator = torch.manual_seed(0)
+    actions, mean = torch.randn(2, 5, 4, 3, generator=generator), torch.randn(2, 4, 3, generator=generator)
+    std = torch.rand(2, 4, 3, generator=generator) + 0.5
+    costs = torch.randn(2, 5, 2, generator=generator)
+    found = Guided(lambda given: costs, mean, std, 0.3, [2, 4])(actions)
+    likelihood = torch.distributions.Normal(mean[:, None], std[:, None])
+    deviation = 2 * (likelihood.log_prob(mean[:, None]) - likelihood.log_prob(actions))
+    expected = torch.stack([deviation[:, :, :t].mean((2, 3)) for t in (2, 4)], dim=-1)
+    torch.testing.assert_close(found, costs + 0.3 * expected)
 
 
 def cost_world(model) -> CostWorld:
