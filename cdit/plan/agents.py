@@ -1,7 +1,6 @@
 """Who acts in the closed loop. The rows of the table separate causes: dynamics, cost, optimiser, stopping."""
 
 import math
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,7 +20,6 @@ from cdit.plan.goal_network import GoalNetwork
 from cdit.plan.graph import Graph
 from cdit.plan.planner import Guided, Planner, Score, Towards, WorldScore
 
-INSIST = bool(os.environ.get("INSIST"))
 MASTERED = 0.6
 """Share of the radius and angle of success within which agents that know the true distance stop."""
 

@@ -161,7 +161,7 @@ class LearnConfig(OutputOptions, DataOptions, CheckpointOptions):
     """Frames predicted from each context."""
     shared_coordinates: bool = False
     """The poses of all walks are in one coordinate frame, as in one building: pairs of close places are then also of
-    two walks, which shows places beside each other."""
+    two walks, which shows places beside each other, and half of the pairs of distant places look alike."""
     radius: float = 0.5
     """Metres within which a goal is reached."""
     degrees: float = 30.0
