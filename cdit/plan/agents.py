@@ -89,8 +89,13 @@ class Agent(ABC):
 
 def arrival(network: GoalNetwork, seen: Seen, goal: Tensor) -> float:
     """The probability that what is seen is at a goal (3, H, W)."""
+    return network.arrival(*compared(network, seen, goal)).item()
+
+
+def compared(network: GoalNetwork, seen: Seen, goal: Tensor) -> tuple[Tensor, Tensor]:
+    """What is seen and a goal, (1, 3, H, W) each on the network's device."""
     device = network.head.weight.device
-    return network.arrival(seen.frame[None].to(device), goal[None].to(device)).item()
+    return seen.frame[None].to(device), goal[None].to(device)
 
 
 class Learned(Agent):
@@ -131,8 +136,7 @@ class Policy(Learned):
 
     def move(self, past: list[Seen]) -> Move:
         """See `Agent`."""
-        device = self.network.head.weight.device
-        mean, _ = self.network.propose(past[-1].frame[None].to(device), self.task.goal[None].to(device))
+        mean, _ = self.network.propose(*compared(self.network, past[-1], self.task.goal))
         actions = mean[0].cpu()
         return Move(actions[: self.execute], integrate(actions))
 
@@ -189,7 +193,7 @@ class Planned(Agent):
         score = self.scores(past, self.task, goal, random)
         judged, proposed = score, None
         if self.proposals is not None:
-            here, there = (x[None].to(self.network.head.weight.device) for x in (past[-1].frame, goal))
+            here, there = compared(self.network, past[-1], goal)
             samples = self.planner.config.optimizer.samples
             count = samples if self.proposals == "rank" else samples // 2
             proposed = self.network.proposals(here, there, count, random)

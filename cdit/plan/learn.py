@@ -107,7 +107,7 @@ class Sampler:
 
     def __init__(self, dataset: WindowDataset, config: LearnConfig):
         self.dataset, self.horizon = dataset, config.horizon
-        self.within = np.array((WITHIN[0] * config.radius, WITHIN[1] * np.radians(config.degrees)))
+        self.within = WITHIN[0] * config.radius, WITHIN[1] * np.radians(config.degrees)
         self.random = np.random.default_rng(seed_of(config.seed, 1))
         self.lengths = np.array([len(trajectory) for trajectory in dataset.trajectories])
         self.starts = np.cumsum(self.lengths) - self.lengths
@@ -150,8 +150,8 @@ class Sampler:
             goal = start + steps
             times = np.minimum(np.arange(start, start + self.horizon + 1), goal)  # stands still at the goal
             actions = self._motion(times[:-1], times[1:])
-        known = self.shared or steps <= FARTHEST
-        motion = self._motion(start, goal) if known else np.full(3, np.nan)
+        located = self.shared or steps <= FARTHEST
+        motion = self._motion(start, goal) if located else np.full(3, np.nan)
         shown = self._frame(goal)
         slot, self.count = self.count % REMEMBERED, self.count + 1
         self.looks[slot], self.looked_at[slot] = _look(shown), goal
@@ -161,8 +161,7 @@ class Sampler:
         """A frame of another walk; with shared coordinates every second time the most similar one of another place."""
         if self.shared and self.random.random() < 0.5:
             frames = self.looked_at[: self.count]
-            walks = np.searchsorted(self.starts, frames, side="right") - 1
-            apart = np.flatnonzero((walks != index) & ~self._close(self._motion(start, frames)))
+            apart = np.flatnonzero((self._walk(frames) != index) & ~self._close(self._motion(start, frames)))
             if len(apart):
                 return frames[apart[(self.looks[apart] - _look(frame)).square().sum(1).argmin()]]
         other = (index + self.random.integers(1, len(self.lengths))) % len(self.lengths)
@@ -170,8 +169,11 @@ class Sampler:
 
     def _place(self, frame: int) -> tuple[int, int]:
         """Trajectory and time of one of all frames."""
-        index = int(np.searchsorted(self.starts, frame, side="right")) - 1
+        index = int(self._walk(frame))
         return index, int(frame - self.starts[index])
+
+    def _walk(self, frames: int | np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.starts, frames, side="right") - 1
 
     def _frame(self, frame: int) -> Tensor:
         index, time = self._place(frame)
