@@ -23,6 +23,9 @@ from cdit.plan.planner import Guided, Planner, Score, Towards, WorldScore
 MASTERED = 0.6
 """Share of the radius and angle of success within which agents that know the true distance stop."""
 
+DOUBT = 0.3
+"""Probability of having arrived below which a walker at the end of a route looks for the goal elsewhere."""
+
 
 @dataclass
 class Task:
@@ -266,7 +269,11 @@ class Expert(Agent):
 
 
 class Remembering(Planned):
-    """Plans from one remembered frame to the next, along a graph of them, until the goal is close."""
+    """Plans from one remembered frame to the next, along a graph of them, until the goal is close.
+
+    Where its way ends and the learned probability of having arrived is below `DOUBT`, it goes on to the next place that
+    may be the goal.
+    """
 
     def __init__(self, *planned: object, graph: Graph, **options: object):
         super().__init__(*planned, **options)
@@ -281,7 +288,14 @@ class Remembering(Planned):
         """See `Agent`."""
         target, image = self.route.next(past[-1].frame)
         if target is None:
-            return self.towards(past, self.task.goal) or STOP
+            move = self.towards(past, self.task.goal)
+            if move is not None:
+                return move
+            doubted = arrival(self.network, past[-1], self.task.goal) < DOUBT
+            while target is None:
+                if not (doubted and self.route.leave()):
+                    return STOP
+                target, image = self.route.next(past[-1].frame)
         move = self.towards(past, image)
         if move is None:  # as close as plans lead, or out of sight: on towards the frame beyond
             _, image = self.route.skip()

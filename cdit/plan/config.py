@@ -87,7 +87,8 @@ class PlannerConfig:
     multiples of what counts as reached; both learned, see `learned`), or features:NAME, the cosine between features of
     a backbone of timm."""
     learned: str | None = None
-    """Folder that `python -m cdit.plan learn` wrote, for the costs steps and distance, and for proposals."""
+    """Folder that `python -m cdit.plan learn` wrote, or maze, whose goal network ships with the package; for the costs
+    steps and distance, and for proposals."""
     stride: int | None = None
     """Frames of one predicted step: 1 predicts every frame from those before, 4 every fourth; by default each frame is
     predicted in one jump."""

@@ -15,6 +15,7 @@ from cdit.common.cli import parser_instance
 from cdit.common.errors import UserError
 from cdit.common.files import read_json, write_json, write_whole
 from cdit.plan.noise import coloured_noise
+from cdit.worlds import resolve
 
 WEIGHTS, DESCRIPTION = "goal_network.safetensors", "goal_network.json"
 SIDE, PLACES = 64, 16
@@ -180,15 +181,15 @@ class GoalNetwork(nn.Module):
 
 
 def load_goal_network(folder: str | Path, device: torch.device | str = "cpu") -> GoalNetwork:
-    """The goal network in a folder, in evaluation mode.
+    """The goal network in a folder, or the one that ships with a world (`cdit.worlds`), in evaluation mode.
 
     Raises:
         UserError: there is none, or a damaged one.
     """
     try:
-        description = parser_instance(GoalDescription, read_json(Path(folder) / DESCRIPTION))
+        description = parser_instance(GoalDescription, read_json(resolve(folder) / DESCRIPTION))
         network = GoalNetwork(description)
-        network.load_state_dict(load_file(Path(folder) / WEIGHTS))
+        network.load_state_dict(load_file(resolve(folder) / WEIGHTS))
     except Exception as error:  # safetensors, torch and jsonargparse raise many types
         raise UserError(
             f"{folder}: no readable goal network of this version, as python -m cdit.plan learn writes it "
