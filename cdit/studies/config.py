@@ -141,6 +141,10 @@ class CurveConfig(OutputOptions):
     finished ones."""
     frames: list[int] | None = None
     """Horizons in frames; by default all probe.offsets that the runs have in common."""
+    metrics: Distinct[list[Literal["lpips", "psnr", "ssim", "latents", "rank"]]] = field(
+        default_factory=lambda: ["lpips", "psnr"]
+    )
+    """What is plotted; latents and rank are what probes measure of worlds without a decoder."""
 
 
 @dataclass(kw_only=True)

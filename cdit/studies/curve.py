@@ -12,11 +12,10 @@ from matplotlib.figure import Figure
 from cdit.common.errors import UserError
 from cdit.common.output import finished_folder
 from cdit.common.tables import markdown_table
+from cdit.evaluate.metrics import HIGHER_IS_BETTER
 from cdit.studies.config import CurveConfig
 from cdit.studies.history import History
 
-METRICS = {"lpips": False, "psnr": True}
-"""The metrics, and whether higher is better."""
 COLOURS = ("#6e7781", "#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989")
 
 
@@ -57,7 +56,7 @@ def draw_curves(config: CurveConfig) -> None:
         raise UserError("curves: the runs have no probe.offsets in common")
     found: dict[tuple[str, int], Curves] = {}
     last_frame: dict[tuple[str, int], float] = {}
-    for metric in METRICS:
+    for metric in config.metrics:
         for ahead in frames:
             found[metric, ahead] = {
                 name: points_of(runs, f"probe/{metric}/model/{ahead}_frames", config.points)
@@ -127,7 +126,7 @@ def report(found: Mapping[tuple[str, int], Curves], last_frame: Mapping[tuple[st
         for name, points in curves.items():
             if name == reference:
                 continue
-            higher, digits = METRICS[metric], 2 if metric == "psnr" else 3
+            higher, digits = HIGHER_IS_BETTER[metric], 2 if metric == "psnr" else 3
             level = common_level(curves[reference], points, higher)
             theirs, ours = (reach(some, level, higher) for some in (curves[reference], points))
             # Only a bound on one of the times bounds the factor.
@@ -145,10 +144,10 @@ def report(found: Mapping[tuple[str, int], Curves], last_frame: Mapping[tuple[st
 
 def picture(found: Mapping[tuple[str, int], Curves], last_frame: Mapping[tuple[str, int], float]) -> Figure:
     """Metrics down, horizons across; a line for each recipe, and one for the last frame as the prediction."""
-    frames = sorted({ahead for _, ahead in found})
-    figure = Figure(figsize=(3.2 * len(frames) + 1.5, 6), dpi=100, layout="constrained")
-    grid = figure.subplots(len(METRICS), len(frames), squeeze=False)
-    for row, metric in zip(grid, METRICS, strict=True):
+    frames, metrics = sorted({ahead for _, ahead in found}), list(dict.fromkeys(metric for metric, _ in found))
+    figure = Figure(figsize=(3.2 * len(frames) + 1.5, 3 * len(metrics)), dpi=100, layout="constrained")
+    grid = figure.subplots(len(metrics), len(frames), squeeze=False)
+    for row, metric in zip(grid, metrics, strict=True):
         for axes, ahead in zip(row, frames, strict=True):
             for colour, (name, points) in zip(COLOURS * len(found), found[metric, ahead].items(), strict=False):
                 minutes = [point.seconds / 60 for point in points]
@@ -163,4 +162,5 @@ def picture(found: Mapping[tuple[str, int], Curves], last_frame: Mapping[tuple[s
 
 
 def _title(metric: str, ahead: int) -> str:
-    return f"{metric.upper()}, {ahead} frame{'' if ahead == 1 else 's'} ahead"
+    name = {"latents": "Squared error of latents", "rank": "Rank of the truth"}.get(metric, metric.upper())
+    return f"{name}, {ahead} frame{'' if ahead == 1 else 's'} ahead"

@@ -99,6 +99,20 @@ def test_a_first_point_that_is_better_bounds_the_factor(tmp_path: Path):
     assert "| old | ≤ 1.0 min | 2.0 min | at most 0.5 |" in (tmp_path / "out" / "curve.md").read_text()
 
 
+def test_runs_without_a_decoder_are_compared_by_what_their_probes_measure(tmp_path: Path):
+    runs = {name: [run_of(tmp_path / name, 1.0, {60: first, 120: 0.4})] for name, first in (("a", 0.5), ("b", 0.4))}
+    for (run,) in runs.values():
+        path = Path(run) / "metrics.jsonl"
+        path.write_text(path.read_text().replace("psnr", "rank").replace("lpips", "latents"))
+    with pytest.raises(UserError, match="no probe/lpips"):
+        draw_curves(CurveConfig(curves=runs, out=str(tmp_path / "out")))
+    draw_curves(CurveConfig(curves=runs, metrics=["latents", "rank"], frames=[1], out=str(tmp_path / "out")))
+    text = (tmp_path / "out" / "curve.md").read_text()
+    rest = "b | 2.0 min | ≤ 1.0 min | at least 2.0 |"
+    assert f"| Squared error of latents, 1 frame ahead | 0.200 | 0.400 | {rest}" in text
+    assert f"| Rank of the truth, 1 frame ahead | 12.500 | 25.000 | {rest}" in text
+
+
 def test_what_cannot_be_drawn(tmp_path: Path):
     run, out = run_of(tmp_path / "run", 1.0, {60: 0.5}), str(tmp_path / "out")
     with pytest.raises(UserError, match="curves is"):
