@@ -182,6 +182,11 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
                 f"init_from is {config.init_from}, whose actions are {', '.join(start.description.actions.names)}, but "
                 f"the dataset has {', '.join(actions.names)}"
             )
+        if start.description.text_encoder not in (None, config.data.text_encoder):
+            raise UserError(
+                f"init_from is {config.init_from}, whose text encoder is {start.description.text_encoder}, but "
+                f"data.text_encoder is {config.data.text_encoder}"
+            )
     description = WorldDescription(
         image_size=config.data.image_size,
         fps=dataset.info.fps,

@@ -234,6 +234,17 @@ def test_a_trained_world_takes_texts_without_a_change_at_first(
     torch.testing.assert_close(world.predict(state, condition, generator=generator(0)), expected)
 
 
+def test_a_trained_world_keeps_its_encoder(
+    config: Callable[..., TrainConfig], run: Path, walks: Path, encoders: dict[str, Path]
+):
+    options = ["--data.folder", str(walks), "--init_from", str(run), "--data.text_encoder"]
+    same, other = (config(*options, str(encoders[name])) for name in ("bert", "t5"))  # of the same width
+    dataset = WindowDataset(same.data, "train")
+    assert build_world(same, dataset).description.text_encoder == str(encoders["bert"])
+    with pytest.raises(UserError, match=r"init_from .* text encoder is .*bert, but data\.text_encoder is .*t5"):
+        build_world(other, WindowDataset(other.data, "train"))
+
+
 def test_what_is_missing_is_named(config: Callable[..., TrainConfig], encoders: dict[str, Path], tmp_path: Path):
     with pytest.raises(UserError, match=r"no/such/encoder"):
         encode_texts(str(tmp_path / "no/such/encoder"), ["turn around"])
