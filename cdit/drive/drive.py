@@ -76,7 +76,8 @@ class Stage:
             raise UserError("spacing: the model was trained on datasets of different spacings; pass --spacing")
         self.has_decoder = all(world.codec.has_decoder for world in self.worlds)
         self.simplest_cost = "pixels" if self.has_decoder else "latents"
-        costs = [config.planner.cost, self.simplest_cost]
+        learned = ["distance"] if config.planner.learned else []
+        costs = [config.planner.cost, *learned, self.simplest_cost]
         if not self.has_decoder and config.planner.cost == PlannerConfig().cost:  # compares pictures
             costs.reverse()
         self.costs = list(dict.fromkeys(costs))

@@ -18,6 +18,7 @@ from cdit.drive.dream import with_heads
 from cdit.drive.drive import Begin, Drive, Stage, arc, speeds
 from cdit.drive.plan import ENDS, Cancelled
 from cdit.plan.config import OptimizerConfig, PlannerConfig
+from cdit.plan.goal_network import GoalDescription, GoalNetwork
 from cdit.plan.planner import WorldScore
 
 
@@ -119,6 +120,21 @@ def test_a_head_that_is_off_stays_off_in_plans(planning):
     costs = drive.plan(goal, at_once).costs
     drive.dreams[0].off = with_heads([(0, 0), (0, 1)])
     assert not torch.allclose(drive.plan(goal, at_once).costs, costs)
+
+
+def test_with_a_goal_network_plans_are_also_by_its_distance(planning, tmp_path):
+    torch.manual_seed(0)
+    network = GoalNetwork(GoalDescription(4, (0.1,) * 3, (1.0,) * 3, 0.5, 0.5)).eval()
+    network.save(tmp_path)
+    stage = Stage(replace(planning.config, planner=replace(planning.config.planner, learned=str(tmp_path))))
+    assert planning.costs == ["pixels"]
+    assert stage.costs == ["pixels", "distance"]
+    drive = driven(stage, 0)
+    goal = drive.goal(20)
+    found = drive.plan(goal, at_once, "distance")
+    with torch.no_grad():
+        ends = network(to_float(found.ends), to_float(goal).expand(len(found.ends), -1, -1, -1)).distance()
+    np.testing.assert_allclose(found.costs[list(found.shown)], ends, rtol=0.02)
 
 
 def test_planning_is_done_in_pieces_and_stops_when_it_is_not_wanted(planning):
