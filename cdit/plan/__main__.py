@@ -7,11 +7,11 @@
     python -m cdit.plan episodes --file EPISODES.json
     python -m cdit.plan act --checkpoint RUN --data FOLDER --episodes EPISODES.json --out OUT --planner.learned LEARNED
 
-`open` plans to the frame two seconds ahead, in 100 episodes of a dataset, and compares the plans with what was done and
-with baselines. `curve` repeats that for several budgets of candidates and denoising steps. `diagnose` measures how well
-costs order what the world predicts. `learn` trains a small
-network on the walks that the world was trained on: steps to go to a goal image, what to do, whether it is reached.
-`episodes` draws starts and goals in a Doom map, and `act` lets agents go there (closed loop).
+`open` plans to the frame two seconds ahead, in 100 episodes of a dataset, and compares the plans with the recorded
+motion and with baselines. `curve` repeats that for several budgets of candidates and denoising steps. `diagnose`
+measures how well costs order predicted frames. `learn` trains a small network on the walks that the world was trained
+on: distance and steps to a goal image, the actions that lead there, and whether it is reached. `episodes` draws starts
+and goals in a Doom map, and `act` runs agents on them (closed loop).
 """
 
 from pathlib import Path
@@ -21,12 +21,12 @@ from cdit.common.options import check_options
 from cdit.plan.config import ActConfig, CurveConfig, DiagnoseConfig, EpisodesConfig, LearnConfig, OpenConfig
 
 COMMANDS = {
-    "open": Command(OpenConfig, "plan in recorded episodes, compared with what was done (open loop)"),
+    "open": Command(OpenConfig, "plan in recorded episodes and compare with the recorded motion (open loop)"),
     "curve": Command(CurveConfig, "measure the error of plans against their budget"),
-    "diagnose": Command(DiagnoseConfig, "measure how well costs order what the world predicts"),
-    "learn": Command(LearnConfig, "train the network that knows the steps to go, and a policy"),
+    "diagnose": Command(DiagnoseConfig, "measure how well costs order predicted frames"),
+    "learn": Command(LearnConfig, "train a goal network: distance to a goal image, and a policy"),
     "episodes": Command(EpisodesConfig, "draw starts and goals in a Doom map"),
-    "act": Command(ActConfig, "let agents go to image goals in Doom (closed loop)"),
+    "act": Command(ActConfig, "run agents on image goals in Doom (closed loop)"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The closed loop: agents act in an environment, episode by episode, and are judged."""
+"""The closed loop: agents act in an environment, episode by episode, and are evaluated."""
 
 import json
 import math
@@ -44,7 +44,7 @@ OUTCOMES = "outcomes.jsonl"
 
 @dataclass
 class Outcome:
-    """What became of an episode."""
+    """The result of an episode."""
 
     agent: str
     episode: int
@@ -58,7 +58,7 @@ class Outcome:
     passed: bool
     """Whether it was at the goal at any time."""
     distance: float
-    """Metres left at the end, along free space."""
+    """Remaining metres at the end, along free space."""
     degrees: float
     """Error of the heading at the end."""
     spl: float
@@ -71,14 +71,14 @@ class Outcome:
     contacts: int
     """Steps at whose end a wall is touched."""
     violations: int
-    """Steps that end in the place to avoid."""
+    """Steps that end in the forbidden rectangle."""
     seconds: float
-    """A plan, on average; 0 without plans."""
+    """Average of a plan; 0 without plans."""
 
 
 @dataclass
 class Trace:
-    """An episode as it was."""
+    """The record of an episode."""
 
     past: list[Seen]
     """All frames, from the first of the walk in."""
@@ -89,7 +89,7 @@ class Trace:
 
 
 def run_episode(environment: Environment, agent: Agent, task: Task, radius: float, angle: float) -> Trace:
-    """Acts until the agent stops or its budget is spent.
+    """Acts until the agent stops or its budget is exhausted.
 
     Args:
         environment: acts there.
@@ -150,7 +150,7 @@ def judged(trace: Trace, task: Task, agent: str, number: int, config: ActConfig)
 
 
 def act(config: ActConfig) -> tuple[list[Episode], list[Outcome]]:
-    """Runs what is missing in OUT/outcomes.jsonl, and films some of it.
+    """Runs the episodes that OUT/outcomes.jsonl lacks, and records videos of some.
 
     Raises:
         UserError: something does not fit together.
@@ -184,10 +184,10 @@ def act(config: ActConfig) -> tuple[list[Episode], list[Outcome]]:
 
 
 def check_same(config: ActConfig, out: Path) -> None:
-    """Checks that outcomes in a folder were made in the same way.
+    """Checks that the outcomes in a folder were made with the same options.
 
     Raises:
-        UserError: they were not.
+        UserError: they were made with others.
     """
     path, kept = out / "made_of.json", asdict(config)
     for name in ("out", "agents", "most", "videos"):
@@ -215,7 +215,7 @@ def select(episodes: list[Episode], most: int | None) -> list[int]:
 
 
 def read_outcomes(out: Path) -> Iterator[Outcome]:
-    """The outcomes that were written, but for a last line that was cut off."""
+    """The outcomes that were written, without a last line that was cut off."""
     path = out / OUTCOMES
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -225,7 +225,7 @@ def read_outcomes(out: Path) -> Iterator[Outcome]:
 
 
 class Setting:
-    """One map, with everything that agents need there. A context manager.
+    """One map, with everything that agents need on it. A context manager.
 
     Args:
         config: of the closed loop.

@@ -59,18 +59,18 @@ def write_act(config: ActConfig, episodes: Sequence[Episode], outcomes: Sequence
 
 
 def describe(config: ActConfig, outcomes: Sequence[Outcome]) -> str:
-    """A sentence on what was done."""
+    """A paragraph on the setting."""
     planner, optimizer = config.planner, config.planner.optimizer
     text = (
         f"{len({o.episode for o in outcomes})} episodes; success is a stop within {config.radius:g} m and "
         f"{config.degrees:g}°. Plans: {planner.motions} candidates, {optimizer.name}, {optimizer.samples} × "
-        f"{optimizer.iterations}, cost {planner.cost}; {config.execute} of {config.horizon} steps are carried out. ± "
-        "is half the width of the 95 % interval over episodes. Agents with * know where they are, and stop by that."
+        f"{optimizer.iterations}, cost {planner.cost}; {config.execute} of {config.horizon} steps are executed. ± "
+        "is half the width of the 95 % interval over episodes. Agents with * know their pose, and stop by it."
     )
     if config.avoid:
         inside = {name: sum(o.violations > 0 for o in outcomes if o.agent == name) for name in config.agents}
         listed = ", ".join(f"{NAMES[name]} {count}" for name, count in inside.items())
-        text += f" No plan may cross {config.avoid}; episodes that were there: {listed}."
+        text += f" No plan may cross {config.avoid}; episodes that entered it: {listed}."
     return text
 
 

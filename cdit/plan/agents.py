@@ -1,4 +1,4 @@
-"""Who acts in the closed loop. The rows of the table separate causes: dynamics, cost, optimiser, stopping."""
+"""Agents of the closed loop. They separate causes of failure: dynamics, cost, optimiser, stopping."""
 
 import math
 from abc import ABC, abstractmethod
@@ -24,17 +24,17 @@ MASTERED = 0.6
 """Share of the radius and angle of success within which agents that know the true distance stop."""
 
 DOUBT = 0.3
-"""Probability of having arrived below which a walker at the end of a route looks for the goal elsewhere."""
+"""Probability of having arrived below which an agent at the end of a route looks for the goal elsewhere."""
 
 
 @dataclass
 class Task:
-    """An episode as agents see it, and what only those with privileges look at."""
+    """An episode as agents see it, and privileged information for some."""
 
     goal: Tensor
     """(3, H, W), the goal image."""
     seed: int
-    """Of the agent's draws."""
+    """Seed of the agent's draws."""
     episode: Episode
     """Privileged."""
     distances: Distances
@@ -46,16 +46,16 @@ class Move:
     """What to do next."""
 
     actions: Tensor
-    """(n, 3), carried out before the agent is asked again; none to stop."""
+    """(n, 3), executed before the agent is asked again; none to stop."""
     path: Tensor | None = None
-    """(H, 3), the whole plan in the frame at its start, for the video."""
+    """(H, 3), the whole plan in the frame at its start; shown in the video."""
     dream: Tensor | None = None
-    """(3, H, W), what is expected at its end."""
+    """(3, H, W), the frame predicted at its end."""
 
 
 STOP = Move(torch.zeros(0, 3))
 Scores = Callable[[list[Seen], Task, Tensor, torch.Generator], Score]
-"""Makes the score of a move from all that was seen, the task, a goal image and the draws."""
+"""Makes the score of a move from all past frames, the task, a goal image and a random generator."""
 
 
 class Agent(ABC):
@@ -66,7 +66,7 @@ class Agent(ABC):
         self.task, self.asked = task, 0
 
     def act(self, past: list[Seen], radius: float, angle: float) -> Move:
-        """What to do, given all that was seen, oldest first; radius in metres and angle in radians tell success."""
+        """The next move, given all past frames, oldest first; radius in metres and angle in radians define success."""
         if self.stops(past[-1], MASTERED * radius, MASTERED * angle):
             return STOP
         self.asked += 1
@@ -74,14 +74,14 @@ class Agent(ABC):
 
     @abstractmethod
     def stops(self, seen: Seen, radius: float, angle: float) -> bool:
-        """Whether the goal is known to be reached, before a plan is made."""
+        """Whether to stop before a plan is made."""
 
     @abstractmethod
     def move(self, past: list[Seen]) -> Move:
         """The next steps, or `STOP`."""
 
     def random(self) -> torch.Generator:
-        """Draws of the present move, on the CPU."""
+        """Random generator of the present move, on the CPU."""
         return generator(self.task.seed, self.asked)
 
     def is_there(self, seen: Seen, radius: float, angle: float) -> bool:
@@ -107,7 +107,7 @@ class Learned(Agent):
     Args:
         network: compares frames with the goal.
         arrived: probability at which to stop.
-        execute: steps of a plan that are carried out.
+        execute: steps of a plan that are executed.
     """
 
     def __init__(self, network: GoalNetwork, arrived: float, execute: int):
@@ -135,7 +135,7 @@ class Candidates(Learned):
 
 
 class Policy(Learned):
-    """Inverse dynamics: what was done on the way from such a frame to such a goal."""
+    """Inverse dynamics: the mean of the actions that lead from the present frame to the goal."""
 
     def move(self, past: list[Seen]) -> Move:
         """See `Agent`."""
@@ -145,20 +145,20 @@ class Policy(Learned):
 
 
 class Planned(Agent):
-    """A planner with whatever scores its candidates.
+    """A planner and the scores of its candidates.
 
-    It stops where no candidate, allowed or not, is predicted to lead closer to the goal than standing still.
+    It stops when no candidate, allowed or not, is predicted to lead closer to the goal than standing still.
 
     Args:
         planner: finds the best candidate.
         scores: makes the score of a move.
-        execute: steps of a plan that are carried out, at most; fewer if the plan ends earlier.
+        execute: steps of a plan that are executed; fewer if the plan ends earlier.
         by_pose: whether to stop by the true pose instead (privileged).
-        avoid: a rectangle that no plan may cross, in the world.
+        avoid: a rectangle of the map that no plan may cross.
         network: compares frames with the goal.
-        proposals: what its proposals are for: rank, they are the only candidates; guide, they are half of the first
+        proposals: use of its proposals: rank, they are the only candidates; guide, they are half of the first
             candidates, and the prior of all (`Guided`).
-        arrived: probability of having arrived, by the network, at which to stop, too.
+        arrived: probability of having arrived, predicted by the network, above which it also stops.
     """
 
     def __init__(
@@ -191,7 +191,7 @@ class Planned(Agent):
         return self.towards(past, self.task.goal) or STOP
 
     def towards(self, past: list[Seen], goal: Tensor, insist: bool = False) -> Move | None:
-        """The next steps to a goal image; None where none is better than standing still, unless `insist`."""
+        """The next steps to a goal image; None if no candidate is better than standing still, unless `insist`."""
         random, penalty = self.random(), self._penalty(past[-1])
         score = self.scores(past, self.task, goal, random)
         judged, proposed = score, None
@@ -233,10 +233,10 @@ class Planned(Agent):
 
 
 class Expert(Agent):
-    """Walks the shortest way on the map, and turns at the goal.
+    """Walks the shortest path on the map, and turns at the goal.
 
     Args:
-        execute: steps that are carried out before it looks again.
+        execute: steps that are executed before it looks again.
     """
 
     def __init__(self, execute: int):
@@ -263,7 +263,7 @@ class Expert(Agent):
         return Move(steps, integrate(steps))
 
     def _ahead(self, position: np.ndarray) -> np.ndarray:
-        """A place a little ahead on the way."""
+        """A place a little ahead on the path."""
         way = self.task.distances.path(position)
         return way[min(2, len(way) - 1)]
 
@@ -271,8 +271,8 @@ class Expert(Agent):
 class Remembering(Planned):
     """Plans from one remembered frame to the next, along a graph of them, until the goal is close.
 
-    Where its way ends and the learned probability of having arrived is below `DOUBT`, it goes on to the next place that
-    may be the goal.
+    If its route ends where the learned probability of having arrived is below `DOUBT`, it goes on to the next place
+    that may be the goal.
     """
 
     def __init__(self, *planned: object, graph: Graph, **options: object):
@@ -297,7 +297,7 @@ class Remembering(Planned):
                     return STOP
                 target, image = self.route.next(past[-1].frame)
         move = self.towards(past, image)
-        if move is None:  # as close as plans lead, or out of sight: on towards the frame beyond
+        if move is None:  # as close as plans lead, or out of sight: go on towards the frame beyond
             _, image = self.route.skip()
             move = self.towards(past, image, insist=True)
         return move
@@ -305,7 +305,7 @@ class Remembering(Planned):
 
 @dataclass
 class WorldScores:
-    """Scores by what a world predicts from the last frames that were seen."""
+    """Scores by the frames that a world predicts from the last ones seen."""
 
     score: WorldScore
 
@@ -319,7 +319,7 @@ class WorldScores:
 
 @dataclass
 class EngineScores:
-    """Scores by what the engine does: the same cost of its frames, or the true distance."""
+    """Scores by the engine's own simulation: the same cost of its frames, or the true distance."""
 
     environment: DoomEnvironment
     moments: list[int]
@@ -342,7 +342,7 @@ class EngineScores:
 
 @dataclass
 class MotionScores:
-    """Scores by the true distance from where the commanded motion leads: no walls, no inertia."""
+    """Scores by the true distance from the end of the commanded motion, without walls and inertia."""
 
     moments: list[int]
 

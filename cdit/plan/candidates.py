@@ -1,4 +1,4 @@
-"""What a plan may be: families of motions with few numbers, and the distribution of these numbers in a dataset.
+"""Families of motions with few parameters, and the distribution of these parameters in a dataset.
 
 Suffixes: N windows, K knots, H frames.
 """
@@ -27,7 +27,7 @@ class Family(Protocol):
         """Numbers (…, K, 3) to steps (…, H, 3)."""
 
     def values(self, actions: Tensor) -> Tensor:
-        """The numbers (…, K, 3) whose steps come close to these (…, H, 3)."""
+        """The numbers (…, K, 3) whose steps are close to given ones (…, H, 3)."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def make_family(name: str, horizon: int, knots: int) -> Family:
 
 @dataclass(frozen=True)
 class Prior:
-    """How a dataset's motions look in the numbers of a family."""
+    """The distribution of a dataset's motions in the numbers of a family."""
 
     mean: Tensor
     """(K, 3)."""
@@ -99,7 +99,7 @@ class Prior:
     high: Tensor
     """(K, 3)."""
     recorded: Tensor
-    """(N, K, 3), of N windows: candidates that are as likely as in the data."""
+    """(N, K, 3), of N windows: candidates as frequent as in the data."""
 
     @classmethod
     def fit(cls, family: Family, actions: Tensor, outside: float = 0.005) -> "Prior":

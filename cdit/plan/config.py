@@ -27,27 +27,27 @@ def check_cost(cost: str, learned: str | None) -> None:
 
 @dataclass
 class OptimizerConfig:
-    """How the best candidate is looked for."""
+    """How the best candidate is searched for."""
 
     name: Literal["cem", "icem", "mppi", "best"] = "cem"
-    """cem: the mean and deviation of the elites, again and again; icem: with coloured noise, elites that are kept, and
+    """cem: refits mean and standard deviation to the elites; icem: cem with coloured noise, elites that are kept, and
     the best candidate as the result; mppi: a mean weighted by cost; best: the best of the first candidates."""
     samples: int = 60
-    """Candidates an iteration."""
+    """Candidates per iteration."""
     iterations: int = 3
     """Iterations, the first of which draws from the data."""
     elites: int = 6
-    """Candidates that the next iteration follows."""
+    """Candidates to which the next iteration is fitted."""
     first: Literal["data", "gaussian"] = "data"
-    """Candidates of the first iteration: recorded motions, or a Gaussian with their mean and deviation."""
+    """Candidates of the first iteration: recorded motions, or a Gaussian with their mean and standard deviation."""
     noise_beta: float = 2.0
-    """Exponent of the spectrum of icem's and mppi's noise from knot to knot; 0 is white."""
+    """Exponent of the power spectrum of icem's and mppi's noise along the knots; 0 is white noise."""
     kept: float = 0.3
     """Share of the elites that icem keeps for the next iteration."""
     temperature: float = 0.3
-    """Of mppi's weights, in standard deviations of the candidates' costs."""
+    """Temperature of mppi's weights, in standard deviations of the candidates' costs."""
     smallest_std: float = 0.1
-    """Lower bound of the deviation, as a share of the data's."""
+    """Lower bound of the standard deviation, as a share of the data's."""
     result: Literal["mean", "best"] = "best"
     """What cem and mppi return: the mean, as the NWM release does, or the best candidate of all."""
 
@@ -76,12 +76,12 @@ class PlannerConfig:
     """How a plan is made."""
 
     candidates: Literal["constant", "spline", "steps"] = "spline"
-    """Motions: a straight line and one turn at its end (the NWM release), steps interpolated between knots, or every
-    step by itself."""
+    """Motions: a straight line and one turn at its end (the NWM release), steps interpolated between knots, or
+    independent steps."""
     knots: int = 3
-    """Knots of a spline; 1 for the same step again and again, a circular arc."""
+    """Knots of a spline; 1 repeats the same step, which gives a circular arc."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """How the best candidate is looked for."""
+    """How the best candidate is searched for."""
     cost: str = "lpips"
     """Distance of a predicted frame to the goal: pixels, latents, lpips, dreamsim, steps or distance (to go, in
     multiples of what counts as reached; both learned, see `learned`), or features:NAME, the cosine between features of
@@ -98,12 +98,12 @@ class PlannerConfig:
     repeats: int = 1
     """Predictions of each candidate, whose costs are averaged."""
     chunk: int = 256
-    """Largest number of frames predicted at a time; halved while memory does not suffice."""
+    """Largest number of frames predicted at a time; halved when memory is exhausted."""
     guidance: float = 0.1
-    """How much plans that inverse dynamics guides cost more for each squared standard deviation from what it proposes,
-    on average over steps and their three numbers; in units of the cost."""
+    """Weight of the prior in guided plans: the cost that is added for each squared standard deviation from what inverse
+    dynamics proposes, averaged over steps and their three numbers."""
     constraint: Literal["none", "forward_first", "turn_first"] = "none"
-    """forward_first: walk, then turn; turn_first: turn, then walk. With five eighths of the time for the walk."""
+    """forward_first: walk, then turn; turn_first: turn, then walk. The walk takes five eighths of the time."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     """How frames are sampled."""
 
@@ -145,7 +145,7 @@ class LearnConfig(OutputOptions, DataOptions, CheckpointOptions):
     """The goal network, and its training."""
 
     split: str = "train"
-    """Split to learn from: the walks that the world was trained on."""
+    """Split to learn from, that of the walks that the world was trained on."""
     steps: int = 8000
     """Training steps."""
     batch_size: int = 128
@@ -155,14 +155,14 @@ class LearnConfig(OutputOptions, DataOptions, CheckpointOptions):
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 computes in bfloat16, about twice as fast where the processor has instructions for it."""
     horizon: int = 8
-    """Steps that are proposed."""
+    """Number of steps that the policy proposes."""
     predicted: int = 8192
     """Frames that the world predicts first, so that the network knows what its frames look like; 0 for none."""
     jumps: int = 4
     """Frames predicted from each context."""
     shared_coordinates: bool = False
-    """The poses of all walks are in one coordinate frame, as in one building: pairs of close places are then also of
-    two walks, which shows places beside each other, and half of the pairs of distant places look alike."""
+    """Whether the poses of all walks are in one coordinate frame, as in one building. Pairs of close places then also
+    come from two walks, which adds places beside each other, and half of the pairs of distant places look alike."""
     radius: float = 0.5
     """Metres within which a goal is reached."""
     degrees: float = 30.0
@@ -195,7 +195,7 @@ class OpenConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
     planner: PlannerConfig = field(default_factory=PlannerConfig)
     """How plans are made."""
     seconds: float = 2.0
-    """The goal is the frame so many seconds ahead."""
+    """Seconds from the last seen frame to the goal."""
     episodes: int = 100
     """Number of episodes, evenly spread over the split."""
     index: str | None = None
@@ -229,7 +229,7 @@ class CurveConfig(OpenConfig):
     """The budgets that are compared: every combination of these lists."""
 
     samples: list[int] = field(default_factory=lambda: [15, 60, 240])
-    """Candidates an iteration."""
+    """Candidates per iteration."""
     iterations: list[int] = field(default_factory=lambda: [1, 3])
     """Iterations of the optimiser."""
     repeats: list[int] = field(default_factory=lambda: [1])
@@ -253,7 +253,7 @@ class DiagnoseConfig(OpenConfig):
     costs: list[str] = field(default_factory=lambda: ["pixels", "lpips"])
     """Costs, see planner.cost."""
     candidates: int = 24
-    """Candidates of a case."""
+    """Candidates per case."""
     noises: int = 3
     """Predictions of each candidate."""
 
@@ -284,7 +284,7 @@ class EpisodesConfig:
     map: str = "my_way_home"
     """Name of a Doom map."""
     distances: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0, 8.0, 16.0])
-    """Metres along free space from start to goal, one stratum each."""
+    """Metres along free space from start to goal; each is a stratum."""
     count: int = 100
     """Episodes of each distance with the goal's place in view at the start, and as many without."""
     seed: int = 0
@@ -307,7 +307,7 @@ class ActConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
     """The closed loop: agents, episodes, and how plans are made."""
 
     split: str = "train"
-    """Split whose motions candidates resemble, and whose frames the graph remembers."""
+    """Split whose motions candidates resemble, and from which the graph takes its frames."""
     episodes: str
     """JSON file that `python -m cdit.plan episodes` wrote."""
     agents: list[AgentName] = field(
@@ -320,15 +320,15 @@ class ActConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
     next; expert, along the shortest way on the map."""
     planner: PlannerConfig = field(default_factory=lambda: PlannerConfig(knots=1, frames=[1, 2, 4, 8]))
     """How plans are made. With planner.learned, which random, straight, policy, ranked, guided and graph need, agents
-    also stop where it predicts that the goal is reached."""
+    also stop when it predicts that the goal is reached."""
     horizon: int = 8
     """Steps of a plan."""
     execute: int = 4
     """Steps that are executed before the next plan."""
     arrived: float = 0.7
-    """Probability of having arrived, by planner.learned, at which agents stop."""
+    """Probability of having arrived, predicted by planner.learned, above which agents stop."""
     most: int | None = None
-    """Most episodes of each stratum."""
+    """Largest number of episodes of each stratum; by default all."""
     radius: float = 0.5
     """Metres within which a goal is reached."""
     degrees: float = 30.0
@@ -336,7 +336,7 @@ class ActConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
     avoid: list[float] = field(default_factory=list)
     """A rectangle of the map that no plan may cross, x1, y1, x2, y2 in metres."""
     graph_frames: int = 1500
-    """Frames that the graph remembers."""
+    """Number of frames in the graph, approximately."""
     videos: int = 2
     """Episodes of each agent and stratum that are filmed."""
     seed: int = 0

@@ -5,12 +5,12 @@ from collections.abc import Callable
 from torch import Tensor
 
 Projection = Callable[[Tensor], Tensor]
-"""Steps (…, H, 3) to steps that obey."""
+"""Maps steps (…, H, 3) to steps that obey the constraint."""
 Penalty = Callable[[Tensor], Tensor]
-"""A path (B, S, H, 3) in the frame at the start to what is added to its cost, (B, S)."""
+"""Maps a path (B, S, H, 3) in the frame at the start to an additional cost (B, S)."""
 
 WALK_SHARE = 5 / 8
-"""Of the time, spent on walking if walking and turning are apart: five of eight steps, as in the NWM paper."""
+"""Share of the time for walking if walking and turning are separate: five of eight steps, as in the NWM paper."""
 
 
 def forward_first(actions: Tensor) -> Tensor:
@@ -35,10 +35,10 @@ PROJECTIONS: dict[str, Projection] = {"forward_first": forward_first, "turn_firs
 
 
 def staying_out(forbidden: Callable[[Tensor], Tensor], weight: float = 1e3) -> Penalty:
-    """A penalty on paths through places that are forbidden.
+    """A penalty on paths through forbidden places.
 
     Args:
         forbidden: positions (…, 2) in the frame at the start to (…) bool.
-        weight: cost of each pose there; larger than costs differ otherwise.
+        weight: cost of each pose there; larger than any difference of costs.
     """
     return lambda path: weight * forbidden(path[..., :2]).to(path).sum(-1)

@@ -24,7 +24,7 @@ from cdit.world_model import WorldModel
 
 @dataclass
 class Predicted:
-    """What a world predicts; decoded once, and only if a cost looks at frames."""
+    """What a world predicts; decoded once, and only if a cost needs frames."""
 
     codec: Codec
     latents: Tensor
@@ -90,7 +90,7 @@ class Features(Cost):
     Args:
         name: of timm, such as vit_small_patch14_reg4_dinov2.lvd142m; its weights are downloaded on first use.
         device: where to compute.
-        pretrained: whether to load them; without, features are random.
+        pretrained: whether to load them; otherwise features are random.
 
     Raises:
         UserError: there is no such backbone, or its weights are not available.

@@ -1,4 +1,4 @@
-"""Whether a cost can be planned with: how it orders what the world predicts, measured before any plan is made.
+"""Whether a cost is suitable for planning: how well it orders predicted frames, before any plan is made.
 
 For every case, candidates are predicted several times with different noise. All costs judge the same frames.
 """
@@ -26,20 +26,20 @@ from cdit.plan.prediction import Predictor
 NEAR, FAR = 1.0, 2.0
 """Candidates that end within `NEAR` metres of the goal, or beyond `FAR`, with a radian counted as a metre."""
 APART = 0.5
-"""Candidates are compared whose distances differ by more than this."""
+"""Smallest difference of the distances of candidates that are compared."""
 COLUMNS = {
     "rank correlation": "Spearman's, of cost and true distance over the candidates of a case",
     "chosen [m]": "true distance of the cheapest candidate",
     "ordered near": "share of pairs of candidates, the closer one near the goal, that the cost orders correctly",
     "ordered far": "the same for pairs far from it",
-    "signal / noise near": "deviation of the cost over candidates near the goal, over that between predictions of one",
+    "signal / noise near": "standard deviation of the cost over candidates near the goal, over that of samples of one",
     "signal / noise far": "the same far from it",
 }
 
 
 @dataclass
 class Diagnosis:
-    """What a cost is worth, for N cases."""
+    """The quality of a cost in N cases."""
 
     cost: str
     values: np.ndarray
@@ -56,7 +56,7 @@ class Diagnosis:
 
 
 def diagnose(config: DiagnoseConfig) -> None:
-    """Judges every cost, and writes diagnose.md and diagnose.json.
+    """Evaluates every cost, and writes diagnose.md and diagnose.json.
 
     Raises:
         UserError: something does not fit together.
@@ -95,7 +95,7 @@ def diagnose(config: DiagnoseConfig) -> None:
 
 
 def candidates(benchmark: Benchmark, planner: Planner, number: int, count: int) -> tuple[Tensor, Tensor]:
-    """Steps (S, H, 3) of candidates of a case, half of them near what was done, and their distances to the goal (S,).
+    """Steps (S, H, 3) of candidates, half of them near the recorded motion, and their distances (S,) to the goal.
 
     A radian counts as a metre.
     """
@@ -146,7 +146,7 @@ def signal_to_noise(costs: Tensor) -> float:
 
 
 def report(diagnoses: list[Diagnosis], walks: list[str], config: DiagnoseConfig) -> str:
-    """A table, with what its columns mean."""
+    """A table and the meaning of its columns."""
     rows = []
     for diagnosis in diagnoses:
         cells = [_cell(estimate) for estimate in diagnosis.estimates(walks)]

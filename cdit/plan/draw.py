@@ -34,7 +34,7 @@ def from_above(
     margin: float = 1.0,
     size: int = 320,
 ) -> Image.Image:
-    """A map with paths, x to the right and y up, as square as wide.
+    """A square map with paths, x to the right and y up.
 
     Args:
         paths: (T, 2 or more) positions in metres, colour, width in points and a label for the legend.
@@ -90,5 +90,5 @@ def beside(images: Sequence[Image.Image], labels: Sequence[str], height: int = 3
 
 
 def frame(picture: Tensor, height: int = 320) -> Image.Image:
-    """A frame (3, H, W) of about that height."""
+    """A frame (3, H, W), scaled to about that height."""
     return to_image(picture, max(1, round(height / picture.shape[-2])))

@@ -1,4 +1,4 @@
-"""Where plans are carried out: an environment shows frames and executes motions. Doom is one."""
+"""Environments, which show frames and execute motions. Doom is one."""
 
 import math
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ from cdit.plan.episodes import WALK_IN, Episode
 from cdit.plan.free_space import walls
 
 TOUCH = PLAYER_RADIUS + 1 / 32
-"""Metres to a wall within which a walker touches it."""
+"""Metres to a wall within which the player touches it."""
 
 
 @dataclass
 class Seen:
-    """What an agent gets after a step, and what only the judge knows."""
+    """What an agent observes after a step, and what only the evaluation knows."""
 
     frame: Tensor
     """(3, H, W) in [-1, 1]."""
     motion: Tensor
     """(3,) executed: dx, dy, dyaw since the last frame, in its frame; zeros at the beginning."""
     pose: np.ndarray
-    """(3,) x, y, yaw in the world: for the judge, and for baselines that know the map."""
+    """(3,) x, y, yaw in the world: for the evaluation, and for baselines that know the map."""
     contact: bool
     """Whether a wall is touched."""
 
@@ -46,7 +46,7 @@ class Environment(Protocol):
         """The goal image (3, H, W) in [-1, 1]."""
 
     def step(self, action: Tensor) -> Seen:
-        """Executes the motion (3,) of one frame as well as it can."""
+        """Executes the motion (3,) of one frame, as far as it is possible."""
 
 
 class DoomEnvironment:
@@ -81,7 +81,7 @@ class DoomEnvironment:
         return _frame(self.engine.reset(episode.seed, *episode.goal))
 
     def step(self, action: Tensor) -> Seen:
-        """See `Environment`: at the speeds of the motion, which are reached with the lag of Doom's inertia."""
+        """See `Environment`. The speeds of the motion are reached with a lag, because of Doom's inertia."""
         dx, dy, dyaw = (float(x) * FPS for x in action)
         now = self.engine.step(dx, dy, dyaw)
         now = self.engine.observe() if now is None else now
@@ -89,7 +89,7 @@ class DoomEnvironment:
         return seen
 
     def simulate(self, pose: np.ndarray, actions: Tensor, moments: list[int]) -> tuple[Tensor, np.ndarray]:
-        """What would happen: the engine as a perfect world, but for the speed at the start, which is none.
+        """Simulates candidates: the engine as a perfect world, except that the player starts from standing.
 
         Ends the episode that was running: use another environment.
 
@@ -120,7 +120,7 @@ class DoomEnvironment:
 
 
 def walk_in(engine: Engine, seed: int, first: np.ndarray) -> list[Observation]:
-    """The first frames of an episode: a world needs a past, and frames of a walker who stands are rare in it."""
+    """The first frames of an episode: a world needs a past, in which standing is rare."""
     seen = [engine.reset(seed, *first)]
     policy = ExploringPolicy(camera(engine.size).horizontal_fov, np.random.default_rng(seed))
     for _ in range(WALK_IN):

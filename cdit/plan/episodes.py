@@ -16,7 +16,7 @@ from cdit.common.randomness import seed_of
 
 VERSION = 1
 WALK_IN = 4
-"""Frames that the explorer walks before the start."""
+"""Number of frames that the explorer walks before the start."""
 TOLERANCE = 0.15
 """Relative deviation of an episode's distance from that of its stratum."""
 GOAL_TURN = math.radians(45)
@@ -27,7 +27,7 @@ ATTEMPTS = 400
 
 @dataclass(frozen=True)
 class Episode:
-    """Where to start, and where to go."""
+    """A start and a goal."""
 
     map: str
     """Name of the map."""
@@ -42,13 +42,13 @@ class Episode:
     distance: float
     """Metres from start to goal along free space."""
     stratum: float
-    """Metres that were asked for."""
+    """The distance that was asked for, in metres."""
     visible: bool
     """Whether the goal's place is in view at the start."""
 
     @property
     def budget(self) -> int:
-        """Steps that an agent has."""
+        """Largest number of steps."""
         return 40 + math.ceil(3 * self.distance / 0.3)
 
 
@@ -126,7 +126,7 @@ def draw_episodes(map_name: str, distances: Sequence[float], count: int, seed: i
 
 
 def in_view(geometry, start: np.ndarray, goal: np.ndarray, fov: float) -> bool:
-    """Whether a place (2 or more,) is in the picture of a camera at a pose (3,), and no wall before it."""
+    """Whether a place (2 or more,) is in view of a camera at a pose (3,), and not behind a wall."""
     from cdit.doom.engine import EYE_HEIGHT
     from cdit.doom.raycast import cast, standing_height
 
@@ -140,7 +140,7 @@ def in_view(geometry, start: np.ndarray, goal: np.ndarray, fov: float) -> bool:
 
 
 def _goal(space, away, stratum: float, random: np.random.Generator) -> np.ndarray | None:
-    """A pose at about that distance, with a heading in which one may arrive."""
+    """A pose at about that distance, with a plausible heading on arrival."""
     cells = np.argwhere(np.abs(away.grid - stratum) < TOLERANCE * stratum)
     if not len(cells):
         return None

@@ -1,4 +1,4 @@
-"""Videos of episodes: what is seen, the goal, what the plan expects, and the map."""
+"""Videos of episodes: the seen frame, the goal, the frame that the plan predicts, and the map."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ HEIGHT = 256
 
 
 def film(trace: "Trace", task: Task, outcome: "Outcome", space: FreeSpace, path: Path) -> None:
-    """Writes the video of an episode, one frame a step from the start on."""
+    """Writes the video of an episode, one frame per step from the start on."""
     poses = np.array([seen.pose for seen in trace.past])
     lines, images = walls(space.geometry), []
     way = task.distances.path(poses[trace.moves[0][0], :2])

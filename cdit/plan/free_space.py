@@ -1,4 +1,4 @@
-"""Distances along free space in a map: how far a walker has to walk at least, and which way."""
+"""Distances along free space in a map: the shortest path for the player, and its length."""
 
 import math
 from dataclasses import dataclass
@@ -11,15 +11,15 @@ from cdit.doom.raycast import PLAYER_RADIUS, STEP_HEIGHT
 CELL = 0.25
 """Metres."""
 CLEARANCE = PLAYER_RADIUS + 0.1
-"""Metres between the middle of a walker and a wall."""
+"""Smallest distance in metres between the centre of the player and a wall."""
 MOVES = np.array([(i, j) for i in range(-2, 3) for j in range(-2, 3) if math.gcd(i, j) == 1])
 """Cells that are one move apart: with knights' moves, paths are at most 3 % too long."""
 TURN_WEIGHT = 0.5
-"""Metres that a radian of heading counts at the goal; less with distance from it, nothing beyond 2 m."""
+"""Metres that a radian of heading counts at the goal; falls linearly to zero 2 m away."""
 
 
 class FreeSpace:
-    """A grid over a map of where a walker can be.
+    """A grid over a map of the cells where the player can be.
 
     Args:
         geometry: the map.
@@ -77,7 +77,7 @@ class Distances:
     space: FreeSpace
     goal: np.ndarray
     grid: np.ndarray
-    """(W, H) metres; infinite where there is no way."""
+    """(W, H) metres; infinite where there is no path."""
 
     def at(self, position: np.ndarray) -> np.ndarray:
         """Metres from positions (…, 2): the straight line within two cells of the goal, otherwise by the grid."""
@@ -95,13 +95,13 @@ class Distances:
         return float(self.grid[cell] + np.linalg.norm(self.space.centre(cell) - position))
 
     def cost(self, pose: np.ndarray, goal_yaw: float) -> np.ndarray:
-        """Metres from poses (…, 3), 1000 without a way, plus the heading's error near the goal (`TURN_WEIGHT`)."""
+        """Metres from poses (…, 3), 1000 without a path, plus the heading's error near the goal (`TURN_WEIGHT`)."""
         far = np.minimum(self.at(pose[..., :2]), 1e3)
         turn = np.abs((pose[..., 2] - goal_yaw + np.pi) % (2 * np.pi) - np.pi)
         return far + TURN_WEIGHT * turn * np.clip(1 - far / 2, 0, 1)
 
     def path(self, position: np.ndarray) -> np.ndarray:
-        """The way to the goal from a position (2,), cell by cell: (P, 2)."""
+        """The path to the goal from a position (2,), cell by cell: (P, 2)."""
         cell, way = self.space.cell(position), []
         while 0 < self.grid[cell] < np.inf:
             around = [
@@ -113,7 +113,7 @@ class Distances:
 
 
 def walls(geometry: MapGeometry) -> np.ndarray:
-    """Lines (N, 4) of a map that nobody passes, in metres."""
+    """Lines (N, 4) of a map that cannot be passed, in metres."""
     return geometry.segments[geometry.blocking | (geometry.beyond < 0)]
 
 
@@ -124,7 +124,7 @@ def _passed(move: np.ndarray) -> list[np.ndarray]:
 
 
 def _moved(grid: np.ndarray, move: np.ndarray, outside: float | bool) -> np.ndarray:
-    """For each cell what the grid has one move away."""
+    """For each cell, the value of the grid one move away."""
     padded = np.pad(grid, 2, constant_values=outside)
     i, j = 2 + np.asarray(move)
     return padded[i : i + grid.shape[0], j : j + grid.shape[1]]

@@ -1,4 +1,4 @@
-"""A small network that compares a frame with a goal image: distance and steps to go, what to do, whether arrived.
+"""A network that compares a frame with a goal image: distance, steps to go, actions, probability of having arrived.
 
 It is trained on pairs of frames of the same walks as the world (`cdit.plan.learn`), and needs no pretrained weights.
 """
@@ -35,7 +35,7 @@ TURN_EDGES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.4, 2.0, 3.0, 4.5)
 TURN_MIDDLES = (0.05, 0.15, 0.27, 0.42, 0.62, 0.87, 1.2, 1.7, 2.5, 3.7, 5.2)
 """Difference that each class stands for."""
 TURN_WEIGHT, TURN_REACH = 0.5, 4.0
-"""How much an angle counts at the goal, in radii, and the radii at which it no longer counts."""
+"""How much an angle counts at the goal, in radii, and the distance in radii at which it no longer counts."""
 LOG_STD = (-5.0, 2.0)
 
 
@@ -44,7 +44,7 @@ class GoalDescription:
     """What a goal network was trained for."""
 
     horizon: int
-    """Steps that it proposes."""
+    """Number of steps that it proposes."""
     action_scale: tuple[float, float, float]
     """Deviation of dx, dy (metres) and dyaw (radians) of a step in the data."""
     motion_scale: tuple[float, float, float]
@@ -88,13 +88,13 @@ class Compared:
         return _expected(self.turned, TURN_MIDDLES)
 
     def apart(self) -> Tensor:
-        """How different the places are (N,): the sum of `metres` and `turn`."""
+        """How different the poses are (N,): the sum of `metres` and `turn`."""
         return self.metres() + self.turn()
 
     def distance(self) -> Tensor:
-        """What is left to the goal (N,), in radii: the distance, and close to the goal the heading (`TURN_WEIGHT`).
+        """Remaining distance to the goal (N,), in radii; close to the goal it includes the heading (`TURN_WEIGHT`).
 
-        Farther away the heading does not count: whoever has to go there may have to turn away from it first.
+        Farther away the heading does not count, because the path may first turn away from it.
         """
         metres = self.metres()
         return metres + TURN_WEIGHT * self.turn() * (1 - metres / TURN_REACH).clamp(min=0)

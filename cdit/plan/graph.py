@@ -20,38 +20,38 @@ from cdit.data.windows import WindowDataset
 from cdit.plan.goal_network import GoalNetwork
 
 SIMILAR = 32
-"""Frames that may be close to a frame, by small pictures, and are compared by the network."""
+"""Number of frames most similar at 8 × 8 pixels that the network compares with each frame."""
 CLOSE = 2.0
-"""Distance within which two frames of different walks may be connected, in multiples of what counts as reached."""
+"""Distance within which two frames of different walks may be connected, see `Compared.apart`."""
 AROUND = 2
-"""Remembered frames before and after both that are compared, too: many places look alike in one frame."""
+"""Number of frames before and after both that are compared, too, because many places look alike in one frame."""
 ALIKE = 1.0
-"""Mean distance within which they must be; SeqSLAM (Milford and Wyeth 2012) compares sequences for the same reason."""
+"""Largest mean distance of these; SeqSLAM (Milford and Wyeth 2012) compares sequences for the same reason."""
 WELD = 1.5
-"""How many times more steps such an edge costs: the network may be wrong."""
+"""Factor on the steps of such an edge, because the network may be wrong."""
 AHEAD = 8.0
 """Steps within which the farthest frame of the route is the next target."""
 CHUNK = 256
 """Pairs compared at a time."""
 LOST = 4.0
-"""Beyond this distance from the route the walker is localised again, among all nodes."""
+"""Beyond this distance from the route the agent is localised again, among all nodes."""
 PLACE = 6.0
-"""Steps within which nodes belong to the place where a walker did not find the goal."""
+"""Steps within which nodes belong to the place where an agent did not find the goal."""
 WORTH = 16.0
-"""Steps of detour that one unit of distance is worth where a route starts and ends: of places that look alike, those
-close to each other are chosen."""
+"""Steps that one unit of distance counts at the start and the end of a route, so that of places that look alike the
+route connects those that are close to each other."""
 
 
 @dataclass
 class Graph:
-    """N remembered frames and the edges between them."""
+    """N frames of recorded walks and the edges between them."""
 
     frames: Tensor
     """(N, 3, H, W) uint8."""
     walks: Tensor
     """(N,) the walk of each."""
     edges: list[list[tuple[int, float]]]
-    """Of each node: neighbours and steps to them."""
+    """For each node, its neighbours and the steps to them."""
     network: GoalNetwork
 
     @classmethod
@@ -60,9 +60,9 @@ class Graph:
 
         Args:
             dataset: of walks.
-            network: tells how far frames are from each other.
-            count: about how many frames to remember.
-            every: remember every so many frames of a walk.
+            network: compares frames.
+            count: approximate number of frames.
+            every: spacing of the frames along a walk.
         """
         frames, walks, edges = [], [], []
         for index, trajectory in enumerate(dataset.trajectories):
@@ -116,12 +116,12 @@ class Graph:
         return torch.cat([x.steps() for x in found]).cpu(), torch.cat([x.apart() for x in found]).cpu()
 
     def to_goal(self, goal: Tensor) -> "Route":
-        """The ways from every node to a goal image (3, H, W)."""
+        """The routes from every node to a goal image (3, H, W)."""
         _, distances = self.compare(self.frames, to_uint8(goal))
         return Route(self, goal, WORTH * distances)
 
     def reversed(self) -> list[list[tuple[int, float]]]:
-        """Of each node: those with an edge to it, and the steps from them."""
+        """For each node, those with an edge to it, and the steps from them."""
         backwards: list[list[tuple[int, float]]] = [[] for _ in self.edges]
         for node, out in enumerate(self.edges):
             for other, weight in out:
@@ -130,11 +130,11 @@ class Graph:
 
 
 def dijkstra(distance: list[float], edges: list[list[tuple[int, float]]]) -> list[int | None]:
-    """Lowers the distance of each node to that of the shortest way to it; returns the node before it on that way.
+    """Lowers the distance of each node to that of the shortest path to it; returns the node before it on that path.
 
     Args:
-        distance: at which a way may start at each node; changed in place.
-        edges: of each node: neighbours and the lengths of the edges to them.
+        distance: at which a path may start at each node; changed in place.
+        edges: for each node, its neighbours and the lengths of the edges to them.
     """
     before: list[int | None] = [None] * len(edges)
     queue = [(far, node) for node, far in enumerate(distance) if far < math.inf]
@@ -151,18 +151,18 @@ def dijkstra(distance: list[float], edges: list[list[tuple[int, float]]]) -> lis
 
 
 class Route:
-    """The ways to one goal.
+    """The routes to one goal.
 
     Args:
         graph: of remembered frames.
         goal: the goal image (3, H, W).
-        ends: (N,) what it costs to end at each node, in steps.
+        ends: (N,) cost in steps of ending at each node.
 
     Attributes:
         distance: cost from each node to the goal: steps, and the cost of the end.
-        following: the next node on the way.
-        node: where the walker was last.
-        target: where it was sent last.
+        following: the next node on the route.
+        node: where the agent was last.
+        target: where it was last sent.
     """
 
     def __init__(self, graph: Graph, goal: Tensor, ends: Tensor):
@@ -176,9 +176,9 @@ class Route:
         self.following = dijkstra(self.distance, self.graph.reversed())
 
     def leave(self) -> bool:
-        """Gives up the place where the way from the present node ends; False if no other place remains.
+        """Gives up the place where the route from the present node ends; False if no other place remains.
 
-        If none can be reached from this node, the walker is localised again.
+        If none can be reached from this node, the agent is localised again.
         """
         steps = [math.inf] * len(self.ends)
         steps[self._way(self.node, math.inf)[-1]] = 0.0
@@ -191,7 +191,7 @@ class Route:
         return bool(self.ends.isfinite().any())
 
     def next(self, frame: Tensor) -> tuple[int | None, Tensor]:
-        """The node to walk to, and its frame (3, H, W) in [-1, 1]; None and the goal image at the end of the way."""
+        """The node to walk to, and its frame (3, H, W) in [-1, 1]; None and the goal image at the end of the route."""
         at = None
         if self.node is not None:
             at, far = self._closest(frame, self._way(self.node, 2 * AHEAD))

@@ -1,6 +1,6 @@
 """Trains the goal network: on pairs of frames of one walk, some of which a world predicted, and pairs of two walks.
 
-Half of the pairs are of close places, whichever frame was recorded first: a cost must tell apart frames short of the
+Half of the pairs are close places, whichever frame was recorded first: a cost must distinguish frames short of the
 goal, beside it and past it, and walks rarely lead backwards.
 """
 
@@ -28,17 +28,17 @@ from cdit.world_model import WorldModel
 OTHERS, CLOSE = 0.15, 0.5
 """Shares of pairs of two walks, and of pairs of close places."""
 REMEMBERED = 4096
-"""Goals among which frames of other places that look alike are searched."""
+"""Number of recent goals that are searched for other places that look alike."""
 WITHIN = 4, 3
-"""Multiples of the radius and the angle of a reached goal within which two places are close."""
+"""Two places are close within these multiples of the radius and the angle of a reached goal."""
 UNORDERED = -1
 JUMPS = 16
-"""Frames that the world looks ahead, at most."""
+"""Largest number of frames that the world predicts ahead."""
 
 
 @dataclass
 class Pairs:
-    """N pairs of frames with what is to be learned of them."""
+    """N pairs of frames and their targets."""
 
     frames: Tensor
     """(N, 3, H, W) uint8."""
@@ -50,7 +50,7 @@ class Pairs:
     motion: Tensor
     """(N, 3) float32 in metres and radians; NaN for frames of two walks without shared coordinates."""
     actions: Tensor
-    """(N, H, 3) float32: what was done, from the frame on; zeros unless the goal was recorded later."""
+    """(N, H, 3) float32: the recorded actions from the frame on; zeros unless the goal was recorded later."""
 
 
 def learn(config: LearnConfig) -> None:

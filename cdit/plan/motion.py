@@ -1,4 +1,4 @@
-"""How far a path is from another (see `cdit.common.motion`)."""
+"""Errors of a path (see `cdit.common.motion`)."""
 
 from typing import NamedTuple
 
@@ -8,10 +8,10 @@ from cdit.common.motion import wrap
 
 
 class PathErrors(NamedTuple):
-    """Errors of paths, each (…)."""
+    """Errors of paths, each of shape (…)."""
 
     ate: Tensor
-    """Absolute trajectory error: root mean square of the distances between poses of the same time, without alignment,
+    """Absolute trajectory error: root mean square distance between poses of the same time, without alignment,
     in units of the spacing (Sturm et al. 2012; the NWM release)."""
     rpe: Tensor
     """Relative pose error: root mean square of the differences of single steps, in units of the spacing. As in the NWM

@@ -1,4 +1,4 @@
-"""Coloured noise: candidates that hold a direction for several steps reach farther than white noise does."""
+"""Coloured noise: candidates that keep a direction for several steps reach farther than those of white noise."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ def coloured_noise(shape: tuple[int, ...], beta: float, generator: torch.Generat
 
     Args:
         shape: of the noise, (…, T).
-        beta: 0 for white noise, 2 for that of a random walk.
+        beta: 0 for white noise, 2 for a random walk.
         generator: of the draws; the noise is on its device.
     """
     *many, length = shape

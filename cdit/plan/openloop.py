@@ -1,4 +1,4 @@
-"""The open-loop benchmark: plans to the frame some seconds ahead, compared with what was done.
+"""The open-loop benchmark: plans to the frame some seconds ahead, compared with the recorded motion.
 
 Every method answers the same cases. Suffixes: B cases of a batch, H steps.
 """
@@ -41,26 +41,26 @@ METHODS = {
     "stay": "standing still",
     "truth": "true motion as a candidate",
 }
-"""Methods and their names in tables. The last is the error that the candidates' family leaves."""
+"""Methods and their names in tables. The error of the last is what the family of candidates cannot express."""
 PLANNERS = "world", "guided"
-"""Methods that the table compares with the others, but for the last."""
+"""Methods that the table compares with all others but the last."""
 
 
 @dataclass
 class Answers:
-    """What one method planned for N cases."""
+    """The plans of one method for N cases."""
 
     paths: Tensor
     """(N, H, 3)."""
     seconds: float = 0.0
-    """A plan, on average."""
+    """Average of a plan."""
     costs: Tensor | None = None
-    """(N,) of the plans by the world, if it scored them."""
+    """(N,) costs of the plans, if the world scored them."""
 
 
 @dataclass
 class Picture:
-    """What is drawn of a case. Frames are (3, H, W) in [-1, 1], paths in the frame at the start."""
+    """The picture of a case. Frames are (3, H, W) in [-1, 1], paths in the frame at the start."""
 
     case: Case
     start: Tensor
@@ -105,7 +105,7 @@ class OpenResults:
 
 
 class Benchmark:
-    """A world, the cases, and what plans need.
+    """A world, the cases, and everything that planning needs.
 
     Raises:
         UserError: something does not fit together.

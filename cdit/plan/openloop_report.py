@@ -66,7 +66,7 @@ def differences(results: OpenResults) -> tuple[list[str], list[list[str]]]:
 
 
 def describe(results: OpenResults) -> str:
-    """A sentence on what was measured."""
+    """A paragraph on the setting."""
     about, planner = results.about, results.about["planner"]
     optimizer = planner["optimizer"]
     worse = ""
@@ -83,7 +83,7 @@ def describe(results: OpenResults) -> str:
 
 
 def numbers(results: OpenResults) -> dict[str, Any]:
-    """All numbers, of every episode too."""
+    """All numbers, also for single episodes."""
     return {
         "config": results.about,
         "spacing": results.spacing,
@@ -97,7 +97,7 @@ def numbers(results: OpenResults) -> dict[str, Any]:
 
 
 def draw_episode(picture: Picture, results: OpenResults) -> Image.Image:
-    """Start, goal, what the world predicts of the plan and of the worst candidate, and all paths from above."""
+    """Start, goal, predicted ends of the plan and of the worst candidate, and all paths from above."""
     number = results.cases.index(picture.case)
     order = picture.costs.argsort(descending=True).tolist()  # the cheapest on top
     colours = costs_as_colours(picture.costs.numpy())
@@ -117,7 +117,7 @@ def draw_episode(picture: Picture, results: OpenResults) -> Image.Image:
 
 
 def placed_path(path: np.ndarray, picture: Picture) -> np.ndarray:
-    """A path in the frame at the start, in the world."""
+    """A path in the frame at the start, transformed to the world."""
     return placed(torch.as_tensor(path).float(), picture.pose).numpy()
 
 
@@ -146,7 +146,7 @@ def write_curve(points: Sequence[CurvePoint], out: Path, about: dict[str, Any]) 
             spread = np.abs(np.array([low, high]) - means)
             label = f"{steps} denoising step{'s' * (steps > 1)}"
             axes[i - 2].errorbar([p.calls for p in of_steps], means, spread, marker="o", capsize=3, label=label)
-        axes[i - 2].set(xlabel="network evaluations a plan", ylabel=measure)
+        axes[i - 2].set(xlabel="network evaluations per plan", ylabel=measure)
         axes[i - 2].set_xscale("log", base=2)
         axes[i - 2].xaxis.set_major_formatter("{x:g}")
     axes[0].legend()

@@ -24,9 +24,9 @@ class Solution:
     values: Tensor
     """(B, K, 3), the result."""
     tried: list[Tensor] = field(default_factory=list)
-    """Of each iteration the candidates, (B, S, K, 3)."""
+    """The candidates of each iteration, (B, S, K, 3)."""
     costs: list[Tensor] = field(default_factory=list)
-    """Of each iteration their costs, (B, S)."""
+    """Their costs, (B, S)."""
 
     def best(self) -> tuple[Tensor, Tensor]:
         """The best of all candidates, (B, K, 3), and its cost, (B,)."""
@@ -44,16 +44,16 @@ def optimize(
     start: Tensor | None = None,
     proposed: Tensor | None = None,
 ) -> Solution:
-    """Looks for the numbers of lowest cost.
+    """Searches for the numbers of lowest cost.
 
     Args:
         objective: the cost.
-        prior: where to look; candidates stay within its bounds.
-        config: the optimiser, and the numbers of its candidates.
+        prior: of the candidates, which stay within its bounds.
+        config: the optimiser and its settings.
         batch: B.
         generator: of the candidates.
-        start: (B, K, 3), an earlier plan to continue (a warm start): the mean of the first iteration, which also tries
-            it as it is.
+        start: (B, K, 3), an earlier plan to continue (a warm start): the mean of the first iteration, and one of its
+            candidates.
         proposed: (B, P, K, 3), further candidates of the first iteration, in place of as many others.
     """
     knots = len(prior.mean)
@@ -104,5 +104,5 @@ def mppi_weights(costs: Tensor, temperature: float) -> Tensor:
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """Of candidates (B, S, K, 3) those at (B, E): (B, E, K, 3)."""
+    """Candidates (B, S, K, 3) at the indices (B, E): (B, E, K, 3)."""
     return values[torch.arange(len(values), device=values.device)[:, None], index]

@@ -1,4 +1,4 @@
-"""Plans: candidates of a family, scored by a world, the best of which an optimiser finds.
+"""Plans: an optimiser searches a family of candidates for the one that a world scores best.
 
 Suffixes: B contexts, S candidates of each, H steps.
 """
@@ -25,7 +25,7 @@ Score = Callable[[Tensor], Tensor]
 
 @dataclass
 class Plan:
-    """The chosen steps of B contexts, and all that were tried."""
+    """The chosen steps for B contexts, and all candidates that were tried."""
 
     actions: Tensor
     """(B, H, 3)."""
@@ -34,14 +34,14 @@ class Plan:
     lowest: Tensor
     """(B,) lowest cost of any candidate, without penalty."""
     tried: list[Tensor] = field(default_factory=list)
-    """Of each iteration the candidates, (B, S, H, 3)."""
+    """The candidates of each iteration, (B, S, H, 3)."""
     costs: list[Tensor] = field(default_factory=list)
-    """Of each iteration their costs, (B, S)."""
+    """Their costs, (B, S)."""
 
 
 @dataclass
 class Planner:
-    """Finds the steps of lowest cost, whatever scores them."""
+    """Finds the steps of lowest cost for any score."""
 
     family: Family
     prior: Prior
@@ -80,7 +80,7 @@ class Planner:
             generator: of the candidates.
             start: (B, H, 3), steps to continue from.
             penalty: added to the costs.
-            proposed: (B, P, H, 3), steps that the first iteration tries, as close as candidates come to them.
+            proposed: (B, P, H, 3), steps whose closest candidates are tried in the first iteration.
         """
         low, high = self.prior.low, self.prior.high
         started, proposals = (x if x is None else self.family.values(x).clamp(low, high) for x in (start, proposed))
@@ -190,10 +190,10 @@ class Towards:
 
 @dataclass
 class Guided:
-    """A score that also prefers what a policy proposes: a Gaussian prior of the steps, as in maximum a posteriori.
+    """A score with a Gaussian prior of the steps around what a policy proposes, as in maximum a posteriori estimation.
 
-    A policy and a cost err independently, and an optimiser finds the candidates whose costs err most. A candidate's
-    cost grows by `weight` times its mean squared deviation from the policy, in standard deviations.
+    Errors of a policy and of a cost are independent, and an optimiser exploits those of the cost. A candidate's cost
+    grows by `weight` times its mean squared deviation from the policy, in standard deviations.
     """
 
     score: Score
@@ -207,7 +207,7 @@ class Guided:
 
     @classmethod
     def by(cls, network: GoalNetwork, frames: Tensor, goals: Tensor, score: Score, planner: Planner) -> "Guided":
-        """Prefers what a network does on the way from frames to goals, (B, 3, H, W) each."""
+        """The prior that a network proposes from frames to goals, (B, 3, H, W) each."""
         return cls(score, *network.propose(frames, goals), planner.config.guidance, planner.moments)
 
     def __call__(self, actions: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a world model predicts for many candidates: the past is encoded once and shared by all of them.
+"""Predictions of a world model for many candidates: the past is encoded once and shared by all of them.
 
 Suffixes: B contexts, S candidates of each, H steps of a candidate, L predicted frames.
 """
@@ -24,13 +24,13 @@ class Predictor:
 
     world: WorldModel
     frames: Sequence[int]
-    """Which frames after the last seen one, in ascending order."""
+    """Frames to predict, counted from the last seen one, in ascending order."""
     stride: int | None = None
     """Frames in one predicted step, each of which joins the past of the next; None: every frame in one jump."""
     sampler: SamplerConfig | None = None
     """By default that of the world."""
     chunk: int = 256
-    """Largest number of frames that are predicted at a time; halved whenever memory does not suffice."""
+    """Largest number of frames predicted at a time; halved when memory is exhausted."""
 
     def begin(
         self,
