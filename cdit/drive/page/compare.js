@@ -37,7 +37,7 @@ export const compare = {
     body.append(
       element("p", { textContent: "The dream" }), samplerOf(0, worlds[0]),
       element("div", { className: "row" }, "beside it", second), its,
-      element("p", { textContent: "A second dream gets the same actions and noise. Adding one begins the drive anew." }),
+      element("p", { textContent: "A second dream gets the same actions and noise. Adding one restarts the drive." }),
     );
   },
 };

@@ -17,7 +17,7 @@ export const doubt = {
     samples = element("select", { id: "samples" },
       ...[0, 2, 4, 8].map((count) => element("option", { value: count, textContent: count ? `${count} samples` : "off" })));
     samples.onchange = () => app.send("doubt", { samples: Number(samples.value) });
-    text = element("p", { textContent: "How much pixels differ between samples, if you go on like this for a second." });
+    text = element("p", { textContent: "How much pixels differ between samples, if the current motion continues for a second." });
     strip = element("div", { className: "thumbnails" });
     body.append(element("div", { className: "row" }, samples), text, strip);
   },
@@ -33,7 +33,7 @@ export const doubt = {
     }
     const [count, height, width] = ends.shape;
     heat(overlay, spread, height, width, 0, FULL, (share) => 0.8 * share);
-    text.textContent = `In a second the samples differ by ${digits(100 * message.spread, 1)} % of the range (standard deviation, mean over pixels).`;
+    text.textContent = `After a second, the samples differ by ${digits(100 * message.spread, 1)} % of the range (standard deviation, mean over pixels).`;
     while (strip.childElementCount < count) strip.append(element("canvas"));
     while (strip.childElementCount > count) strip.lastChild.remove();
     [...strip.children].forEach((canvas, i) => paint(canvas, ends, height, width, i * height * width * 3));

@@ -88,7 +88,7 @@ export const inside = {
     const slider = (max, value = 0) => element("input", { type: "range", min: 0, max, value, oninput: send });
     [layer, head, call] = [slider(world.layers - 1), slider(world.heads - 1), slider(world.sampler.steps, world.sampler.steps)];
     [layer.id, head.id, call.id] = ["layer", "head", "call"];
-    hint = element("p", { textContent: "Click a patch of the dream, then drive on." });
+    hint = element("p", { textContent: "Click a patch of the dream, then keep driving." });
     list = element("div");
     body.append(
       element("label", {}, "layer", layer, element("output")),
@@ -127,7 +127,7 @@ export const inside = {
     }
     if (mark) mark.hidden = !inside.box.open;
     hint.hidden = Boolean(attention);
-    hint.textContent = patch && !message.step ? "Drive on: the start frame was not dreamed." : "Click a patch of the dream, then drive on.";
+    hint.textContent = patch && !message.step ? "Take a step first: the start frame was not predicted." : "Click a patch of the dream, then keep driving.";
     if (!attention) {
       list.replaceChildren();
       return;

@@ -228,6 +228,6 @@ const link = connect(
   },
   (reason) => {
     find("status").textContent = "not connected";
-    if (find("notice").hidden) app.notify(reason || "The connection has ended. Reload the page to drive again.");
+    if (find("notice").hidden) app.notify(reason || "The connection was closed. Reload the page to drive again.");
   },
 );

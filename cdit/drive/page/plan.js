@@ -54,7 +54,7 @@ export const plan = {
     app = page;
     const { pictures, row } = choices(app, "plan to", ask);
     if (app.hello.count) {
-      const title = "What was recorded after the frame that this drive began with";
+      const title = "The frame recorded after the one that this drive started from";
       const onclick = () => ask({ source: "ahead" });
       row.prepend(element("button", { id: "goal-ahead", textContent: "What came next", title, onclick }));
     }

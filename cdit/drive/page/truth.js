@@ -31,7 +31,7 @@ export const truth = {
     here.onclick = () => app.send("from_here");
     body.append(
       element("label", { className: "check" }, turn, "walk the same way in the engine"),
-      element("p", { textContent: "The engine's walker has inertia and stops at walls; the dream gets the motion that results." }),
+      element("p", { textContent: "The engine's player has inertia and stops at walls; the dream is conditioned on the resulting motion." }),
       here,
     );
     for (const [metric, { name }] of Object.entries(CHARTS)) {
