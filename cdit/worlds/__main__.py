@@ -2,8 +2,9 @@
 
     python -m cdit.worlds --checkpoint runs/maze --out cdit/worlds/maze --evaluation evaluation --starts data/doom/maze
 
-Starts are a few short walks of a dataset, from which `python -m cdit.drive` begins. The card, README.md, holds the
-training config, steps and time of the run, and the tables of `python -m cdit.evaluate`.
+Starts are a few short walks of a dataset, from which `python -m cdit.drive` begins. `--learned` adds a goal network for
+`--planner.learned` of `python -m cdit.plan`. The card, README.md, holds the training config, steps and time of the run,
+and the tables of `python -m cdit.evaluate`.
 """
 
 import json
@@ -29,6 +30,8 @@ class PackConfig(CheckpointOptions, OutputOptions):
     """Folders of results of `python -m cdit.evaluate`, whose tables go into the card."""
     starts: str | None = None
     """Dataset whose split `test` gives the walks to start from."""
+    learned: str | None = None
+    """Folder of a goal network that `python -m cdit.plan learn` wrote."""
     note: str = ""
     """A paragraph for the card: machine, data, licence of the contents of the frames."""
 
@@ -44,8 +47,10 @@ def main() -> None:
 
     import torch
 
+    from cdit.plan.goal_network import load_goal_network
     from cdit.world_model import WorldModel
 
+    network = None if config.learned is None else load_goal_network(config.learned)
     world = WorldModel.from_pretrained(config.checkpoint)
     world.cdit.to(torch.float16)
     out = Path(config.out)
@@ -60,6 +65,8 @@ def main() -> None:
     (out / "README.md").write_text("\n\n".join(part.strip() for part in card if part) + "\n")
     if config.starts is not None:
         pack_starts(config.starts, out / "starts")
+    if network is not None:
+        network.half().save(out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 1e6:.1f} MB")
 

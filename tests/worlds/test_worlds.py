@@ -15,6 +15,7 @@ from cdit.data.config import Source
 from cdit.data.layout import DatasetInfo, write_split, write_trajectory
 from cdit.data.sources import open_source
 from cdit.model import CDiT
+from cdit.plan.goal_network import GoalDescription, GoalNetwork, load_goal_network
 from cdit.world_model import WorldDescription, WorldModel
 from cdit.worlds.__main__ import pack_starts
 
@@ -38,7 +39,10 @@ def pack(tmp_path: Path, world: WorldModel, *options: str) -> subprocess.Complet
 def test_a_packed_world_is_found_by_name_and_has_the_weights_rounded_once(tmp_path, world, monkeypatch):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "results.md").write_text("| PSNR |\n|---|\n| 23.4 |\n")
-    done = pack(tmp_path, world, "--evaluation", str([str(tmp_path / "results")]))
+    network = GoalNetwork(GoalDescription(4, (0.1,) * 3, (1.0,) * 3, 0.5, 0.5))
+    network.save(tmp_path / "learned")
+    options = ("--evaluation", str([str(tmp_path / "results")]), "--learned", str(tmp_path / "learned"))
+    done = pack(tmp_path, world, *options)
     assert done.returncode == 0, done.stderr
     monkeypatch.setattr(worlds, "FOLDER", tmp_path)
     monkeypatch.chdir(tmp_path / "results")  # where no folder has the name
@@ -46,6 +50,8 @@ def test_a_packed_world_is_found_by_name_and_has_the_weights_rounded_once(tmp_pa
     for (name, ours), theirs in zip(loaded.cdit.named_parameters(), world.cdit.parameters(), strict=True):
         assert ours.dtype == torch.float32, name
         assert torch.equal(ours, theirs.half().float()), name
+    for ours, theirs in zip(load_goal_network("toy").parameters(), network.parameters(), strict=True):
+        assert torch.equal(ours, theirs.half().float())
     assert "23.4" in (tmp_path / "toy" / "README.md").read_text()
     assert str(tmp_path) not in (tmp_path / "toy" / "cdit" / "config.json").read_text()
 
@@ -54,6 +60,9 @@ def test_a_missing_table_is_named_before_anything_is_written(tmp_path, world):
     done = pack(tmp_path, world, "--evaluation", str([str(tmp_path / "nowhere")]))
     assert done.returncode == 2
     assert "nowhere" in done.stderr
+    done = pack(tmp_path, world, "--evaluation", "[]", "--learned", str(tmp_path / "nothing"))
+    assert done.returncode == 2
+    assert "nothing: no readable goal network" in done.stderr
     assert not (tmp_path / "toy").exists()
 
 
