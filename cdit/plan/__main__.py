@@ -9,9 +9,9 @@
 
 `open` plans to the frame two seconds ahead, in 100 episodes of a dataset, and compares the plans with the recorded
 motion and with baselines. `curve` repeats that for several budgets of candidates and denoising steps. `diagnose`
-measures how well costs order predicted frames. `learn` trains a small network on the walks that the world was trained
-on: distance and steps to a goal image, the actions that lead there, and whether it is reached. `episodes` draws starts
-and goals in a Doom map, and `act` runs agents on them (closed loop).
+measures how well costs order predicted frames. `learn` trains a small network, on the walks that the world was trained
+on, to predict distance and steps to a goal image, the actions that lead there, and whether it is reached. `episodes`
+samples starts and goals in a Doom map, and `act` runs agents on them (closed loop).
 """
 
 from pathlib import Path
@@ -22,10 +22,10 @@ from cdit.plan.config import ActConfig, CurveConfig, DiagnoseConfig, EpisodesCon
 
 COMMANDS = {
     "open": Command(OpenConfig, "plan in recorded episodes and compare with the recorded motion (open loop)"),
-    "curve": Command(CurveConfig, "measure the error of plans against their budget"),
+    "curve": Command(CurveConfig, "measure how the error of plans depends on the budget"),
     "diagnose": Command(DiagnoseConfig, "measure how well costs order predicted frames"),
     "learn": Command(LearnConfig, "train a goal network: distance to a goal image, and a policy"),
-    "episodes": Command(EpisodesConfig, "draw starts and goals in a Doom map"),
+    "episodes": Command(EpisodesConfig, "sample starts and goals in a Doom map"),
     "act": Command(ActConfig, "run agents on image goals in Doom (closed loop)"),
 }
 

@@ -58,22 +58,22 @@ class Outcome:
     passed: bool
     """Whether it was at the goal at any time."""
     distance: float
-    """Remaining metres at the end, along free space."""
+    """Remaining distance at the end, in metres along free space."""
     degrees: float
-    """Error of the heading at the end."""
+    """Heading error at the end."""
     spl: float
     """Success weighted by path length (Anderson et al. 2018, arXiv 1807.06757)."""
     soft_spl: float
-    """Progress weighted by path length, as in Habitat: max(0, 1 - distance / at start) · shortest / walked."""
+    """Progress weighted by path length, as in Habitat: max(0, 1 - distance / initial) · shortest / walked."""
     walked: float
     """Metres."""
     steps: int
     contacts: int
-    """Steps at whose end a wall is touched."""
+    """Steps that end in contact with a wall."""
     violations: int
     """Steps that end in the forbidden rectangle."""
     seconds: float
-    """Average of a plan; 0 without plans."""
+    """Average per plan; 0 without plans."""
 
 
 @dataclass
@@ -81,22 +81,22 @@ class Trace:
     """The record of an episode."""
 
     past: list[Seen]
-    """All frames, from the first of the walk in."""
+    """All frames, including those of the walk-in."""
     moves: list[tuple[int, Move]] = field(default_factory=list)
     """Plans, and the index of the frame at which each was made."""
     seconds: list[float] = field(default_factory=list)
-    """Of each plan."""
+    """Per plan."""
 
 
 def run_episode(environment: Environment, agent: Agent, task: Task, radius: float, angle: float) -> Trace:
     """Acts until the agent stops or its budget is exhausted.
 
     Args:
-        environment: acts there.
-        agent: acts.
+        environment: executes the moves.
+        agent: chooses them.
         task: the episode, with its goal image.
         radius: metres within which a goal is reached.
-        angle: radians within which it is.
+        angle: radians within which a goal is reached.
     """
     trace = Trace(environment.reset(task.episode))
     agent.begin(task)
@@ -153,7 +153,7 @@ def act(config: ActConfig) -> tuple[list[Episode], list[Outcome]]:
     """Runs the episodes that OUT/outcomes.jsonl lacks, and records videos of some.
 
     Raises:
-        UserError: something does not fit together.
+        UserError: checkpoint, data or options are incompatible.
     """
     episodes, out = load_episodes(config.episodes), Path(config.out)
     chosen = select(episodes, config.most)
@@ -187,14 +187,14 @@ def check_same(config: ActConfig, out: Path) -> None:
     """Checks that the outcomes in a folder were made with the same options.
 
     Raises:
-        UserError: they were made with others.
+        UserError: they were not.
     """
     path, kept = out / "made_of.json", asdict(config)
     for name in ("out", "agents", "most", "videos"):
         del kept[name]
     kept["episodes"] = sha256(Path(config.episodes))
     if path.is_file() and read_json(path) != kept:
-        raise UserError(f"out: {out} has outcomes that were made with other options: give another folder")
+        raise UserError(f"out: {out} has outcomes of a run with other options: choose another folder")
     write_json(path, kept)
 
 
@@ -215,7 +215,7 @@ def select(episodes: list[Episode], most: int | None) -> list[int]:
 
 
 def read_outcomes(out: Path) -> Iterator[Outcome]:
-    """The outcomes that were written, without a last line that was cut off."""
+    """The outcomes written so far, without a truncated last line."""
     path = out / OUTCOMES
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
@@ -238,19 +238,17 @@ class Setting:
         size = self.world.description.image_size
         if size[0] != size[1]:
             raise UserError(
-                f"checkpoint: predicts frames of {size[0]}×{size[1]}, expected squares, as the engine shows"
+                f"checkpoint: predicts frames of {size[0]}×{size[1]}, expected square ones, as the engine renders"
             )
         self.dataset = windows_for(self.world, config, with_text=False)
         self.recorded = recorded_actions(self.dataset.trajectories, config.horizon)
         if not len(self.recorded):
-            raise UserError(
-                f"{config.data}: no walk of {config.horizon + 1} frames with poses, which candidates resemble"
-            )
+            raise UserError(f"{config.data}: no walk of {config.horizon + 1} frames with poses to draw candidates from")
         learned = config.planner.learned
         self.network = load_goal_network(learned, self.world.device) if learned else None
         if self.network and self.network.description.horizon != config.horizon:
             proposed = self.network.description.horizon
-            raise UserError(f"planner.learned proposes {proposed} steps, expected horizon, {config.horizon}")
+            raise UserError(f"planner.learned proposes {proposed} steps, expected {config.horizon} (horizon)")
         self.planner = Planner.fit(config.planner, self.recorded, self.world.device)
         self.score = WorldScore.of(self.world, config.planner, self.planner.moments)
         self.environment, self.other = (DoomEnvironment(map_name, size[0]) for _ in range(2))

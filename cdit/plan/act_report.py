@@ -26,7 +26,7 @@ NAMES = {
     "world_distance": "planned by the true distance, commanded motion *",
     "engine_distance": "planned by the true distance, with the engine *",
     "graph": "planned with the world, along the graph",
-    "expert": "shortest way on the map *",
+    "expert": "shortest path on the map *",
 }
 COLUMNS = ("success", "passed", "spl", "soft_spl", "distance", "contacts_per_metre", "seconds")
 
@@ -62,10 +62,10 @@ def describe(config: ActConfig, outcomes: Sequence[Outcome]) -> str:
     """A paragraph on the setting."""
     planner, optimizer = config.planner, config.planner.optimizer
     text = (
-        f"{len({o.episode for o in outcomes})} episodes; success is a stop within {config.radius:g} m and "
+        f"{len({o.episode for o in outcomes})} episodes; success means stopping within {config.radius:g} m and "
         f"{config.degrees:g}°. Plans: {planner.motions} candidates, {optimizer.name}, {optimizer.samples} × "
         f"{optimizer.iterations}, cost {planner.cost}; {config.execute} of {config.horizon} steps are executed. ± "
-        "is half the width of the 95 % interval over episodes. Agents with * know their pose, and stop by it."
+        "is half the width of the 95 % interval over episodes. Agents with * know their true pose and stop by it."
     )
     if config.avoid:
         inside = {name: sum(o.violations > 0 for o in outcomes if o.agent == name) for name in config.agents}
@@ -93,4 +93,4 @@ def table_of(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Any]]]:
             else:
                 cells.append(f"{e.mean:.{places}f}" + ("" if half is None else f" ± {half:.{places}f}"))
         rows.append([NAMES[agent], len(mine), *cells])
-    return ["agent", "n", "SR", "passed", "SPL", "SoftSPL", "m left", "contacts / m", "s a plan"], rows
+    return ["agent", "n", "SR", "passed", "SPL", "SoftSPL", "remaining [m]", "contacts / m", "s per plan"], rows

@@ -21,7 +21,7 @@ from cdit.plan.graph import Graph
 from cdit.plan.planner import Guided, Planner, Score, Towards, WorldScore
 
 MASTERED = 0.6
-"""Share of the radius and angle of success within which agents that know the true distance stop."""
+"""Fraction of the success radius and angle within which agents that know the true distance stop."""
 
 DOUBT = 0.3
 """Probability of having arrived below which an agent at the end of a route looks for the goal elsewhere."""
@@ -81,7 +81,7 @@ class Agent(ABC):
         """The next steps, or `STOP`."""
 
     def random(self) -> torch.Generator:
-        """Random generator of the present move, on the CPU."""
+        """Random generator for the current move, on the CPU."""
         return generator(self.task.seed, self.asked)
 
     def is_there(self, seen: Seen, radius: float, angle: float) -> bool:
@@ -91,12 +91,12 @@ class Agent(ABC):
 
 
 def arrival(network: GoalNetwork, seen: Seen, goal: Tensor) -> float:
-    """The probability that what is seen is at a goal (3, H, W)."""
+    """The predicted probability of being at a goal (3, H, W)."""
     return network.arrival(*compared(network, seen, goal)).item()
 
 
 def compared(network: GoalNetwork, seen: Seen, goal: Tensor) -> tuple[Tensor, Tensor]:
-    """What is seen and a goal, (1, 3, H, W) each on the network's device."""
+    """The current frame and a goal, (1, 3, H, W) each on the network's device."""
     device = network.head.weight.device
     return seen.frame[None].to(device), goal[None].to(device)
 
@@ -106,7 +106,7 @@ class Learned(Agent):
 
     Args:
         network: compares frames with the goal.
-        arrived: probability at which to stop.
+        arrived: probability above which to stop.
         execute: steps of a plan that are executed.
     """
 
@@ -119,7 +119,7 @@ class Learned(Agent):
 
 
 class Candidates(Learned):
-    """A recorded motion, drawn anew each time; or walking straight ahead."""
+    """Executes a recorded motion, drawn at random each time, or walks straight ahead."""
 
     def __init__(self, *shared: object, recorded: Tensor, straight: bool):
         super().__init__(*shared)
@@ -135,7 +135,7 @@ class Candidates(Learned):
 
 
 class Policy(Learned):
-    """Inverse dynamics: the mean of the actions that lead from the present frame to the goal."""
+    """Inverse dynamics: the mean of the actions that lead from the current frame to the goal."""
 
     def move(self, past: list[Seen]) -> Move:
         """See `Agent`."""
@@ -156,7 +156,7 @@ class Planned(Agent):
         by_pose: whether to stop by the true pose instead (privileged).
         avoid: a rectangle of the map that no plan may cross.
         network: compares frames with the goal.
-        proposals: use of its proposals: rank, they are the only candidates; guide, they are half of the first
+        proposals: how its proposals are used. rank: they are the only candidates; guide: they are half of the first
             candidates, and the prior of all (`Guided`).
         arrived: probability of having arrived, predicted by the network, above which it also stops.
     """
@@ -236,7 +236,7 @@ class Expert(Agent):
     """Walks the shortest path on the map, and turns at the goal.
 
     Args:
-        execute: steps that are executed before it looks again.
+        execute: steps that are executed before it observes again.
     """
 
     def __init__(self, execute: int):
@@ -263,13 +263,13 @@ class Expert(Agent):
         return Move(steps, integrate(steps))
 
     def _ahead(self, position: np.ndarray) -> np.ndarray:
-        """A place a little ahead on the path."""
+        """A position a little ahead on the path."""
         way = self.task.distances.path(position)
         return way[min(2, len(way) - 1)]
 
 
 class Remembering(Planned):
-    """Plans from one remembered frame to the next, along a graph of them, until the goal is close.
+    """Plans from one remembered frame to the next, along a graph, until the goal is close.
 
     If its route ends where the learned probability of having arrived is below `DOUBT`, it goes on to the next place
     that may be the goal.
@@ -297,7 +297,7 @@ class Remembering(Planned):
                     return STOP
                 target, image = self.route.next(past[-1].frame)
         move = self.towards(past, image)
-        if move is None:  # as close as plans lead, or out of sight: go on towards the frame beyond
+        if move is None:  # no plan leads closer, or it is out of sight: continue to the next frame
             _, image = self.route.skip()
             move = self.towards(past, image, insist=True)
         return move
@@ -305,7 +305,7 @@ class Remembering(Planned):
 
 @dataclass
 class WorldScores:
-    """Scores by the frames that a world predicts from the last ones seen."""
+    """Scores by the frames that a world predicts from the last observed ones."""
 
     score: WorldScore
 
@@ -319,7 +319,7 @@ class WorldScores:
 
 @dataclass
 class EngineScores:
-    """Scores by the engine's own simulation: the same cost of its frames, or the true distance."""
+    """Scores by simulation in the engine: the same cost on its frames, or the true distance."""
 
     environment: DoomEnvironment
     moments: list[int]

@@ -18,21 +18,21 @@ from cdit.data.source import TrajectorySource
 
 
 class Family(Protocol):
-    """Maps numbers (…, K, 3), which an optimiser chooses, to steps (…, H, 3) in metres and radians."""
+    """Maps parameters (…, K, 3), chosen by an optimiser, to steps (…, H, 3) in metres and radians."""
 
     knots: int
     horizon: int
 
     def actions(self, values: Tensor) -> Tensor:
-        """Numbers (…, K, 3) to steps (…, H, 3)."""
+        """The steps (…, H, 3) of parameters (…, K, 3)."""
 
     def values(self, actions: Tensor) -> Tensor:
-        """The numbers (…, K, 3) whose steps are close to given ones (…, H, 3)."""
+        """The parameters (…, K, 3) whose steps are close to given ones (…, H, 3)."""
 
 
 @dataclass(frozen=True)
 class Constant:
-    """A straight line at constant speed, and one turn at its end: the three numbers of NWM's planner.
+    """A straight line at constant speed, and one turn at its end: the three parameters of NWM's planner.
 
     These are dx and dy of every step in the frame at the start, and the final turn. The first step turns into the
     direction of motion.
@@ -51,7 +51,7 @@ class Constant:
         return steps
 
     def values(self, actions: Tensor) -> Tensor:
-        """The line to the same end."""
+        """The line to the same final pose."""
         x, y, yaw = integrate(actions)[..., -1, :].unbind(-1)
         found = torch.stack((x / self.horizon, y / self.horizon, wrap(yaw - torch.atan2(y, x))), dim=-1)
         return found[..., None, :]
@@ -80,7 +80,7 @@ class Spline:
 
 
 def make_family(name: str, horizon: int, knots: int) -> Family:
-    """A family by the name in `PlannerConfig.candidates`."""
+    """A family by its name in `PlannerConfig.candidates`."""
     if name == "constant":
         return Constant(horizon)
     return Spline(horizon, horizon if name == "steps" else min(knots, horizon))
@@ -88,7 +88,7 @@ def make_family(name: str, horizon: int, knots: int) -> Family:
 
 @dataclass(frozen=True)
 class Prior:
-    """The distribution of a dataset's motions in the numbers of a family."""
+    """The distribution of a dataset's motions in the parameters of a family."""
 
     mean: Tensor
     """(K, 3)."""
@@ -99,16 +99,16 @@ class Prior:
     high: Tensor
     """(K, 3)."""
     recorded: Tensor
-    """(N, K, 3), of N windows: candidates as frequent as in the data."""
+    """(N, K, 3), of N recorded windows, to draw candidates from."""
 
     @classmethod
     def fit(cls, family: Family, actions: Tensor, outside: float = 0.005) -> "Prior":
         """The prior of recorded steps (N, H, 3).
 
         Args:
-            family: whose numbers.
+            family: defines the parameters.
             actions: of N windows.
-            outside: share of the data below and above the bounds.
+            outside: fraction of the data beyond each bound.
         """
         values = family.values(actions.double())
         bounds = torch.quantile(values.flatten(0, 1) if family.knots > 1 else values[:, 0], _ends(outside), dim=0)
@@ -128,7 +128,7 @@ def walked(position: np.ndarray, yaw: np.ndarray) -> Tensor:
 
 
 def recorded_actions(trajectories: Sequence[TrajectorySource], horizon: int, most: int = 20_000) -> Tensor:
-    """The steps (N, H, 3) of windows of a dataset, evenly spread over at most so many."""
+    """The steps (N, H, 3) of at most `most` windows, evenly spread over a dataset."""
     steps = []
     for trajectory in trajectories:
         if trajectory.position is not None and len(trajectory.position) > horizon:

@@ -15,14 +15,14 @@ def check_cost(cost: str, learned: str | None) -> None:
     """Checks the name of a cost.
 
     Raises:
-        UserError: there is no such cost, or it is learned and there is no folder.
+        UserError: the cost is unknown, or it is learned and `learned` is None.
     """
     kind, _, name = cost.partition(":")
     known = {cost.partition(":")[0] for cost in COSTS}
     if kind not in known or (kind == "features") != bool(name):
         raise UserError(f"planner.cost is {cost!r}, expected one of {', '.join(COSTS)}")
     if cost in LEARNED and learned is None:
-        raise UserError(f"planner.cost is {cost}, which is learned: give planner.learned, or another cost")
+        raise UserError(f"planner.cost is {cost}, which is learned: set planner.learned or choose another cost")
 
 
 @dataclass
@@ -30,24 +30,24 @@ class OptimizerConfig:
     """How the best candidate is searched for."""
 
     name: Literal["cem", "icem", "mppi", "best"] = "cem"
-    """cem: refits mean and standard deviation to the elites; icem: cem with coloured noise, elites that are kept, and
-    the best candidate as the result; mppi: a mean weighted by cost; best: the best of the first candidates."""
+    """cem: refits mean and standard deviation to the elites; icem: cem with coloured noise, kept elites, and the
+    best candidate as the result; mppi: a mean weighted by cost; best: the best of the first candidates."""
     samples: int = 60
     """Candidates per iteration."""
     iterations: int = 3
-    """Iterations, the first of which draws from the data."""
+    """Iterations; the first draws from the data."""
     elites: int = 6
-    """Candidates to which the next iteration is fitted."""
+    """Best candidates, to which the next iteration is fitted."""
     first: Literal["data", "gaussian"] = "data"
     """Candidates of the first iteration: recorded motions, or a Gaussian with their mean and standard deviation."""
     noise_beta: float = 2.0
     """Exponent of the power spectrum of icem's and mppi's noise along the knots; 0 is white noise."""
     kept: float = 0.3
-    """Share of the elites that icem keeps for the next iteration."""
+    """Fraction of the elites that icem keeps for the next iteration."""
     temperature: float = 0.3
     """Temperature of mppi's weights, in standard deviations of the candidates' costs."""
     smallest_std: float = 0.1
-    """Lower bound of the standard deviation, as a share of the data's."""
+    """Lower bound of the standard deviation, as a fraction of the data's."""
     result: Literal["mean", "best"] = "best"
     """What cem and mppi return: the mean, as the NWM release does, or the best candidate of all."""
 
@@ -76,32 +76,31 @@ class PlannerConfig:
     """How a plan is made."""
 
     candidates: Literal["constant", "spline", "steps"] = "spline"
-    """Motions: a straight line and one turn at its end (the NWM release), steps interpolated between knots, or
-    independent steps."""
+    """Motions. constant: a straight line and one turn at its end, as in the NWM release; spline: steps interpolated
+    between knots; steps: independent steps."""
     knots: int = 3
     """Knots of a spline; 1 repeats the same step, which gives a circular arc."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How the best candidate is searched for."""
     cost: str = "lpips"
-    """Distance of a predicted frame to the goal: pixels, latents, lpips, dreamsim, steps or distance (to go, in
-    multiples of what counts as reached; both learned, see `learned`), or features:NAME, the cosine between features of
-    a backbone of timm."""
+    """Distance between a predicted frame and the goal: pixels, latents, lpips, dreamsim, steps or distance (learned,
+    see `learned`: the remaining steps, and the remaining distance in multiples of the success radius), or
+    features:NAME, the cosine distance of features of a timm backbone."""
     learned: str | None = None
-    """Folder that `python -m cdit.plan learn` wrote, or maze, whose goal network ships with the package; for the costs
-    steps and distance, and for proposals."""
+    """Folder written by `python -m cdit.plan learn`, or maze, whose goal network ships with the package; used by the
+    costs steps and distance, and for proposals."""
     stride: int | None = None
-    """Frames of one predicted step: 1 predicts every frame from those before, 4 every fourth; by default each frame is
-    predicted in one jump."""
+    """Frames per predicted step: 1 predicts every frame from those before it, 4 every fourth frame; by default each
+    frame is predicted in one jump."""
     frames: list[int] = field(default_factory=list)
-    """Frames whose distance to the goal counts, the closest of them; by default the last one. A plan ends with the
-    closest."""
+    """Frames that are compared with the goal; by default the last one. The closest counts, and the plan ends there."""
     repeats: int = 1
-    """Predictions of each candidate, whose costs are averaged."""
+    """Predictions of each candidate; their costs are averaged."""
     chunk: int = 256
-    """Largest number of frames predicted at a time; halved when memory is exhausted."""
+    """Largest number of frames predicted at once; halved when out of memory."""
     guidance: float = 0.1
-    """Weight of the prior in guided plans: the cost that is added for each squared standard deviation from what inverse
-    dynamics proposes, averaged over steps and their three numbers."""
+    """Weight of the prior in guided plans: the cost per squared standard deviation from the proposal of inverse
+    dynamics, averaged over steps and their three components."""
     constraint: Literal["none", "forward_first", "turn_first"] = "none"
     """forward_first: walk, then turn; turn_first: turn, then walk. The walk takes five eighths of the time."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
@@ -109,7 +108,7 @@ class PlannerConfig:
 
     @property
     def motions(self) -> str:
-        """The candidates in words."""
+        """The kind of candidates, as named in reports."""
         return "arc" if self.candidates == "spline" and self.knots == 1 else self.candidates
 
     def validate(self, horizon: int) -> None:
@@ -145,24 +144,24 @@ class LearnConfig(OutputOptions, DataOptions, CheckpointOptions):
     """The goal network, and its training."""
 
     split: str = "train"
-    """Split to learn from, that of the walks that the world was trained on."""
+    """Split to learn from, the one that the world was trained on."""
     steps: int = 8000
     """Training steps."""
     batch_size: int = 128
-    """Pairs of frames in a step."""
+    """Pairs of frames per step."""
     learning_rate: float = 1.5e-3
-    """Largest learning rate."""
+    """Peak learning rate."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """bf16 computes in bfloat16, about twice as fast where the processor has instructions for it."""
     horizon: int = 8
     """Number of steps that the policy proposes."""
     predicted: int = 8192
-    """Frames that the world predicts first, so that the network knows what its frames look like; 0 for none."""
+    """Frames that the world predicts first, so that the network is trained on predicted frames too; 0 for none."""
     jumps: int = 4
     """Frames predicted from each context."""
     shared_coordinates: bool = False
-    """Whether the poses of all walks are in one coordinate frame, as in one building. Pairs of close places then also
-    come from two walks, which adds places beside each other, and half of the pairs of distant places look alike."""
+    """Whether the poses of all walks share one coordinate frame, as in one building. Pairs of nearby places then also
+    come from two walks, which adds places side by side, and half of the pairs of distant places look alike."""
     radius: float = 0.5
     """Metres within which a goal is reached."""
     degrees: float = 30.0
@@ -201,13 +200,14 @@ class OpenConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
     index: str | None = None
     """An index file of NWM (navigation_eval.pkl) that lists the episodes instead."""
     prior_split: str = "train"
-    """Split whose motions candidates resemble."""
+    """Split whose motions the candidates resemble."""
     nwm_compat: bool = False
-    """Plan as the NWM release does: 120 straight lines with a final turn drawn from a Gaussian, the mean of the 5
-    elites of one iteration, LPIPS of the last of all frames, 3 repeats, 250 denoising steps (or planner.sampler.steps).
-    The Gaussian is fitted to the data; the release has hand-tuned ones, and multiplies the final turn by π twice."""
+    """Plan as the NWM release does: 120 straight lines with a final turn, drawn from a Gaussian, the mean of the 5
+    elites of one iteration, every frame predicted, LPIPS of the last one, 3 repeats, 250 denoising steps (or
+    planner.sampler.steps). The Gaussian is fitted to the data; the release has hand-tuned ones, and multiplies the
+    final turn by π twice."""
     pictures: int = 6
-    """Number of episodes that are drawn."""
+    """Number of episodes with a picture."""
     seed: int = 0
     """Seed of candidates, noise and bootstrap."""
 
@@ -226,7 +226,7 @@ class OpenConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
 
 @dataclass(kw_only=True)
 class CurveConfig(OpenConfig):
-    """The budgets that are compared: every combination of these lists."""
+    """The budgets to compare: all combinations of these lists."""
 
     samples: list[int] = field(default_factory=lambda: [15, 60, 240])
     """Candidates per iteration."""
@@ -248,7 +248,7 @@ class CurveConfig(OpenConfig):
 
 @dataclass(kw_only=True)
 class DiagnoseConfig(OpenConfig):
-    """The costs that are compared."""
+    """The costs to compare."""
 
     costs: list[str] = field(default_factory=lambda: ["pixels", "lpips"])
     """Costs, see planner.cost."""
@@ -286,9 +286,9 @@ class EpisodesConfig:
     distances: list[float] = field(default_factory=lambda: [1.0, 2.0, 4.0, 8.0, 16.0])
     """Metres along free space from start to goal; each is a stratum."""
     count: int = 100
-    """Episodes of each distance with the goal's place in view at the start, and as many without."""
+    """Episodes of each distance with the goal's location in view at the start, and as many without."""
     seed: int = 0
-    """Seed of the draws."""
+    """Seed of the episodes."""
 
     def validate(self) -> None:
         """Checks the values.
@@ -307,17 +307,17 @@ class ActConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
     """The closed loop: agents, episodes, and how plans are made."""
 
     split: str = "train"
-    """Split whose motions candidates resemble, and from which the graph takes its frames."""
+    """Split whose motions the candidates resemble, and whose frames form the graph."""
     episodes: str
-    """JSON file that `python -m cdit.plan episodes` wrote."""
+    """JSON file written by `python -m cdit.plan episodes`."""
     agents: list[AgentName] = field(
         default_factory=lambda: ["random", "straight", "policy", "ranked", "world", "expert"]
     )
-    """Who acts: random candidates; straight ahead; policy, inverse dynamics; ranked, its proposals ranked by the world;
-    guided, planned with the world near its proposals; world, planned with the world; engine, planned with the engine as
-    a perfect world, by the same cost; world_distance and engine_distance, planned by the true distance, with motions as
-    they are commanded, or as the engine executes them; graph, planned with the world from one remembered frame to the
-    next; expert, along the shortest way on the map."""
+    """Agents to run. random: random candidates; straight: straight ahead; policy: inverse dynamics; ranked: its
+    proposals, ranked by the world; guided: planned with the world near its proposals; world: planned with the world;
+    engine: planned with the engine as a perfect world, by the same cost; world_distance, engine_distance: planned by
+    the true distance, with motions as commanded or as the engine executes them; graph: planned with the world from one
+    remembered frame to the next; expert: the shortest path on the map."""
     planner: PlannerConfig = field(default_factory=lambda: PlannerConfig(knots=1, frames=[1, 2, 4, 8]))
     """How plans are made. With planner.learned, which random, straight, policy, ranked, guided and graph need, agents
     also stop when it predicts that the goal is reached."""
@@ -326,9 +326,9 @@ class ActConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
     execute: int = 4
     """Steps that are executed before the next plan."""
     arrived: float = 0.7
-    """Probability of having arrived, predicted by planner.learned, above which agents stop."""
+    """Agents stop above this probability of having arrived, which planner.learned predicts."""
     most: int | None = None
-    """Largest number of episodes of each stratum; by default all."""
+    """Largest number of episodes per stratum; by default all."""
     radius: float = 0.5
     """Metres within which a goal is reached."""
     degrees: float = 30.0
@@ -336,9 +336,9 @@ class ActConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
     avoid: list[float] = field(default_factory=list)
     """A rectangle of the map that no plan may cross, x1, y1, x2, y2 in metres."""
     graph_frames: int = 1500
-    """Number of frames in the graph, approximately."""
+    """Approximate number of frames in the graph."""
     videos: int = 2
-    """Episodes of each agent and stratum that are filmed."""
+    """Videos per agent and stratum."""
     seed: int = 0
     """Seed of candidates and noise."""
 

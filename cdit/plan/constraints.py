@@ -10,7 +10,7 @@ Penalty = Callable[[Tensor], Tensor]
 """Maps a path (B, S, H, 3) in the frame at the start to an additional cost (B, S)."""
 
 WALK_SHARE = 5 / 8
-"""Share of the time for walking if walking and turning are separate: five of eight steps, as in the NWM paper."""
+"""Fraction of the time spent walking if walking and turning are separate: five of eight steps, as in the NWM paper."""
 
 
 def forward_first(actions: Tensor) -> Tensor:
@@ -39,6 +39,6 @@ def staying_out(forbidden: Callable[[Tensor], Tensor], weight: float = 1e3) -> P
 
     Args:
         forbidden: positions (…, 2) in the frame at the start to (…) bool.
-        weight: cost of each pose there; larger than any difference of costs.
+        weight: cost of each pose there; larger than any difference between costs.
     """
     return lambda path: weight * forbidden(path[..., :2]).to(path).sum(-1)

@@ -1,4 +1,4 @@
-"""Distances of predicted frames to a goal image. Lower is better; units differ.
+"""Distances between predicted frames and a goal image. Lower is better; units differ.
 
 Suffixes: B goals, S frames compared with each, L moments of a candidate.
 """
@@ -37,19 +37,19 @@ class Predicted:
 
 
 class Cost(ABC):
-    """A distance of frames to goals."""
+    """A distance between frames and goals."""
 
     @abstractmethod
     def __call__(self, frames: Tensor, goals: Tensor) -> Tensor:
-        """Distances (B, S) of frames (B, S, 3, H, W) to goals (B, 3, H, W), in [-1, 1]."""
+        """Distances (B, S) from frames (B, S, 3, H, W) to goals (B, 3, H, W), in [-1, 1]."""
 
     def of_predicted(self, predicted: Predicted, goals: Tensor) -> Tensor:
-        """Distances (B, S, L) of what a world predicts to goals."""
+        """Distances (B, S, L) from what a world predicts to goals."""
         return self(predicted.frames.flatten(1, 2), goals).unflatten(1, predicted.latents.shape[1:3])
 
 
 class Pairwise(Cost):
-    """A function of as many frames as goals, (N, 3, H, W) each, to distances (N,)."""
+    """A function that returns distances (N,) between frames and goals, (N, 3, H, W) each."""
 
     def __init__(self, distance: Callable[[Tensor, Tensor], Tensor]):
         self.distance = distance
@@ -69,7 +69,7 @@ class Pixels(Cost):
 
 
 class Latents(Cost):
-    """Mean squared difference of the latents of a codec; what is predicted is not decoded."""
+    """Mean squared difference of the latents of a codec; predictions are not decoded."""
 
     def __init__(self, codec: Codec):
         self.codec = codec
@@ -85,10 +85,10 @@ class Latents(Cost):
 
 
 class Features(Cost):
-    """1 - cosine of the features of a backbone of timm at each place, averaged over places.
+    """Cosine distance between the features of a timm backbone at each place, averaged over places.
 
     Args:
-        name: of timm, such as vit_small_patch14_reg4_dinov2.lvd142m; its weights are downloaded on first use.
+        name: in timm, such as vit_small_patch14_reg4_dinov2.lvd142m; its weights are downloaded on first use.
         device: where to compute.
         pretrained: whether to load them; otherwise features are random.
 
@@ -100,7 +100,7 @@ class Features(Cost):
         try:
             self.backbone = timm.create_model(name, pretrained=pretrained, num_classes=0).to(device).eval()
         except Exception as error:  # timm, and the hub that it downloads from, raise many types
-            raise UserError(f"planner.cost: no features of {name!r} ({str(error).splitlines()[0]})") from error
+            raise UserError(f"planner.cost: {name!r} is not available ({str(error).splitlines()[0]})") from error
         data = timm.data.resolve_model_data_config(self.backbone)
         self.size = data["input_size"][1:]
         self.mean, self.std = (torch.tensor(data[key], device=device).view(3, 1, 1) for key in ("mean", "std"))
@@ -120,7 +120,7 @@ class Features(Cost):
 
 
 def load_cost(name: str, world: WorldModel, learned: str | None = None) -> Cost:
-    """A cost by the name in `PlannerConfig.cost`, on the device of a world.
+    """A cost by its name in `PlannerConfig.cost`, on the device of a world.
 
     Raises:
         UserError: its weights are not available.
@@ -128,7 +128,7 @@ def load_cost(name: str, world: WorldModel, learned: str | None = None) -> Cost:
     kind, _, backbone = name.partition(":")
     if kind != "latents" and not world.codec.has_decoder:
         print(
-            f"the codec has no decoder: {name} compares the nearest recorded frames, latents what is predicted",
+            f"the codec has no decoder: {name} compares the nearest recorded frames; latents compares predictions",
             file=sys.stderr,
         )
     loaders = {

@@ -24,15 +24,15 @@ from cdit.plan.planner import Planner
 from cdit.plan.prediction import Predictor
 
 NEAR, FAR = 1.0, 2.0
-"""Candidates that end within `NEAR` metres of the goal, or beyond `FAR`, with a radian counted as a metre."""
+"""Candidates are near if they end within `NEAR` metres of the goal, far if beyond `FAR`; a radian counts as a metre."""
 APART = 0.5
-"""Smallest difference of the distances of candidates that are compared."""
+"""Smallest difference in distance between candidates that are compared."""
 COLUMNS = {
     "rank correlation": "Spearman's, of cost and true distance over the candidates of a case",
-    "chosen [m]": "true distance of the cheapest candidate",
-    "ordered near": "share of pairs of candidates, the closer one near the goal, that the cost orders correctly",
-    "ordered far": "the same for pairs far from it",
-    "signal / noise near": "standard deviation of the cost over candidates near the goal, over that of samples of one",
+    "chosen [m]": "true distance of the lowest-cost candidate",
+    "ordered near": "fraction of pairs, the closer candidate near the goal, that the cost orders correctly",
+    "ordered far": "the same, the closer candidate far from it",
+    "signal / noise near": "deviation of the cost over candidates near the goal, divided by that over samples of one",
     "signal / noise far": "the same far from it",
 }
 
@@ -59,7 +59,7 @@ def diagnose(config: DiagnoseConfig) -> None:
     """Evaluates every cost, and writes diagnose.md and diagnose.json.
 
     Raises:
-        UserError: something does not fit together.
+        UserError: checkpoint, data or options are incompatible.
     """
     benchmark = Benchmark(config)
     world, walks = benchmark.world, [case.name for case in benchmark.cases]
@@ -111,7 +111,7 @@ def candidates(benchmark: Benchmark, planner: Planner, number: int, count: int) 
 
 
 def judge(costs: Tensor, distance: Tensor) -> list[float]:
-    """The numbers of `COLUMNS` for the costs (R, S) of S candidates in R predictions, and their distances (S,)."""
+    """The values of `COLUMNS` for the costs (R, S) of S candidates in R predictions, and their distances (S,)."""
     first = costs[0]
     near, far = distance < NEAR, distance > FAR
     return [
@@ -131,14 +131,14 @@ def spearman(first: Tensor, second: Tensor) -> float:
 
 
 def ordered(costs: Tensor, distance: Tensor, group: Tensor) -> float:
-    """Share of pairs that the costs order as the distances do: pairs that are `APART`, the closer one of the group."""
+    """Fraction of pairs ordered as by distance: pairs more than `APART` apart, the closer one in the group."""
     closer = (distance[None, :] - distance[:, None] > APART) & group[:, None]
     right = costs[:, None] < costs[None, :]
     return right[closer].float().mean().item() if closer.any() else float("nan")
 
 
 def signal_to_noise(costs: Tensor) -> float:
-    """Deviation over candidates of costs (R, S) averaged over predictions, over the deviation between predictions."""
+    """Deviation over candidates of the mean of costs (R, S), divided by the deviation over predictions."""
     if costs.shape[0] < 2 or costs.shape[1] < 3:
         return float("nan")
     noise = costs.var(0).mean().sqrt()

@@ -1,4 +1,4 @@
-"""Pictures of plans: paths from above, on a map where there is one, beside the frames."""
+"""Pictures of plans: paths from above, on a map if there is one, next to the frames."""
 
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Environments, which show frames and execute motions. Doom is one."""
+"""Environments, which render frames and execute motions. Doom is one."""
 
 import math
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ class Environment(Protocol):
     """An environment for image goals."""
 
     def reset(self, episode: Episode) -> list[Seen]:
-        """Starts an episode: the past frames, oldest first, the last of which is the start."""
+        """Starts an episode and returns its past frames, oldest first; the last one is the start."""
 
     def goal(self, episode: Episode) -> Tensor:
         """The goal image (3, H, W) in [-1, 1]."""
@@ -69,7 +69,7 @@ class DoomEnvironment:
         self.engine.close()
 
     def reset(self, episode: Episode) -> list[Seen]:
-        """See `Environment`: the explorer's first steps from the episode's first place lead to its start."""
+        """See `Environment`. The explorer walks from the episode's first pose to its start."""
         walked = walk_in(self.engine, episode.seed, np.array(episode.first))
         seen = [self._seen(walked[0], walked[0])]
         seen += [self._seen(before, after) for before, after in pairwise(walked)]
@@ -77,7 +77,7 @@ class DoomEnvironment:
         return seen
 
     def goal(self, episode: Episode) -> Tensor:
-        """See `Environment`. Ends the episode that was running."""
+        """See `Environment`. Ends the running episode."""
         return _frame(self.engine.reset(episode.seed, *episode.goal))
 
     def step(self, action: Tensor) -> Seen:
@@ -89,14 +89,14 @@ class DoomEnvironment:
         return seen
 
     def simulate(self, pose: np.ndarray, actions: Tensor, moments: list[int]) -> tuple[Tensor, np.ndarray]:
-        """Simulates candidates: the engine as a perfect world, except that the player starts from standing.
+        """Simulates candidates: the engine as a perfect world, except that the player starts from rest.
 
-        Ends the episode that was running: use another environment.
+        Ends the running episode: use another environment.
 
         Args:
             pose: (3,) to start at.
             actions: (S, H, 3).
-            moments: the steps after which to look.
+            moments: the steps after which frames are rendered.
 
         Returns:
             Frames (S, L, 3, H, W), and poses (S, L, 3).
@@ -120,7 +120,7 @@ class DoomEnvironment:
 
 
 def walk_in(engine: Engine, seed: int, first: np.ndarray) -> list[Observation]:
-    """The first frames of an episode: a world needs a past, in which standing is rare."""
+    """The first frames of an episode: a world needs past frames, which rarely show a player at rest."""
     seen = [engine.reset(seed, *first)]
     policy = ExploringPolicy(camera(engine.size).horizontal_fov, np.random.default_rng(seed))
     for _ in range(WALK_IN):

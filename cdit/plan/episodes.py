@@ -1,4 +1,4 @@
-"""Episodes of the closed loop: start and goal, drawn with a seed and kept in a file. Imports no torch."""
+"""Episodes of the closed loop: start and goal, drawn with a seed and stored in a file. Imports no torch."""
 
 import math
 from collections import Counter
@@ -18,7 +18,7 @@ VERSION = 1
 WALK_IN = 4
 """Number of frames that the explorer walks before the start."""
 TOLERANCE = 0.15
-"""Relative deviation of an episode's distance from that of its stratum."""
+"""Largest relative deviation of an episode's distance from that of its stratum."""
 GOAL_TURN = math.radians(45)
 """Largest angle between the heading at the goal and the direction of arrival."""
 ATTEMPTS = 400
@@ -32,7 +32,7 @@ class Episode:
     map: str
     """Name of the map."""
     seed: int
-    """Of the engine, and of the steps that lead to the start."""
+    """Seed of the engine, and of the steps that lead to the start."""
     first: tuple[float, float, float]
     """Pose x, y, yaw of the first frame, before those steps."""
     start: tuple[float, float, float]
@@ -42,9 +42,9 @@ class Episode:
     distance: float
     """Metres from start to goal along free space."""
     stratum: float
-    """The distance that was asked for, in metres."""
+    """The requested distance in metres."""
     visible: bool
-    """Whether the goal's place is in view at the start."""
+    """Whether the goal's location is in view at the start."""
 
     @property
     def budget(self) -> int:
@@ -72,7 +72,7 @@ def load_episodes(path: Path | str) -> list[Episode]:
 
 
 def draw_episodes(map_name: str, distances: Sequence[float], count: int, seed: int) -> list[Episode]:
-    """Episodes of each distance, `count` with the goal's place in view and `count` without, where there are any.
+    """Episodes of each distance, up to `count` with the goal's location in view and up to `count` without.
 
     Args:
         map_name: a name of `cdit.doom.maps.MAPS`.
@@ -136,7 +136,7 @@ def in_view(geometry, start: np.ndarray, goal: np.ndarray, fov: float) -> bool:
         return False
     eye = np.array([[*start[:2], standing_height(geometry, start[None, :2])[0] + EYE_HEIGHT]])
     hit = cast(geometry, eye, np.array([[*offset, 0.0]]))
-    return bool(hit.distance[0] > 1)  # in lengths of the offset
+    return bool(hit.distance[0] > 1)  # in units of the offset's length
 
 
 def _goal(space, away, stratum: float, random: np.random.Generator) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""Videos of episodes: the seen frame, the goal, the frame that the plan predicts, and the map."""
+"""Videos of episodes: the current frame, the goal, the frame that the plan predicts, and the map."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -9,17 +9,17 @@ from cdit.doom.geometry import PLAYER_HEIGHT, MapGeometry, distance_to_segments
 from cdit.doom.raycast import PLAYER_RADIUS, STEP_HEIGHT
 
 CELL = 0.25
-"""Metres."""
+"""Side of a cell in metres."""
 CLEARANCE = PLAYER_RADIUS + 0.1
 """Smallest distance in metres between the centre of the player and a wall."""
 MOVES = np.array([(i, j) for i in range(-2, 3) for j in range(-2, 3) if math.gcd(i, j) == 1])
 """Cells that are one move apart: with knights' moves, paths are at most 3 % too long."""
 TURN_WEIGHT = 0.5
-"""Metres that a radian of heading counts at the goal; falls linearly to zero 2 m away."""
+"""Metres that a radian of heading error counts for at the goal; falls linearly to zero 2 m away."""
 
 
 class FreeSpace:
-    """A grid over a map of the cells where the player can be.
+    """A grid over a map that marks where the player can be.
 
     Args:
         geometry: the map.
@@ -40,7 +40,7 @@ class FreeSpace:
         ]
         self.free = np.array(clear).reshape(self.shape)
         floor = np.where(sectors < 0, 0, geometry.floor[sectors]).reshape(self.shape)
-        # A move passes if both ends are free, a knight's move if also the two cells between them, and no step is high.
+        # A move needs free ends and no high step; a knight's move also needs the two cells between its ends.
         self.passable = np.stack([
             self.free
             & np.all([_moved(self.free, cell, False) for cell in _passed(move)], axis=0)
@@ -58,7 +58,7 @@ class FreeSpace:
         return self.origin + np.asarray(cell) * CELL
 
     def distances(self, position: np.ndarray) -> "Distances":
-        """Distances from everywhere to a position (2,), by relaxation until nothing changes."""
+        """Distances from all cells to a position (2,), by relaxation until nothing changes."""
         grid = np.full(self.shape, np.inf)
         grid[self.cell(position)] = 0.0
         while True:
@@ -80,14 +80,14 @@ class Distances:
     """(W, H) metres; infinite where there is no path."""
 
     def at(self, position: np.ndarray) -> np.ndarray:
-        """Metres from positions (…, 2): the straight line within two cells of the goal, otherwise by the grid."""
+        """Metres from positions (…, 2): the straight line within two cells of the goal, otherwise along the grid."""
         cells = np.round((np.asarray(position) - self.space.origin) / CELL).astype(int)
         cells = np.clip(cells, 0, np.array(self.space.shape) - 1)
         direct = np.linalg.norm(position - self.goal, axis=-1)
         return np.where(direct < 2 * CELL, direct, np.maximum(self.grid[cells[..., 0], cells[..., 1]], direct))
 
     def left(self, position: np.ndarray) -> float:
-        """As `at` for one position (2,); closer to a wall than `CLEARANCE`, from the closest free cell."""
+        """As `at` for one position (2,); from the closest free cell if a wall is closer than `CLEARANCE`."""
         distance = float(self.at(position))
         if math.isfinite(distance):
             return distance
@@ -95,7 +95,7 @@ class Distances:
         return float(self.grid[cell] + np.linalg.norm(self.space.centre(cell) - position))
 
     def cost(self, pose: np.ndarray, goal_yaw: float) -> np.ndarray:
-        """Metres from poses (…, 3), 1000 without a path, plus the heading's error near the goal (`TURN_WEIGHT`)."""
+        """Metres from poses (…, 3), 1000 without a path, plus the heading error near the goal (`TURN_WEIGHT`)."""
         far = np.minimum(self.at(pose[..., :2]), 1e3)
         turn = np.abs((pose[..., 2] - goal_yaw + np.pi) % (2 * np.pi) - np.pi)
         return far + TURN_WEIGHT * turn * np.clip(1 - far / 2, 0, 1)

@@ -21,21 +21,21 @@ WEIGHTS, DESCRIPTION = "goal_network.safetensors", "goal_network.json"
 SIDE, PLACES = 64, 16
 """Frames are resized to SIDE × SIDE, and have features at PLACES × PLACES."""
 FARTHEST = 64
-"""Steps to go beyond this many, and frames of other walks, are one class."""
+"""More steps than this, and frames of other walks, share one class."""
 EDGES = (0, 1, 2, 4, 8, 16, 32, FARTHEST)
 """Largest number of steps in each class but the last."""
 MIDDLES = (0.0, 1.0, 2.0, 3.5, 6.5, 12.5, 24.5, 48.5, 96.0)
 """Number of steps that each class stands for."""
 FAR_EDGES = (0.2, 0.4, 0.6, 0.9, 1.2, 1.6, 2.0, 2.6, 3.4, 4.4, 6.0, 9.0)
-"""Largest distance in each class but the last, in multiples of the radius of what counts as reached."""
+"""Largest distance in each class but the last, in multiples of the success radius."""
 FAR_MIDDLES = (0.1, 0.3, 0.5, 0.75, 1.05, 1.4, 1.8, 2.3, 3.0, 3.9, 5.2, 7.5, 12.0)
 """Distance that each class stands for."""
 TURN_EDGES = (0.1, 0.2, 0.35, 0.5, 0.75, 1.0, 1.4, 2.0, 3.0, 4.5)
-"""Largest difference of headings in each class but the last, in multiples of the angle of what counts as reached."""
+"""Largest heading difference in each class but the last, in multiples of the success angle."""
 TURN_MIDDLES = (0.05, 0.15, 0.27, 0.42, 0.62, 0.87, 1.2, 1.7, 2.5, 3.7, 5.2)
 """Difference that each class stands for."""
 TURN_WEIGHT, TURN_REACH = 0.5, 4.0
-"""How much an angle counts at the goal, in radii, and the distance in radii at which it no longer counts."""
+"""Weight of an angle at the goal, in radii, and the distance in radii beyond which it no longer counts."""
 LOG_STD = (-5.0, 2.0)
 
 
@@ -46,9 +46,9 @@ class GoalDescription:
     horizon: int
     """Number of steps that it proposes."""
     action_scale: tuple[float, float, float]
-    """Deviation of dx, dy (metres) and dyaw (radians) of a step in the data."""
+    """Standard deviation of dx, dy (metres) and dyaw (radians) of a step in the data."""
     motion_scale: tuple[float, float, float]
-    """Deviation of the motion to a goal."""
+    """Standard deviation of the motion to a goal."""
     radius: float
     """Metres within which a goal is reached."""
     angle: float
@@ -66,7 +66,7 @@ class Compared:
     far: Tensor
     """(N, 13) logits of the distance, see `FAR_EDGES`."""
     turned: Tensor
-    """(N, 11) logits of the difference of headings, see `TURN_EDGES`."""
+    """(N, 11) logits of the heading difference, see `TURN_EDGES`."""
     arrived: Tensor
     """(N,) logits of being at the goal."""
     motion: tuple[Tensor, Tensor]
@@ -76,7 +76,7 @@ class Compared:
     """Mean and log standard deviation of the next steps, (N, H, 3) each, in `action_scale`."""
 
     def steps(self) -> Tensor:
-        """Expected steps to go (N,): 2^E - 1 of the expected E = log₂(1 + steps)."""
+        """Expected steps to go (N,): 2^E - 1, where E is the expected log₂(1 + steps)."""
         return _expected(self.classes, MIDDLES)
 
     def metres(self) -> Tensor:
@@ -84,7 +84,7 @@ class Compared:
         return _expected(self.far, FAR_MIDDLES)
 
     def turn(self) -> Tensor:
-        """Expected difference of headings (N,), in multiples of the angle, averaged as `steps` are."""
+        """Expected heading difference (N,), in multiples of the angle, averaged as `steps` are."""
         return _expected(self.turned, TURN_MIDDLES)
 
     def apart(self) -> Tensor:
@@ -101,7 +101,7 @@ class Compared:
 
 
 class GoalNetwork(nn.Module):
-    """Correlates every place of a frame with every place of a goal; convolutions and a linear map follow.
+    """Correlates every place of a frame with every place of a goal; convolutions and linear layers follow.
 
     The correlation of all pairs is that of RAFT (Teed and Deng 2020): which places match shows how the camera moved.
     """
@@ -184,7 +184,7 @@ def load_goal_network(folder: str | Path, device: torch.device | str = "cpu") ->
     """The goal network in a folder, or the one that ships with a world (`cdit.worlds`), in evaluation mode.
 
     Raises:
-        UserError: there is none, or a damaged one.
+        UserError: it is missing or damaged.
     """
     try:
         description = parser_instance(GoalDescription, read_json(resolve(folder) / DESCRIPTION))
@@ -192,7 +192,7 @@ def load_goal_network(folder: str | Path, device: torch.device | str = "cpu") ->
         network.load_state_dict(load_file(resolve(folder) / WEIGHTS))
     except Exception as error:  # safetensors, torch and jsonargparse raise many types
         raise UserError(
-            f"{folder}: no readable goal network of this version, as python -m cdit.plan learn writes it "
+            f"{folder}: no readable goal network of this version, as written by python -m cdit.plan learn "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
     return network.to(device).eval()

@@ -1,8 +1,8 @@
 """A graph of remembered frames, for goals that are out of sight.
 
 Nodes are frames of recorded walks. Edges lead from a frame to the next of its walk, and to frames of other walks, or
-of another part of the same one, that look the same, along with the frames around them. Dijkstra's algorithm finds
-routes; its weights are steps.
+of another part of the same one, that look alike, as do the frames around them. Dijkstra's algorithm finds routes; edge
+weights are steps.
 """
 
 import heapq
@@ -20,26 +20,26 @@ from cdit.data.windows import WindowDataset
 from cdit.plan.goal_network import GoalNetwork
 
 SIMILAR = 32
-"""Number of frames most similar at 8 × 8 pixels that the network compares with each frame."""
+"""Number of frames, the most similar at 8 × 8 pixels, that the network compares with each frame."""
 CLOSE = 2.0
 """Distance within which two frames of different walks may be connected, see `Compared.apart`."""
 AROUND = 2
-"""Number of frames before and after both that are compared, too, because many places look alike in one frame."""
+"""Frames before and after each that are compared as well, because many places look alike in one frame."""
 ALIKE = 1.0
 """Largest mean distance of these; SeqSLAM (Milford and Wyeth 2012) compares sequences for the same reason."""
 WELD = 1.5
 """Factor on the steps of such an edge, because the network may be wrong."""
 AHEAD = 8.0
-"""Steps within which the farthest frame of the route is the next target."""
+"""The next target is the farthest frame of the route within this many steps."""
 CHUNK = 256
 """Pairs compared at a time."""
 LOST = 4.0
 """Beyond this distance from the route the agent is localised again, among all nodes."""
 PLACE = 6.0
-"""Steps within which nodes belong to the place where an agent did not find the goal."""
+"""Nodes within this many steps belong to the place where an agent did not find the goal."""
 WORTH = 16.0
-"""Steps that one unit of distance counts at the start and the end of a route, so that of places that look alike the
-route connects those that are close to each other."""
+"""Steps that one unit of distance counts for at the start and the end of a route, so that, among places that look
+alike, the route connects those close to each other."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Graph:
     frames: Tensor
     """(N, 3, H, W) uint8."""
     walks: Tensor
-    """(N,) the walk of each."""
+    """(N,) the walk of each frame."""
     edges: list[list[tuple[int, float]]]
     """For each node, its neighbours and the steps to them."""
     network: GoalNetwork
@@ -133,7 +133,7 @@ def dijkstra(distance: list[float], edges: list[list[tuple[int, float]]]) -> lis
     """Lowers the distance of each node to that of the shortest path to it; returns the node before it on that path.
 
     Args:
-        distance: at which a path may start at each node; changed in place.
+        distance: initial distance of each node; changed in place.
         edges: for each node, its neighbours and the lengths of the edges to them.
     """
     before: list[int | None] = [None] * len(edges)
@@ -176,7 +176,7 @@ class Route:
         self.following = dijkstra(self.distance, self.graph.reversed())
 
     def leave(self) -> bool:
-        """Gives up the place where the route from the present node ends; False if no other place remains.
+        """Gives up the place where the route from the current node ends; False if no other place remains.
 
         If none can be reached from this node, the agent is localised again.
         """
@@ -202,7 +202,7 @@ class Route:
         return self._towards(at)
 
     def skip(self) -> tuple[int | None, Tensor]:
-        """As `next`, from the node that was the target last, which counts as reached."""
+        """As `next`, from the last target, which counts as reached."""
         return self._towards(self.target)
 
     def _closest(self, frame: Tensor, nodes: list[int]) -> tuple[int, float]:
@@ -210,7 +210,7 @@ class Route:
         return nodes[distances.argmin()], distances.min().item()
 
     def _way(self, node: int, steps: float) -> list[int]:
-        """The nodes that follow one within so many steps, itself first."""
+        """A node, then those that follow it within this many steps."""
         way = [node]
         while (after := self.following[way[-1]]) is not None and self.distance[node] - self.distance[after] < steps:
             way.append(after)

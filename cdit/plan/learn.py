@@ -1,7 +1,7 @@
-"""Trains the goal network: on pairs of frames of one walk, some of which a world predicted, and pairs of two walks.
+"""Trains the goal network on pairs of frames of one walk, some predicted by a world, and on pairs of two walks.
 
-Half of the pairs are close places, whichever frame was recorded first: a cost must distinguish frames short of the
-goal, beside it and past it, and walks rarely lead backwards.
+Half of the pairs show nearby places, in either order of recording: a cost must distinguish frames short of the goal,
+beside it and past it, and walks rarely lead backwards.
 """
 
 from dataclasses import dataclass
@@ -26,11 +26,11 @@ from cdit.plan.goal_network import FAR_EDGES, FARTHEST, TURN_EDGES, GoalDescript
 from cdit.world_model import WorldModel
 
 OTHERS, CLOSE = 0.15, 0.5
-"""Shares of pairs of two walks, and of pairs of close places."""
+"""Fractions of pairs of two walks, and of pairs of nearby places."""
 REMEMBERED = 4096
 """Number of recent goals that are searched for other places that look alike."""
 WITHIN = 4, 3
-"""Two places are close within these multiples of the radius and the angle of a reached goal."""
+"""Two places are close within these multiples of the success radius and angle."""
 UNORDERED = -1
 JUMPS = 16
 """Largest number of frames that the world predicts ahead."""
@@ -57,13 +57,13 @@ def learn(config: LearnConfig) -> None:
     """Trains a goal network and writes it to `config.out`.
 
     Raises:
-        UserError: something does not fit together.
+        UserError: checkpoint, data or options are incompatible.
     """
     config.validate()
     world = load_world(config.checkpoint, config.device, moving=True)
     dataset = windows_for(world, config)
     if not dataset.info.has_actions:
-        raise UserError(f"{config.data}: has no poses, which the goal network learns from")
+        raise UserError(f"{config.data}: has no poses to train the goal network on")
     sampler = Sampler(dataset, config)
     predicted = predict_frames(world, dataset, config) if config.predicted else {}
     scale = sampler.draw(2048)
@@ -101,7 +101,7 @@ class Sampler:
     """Draws pairs of frames.
 
     Args:
-        dataset: of walks with poses.
+        dataset: walks with poses.
         config: the horizon, what counts as reached, and the seed.
     """
 
@@ -118,11 +118,11 @@ class Sampler:
         self.looks, self.looked_at, self.count = torch.zeros(REMEMBERED, 192), np.zeros(REMEMBERED, int), 0
 
     def draw(self, count: int, predicted: dict[tuple[int, int], Tensor] | None = None) -> Pairs:
-        """Pairs of one walk, of close places or with log-uniform times between them, and some of two walks.
+        """Pairs of one walk, of nearby places or a log-uniform time apart, and some of two walks.
 
         Args:
             count: N.
-            predicted: by trajectory and time, frames (3, H, W) that a world predicted; half of the pairs start there.
+            predicted: by trajectory and time, frames (3, H, W) that a world predicted; half of the pairs start at one.
         """
         known = list(predicted or ())
         return Pairs(
@@ -158,7 +158,7 @@ class Sampler:
         return frame, shown, torch.tensor(steps), *(torch.tensor(x).float() for x in (motion, actions))
 
     def _elsewhere(self, index: int, start: int, frame: Tensor) -> int:
-        """A frame of another walk; with shared coordinates every second time the most similar one of another place."""
+        """A frame of another walk; with shared coordinates, half of the time the most similar one of another place."""
         if self.shared and self.random.random() < 0.5:
             frames = self.looked_at[: self.count]
             apart = np.flatnonzero((self._walk(frames) != index) & ~self._close(self._motion(start, frames)))
@@ -168,7 +168,7 @@ class Sampler:
         return self.starts[other] + self.random.integers(self.lengths[other])
 
     def _place(self, frame: int) -> tuple[int, int]:
-        """Trajectory and time of one of all frames."""
+        """Trajectory and time of a frame, by its number in the dataset."""
         index = int(self._walk(frame))
         return index, int(frame - self.starts[index])
 
@@ -187,7 +187,7 @@ class Sampler:
         return (metres <= scale * self.within[0]) & (radians <= scale * self.within[1])
 
     def _neighbours(self, index: int, start: int, scale: float) -> np.ndarray:
-        """Frames close to one of walk `index`, itself among them: of this walk, or of all that share coordinates."""
+        """Frames close to one of walk `index`, itself included: of this walk, or of all with shared coordinates."""
         if self.shared:
             (x, y), reach = self.position[start], scale * self.within[0] + 1e-6
             frames = self.by_x[slice(*np.searchsorted(self.sorted_x, (x - reach, x + reach)))]
@@ -237,7 +237,7 @@ def predict_frames(world: WorldModel, dataset: WindowDataset, config: LearnConfi
 
 
 def _look(frame: Tensor) -> Tensor:
-    """A frame (3, H, W) in 8 × 8 pixels: (192,)."""
+    """A frame (3, H, W) at 8 × 8 pixels: (192,)."""
     return F.adaptive_avg_pool2d(frame.float(), 8).flatten()
 
 

@@ -15,7 +15,7 @@ class PathErrors(NamedTuple):
     in units of the spacing (Sturm et al. 2012; the NWM release)."""
     rpe: Tensor
     """Relative pose error: root mean square of the differences of single steps, in units of the spacing. As in the NWM
-    release, which knows no orientation, steps are compared in the frame at the start."""
+    release, which ignores orientation, steps are compared in the frame at the start."""
     metres: Tensor
     """Distance between the last poses."""
     degrees: Tensor

@@ -13,7 +13,7 @@ def coloured_noise(shape: tuple[int, ...], beta: float, generator: torch.Generat
     Args:
         shape: of the noise, (…, T).
         beta: 0 for white noise, 2 for a random walk.
-        generator: of the draws; the noise is on its device.
+        generator: random generator; the noise is on its device.
     """
     *many, length = shape
     if beta == 0 or length == 1:

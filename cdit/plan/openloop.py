@@ -53,7 +53,7 @@ class Answers:
     paths: Tensor
     """(N, H, 3)."""
     seconds: float = 0.0
-    """Average of a plan."""
+    """Average per plan."""
     costs: Tensor | None = None
     """(N,) costs of the plans, if the world scored them."""
 
@@ -108,7 +108,7 @@ class Benchmark:
     """A world, the cases, and everything that planning needs.
 
     Raises:
-        UserError: something does not fit together.
+        UserError: checkpoint, data or options are incompatible.
     """
 
     def __init__(self, config: OpenConfig):
@@ -117,9 +117,9 @@ class Benchmark:
         self.world = load_world(config.checkpoint, config.device, moving=True, text=config.text)
         self.dataset = windows_for(self.world, config)
         if not self.dataset.info.has_actions:
-            raise UserError(f"{config.data}: has no poses, with which plans are compared")
+            raise UserError(f"{config.data}: has no poses to compare plans with")
         self.horizon = round(config.seconds * self.world.description.fps)
-        if not isinstance(config, DiagnoseConfig):  # which has costs of its own
+        if not isinstance(config, DiagnoseConfig):  # which has its own costs
             config.planner.validate(self.horizon)
         if config.index:
             self.cases = read_index(config.index, self.dataset, self.horizon, self.world.description.min_history)
@@ -131,7 +131,7 @@ class Benchmark:
         self.network = load_goal_network(learned, self.world.device) if learned else None
         if self.network is not None and self.network.description.horizon != self.horizon:
             proposed = self.network.description.horizon
-            raise UserError(f"planner.learned proposes {proposed} steps, expected {self.horizon}, those of a plan")
+            raise UserError(f"planner.learned proposes {proposed} steps, expected {self.horizon}, the length of a plan")
         self.truth_actions = torch.stack([true_actions(self.dataset, case, self.horizon) for case in self.cases])
 
     def batches(self, size: int = 1) -> Iterator[tuple[range, Batch]]:
@@ -142,7 +142,7 @@ class Benchmark:
             yield indices, Batch.collate(items).to(self.world.device)
 
     def planned(self, planner: Planner, score: WorldScore, bar: tqdm | None = None) -> tuple[Answers, list[Plan]]:
-        """Plans for every case, each with noise and candidates of its own seed."""
+        """Plans for every case, each with its own seed for noise and candidates."""
         plans, costs, started = [], [], time.perf_counter()
         for indices, batch in self.batches():
             scored = score_of(score, batch, self.config.seed, indices.start)
@@ -156,7 +156,7 @@ class Benchmark:
         return Answers(paths, seconds, torch.cat(costs).cpu()), plans
 
     def baselines(self, planner: Planner, score: WorldScore) -> dict[str, Answers]:
-        """What the other methods answer."""
+        """The answers of the other methods."""
         count, prior = len(self.cases), planner.prior
         zeros = torch.zeros(self.horizon, 3)
         mean = planner.family.actions(prior.mean).cpu()
@@ -173,7 +173,7 @@ class Benchmark:
         return found
 
     def _costs(self, score: WorldScore, actions: Tensor) -> Tensor:
-        """What the world makes of one candidate a case (N, H, 3): (N,)."""
+        """The world's costs (N,) of one candidate per case (N, H, 3)."""
         costs = []
         for indices, batch in self.batches():
             scored = score_of(score, batch, self.config.seed, indices.start)
@@ -181,7 +181,7 @@ class Benchmark:
         return torch.cat(costs).cpu()
 
     def _proposals(self, planner: Planner, score: WorldScore) -> dict[str, Answers]:
-        """The policy's mean, the best of its proposals by the world's costs, and the best that is planned from them."""
+        """The policy's mean, the best of its proposals by the world's costs, and the plan guided by them."""
         found: dict[str, list[Tensor]] = {"policy": [], "ranked": [], "guided": []}
         for indices, batch in self.batches():
             frame, goal = to_float(batch.context[:, -1]), to_float(batch.target[:, 0])
@@ -199,7 +199,7 @@ def run_open(config: OpenConfig) -> OpenResults:
     """Plans every case with every method.
 
     Raises:
-        UserError: something does not fit together.
+        UserError: checkpoint, data or options are incompatible.
     """
     benchmark = Benchmark(config)
     planner = Planner.fit(config.planner, benchmark.recorded, benchmark.world.device)
@@ -227,16 +227,16 @@ class CurvePoint:
     calls: int
     """Frames times denoising steps that the network computes for a plan."""
     seconds: float
-    """A plan."""
+    """Per plan."""
     errors: list[Estimate]
     """ATE, RPE, metres, degrees."""
 
 
 def run_curve(config: CurveConfig) -> list[CurvePoint]:
-    """The error against candidates, iterations, repeats and denoising steps, of the same cases.
+    """The error by numbers of candidates, iterations, repeats and denoising steps, on the same cases.
 
     Raises:
-        UserError: something does not fit together.
+        UserError: checkpoint, data or options are incompatible.
     """
     benchmark, points = Benchmark(config), []
     truth, plans = integrate(benchmark.truth_actions), config.planner
@@ -260,8 +260,8 @@ def run_curve(config: CurveConfig) -> list[CurvePoint]:
 
 
 def nwm_compatible(config: OpenConfig) -> OpenConfig:
-    """The protocol of the NWM release: 120 candidates on straight lines, 5 elites, once, 3 repeats, every frame, 250
-    denoising steps, LPIPS of the last frame, and the mean of the elites as the plan.
+    """The protocol of the NWM release: 120 candidates on straight lines, 5 elites, one iteration, 3 repeats, every
+    frame, 250 denoising steps, LPIPS of the last frame, and the mean of the elites as the plan.
     """
     optimizer = replace(
         config.planner.optimizer, name="cem", samples=120, elites=5, iterations=1, first="gaussian", result="mean"
@@ -288,13 +288,13 @@ def prior_actions(world: WorldModel, config: OpenConfig, horizon: int) -> Tensor
 
 
 def true_actions(dataset: WindowDataset, case: Case, horizon: int) -> Tensor:
-    """What was done from a case on: (H, 3)."""
+    """The recorded steps (H, 3) from a case on."""
     trajectory, times = dataset.trajectories[case.trajectory], slice(case.now, case.now + horizon + 1)
     return walked(trajectory.position[times], trajectory.yaw[times])
 
 
 def score_of(score: WorldScore, batch: Batch, seed: int, number: int) -> Towards:
-    """The score of a batch's cases, with noise of the case's number."""
+    """The score of a batch's cases, with noise seeded by the case's number."""
     noise = generator(seed, 0, number, device=batch.target.device)
     goals = to_float(batch.target[:, -1])
     given = batch.condition
@@ -302,7 +302,7 @@ def score_of(score: WorldScore, batch: Batch, seed: int, number: int) -> Towards
 
 
 def picture_of(benchmark: Benchmark, score: WorldScore, plan: Plan, number: int) -> Picture:
-    """What is drawn of a case."""
+    """The picture of a case."""
     _, batch = next(x for i, x in enumerate(benchmark.batches()) if i == number)
     tried, costs = torch.cat(plan.tried, dim=1), torch.cat(plan.costs, dim=1)[0]
     chosen = torch.stack((plan.actions[0], tried[0, costs.argmax()]))[None]

@@ -49,7 +49,7 @@ def table(results: OpenResults) -> tuple[list[str], list[list[str]]]:
             cells = [_cell(e, places) for e, places in zip(results.estimates(method), MEASURES.values(), strict=True)]
             cost = "–" if answers.costs is None else f"{answers.costs.mean():.4g}"
             rows.append([name, *cells, cost, f"{answers.seconds:.2f}" if answers.seconds else "–"])
-    return ["method", *MEASURES, "cost by the world", "s a plan"], rows
+    return ["method", *MEASURES, "cost by the world", "s per plan"], rows
 
 
 def differences(results: OpenResults) -> tuple[list[str], list[list[str]]]:
@@ -83,7 +83,7 @@ def describe(results: OpenResults) -> str:
 
 
 def numbers(results: OpenResults) -> dict[str, Any]:
-    """All numbers, also for single episodes."""
+    """All numbers, including those of single episodes."""
     return {
         "config": results.about,
         "spacing": results.spacing,
@@ -99,7 +99,7 @@ def numbers(results: OpenResults) -> dict[str, Any]:
 def draw_episode(picture: Picture, results: OpenResults) -> Image.Image:
     """Start, goal, predicted ends of the plan and of the worst candidate, and all paths from above."""
     number = results.cases.index(picture.case)
-    order = picture.costs.argsort(descending=True).tolist()  # the cheapest on top
+    order = picture.costs.argsort(descending=True).tolist()  # the lowest on top
     colours = costs_as_colours(picture.costs.numpy())
     start = np.zeros((1, 3))
     world = [
@@ -132,7 +132,7 @@ def write_curve(points: Sequence[CurvePoint], out: Path, about: dict[str, Any]) 
         ]
         for p in points
     ]
-    text = markdown_table(["candidates", "iterations", "repeats", "steps", "calls", "s a plan", *MEASURES], rows)
+    text = markdown_table(["candidates", "iterations", "repeats", "steps", "calls", "s per plan", *MEASURES], rows)
     (out / "curve.md").write_text(text)
     write_json(out / "curve.json", {"config": about, "points": [asdict(point) for point in points]})
     shown = Figure(figsize=(9, 3.6), layout="constrained")

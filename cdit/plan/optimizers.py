@@ -14,7 +14,7 @@ from cdit.plan.config import OptimizerConfig
 from cdit.plan.noise import coloured_noise
 
 Objective = Callable[[Tensor], Tensor]
-"""Costs (B, S) of candidates' numbers (B, S, K, 3); lower is better."""
+"""Costs (B, S) of candidates' parameters (B, S, K, 3); lower is better."""
 
 
 @dataclass
@@ -44,14 +44,14 @@ def optimize(
     start: Tensor | None = None,
     proposed: Tensor | None = None,
 ) -> Solution:
-    """Searches for the numbers of lowest cost.
+    """Searches for the parameters of lowest cost.
 
     Args:
         objective: the cost.
         prior: of the candidates, which stay within its bounds.
         config: the optimiser and its settings.
         batch: B.
-        generator: of the candidates.
+        generator: draws the candidates.
         start: (B, K, 3), an earlier plan to continue (a warm start): the mean of the first iteration, and one of its
             candidates.
         proposed: (B, P, K, 3), further candidates of the first iteration, in place of as many others.

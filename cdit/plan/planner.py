@@ -77,7 +77,7 @@ class Planner:
         Args:
             score: costs at `moments`.
             batch: B.
-            generator: of the candidates.
+            generator: draws the candidates.
             start: (B, H, 3), steps to continue from.
             penalty: added to the costs.
             proposed: (B, P, H, 3), steps whose closest candidates are tried in the first iteration.
@@ -112,23 +112,23 @@ class Planner:
 class WorldScore:
     """Scores candidates by the frames that a world predicts along them.
 
-    The past and the noise belong to the score, so that every iteration sees the same world.
+    The past and the noise are fixed by the score, so that every iteration sees the same world.
     """
 
     predictor: Predictor
     cost: Cost
     repeats: int = 1
-    """Predictions of each candidate, whose costs are averaged."""
+    """Predictions of each candidate; their costs are averaged."""
 
     @classmethod
     def of(cls, world: WorldModel, config: PlannerConfig, moments: list[int], cost: Cost | None = None) -> "WorldScore":
         """The score of a config.
 
         Args:
-            world: predicts.
-            config: how, and what is compared.
+            world: predicts the frames.
+            config: how they are predicted and compared.
             moments: the steps after which frames are compared.
-            cost: an instance of the config's cost, if there is one already.
+            cost: an existing instance of the config's cost.
 
         Raises:
             UserError: weights are not available.
@@ -151,7 +151,7 @@ class WorldScore:
         Args:
             context: (B, T, 3, H, W) past frames in [-1, 1].
             goals: (B, 3, H, W).
-            generator: of the noise.
+            generator: draws the noise.
             mask: (B, T), True where a past frame exists.
             spacing: see `WorldModel.begin`.
             text: see `WorldModel.begin`.
@@ -173,7 +173,7 @@ class Towards:
     """One for each repeat, see `Predictor.predict`."""
 
     def latents(self, actions: Tensor, repeat: int = 0) -> Tensor:
-        """What is predicted along candidates (B, S, H, 3): (B, S, L, C, h, w)."""
+        """The latents predicted along candidates (B, S, H, 3): (B, S, L, C, h, w)."""
         return self.score.predictor.predict(self.state, actions, self.noises[repeat])
 
     def frames(self, actions: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class Towards:
 
 @dataclass
 class Guided:
-    """A score with a Gaussian prior of the steps around what a policy proposes, as in maximum a posteriori estimation.
+    """A score with a Gaussian prior centred on a policy's steps, as in maximum a posteriori estimation.
 
     Errors of a policy and of a cost are independent, and an optimiser exploits those of the cost. A candidate's cost
     grows by `weight` times its mean squared deviation from the policy, in standard deviations.
@@ -207,7 +207,7 @@ class Guided:
 
     @classmethod
     def by(cls, network: GoalNetwork, frames: Tensor, goals: Tensor, score: Score, planner: Planner) -> "Guided":
-        """The prior that a network proposes from frames to goals, (B, 3, H, W) each."""
+        """A score guided by a network's proposals from frames to goals, (B, 3, H, W) each."""
         return cls(score, *network.propose(frames, goals), planner.config.guidance, planner.moments)
 
     def __call__(self, actions: Tensor) -> Tensor:
@@ -222,8 +222,8 @@ class CostWorld:
 
     Args:
         score: predicts and compares.
-        prior: if given, candidates are in its standard deviations around its mean, as solvers draw them; otherwise in
-            metres and radians.
+        prior: if given, candidates are standardised by its mean and standard deviation, as solvers draw them;
+            otherwise in metres and radians.
         seed: of the noise.
     """
 

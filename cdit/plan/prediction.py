@@ -26,11 +26,11 @@ class Predictor:
     frames: Sequence[int]
     """Frames to predict, counted from the last seen one, in ascending order."""
     stride: int | None = None
-    """Frames in one predicted step, each of which joins the past of the next; None: every frame in one jump."""
+    """Frames per predicted step; each prediction joins the past of the next. None: every frame in one jump."""
     sampler: SamplerConfig | None = None
     """By default that of the world."""
     chunk: int = 256
-    """Largest number of frames predicted at a time; halved when memory is exhausted."""
+    """Largest number of frames predicted at once; halved when out of memory."""
 
     def begin(
         self,
@@ -47,7 +47,7 @@ class Predictor:
         """The latents (B, S, L, C, h, w) of the frames along candidates.
 
         Args:
-            state: of `begin`.
+            state: from `begin`.
             actions: (B, S, H, 3), the motion during each step in the frame at its start, in metres and radians.
             noise: (N, C, h, w) to start from, one for each predicted frame or step.
         """

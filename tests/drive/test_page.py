@@ -230,7 +230,7 @@ def test_two_hundred_frames_are_those_of_a_rollout_and_so_after_going_back(page,
         page.key("keyUp", "Backspace")
         page.until(f"drive.last.step === {len(actions) - count}")
     assert np.array_equal(page.pixels("[data-name='dream 0'] canvas")[..., :3].flatten(), truth[-8])
-    assert page.text("#pause") == "Drive on"
+    assert page.text("#pause") == "Resume"
     page.key("keyDown", "Space")
     page.key("keyUp", "Space")
     page.steps()

@@ -21,7 +21,7 @@ function samplerOf(number, world) {
 export const compare = {
   name: "compare",
   title: "Compare",
-  about: "samplers, numbers of calls, checkpoints",
+  about: "samplers, numbers of steps, checkpoints",
 
   build(page, body) {
     app = page;
@@ -36,7 +36,7 @@ export const compare = {
     };
     body.append(
       element("p", { textContent: "The dream" }), samplerOf(0, worlds[0]),
-      element("div", { className: "row" }, "beside it", second), its,
+      element("div", { className: "row" }, "compare with", second), its,
       element("p", { textContent: "A second dream gets the same actions and noise. Adding one restarts the drive." }),
     );
   },

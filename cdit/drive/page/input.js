@@ -1,4 +1,4 @@
-// What a person does: keys that are held, and presses and drags on the dream.
+// User input: held keys, and presses and drags on the dream.
 
 const KEYS = {
   KeyW: [1, 0, 0], ArrowUp: [1, 0, 0], KeyS: [-1, 0, 0], ArrowDown: [-1, 0, 0],
@@ -7,7 +7,7 @@ const KEYS = {
 };
 const MOVED = 8; // pixels from which a press is a drag
 
-/** Calls `onChange` with forward, left and turn, each from −1 to 1; `shortcuts` are functions by code of a key. */
+/** Calls `onChange` with forward, left and turn, each from −1 to 1; `shortcuts` are functions by key code. */
 export function listenToKeys(onChange, shortcuts) {
   const held = new Set();
   const change = () => {
@@ -32,7 +32,7 @@ export function listenToKeys(onChange, shortcuts) {
       if (!event.repeat || event.code === "Backspace") shortcuts[event.code]();
     }
   });
-  // What was clicked or chosen would otherwise take the keys that drive.
+  // A clicked or chosen control would otherwise capture the keys that drive.
   const clicked = "button, summary, input[type=checkbox], input[type=range]";
   addEventListener("click", (event) => event.detail && event.target.closest(clicked)?.blur());
   addEventListener("change", (event) => event.target.tagName === "SELECT" && event.target.blur());
@@ -42,7 +42,7 @@ export function listenToKeys(onChange, shortcuts) {
   document.addEventListener("visibilitychange", release);
 }
 
-/** A drag on a picture steers like a stick; a press without a drag calls `onClick` with x and y from 0 to 1. */
+/** A drag on a picture steers like a joystick; a press without a drag calls `onClick` with x and y from 0 to 1. */
 export function listenToPointer(picture, onChange, onClick) {
   let start = null;
   let stick = null;

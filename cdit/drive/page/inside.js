@@ -80,7 +80,7 @@ function update(box, info, which, message, first) {
 export const inside = {
   name: "inside",
   title: "Inside",
-  about: "what heads attend to, from a patch that you click",
+  about: "what heads attend to from a clicked patch",
 
   build(page, body) {
     app = page;

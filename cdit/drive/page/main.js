@@ -10,8 +10,8 @@ import { start } from "./start.js";
 import { truth } from "./truth.js";
 import { connect } from "./wire.js";
 
-// A panel is {name, title, about, open, build(app, body), frame(message), clicked(x, y)}, from `open` on optional but
-// `build`, which fills the panel's body once the server has told what there is (app.hello). What a panel sends with
+// A panel is {name, title, about, open, build(app, body), frame(message), clicked(x, y)}; all from `open` on but `build`
+// are optional. `build` fills the panel's body once the server has sent app.hello. What a panel sends with
 // app.send("name", fields) is read by `Session._read_name` of the server.
 const PANELS = [start, truth, plan, inside, doubt, compare];
 
@@ -27,7 +27,7 @@ const app = {
   latencies: [], // milliseconds from a change of the keys to the picture
   send: (type, fields) => link.send(type, fields),
   sendBytes: (bytes) => link.sendBytes(bytes),
-  /** Shows a text, for a while or until there is another. */
+  /** Shows a text, for some seconds or until the next one. */
   notify(text, seconds = 0) {
     find("notice").textContent = text;
     find("notice").hidden = !text;
@@ -43,7 +43,7 @@ window.drive = app;
 
 // ---- pictures ----
 
-/** The screen of a picture, made when there is first one; `picture` holds its canvas and what lies over it. */
+/** The screen of a picture, created at first use; `picture` holds its canvas and overlays. */
 function screenOf(name) {
   if (!app.screens[name]) {
     const canvas = element("canvas");
@@ -100,7 +100,7 @@ function steer(wanted) {
   }
 }
 
-let runs = 0; // how often this was sent: what the server says of an older state is out of date
+let runs = 0; // how often this was sent: what the server reports of an older state is out of date
 
 function sendRun() {
   runs += 1;
@@ -109,7 +109,7 @@ function sendRun() {
 }
 
 function showRunning() {
-  find("pause").textContent = app.running ? "Pause" : "Drive on";
+  find("pause").textContent = app.running ? "Pause" : "Resume";
   find("pause").classList.toggle("on", !app.running);
 }
 

@@ -1,4 +1,4 @@
-// A goal picture, the candidates that the planner tried, and the plan, which is driven step by step.
+// A goal picture, the candidates that the planner tried, and the plan, which is executed step by step.
 
 import { digits, element, paint } from "./draw.js";
 import { choices } from "./start.js";
@@ -7,7 +7,7 @@ const CHOOSE = "Choose a goal picture.";
 
 let app, text, result, above, strip, follow, cost, again;
 let planned = null; // the newest message `plan`
-let asked = 0; // plans that were not answered yet
+let asked = 0; // plans not answered yet
 
 function ask(fields, bytes = null) {
   planned = null;
@@ -94,7 +94,7 @@ export const plan = {
       picture(`${i ? "" : "plan "}${digits(message.costs[candidate], 3)}`, ends, i * height * width * 3);
     });
     text.textContent = `${message.costs.length} candidates in ${digits(message.seconds, 1)} s. Orange: the plan, ${message.steps} steps. `
-      + "Pictures: the goal, and what is predicted at the end of the plan and of other candidates, with their costs.";
+      + "Pictures: the goal, and the predictions at the end of the plan and of other candidates, with their costs.";
     drawPaths(message);
   },
 

@@ -1,10 +1,10 @@
-// Where the drive begins: a frame of the dataset, a picture of one's own, or a place in the engine.
+// Where the drive begins: a frame of the dataset, a picture of your own, or a place in the engine.
 
 import { element, paint } from "./draw.js";
 
 let app;
 let how = null; // the fields of the message `begin`
-let picture = null; // its bytes, where the drive begins with one
+let picture = null; // its bytes, if the drive begins with one
 let seed;
 let buttons = [];
 
@@ -20,7 +20,7 @@ function begin(fields, bytes = null) {
 
 function send() {
   if (!how) return;
-  if (picture) app.sendBytes(picture); // the server keeps one, which may be a goal by now
+  if (picture) app.sendBytes(picture); // the server keeps only one, which may be a goal by now
   app.send("begin", { ...how, truth: start.withTruth, seed: Math.max(0, Math.floor(Number(seed.value)) || 0) });
 }
 
@@ -41,7 +41,7 @@ async function pictureBytes(file) {
 
 /**
  * What frames can be chosen from: {pictures, row}, elements; `chosen` gets {source: "data", start}, or
- * {source: "picture"} and its bytes, which are to be sent before.
+ * {source: "picture"} and its bytes, which must be sent first.
  */
 export function choices(page, verb, chosen) {
   const { hello } = page;
@@ -58,7 +58,7 @@ export function choices(page, verb, chosen) {
   const row = element("div", { className: "row" });
   if (hello.count) {
     const anywhere = () => chosen({ source: "data", start: Math.floor(Math.random() * hello.count) });
-    row.append(element("button", { textContent: "Any frame", onclick: anywhere }));
+    row.append(element("button", { textContent: "Random frame", onclick: anywhere }));
   }
   const onchange = async (event) => {
     const [file] = event.target.files;

@@ -1,4 +1,4 @@
-// The engine walks beside the dream: both pictures, and how far apart they are.
+// The engine runs beside the dream: both pictures, and how much they differ.
 
 import { chart, digits, element } from "./draw.js";
 import { start } from "./start.js";
@@ -30,7 +30,7 @@ export const truth = {
     here = element("button", { textContent: "Start the dream from here", disabled: true, id: "from-here" });
     here.onclick = () => app.send("from_here");
     body.append(
-      element("label", { className: "check" }, turn, "walk the same way in the engine"),
+      element("label", { className: "check" }, turn, "execute the same commands in the engine"),
       element("p", { textContent: "The engine's player has inertia and stops at walls; the dream is conditioned on the resulting motion." }),
       here,
     );

@@ -2,7 +2,7 @@
 
 const DTYPES = { uint8: Uint8Array, float32: Float32Array };
 
-/** A message of the server: its facts, with `arrays` by name, each a typed array with its `shape`. */
+/** A message from the server: its fields, with `arrays` by name, each a typed array with its `shape`. */
 export function unpack(buffer) {
   const length = new DataView(buffer).getUint32(0, true);
   const message = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));

@@ -66,7 +66,7 @@ function frameName(frame) {
 
 function frameAge(frame) {
   const back = data.frames - 1 - frame;
-  return back ? `${digits(back / data.fps)} s before` : "now";
+  return back ? `${digits(back / data.fps)} s ago` : "now";
 }
 
 /** An element with properties and children; a property with a dash is an attribute. */
