@@ -71,7 +71,7 @@ class Outcome:
     contacts: int
     """Steps that end in contact with a wall."""
     violations: int
-    """Steps that end in the forbidden rectangle."""
+    """Poses in the forbidden rectangle, including the start."""
     seconds: float
     """Average per plan; 0 without plans."""
 
@@ -85,7 +85,7 @@ class Trace:
     moves: list[tuple[int, Move]] = field(default_factory=list)
     """Plans, and the index of the frame at which each was made."""
     seconds: list[float] = field(default_factory=list)
-    """Per plan."""
+    """Per move, including the decision to stop."""
 
 
 def run_episode(environment: Environment, agent: Agent, task: Task, radius: float, angle: float) -> Trace:

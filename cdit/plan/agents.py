@@ -147,7 +147,8 @@ class Policy(Learned):
 class Planned(Agent):
     """A planner and the scores of its candidates.
 
-    It stops when no candidate, allowed or not, is predicted to lead closer to the goal than standing still.
+    Unless it stops by pose, it stops when no candidate, allowed or not, is predicted to lead closer to the goal than
+    standing still.
 
     Args:
         planner: finds the best candidate.

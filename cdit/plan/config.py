@@ -31,7 +31,7 @@ class OptimizerConfig:
 
     name: Literal["cem", "icem", "mppi", "best"] = "cem"
     """cem: refits mean and standard deviation to the elites; icem: cem with coloured noise, kept elites, and the
-    best candidate as the result; mppi: a mean weighted by cost; best: the best of the first candidates."""
+    best candidate as the result; mppi: a mean weighted by cost; best: cem that always returns the best candidate."""
     samples: int = 60
     """Candidates per iteration."""
     iterations: int = 3

@@ -22,7 +22,7 @@ TOLERANCE = 0.15
 GOAL_TURN = math.radians(45)
 """Largest angle between the heading at the goal and the direction of arrival."""
 ATTEMPTS = 400
-"""Starts that are tried for each episode."""
+"""Starts to try, as a multiple of `count`."""
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ function ask(fields, bytes = null) {
   app.send("plan", { ...fields, cost: cost.value });
 }
 
-/** Draws the paths of all candidates from above, the start at the bottom, looking up; the plan's is drawn last. */
+/** Draws the paths of all candidates from above, the start at the centre, looking up; the plan's is drawn last. */
 function drawPaths({ arrays: { paths }, costs, steps }) {
   const ratio = window.devicePixelRatio || 1;
   const [width, height] = [above.clientWidth * ratio, above.clientHeight * ratio];
