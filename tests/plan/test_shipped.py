@@ -43,8 +43,8 @@ def test_distances_follow_the_true_ones(network: GoalNetwork, pairs: tuple):
     with torch.no_grad():
         found = network(frames, goals)
     motion = torch.from_numpy(motion).float()
-    assert spearman_corrcoef(found.metres(), motion[:, :2].norm(dim=1)) > 0.8
-    assert spearman_corrcoef(found.turn(), motion[:, 2].abs()) > 0.6
+    assert spearman_corrcoef(found.metres(), motion[:, :2].norm(dim=1)) > 0.85
+    assert spearman_corrcoef(found.turn(), motion[:, 2].abs()) > 0.9
 
 
 def test_arrival_is_recognised(network: GoalNetwork, pairs: tuple, walks: WindowDataset):
