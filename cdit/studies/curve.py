@@ -162,5 +162,5 @@ def picture(found: Mapping[tuple[str, int], Curves], last_frame: Mapping[tuple[s
 
 
 def _title(metric: str, ahead: int) -> str:
-    name = {"latents": "Squared error of latents", "rank": "Rank of the truth"}.get(metric, metric.upper())
+    name = {"latents": "Latent MSE", "rank": "Rank of the truth"}.get(metric, metric.upper())
     return f"{name}, {ahead} frame{'' if ahead == 1 else 's'} ahead"

@@ -109,7 +109,7 @@ def test_runs_without_a_decoder_are_compared_by_what_their_probes_measure(tmp_pa
     draw_curves(CurveConfig(curves=runs, metrics=["latents", "rank"], frames=[1], out=str(tmp_path / "out")))
     text = (tmp_path / "out" / "curve.md").read_text()
     rest = "b | 2.0 min | ≤ 1.0 min | at least 2.0 |"
-    assert f"| Squared error of latents, 1 frame ahead | 0.200 | 0.400 | {rest}" in text
+    assert f"| Latent MSE, 1 frame ahead | 0.200 | 0.400 | {rest}" in text
     assert f"| Rank of the truth, 1 frame ahead | 12.500 | 25.000 | {rest}" in text
 
 
