@@ -23,9 +23,6 @@ from cdit.plan.planner import Guided, Planner, Score, Towards, WorldScore
 MASTERED = 0.6
 """Fraction of the success radius and angle within which agents that know the true distance stop."""
 
-DOUBT = 0.3
-"""Probability of having arrived below which an agent at the end of a route looks for the goal elsewhere."""
-
 
 @dataclass
 class Task:
@@ -270,11 +267,7 @@ class Expert(Agent):
 
 
 class Remembering(Planned):
-    """Plans from one remembered frame to the next, along a graph, until the goal is close.
-
-    If its route ends where the learned probability of having arrived is below `DOUBT`, it goes on to the next place
-    that may be the goal.
-    """
+    """Plans from one remembered frame to the next, along a graph, until the goal is close."""
 
     def __init__(self, *planned: object, graph: Graph, **options: object):
         super().__init__(*planned, **options)
@@ -289,14 +282,7 @@ class Remembering(Planned):
         """See `Agent`."""
         target, image = self.route.next(past[-1].frame)
         if target is None:
-            move = self.towards(past, self.task.goal)
-            if move is not None:
-                return move
-            doubted = arrival(self.network, past[-1], self.task.goal) < DOUBT
-            while target is None:
-                if not (doubted and self.route.leave()):
-                    return STOP
-                target, image = self.route.next(past[-1].frame)
+            return self.towards(past, self.task.goal) or STOP
         move = self.towards(past, image)
         if move is None:  # no plan leads closer, or it is out of sight: continue to the next frame
             _, image = self.route.skip()

@@ -6,7 +6,6 @@ weights are steps.
 """
 
 import heapq
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -35,8 +34,6 @@ CHUNK = 256
 """Pairs compared at a time."""
 LOST = 4.0
 """Beyond this distance from the route the agent is localised again, among all nodes."""
-PLACE = 6.0
-"""Nodes within this many steps belong to the place where an agent did not find the goal."""
 WORTH = 16.0
 """Steps that one unit of distance counts for at the start and the end of a route, so that, among places that look
 alike, the route connects those close to each other."""
@@ -118,77 +115,39 @@ class Graph:
     def to_goal(self, goal: Tensor) -> "Route":
         """The routes from every node to a goal image (3, H, W)."""
         _, distances = self.compare(self.frames, to_uint8(goal))
-        return Route(self, goal, WORTH * distances)
-
-    def reversed(self) -> list[list[tuple[int, float]]]:
-        """For each node, those with an edge to it, and the steps from them."""
         backwards: list[list[tuple[int, float]]] = [[] for _ in self.edges]
         for node, out in enumerate(self.edges):
             for other, weight in out:
                 backwards[other].append((node, weight))
-        return backwards
+        distance = (WORTH * distances).tolist()  # a route may end anywhere
+        following: list[int | None] = [None] * len(self.edges)
+        queue = list(zip(distance, range(len(distance)), strict=True))
+        heapq.heapify(queue)
+        while queue:
+            far, node = heapq.heappop(queue)
+            if far > distance[node]:
+                continue
+            for before, weight in backwards[node]:
+                if far + weight < distance[before]:
+                    distance[before], following[before] = far + weight, node
+                    heapq.heappush(queue, (far + weight, before))
+        return Route(self, goal, distance, following)
 
 
-def dijkstra(distance: list[float], edges: list[list[tuple[int, float]]]) -> list[int | None]:
-    """Lowers the distance of each node to that of the shortest path to it; returns the node before it on that path.
-
-    Args:
-        distance: initial distance of each node; changed in place.
-        edges: for each node, its neighbours and the lengths of the edges to them.
-    """
-    before: list[int | None] = [None] * len(edges)
-    queue = [(far, node) for node, far in enumerate(distance) if far < math.inf]
-    heapq.heapify(queue)
-    while queue:
-        far, node = heapq.heappop(queue)
-        if far > distance[node]:
-            continue
-        for other, length in edges[node]:
-            if far + length < distance[other]:
-                distance[other], before[other] = far + length, node
-                heapq.heappush(queue, (far + length, other))
-    return before
-
-
+@dataclass
 class Route:
-    """The routes to one goal.
+    """The routes to one goal."""
 
-    Args:
-        graph: of remembered frames.
-        goal: the goal image (3, H, W).
-        ends: (N,) cost in steps of ending at each node.
-
-    Attributes:
-        distance: cost from each node to the goal: steps, and the cost of the end.
-        following: the next node on the route.
-        node: where the agent was last.
-        target: where it was last sent.
-    """
-
-    def __init__(self, graph: Graph, goal: Tensor, ends: Tensor):
-        self.graph, self.goal, self.ends = graph, goal, ends
-        self.node: int | None = None
-        self.target: int | None = None
-        self._find()
-
-    def _find(self) -> None:
-        self.distance = self.ends.tolist()
-        self.following = dijkstra(self.distance, self.graph.reversed())
-
-    def leave(self) -> bool:
-        """Gives up the place where the route from the current node ends; False if no other place remains.
-
-        If none can be reached from this node, the agent is localised again.
-        """
-        steps = [math.inf] * len(self.ends)
-        steps[self._way(self.node, math.inf)[-1]] = 0.0
-        either = [out + back for out, back in zip(self.graph.edges, self.graph.reversed(), strict=True)]
-        dijkstra(steps, either)
-        self.ends = self.ends.masked_fill(torch.tensor(steps) <= PLACE, math.inf)
-        self._find()
-        if self.distance[self.node] == math.inf:
-            self.node = None
-        return bool(self.ends.isfinite().any())
+    graph: Graph
+    goal: Tensor
+    distance: list[float]
+    """Steps from each node, and `WORTH` times the distance that remains at the end."""
+    following: list[int | None]
+    """The next node on the route."""
+    node: int | None = None
+    """Where the agent was last."""
+    target: int | None = None
+    """Where it was last sent."""
 
     def next(self, frame: Tensor) -> tuple[int | None, Tensor]:
         """The node to walk to, and its frame (3, H, W) in [-1, 1]; None and the goal image at the end of the route."""

@@ -20,7 +20,7 @@ from cdit.plan.environment import DoomEnvironment, Seen
 from cdit.plan.episodes import Episode, draw_episodes, in_view, load_episodes, save_episodes
 from cdit.plan.free_space import FreeSpace
 from cdit.plan.goal_network import GoalDescription, GoalNetwork
-from cdit.plan.graph import Graph, Route
+from cdit.plan.graph import WORTH, Graph
 from cdit.plan.planner import Planner
 
 WALL_WITH_GAP = [*room(0, 0, 10, 8), (5, 0, 5, 5.0, 0, -1), (5.2, 5.0, 5.2, 0, 0, -1), (5, 5.0, 5.2, 5.0, 0, -1)]
@@ -195,8 +195,7 @@ def test_half_of_the_first_candidates_are_proposed(space: FreeSpace):
     assert not torch.isclose(tried[1], turn, atol=1e-6).all((2, 3)).any()
 
 
-def test_a_graph_is_followed_to_the_goal_past_frames_that_no_plan_leads_closer_to(space: FreeSpace, monkeypatch):
-    monkeypatch.setattr(NETWORK, "arrival", lambda frames, goals: torch.full((len(frames),), 0.9))
+def test_a_graph_is_followed_to_the_goal_past_frames_that_no_plan_leads_closer_to(space: FreeSpace):
     environment, task = Showing(), task_in(space, goal=(5.0, 6.5, 0.0))
     task.goal = environment.goal(task.episode)
     reached, between = (environment.frame_at(torch.tensor(pose)) for pose in ((2.0, 6.5, 0.0), (3.5, 7.0, 0.0)))
@@ -218,7 +217,7 @@ def test_a_graph_is_followed_to_the_goal_past_frames_that_no_plan_leads_closer_t
 
     way, planned = Way(), by_picture(environment)
     graph = SimpleNamespace(to_goal=lambda goal: way)
-    agent = Remembering(planned.planner, planned.scores, 4, graph=graph, network=NETWORK)
+    agent = Remembering(planned.planner, planned.scores, 4, graph=graph)
     trace = run_episode(environment, agent, task, 0.5, 0.5)
     assert judged(trace, task, "x", 0, config_of()).success
     assert way.shown == [0, 1, 2]
@@ -379,64 +378,14 @@ def test_routes_have_the_lengths_of_networkx():
     edges = [[(int(other), float(random.uniform(1, 9))) for other in random.integers(40, size=2)] for _ in range(40)]
     ends = torch.from_numpy(random.uniform(0, 30, 40))
     graph = Graph(torch.zeros(40, 3, 8, 8, dtype=torch.uint8), torch.zeros(40), edges, Alike(NETWORK.description))
-    route = Route(graph, torch.zeros(3, 8, 8), ends)
+    graph.compare = lambda here, there: (None, ends / WORTH)
+    route = graph.to_goal(torch.zeros(3, 8, 8))
     reference = networkx.MultiDiGraph()
     reference.add_weighted_edges_from((i, other, length) for i, out in enumerate(edges) for other, length in out)
     reference.add_weighted_edges_from((i, "goal", end) for i, end in enumerate(ends.tolist()))
     lengths = networkx.shortest_path_length(reference, target="goal", weight="weight")
     assert route.distance == pytest.approx([lengths[node] for node in range(40)])
     assert any(following is not None for following in route.following)
-
-
-def test_a_walker_who_does_not_find_the_goal_looks_for_it_elsewhere():
-    # The first walk passes the colours 0, 10, … and leads to the second one, which shows nearly the goal, too.
-    graph = Graph.build(Shown(list(range(0, 200, 10)), [152, 252]), Alike(NETWORK.description), count=100, every=1)
-    graph.edges = [[(node + 1, 3.0)] for node in range(21)] + [[]]
-    colour = lambda value: to_float(torch.full((3, 8, 8), value, dtype=torch.uint8))  # noqa: E731
-    route = graph.to_goal(colour(150))
-    assert route.next(colour(150))[0] is None
-    assert route.node == 15
-    assert route.leave()
-    assert route.ends.isinf().nonzero().flatten().tolist() == [13, 14, 15, 16, 17]  # six steps, in either direction
-    assert route.next(colour(150))[0] == 17  # on the way to what remains
-    assert route._way(15, math.inf) == [15, 16, 17, 18, 19, 20]
-    assert route.next(colour(152))[0] is None
-    assert route.node == 20
-    assert route.leave()
-    assert route.node is None  # no edge leads back
-    assert route.next(colour(110))[0] is None
-    assert route._way(route.node, math.inf) == [11, 12]
-    while route.leave():
-        route.next(colour(110))
-    assert route.ends.isinf().all()
-
-
-@pytest.mark.parametrize(("likely", "walks"), [(0.1, True), (0.5, False)])
-def test_at_the_end_of_a_route_a_doubtful_walker_goes_on(space: FreeSpace, monkeypatch, likely, walks):
-    monkeypatch.setattr(NETWORK, "arrival", lambda frames, goals: torch.full((len(frames),), likely))
-    environment, task = Showing(), task_in(space)
-    task.goal = environment.goal(task.episode)
-    elsewhere = environment.frame_at(torch.tensor((3.5, 7.0, 0.0)))
-
-    class Way:
-        """A route that ends at the start; then it leads to another place."""
-
-        left = False
-
-        def next(self, frame: torch.Tensor):
-            return (1, elsewhere) if self.left else (None, task.goal)
-
-        def leave(self):
-            self.left = True
-            return True
-
-    way, planned = Way(), by_picture(environment)
-    graph, ahead = SimpleNamespace(to_goal=lambda goal: way), Move(torch.ones(1, 3))
-    agent = Remembering(planned.planner, planned.scores, 4, graph=graph, network=NETWORK)
-    agent.begin(task)
-    monkeypatch.setattr(agent, "towards", lambda past, goal, insist=False: None if goal is task.goal else ahead)
-    assert (agent.move(environment.reset(task.episode)) is ahead) == walks
-    assert way.left == walks
 
 
 def test_episodes_are_kept_and_chosen(tmp_path: Path, space: FreeSpace):
