@@ -187,9 +187,9 @@ def load_goal_network(folder: str | Path, device: torch.device | str = "cpu") ->
         UserError: it is missing or damaged.
     """
     try:
-        description = parser_instance(GoalDescription, read_json(resolve(folder) / DESCRIPTION))
-        network = GoalNetwork(description)
-        network.load_state_dict(load_file(resolve(folder) / WEIGHTS))
+        path = resolve(folder)
+        network = GoalNetwork(parser_instance(GoalDescription, read_json(path / DESCRIPTION)))
+        network.load_state_dict(load_file(path / WEIGHTS))
     except Exception as error:  # safetensors, torch and jsonargparse raise many types
         raise UserError(
             f"{folder}: no readable goal network of this version, as written by python -m cdit.plan learn "
