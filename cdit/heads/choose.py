@@ -3,7 +3,7 @@ the other."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -165,14 +165,45 @@ def best_heads(statistics: "HeadStatistics", choosing: np.ndarray) -> list[tuple
     return found
 
 
-def best_scores(statistics: "HeadStatistics", choosing: np.ndarray) -> tuple[str, list[Estimate]] | None:
+class BestScores(NamedTuple):
+    """Of the head with the highest lift."""
+
+    column: int
+    head: str
+    """With its layer and time."""
+    scores: list[Estimate]
+    """One for each of `SCORES`."""
+
+
+def best_scores(statistics: "HeadStatistics", choosing: np.ndarray) -> BestScores | None:
     """The head with the highest lift on one half, and its `SCORES` on the other; None if nothing is visible."""
     values, names = statistics.values(SCORES[0])
     if not np.isfinite(values[choosing]).any():
         return None
     column = best_column(values, choosing, statistics.trajectories).column
     of_head = np.stack([statistics.values(score)[0][~choosing, column] for score in SCORES], axis=1)
-    return names[column], mean_estimates(of_head, reporting(statistics.trajectories, choosing), statistics.seed)
+    scores = mean_estimates(of_head, reporting(statistics.trajectories, choosing), statistics.seed)
+    return BestScores(column, names[column], scores)
+
+
+def accuracy_by_row(statistics: "HeadStatistics", choosing: np.ndarray, head: int) -> list[tuple[float, str, float]]:
+    """How heads share the rows of the target's patches: the accuracy of one head and of the most accurate of each row.
+
+    Args:
+        head: a column of `HeadStatistics.values`.
+
+    Returns:
+        For each row: the accuracy of `head`, the most accurate head in this row on the half that chooses, and its
+        accuracy; finally, without a head, both over all rows. Accuracies are of the other half, NaN if nothing is
+        visible.
+    """
+    names = statistics.values(SCORES[0])[1]
+    best = statistics.hits(np.flatnonzero(choosing))[0].sum(-1).argmax(0)
+    hits, visible = (x.sum(-1) for x in statistics.hits(np.flatnonzero(~choosing)))  # (C, rows), (rows,)
+    of_head, of_best = hits[head], hits.gather(0, best[None])[0]
+    rows = zip((of_head / visible).tolist(), best.tolist(), (of_best / visible).tolist(), strict=True)
+    whole = (float(of_head.sum() / visible.sum()), "", float(of_best.sum() / visible.sum()))
+    return [*((one, names[column], other) for one, column, other in rows), whole]
 
 
 def mean_scores(statistics: "HeadStatistics", choosing: np.ndarray) -> list[Estimate]:

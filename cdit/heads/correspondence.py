@@ -58,20 +58,21 @@ def true_tokens(places: Tensor, layout: Layout) -> Tensor:
 
 
 class CorrespondenceScore(NamedTuple):
-    """Sums over target patches, (…) each; to average over goals, add them before taking ratios."""
+    """Of each target patch, (…, N) each; to average over goals, add them before taking ratios."""
 
     mass: Tensor
     """Weight on true places."""
     even: Tensor
     """What the same weight per frame would put there if spread evenly over the frame."""
     hits: Tensor
-    """Target patches whose largest weight is on a true place."""
-    patches: Tensor
-    """Target patches that are visible in any past frame."""
+    """1 if the largest weight is on a true place."""
+    visible: Tensor
+    """Whether any past frame shows the patch."""
 
     def ratios(self) -> dict[str, Tensor]:
-        """`SCORES`; NaN if nothing is visible."""
-        found = (self.mass / self.even, self.mass / self.patches, self.hits / self.patches)
+        """`SCORES` over all target patches, (…) each; NaN if nothing is visible."""
+        mass, even, hits, visible = (x.sum(-1) for x in self)
+        found = (mass / even, mass / visible, hits / visible)
         return dict(zip(SCORES, found, strict=True))
 
     def sum(self, dim: int) -> "CorrespondenceScore":
@@ -87,8 +88,7 @@ def correspondence_score(weights: Tensor, truth: Tensor, layout: Layout) -> Corr
     even = (frames.sum(-1) * true_frames.mean(-1)).sum(-1)
     largest = past == past.amax(-1, keepdim=True)
     hits = (largest & truth).sum(-1) / largest.sum(-1)
-    patches = truth.any(-1).expand_as(hits).sum(-1)
-    return CorrespondenceScore(on_truth.sum(-1), even.sum(-1), hits.sum(-1), patches)
+    return CorrespondenceScore(on_truth, even, hits, truth.any(-1).expand_as(hits))
 
 
 def baselines(layout: Layout) -> dict[str, Tensor]:

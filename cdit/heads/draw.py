@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
@@ -230,6 +231,20 @@ def measure_heatmap(title: str, panels: Mapping[str, np.ndarray], layers: Sequen
     subtitle = f"colours from {low:.3g} (violet) to {high:.3g} (yellow)"
     return _panels(title, subtitle, {name: [[*map(cell, row)] for row in panel.tolist()] for name, panel in
                                      panels.items()}, [f"layer {layer}" for layer in layers])  # fmt: skip
+
+
+def accuracy_chart(accuracy: Mapping[str, Mapping[int, Tensor]]) -> Image.Image:
+    """Of each head, a map of the accuracy over the target's patches: (H, rows, columns) by title and layer."""
+
+    def cell(values: np.ndarray) -> Image.Image:
+        known = np.isfinite(values)[..., None]
+        colours = np.where(known, colour_map("viridis")(np.nan_to_num(values), bytes=True)[..., :3], NO_VALUE)
+        return frame_image(torch.from_numpy(np.uint8(colours)).permute(2, 0, 1), cell_size(*values.shape))
+
+    cells = {name: [[*map(cell, maps.numpy())] for maps in by_layer.values()] for name, by_layer in accuracy.items()}
+    layers = [f"layer {layer}" for layer in next(iter(accuracy.values()))]
+    subtitle = "How often the largest weight is on a true place: 0 (violet) to 1 (yellow), grey if never visible"
+    return _panels("accuracy by patch of the target", subtitle, cells, layers)
 
 
 def type_chart(panels: Mapping[str, Sequence[Sequence[str]]], layers: Sequence[int]) -> Image.Image:

@@ -45,6 +45,8 @@ class _Sums:
     """Per sample, (H,) by measure."""
     motions: dict[int, Tensor] = field(default_factory=dict)
     """Per sample, (H, G, 2): the column translation and the divergence in the newest frame."""
+    hits: dict[int, Tensor] = field(default_factory=dict)
+    """Per sample, (H, N): of how many goals the head's largest weight is on a true place of the patch."""
     offsets: Tensor | float = 0.0
     distances: Tensor | float = 0.0
     calls: int = 0
@@ -100,7 +102,9 @@ class HeadStatistics:
         sums.values[sample] = dict(zip(found, means, strict=True))
         if self._truth is not None:
             truth = self._truth[sample, :, None].to(weights.device)
-            sums.values[sample] |= correspondence_score(weights, truth, self.layout).sum(0).ratios()
+            score = correspondence_score(weights, truth, self.layout).sum(0)
+            sums.values[sample] |= score.ratios()
+            sums.hits[sample] = score.hits
         sums.offsets = sums.offsets + measures.offset_mass(weights, self.layout).mean(0).cpu()
         sums.distances = sums.distances + measures.head_distances(weights).mean(0).cpu()
         sums.calls += 1
@@ -123,6 +127,15 @@ class HeadStatistics:
             columns.append(found.double().numpy())
             names += [f"layer {layer}, head {head}, t = {time:g}" for head in range(found.shape[1])]
         return np.concatenate(columns, axis=1), names
+
+    def hits(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """How often the largest weight is on a true place, by target patch: (C, rows, columns), columns as of `values`.
+
+        And how often the patch is visible in any past frame, (rows, columns); their ratio is the accuracy.
+        """
+        hits = torch.cat([sum(sums.hits[sample] for sample in samples) for _, sums in sorted(self._sums.items())])
+        visible = self._truth[samples].any(-1).sum((0, 1)).cpu()
+        return hits.unflatten(-1, self.layout[1:]), visible.unflatten(-1, self.layout[1:])
 
     def distances(self) -> dict[tuple[int, float], Tensor]:
         """By layer and time, the mean `head_distances` over samples and goals, (H, H)."""

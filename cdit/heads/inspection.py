@@ -15,9 +15,17 @@ from cdit.common.randomness import generator, seed_of
 from cdit.common.statistics import Estimate
 from cdit.evaluate.metrics import load_metrics
 from cdit.heads import draw
-from cdit.heads.choose import best_heads, best_scores, mean_estimates, mean_scores, reporting, split_halves
+from cdit.heads.choose import (
+    accuracy_by_row,
+    best_heads,
+    best_scores,
+    mean_estimates,
+    mean_scores,
+    reporting,
+    split_halves,
+)
 from cdit.heads.config import AttentionConfig, HeadsConfig, ImportanceConfig, Kind
-from cdit.heads.correspondence import baselines, correspondence_score, true_tokens
+from cdit.heads.correspondence import SCORES, baselines, correspondence_score, true_tokens
 from cdit.heads.glossary import MIXED, explain_measures, explain_types
 from cdit.heads.head_statistics import HeadRow, HeadStatistics, measure_heads
 from cdit.heads.importance import Ablation, Head, importance, pruning_curve
@@ -272,6 +280,12 @@ def _charts(rows: Sequence[HeadRow], statistics: HeadStatistics) -> dict[str, tu
             images[f"{start}measures/{measure}"] = chart, explain_measures([measure])[measure]
     types = {title: [[row.type.name for row in line] for line in panel] for title, panel in panels.items()}
     reasons = "; ".join(sorted({f"{row.type.name}: {row.type.reason}" for row in rows})[:3])
+    if SCORES[-1] in statistics.measures:
+        hits, visible = statistics.hits(range(len(statistics.trajectories)))
+        maps = (hits / visible).unflatten(0, (len(layers), len(times), -1))
+        accuracy = {f"t = {time:g}": dict(zip(layers, maps[:, i], strict=True)) for i, time in enumerate(times)}
+        caption = "correspondence accuracy of each head by patch of the target"
+        images[f"{start}accuracy_by_patch"] = draw.accuracy_chart(accuracy), caption
     images[f"{start}types"] = draw.type_chart(types, layers), f"types by thresholds on measures, such as {reasons}"
     found = statistics.distances()
     distances = {f"t = {time:g}": {layer: found[layer, time] for layer in layers} for time in times}
@@ -284,11 +298,13 @@ def _correspondence(
     statistics: HeadStatistics, untrained: HeadStatistics | None, truth: Tensor, choosing: np.ndarray
 ) -> str:
     others = reporting(statistics.trajectories, choosing)
-    scores = {}
+    scores, by_row = {}, []
     for name, found in {"best head": statistics, "untrained, best head": untrained}.items():
         best = None if found is None else best_scores(found, choosing)
         if best is not None:
-            scores[f"{name} ({best[0]})"] = best[1]
+            scores[f"{name} ({best.head})"] = best.scores
+        if best is not None and found is statistics:
+            by_row = accuracy_by_row(statistics, choosing, best.column)
     scores["mean of all heads"] = mean_scores(statistics, choosing)
     if untrained is not None:
         scores["untrained, mean of all heads"] = mean_scores(untrained, choosing)
@@ -296,4 +312,4 @@ def _correspondence(
         score = correspondence_score(weights, truth[torch.from_numpy(~choosing)], statistics.layout).sum(1)
         values = torch.stack(list(score.ratios().values()), dim=1).double().numpy()
         scores[name] = mean_estimates(values, others, statistics.seed)
-    return correspondence_section(scores, len(others))
+    return correspondence_section(scores, by_row, len(others))

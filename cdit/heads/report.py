@@ -201,8 +201,10 @@ def best_section(kind: Kind, found: Sequence[tuple[str, str, str, Best]], choosi
     return "\n".join([f"## Best heads, {NAMES[kind]}", "", note, "", markdown_table(columns, lines, left=3)]).rstrip()
 
 
-def correspondence_section(scores: Mapping[str, Sequence[Estimate]], reported: int) -> str:
-    """`SCORES` of heads and baselines by name, on the half of the samples that reports."""
+def correspondence_section(
+    scores: Mapping[str, Sequence[Estimate]], by_row: Sequence[tuple[float, str, float]], reported: int
+) -> str:
+    """`SCORES` of heads and baselines by name, and `accuracy_by_row`, on the half that reports."""
     lines = [[name, *map(shown, values)] for name, values in scores.items()]
     note = (
         "For each target patch, the true place of what it shows is known in each past frame from poses and map. Lift: "
@@ -211,7 +213,14 @@ def correspondence_section(scores: Mapping[str, Sequence[Estimate]], reported: i
         f"one with the highest lift on one half; all numbers are of the other half, {reported} samples."
     )
     table = markdown_table(["", *(score.removeprefix("correspondence ") for score in SCORES)], lines)
-    return "\n".join(["## Do heads attend to where the same surface was?", "", note, "", table]).rstrip()
+    text = ["## Do heads attend to where the same surface was?", "", note, "", table]
+    if by_row:
+        rows = [*map(str, range(len(by_row) - 1)), "all"]
+        lines = [[row, f"{one:.2f}", head, f"{its:.2f}"] for row, (one, head, its) in zip(rows, by_row, strict=True)]
+        columns = ["row of patches, from the top", "best head", "most accurate head in this row", "its accuracy"]
+        text += ["Accuracy by row. The most accurate head of each row is chosen on one half as well.", ""]
+        text.append(markdown_table(columns, lines))
+    return "\n".join(text).rstrip()
 
 
 def importance_section(

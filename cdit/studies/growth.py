@@ -60,7 +60,7 @@ def measure_growth(config: GrowthConfig) -> None:
         best = best_scores(statistics, choosing)
         if best is None:
             raise UserError(f"data is {config.data}: nothing that the targets show is visible in the past frames")
-        return Stage(step, *best, mean_scores(statistics, choosing))
+        return Stage(step, best.head, best.scores, mean_scores(statistics, choosing))
 
     stages = [stage(0, initial(world, config.seed))]
     stages += [stage(step_of(folder), load_world(str(folder), config.device)) for folder in folders]

@@ -1,10 +1,12 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from cdit.common.statistics import estimates
-from cdit.heads.choose import best_column, mean_estimates, split_halves, trends
+from cdit.heads.choose import accuracy_by_row, best_column, mean_estimates, split_halves, trends
 
 NAMES = [f"trajectory {i // 4}" for i in range(40)]
 
@@ -41,6 +43,21 @@ def test_the_best_is_chosen_on_one_half_and_reported_on_the_other():
     worst = best_column(values, choosing, "abcd", highest=False)
     assert (worst.column, worst.chosen_at, worst.estimate.mean) == (0, 1, 5)
     assert best_column(values, ~choosing, "abcd").column == 0
+
+
+def test_the_best_head_of_each_row_is_chosen_on_one_half_and_reported_on_the_other():
+    """Two heads, two rows of two patches, one sample that chooses and one that reports."""
+    hits = torch.tensor([[[[9, 9], [1, 1]], [[2, 2], [8, 8]]], [[[4, 2], [3, 3]], [[9, 9], [5, 7]]]])
+    visible = torch.full((2, 2), 10)
+    statistics = SimpleNamespace(
+        values=lambda measure: (None, ["upper", "lower"]), hits=lambda samples: (hits[samples].sum(0), visible)
+    )
+    found = accuracy_by_row(statistics, np.array([True, False]), head=0)
+    assert found == [
+        (pytest.approx(0.3), "upper", pytest.approx(0.3)),
+        (pytest.approx(0.3), "lower", pytest.approx(0.6)),
+        (pytest.approx(0.3), "", pytest.approx(0.45)),
+    ]
 
 
 def test_the_winner_of_a_lottery_is_reported_as_average():

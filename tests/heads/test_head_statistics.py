@@ -150,6 +150,26 @@ def test_heads_are_judged_by_true_places_where_these_are_known():
     assert means["newest frame"]["correspondence share"].mean == pytest.approx(0, abs=1e-6)
 
 
+def test_hits_are_counted_by_target_patch():
+    """The left column is seen nowhere; of the rest, a head that looks at the same place misses what moved far away."""
+    place = LAYOUT.positions()[:, None].repeat(1, 2, 1) + 0.5
+    place[-1] = torch.tensor([0.5, 0.5])
+    place.unflatten(0, LAYOUT[1:])[:, 0] = math.nan
+    truth = true_tokens(place, LAYOUT).expand(2, GOALS, -1, -1)
+    statistics = HeadStatistics("cross", LAYOUT, ["a", "b"], torch.full((2, 2, N), 0.25), truth=truth)
+    for sample in range(2):
+        weights = hand_built(torch.tensor([1.0, 0, 0.2]))
+        statistics.add(sample, 0.5, layer_attention(weights.expand(GOALS, -1, -1, -1)))
+    hits, visible = statistics.hits([1])
+    expected = torch.full(LAYOUT[1:], float(GOALS))
+    expected[:, 0] = 0
+    torch.testing.assert_close(visible.float(), expected)
+    expected[-1, -1] = 0
+    torch.testing.assert_close(hits[list(HEADS).index("same place")], expected)
+    accuracy = statistics.values("correspondence accuracy")[0][0]
+    torch.testing.assert_close(hits.sum((1, 2)) / visible.sum(), torch.from_numpy(accuracy).float())
+
+
 def test_an_objective_may_call_the_network_twice():
     attention = layer_attention(hand_built(torch.tensor([1.0, 0, 0.2]))[None])
     once, twice = (HeadStatistics("cross", LAYOUT, ["a"], torch.full((1, 2, N), 0.25)) for _ in range(2))
