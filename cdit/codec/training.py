@@ -35,7 +35,7 @@ MEASURED = 256
 CHUNK = 32
 FREE = ("out", "device", "resume", "stop_at", "every", "samples", "pictures")
 """Options that may change when a training continues."""
-DATA = ("folder", "mix", "splits", "train_split", "test_split", "image_size", "crop", "fps", "source")
+DATA = ("folder", "mix", "splits", "train_split", "test_split", "image_size", "crop", "fps", "source", "camera")
 """Options of `data` that may not."""
 
 

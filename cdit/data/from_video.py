@@ -24,7 +24,7 @@ from cdit.common.errors import DataError, UserError
 from cdit.common.files import check_name
 from cdit.common.limits import Between, Positive, check_limits, within
 from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
-from cdit.data.video import duration, frame_time, open_video, video_errors
+from cdit.data.video import duration, frame_time, open_video, rounding, video_errors
 
 LONGEST_GAP = 60
 """Most seconds from one frame to the next; each second is written as `fps` images."""
@@ -172,7 +172,7 @@ def _sample(video: Path, fps: Fraction) -> Iterator[av.VideoFrame]:
         with open_video(video) as container:
             stream = container.streams.video[0]
             stream.thread_type = "AUTO"
-            shown = None
+            shown, tolerance = None, rounding(stream)
             for frame in container.decode(stream):
                 time = frame_time(frame, video)
                 if shown is None:
@@ -180,11 +180,11 @@ def _sample(video: Path, fps: Fraction) -> Iterator[av.VideoFrame]:
                 if abs(time - last) > LONGEST_GAP:
                     raise DataError(f"{video}: {float(abs(time - last)):.4g} s from one frame to the next")
                 last = time
-                while start + taken / fps < time:
+                while start + taken / fps < time - tolerance:
                     yield shown
                     taken += 1
                 shown = frame
-            if shown is not None and start + taken / fps == time:
+            if shown is not None and abs(start + taken / fps - time) <= tolerance:
                 yield shown
     except av.error.FFmpegError as error:
         raise DataError(f"{video}: cannot be decoded beyond {taken / float(fps):.1f} s ({error})") from error

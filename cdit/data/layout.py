@@ -21,7 +21,7 @@ import numpy as np
 
 from cdit.common.cli import parser_instance
 from cdit.common.errors import DataError
-from cdit.common.files import parse_json, read_text, write_json
+from cdit.common.files import parse_json, read_text, write_json, write_whole
 from cdit.common.limits import Limit, Positive, within
 from cdit.data.action_space import ActionSpace
 
@@ -154,4 +154,4 @@ def write_split(folder: Path, split: str, names: list[str]) -> None:
     """Writes the trajectory names of a split."""
     path = split_file(folder, split)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(f"{name}\n" for name in names))
+    write_whole(path, "".join(f"{name}\n" for name in names))

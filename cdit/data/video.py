@@ -100,7 +100,7 @@ class VideoReader:
 
     def shown_at(self, seconds: Fraction) -> av.VideoFrame:
         """The frame shown at `seconds` from the first one; the last one beyond the end."""
-        time = self.start + seconds
+        time = self.start + seconds + rounding(self._stream)
         shown = None if self._shown is None else frame_time(self._shown, self.path)
         if shown is None or not shown <= time <= shown + SEEK_BEYOND:
             self._seek(time)
@@ -123,6 +123,11 @@ class VideoReader:
 def open_readers(process: int) -> Callable[[Path], VideoReader]:
     """The readers of a process; a forked one must neither use nor close those of its parent."""
     return lru_cache(maxsize=OPEN_VIDEOS)(VideoReader)
+
+
+def rounding(stream: "av.VideoStream") -> Fraction:
+    """By how many seconds a time stamp may be early or late, because Matroska rounds them to milliseconds."""
+    return min(stream.time_base, Fraction(1, 1000)) / 2
 
 
 def open_video(path: Path) -> av.container.InputContainer:

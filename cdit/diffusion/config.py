@@ -207,6 +207,8 @@ def check_sampler(objective: str, sampler: SamplerConfig) -> None:
             raise UserError(f"sampler.steps is {sampler.steps}, expected 1, 2, 4, …, 128 for a shortcut with average")
         if sampler.shift != 1:
             raise UserError(f"sampler.shift is {sampler.shift}, expected 1 for a shortcut with average")
+    if objective in ("ddpm", "regression") and sampler.shift != 1:
+        raise UserError(f"sampler.shift is {sampler.shift}, expected 1 for a {objective}")
     if objective == "regression" and sampler.steps != 1:
         raise UserError(f"sampler.steps is {sampler.steps}, expected 1 for a regression")
     # A DDPM has integer timesteps: a step between equal ones divides by zero. The solvers' last step goes from 1 to 0.

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from tqdm import tqdm
@@ -120,7 +121,10 @@ def waiting() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # the base of torch.distributed.DistError
+    except RuntimeError as error:  # the base of dist.DistError, and raised by gloo itself
+        alone = not dist.is_initialized() and not isinstance(error, dist.DistError)
+        if alone or isinstance(error, torch.OutOfMemoryError):
+            raise
         reason = str(error).partition("\n")[0][:200]
         raise Interrupted(f"another process does not answer ({reason}); the same command continues") from error
 

@@ -168,9 +168,7 @@ def step(run: Run, gpus: int, mode: Mode, hardware: Hardware) -> Step:
     updates, 2 bytes per parameter, without overlap.
     """
     count, size = run.micro_batches(gpus)
-    forward = (
-        size * flops(run.cdit, run.context_frames, run.goals)["forward, context included"] / hardware.tflops / 1e12
-    )
+    forward = size * run.forward_flops / hardware.tflops / 1e12
     backward = (3 if run.checkpointing else 2) * forward
     compute = count * (forward + backward) + muon_flops(run) / hardware.tflops / 1e12
     if gpus == 1:

@@ -17,13 +17,22 @@ from cdit.model import PRESETS, CDiT
 DIALECT = {
     "context_depth": 0,
     "context_modulation": True,
+    "context_norm": "both",
+    "context_noise": 0.0,
     "position": "learned",
+    "steered_queries": False,
+    "place_embedding": False,
     "extra_kv": True,
     "qk_norm": False,
     "norm": "pre",
     "mlp_ratio": 4.0,
+    "output_channels": 0,
+    "wide_head_depth": 0,
+    "reprojection": False,
     "use_action": True,
+    "action_size": 3,
     "use_time_shift": True,
+    "text_size": 0,
     "embedding_scale": 1.0,
     "learn_variance": True,
 }
@@ -120,6 +129,8 @@ def differences(cdit: CDiT) -> list[str]:
     height, width = cdit.config.image_size
     if height != width:
         different.append(f"image_size is {(height, width)}, not square")
+    if cdit.config.extra_conditioners:
+        different.append(f"it has extra_conditioners: {', '.join(cdit.config.extra_conditioners)}")
     return different
 
 

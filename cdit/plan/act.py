@@ -4,7 +4,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import numpy as np
 from tqdm import tqdm
 
 from cdit.common.errors import UserError
-from cdit.common.files import read_json, sha256, write_json
+from cdit.common.files import read_json, sha256, write_json, write_whole
 from cdit.loading import load_world, windows_for
 from cdit.plan.agents import (
     Agent,
@@ -160,26 +159,27 @@ def act(config: ActConfig) -> tuple[list[Episode], list[Outcome]]:
     (out / "videos").mkdir(parents=True, exist_ok=True)
     check_same(config, out)
     done = {(outcome.agent, outcome.episode): outcome for outcome in read_outcomes(out)}
+    write_whole(out / OUTCOMES, "".join(json.dumps(asdict(outcome)) + "\n" for outcome in done.values()))
     maps = dict.fromkeys(episodes[i].map for i in chosen)
     missing = [(name, i) for name in config.agents for i in chosen if (name, i) not in done]
-    with ExitStack() as stack, tqdm(total=len(missing), unit="episode") as bar:
+    with tqdm(total=len(missing), unit="episode") as bar:
         for map_name in maps if missing else ():
-            setting = stack.enter_context(Setting(config, map_name))
-            for name in config.agents:
-                bar.set_description(name)
-                todo = [i for agent, i in missing if agent == name and episodes[i].map == map_name]
-                agent = setting.agent(name) if todo else None
-                for i in todo:
-                    task = setting.task(episodes[i], i)
-                    angle = math.radians(config.degrees)
-                    trace = run_episode(setting.environment, agent, task, config.radius, angle)
-                    done[name, i] = outcome = judged(trace, task, name, i, config)
-                    first = [j for j in chosen if stratum(episodes[j]) == stratum(episodes[i])][: config.videos]
-                    if i in first:
-                        film(trace, task, outcome, setting.space, out / "videos" / f"{name}_{i}.mp4")
-                    with open(out / OUTCOMES, "a") as file:
-                        file.write(json.dumps(asdict(outcome)) + "\n")
-                    bar.update()
+            with Setting(config, map_name) as setting:
+                for name in config.agents:
+                    bar.set_description(name)
+                    todo = [i for agent, i in missing if agent == name and episodes[i].map == map_name]
+                    agent = setting.agent(name) if todo else None
+                    for i in todo:
+                        task = setting.task(episodes[i], i)
+                        angle = math.radians(config.degrees)
+                        trace = run_episode(setting.environment, agent, task, config.radius, angle)
+                        done[name, i] = outcome = judged(trace, task, name, i, config)
+                        first = [j for j in chosen if stratum(episodes[j]) == stratum(episodes[i])][: config.videos]
+                        if i in first:
+                            film(trace, task, outcome, setting.space, out / "videos" / f"{name}_{i}.mp4")
+                        with open(out / OUTCOMES, "a") as file:
+                            file.write(json.dumps(asdict(outcome)) + "\n")
+                        bar.update()
     return episodes, [done[name, i] for name in config.agents for i in chosen]
 
 

@@ -83,8 +83,7 @@ class DoomEnvironment:
     def step(self, action: Tensor) -> Seen:
         """See `Environment`. The speeds of the motion are reached with a lag, because of Doom's inertia."""
         dx, dy, dyaw = (float(x) * FPS for x in action)
-        now = self.engine.step(dx, dy, dyaw)
-        now = self.engine.observe() if now is None else now
+        now = self.engine.step(dx, dy, dyaw) or self._last  # nothing moves once the map's episode has ended
         seen, self._last = self._seen(self._last, now), now
         return seen
 
@@ -103,11 +102,10 @@ class DoomEnvironment:
         """
         frames, poses = [], []
         for candidate in actions:
-            self.engine.reset(0, *pose)
+            now = self.engine.reset(0, *pose)
             for t, action in enumerate(candidate[: max(moments)], 1):
-                now = self.engine.step(*(float(x) * FPS for x in action))
+                now = self.engine.step(*(float(x) * FPS for x in action)) or now
                 if t in moments:
-                    now = self.engine.observe() if now is None else now
                     frames.append(_frame(now))
                     poses.append(pose_of(now))
         shape = (len(actions), len(moments))
@@ -125,7 +123,7 @@ def walk_in(engine: Engine, seed: int, first: np.ndarray) -> list[Observation]:
     policy = ExploringPolicy(camera(engine.size).horizontal_fov, np.random.default_rng(seed))
     for _ in range(WALK_IN):
         command = policy(seen[-1])
-        seen.append(engine.step(command.forward, command.left, command.turn))
+        seen.append(engine.step(command.forward, command.left, command.turn) or seen[-1])
     return seen
 
 

@@ -34,6 +34,8 @@ from cdit.world_model import DESCRIPTION
 
 TRAIN = Path(cdit.__path__[0]).parent / "train.py"
 EVALUATION = "evaluation"
+WHERE = ("splits", "follow_links", "source", "camera", "action_key")
+"""Options of a dataset that training and evaluation share."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def check_comparable(config: AblationConfig, resolved: dict[str, dict[str, Any]]
     datasets = [values["data"] for values in resolved.values()]
     if any(data["mix"] for data in datasets):
         raise UserError(f"base is {config.base}: variants are measured on one dataset, data.folder, not on a data.mix")
-    if any(data[key] != datasets[0][key] for data in datasets for key in ("folder", "splits", "test_split", "fps")):
+    if any(data[key] != datasets[0][key] for data in datasets for key in ("folder", "test_split", "fps", *WHERE)):
         raise UserError("variants of different datasets cannot be compared")
 
 
@@ -199,7 +201,7 @@ def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> 
     datasets = [values["data"] for values in resolved.values()]
     folder, split = datasets[0]["folder"], datasets[0]["test_split"]
     longest = max(data["context_frames"] for data in datasets)
-    where = {key: datasets[0][key] for key in ("splits", "follow_links", "source", "fps")}
+    where = {key: datasets[0][key] for key in (*WHERE, "fps")}
     dataset = WindowDataset(DataConfig(folder, context_frames=longest, cache_gb=0, **where), split)
     offsets = [round(seconds * dataset.info.fps) for seconds in config.seconds]
     windows = spread(dataset.windows_with(offsets), config.cases)
@@ -223,9 +225,7 @@ def evaluation_options(run: Run, config: AblationConfig, data: dict[str, Any], e
         "checkpoint": run.folder,
         "data": data["folder"],
         "split": data["test_split"],
-        "splits": data["splits"],
-        "follow_links": data["follow_links"],
-        "source": data["source"],
+        **{key: data[key] for key in WHERE},
         "out": results_folder(run, evaluation),
         "protocols": ["time"],
         "time.index": config.index,

@@ -10,6 +10,7 @@ import yaml
 
 from cdit.codec.config import KINDS, CodecConfig
 from cdit.common.errors import UserError
+from cdit.common.files import write_whole
 from cdit.common.limits import Limit, NotNegative, Offsets, Positive, Share, within
 from cdit.data.config import DataConfig
 from cdit.diffusion.config import (
@@ -282,7 +283,7 @@ class TrainConfig:
 
     def save(self, path: Path) -> None:
         """Writes the resolved config as YAML; `train.py --config` repeats the run from it."""
-        path.write_text(yaml.safe_dump(self.plain(), sort_keys=False))
+        write_whole(path, yaml.safe_dump(self.plain(), sort_keys=False))
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,8 +4,10 @@ import os
 import pickle
 import shutil
 import sys
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -14,10 +16,10 @@ from cdit.common.errors import DataError
 from cdit.data import shard_writer
 from cdit.data.check import check
 from cdit.data.config import DataConfig, Source
-from cdit.data.from_video import VideoOptions, convert
+from cdit.data.from_video import VideoOptions, _sample, convert
 from cdit.data.layout import DatasetInfo, write_split
 from cdit.data.sources import open_source
-from cdit.data.video import VideoTrajectory
+from cdit.data.video import VideoReader, VideoTrajectory
 from cdit.data.windows import WindowDataset
 
 sys.path.append(str(Path(__file__).parent))
@@ -55,6 +57,19 @@ def test_frames_are_those_shown_at_their_time(tmp_path, suffix, times):
     video = video.rename(tmp_path / f"it{suffix}")
     trajectory = VideoTrajectory("it", video, FPS, 40, tmp_path)
     assert value(trajectory.frames(times)) == pytest.approx([grey(time / FPS) for time in times], abs=2)
+
+
+@pytest.mark.parametrize("fps", [24, 30, 60])
+@pytest.mark.parametrize("suffix", [".mp4", ".avi", ".mkv"])
+def test_every_frame_is_found_whatever_its_time_stamp_is_rounded_to(tmp_path, suffix, fps):
+    video = write_video(tmp_path / f"it{suffix}", 2, fps=fps)
+    with av.open(str(video)) as container:
+        stamps = [frame.pts for frame in container.decode(video=0)]
+    reader = VideoReader(video)
+    assert [reader.shown_at(Fraction(i, fps)).pts for i in range(2 * fps)] == stamps
+    assert [frame.pts for frame in _sample(video, Fraction(fps))] == stamps
+    assert [reader.shown_at(Fraction(i, fps)).pts for i in range(0, 2 * fps, 2)] == stamps[::2]
+    assert [frame.pts for frame in _sample(video, Fraction(fps, 2))] == stamps[::2]
 
 
 def test_what_converting_would_give(folder):

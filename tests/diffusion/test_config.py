@@ -26,3 +26,10 @@ def test_schedulers_of_another_objective_are_refused(objective):
     for name in others:
         with pytest.raises(UserError, match=name):
             check_sampler(objective, SamplerConfig(name))
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "regression"])
+def test_a_shift_without_effect_is_refused(objective):
+    scheduler = next(iter(SCHEDULERS[objective]))
+    with pytest.raises(UserError, match=f"sampler.shift is 3.0, expected 1 for a {objective}"):
+        check_sampler(objective, SamplerConfig(scheduler, steps=1, shift=3.0))

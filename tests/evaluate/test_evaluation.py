@@ -6,12 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from cdit.common.errors import DataError
+from cdit.common.errors import DataError, Interrupted
 from cdit.data.action_space import ActionSpace
 from cdit.data.windows import WindowDataset
 from cdit.evaluate.config import EvaluateConfig, RolloutConfig, TimeConfig
-from cdit.evaluate.evaluation import build_studies
+from cdit.evaluate.evaluation import build_studies, waiting
 from cdit.nwm.normalization import normalization
 from cdit.world_model import WorldModel
 
@@ -50,3 +51,10 @@ def test_an_index_may_not_ask_for_a_shorter_past_than_the_model_knows(
     world.description.min_history = 3
     with pytest.raises(DataError, match=r"time\.pkl"):
         build_studies(config, world, dataset)
+
+
+def test_an_error_of_this_process_is_not_blamed_on_another():
+    with pytest.raises(RuntimeError, match="Error\\(s\\) in loading state_dict"), waiting():
+        torch.nn.Linear(2, 2).load_state_dict({})
+    with pytest.raises(Interrupted, match="another process does not answer"), waiting():
+        raise torch.distributed.DistNetworkError("connection reset")

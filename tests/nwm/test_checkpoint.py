@@ -247,7 +247,9 @@ def test_a_broken_write_leaves_what_was_there(tmp_path, monkeypatch):
     [
         ("context_depth", 1), ("context_modulation", False), ("position", "rotary"), ("extra_kv", False),
         ("qk_norm", True), ("norm", "post"), ("mlp_ratio", 3.0), ("use_action", False), ("use_time_shift", False),
-        ("embedding_scale", 30.0), ("learn_variance", False), ("image_size", (8, 4)),
+        ("embedding_scale", 30.0), ("learn_variance", False), ("image_size", (8, 4)), ("context_noise", 0.3),
+        ("place_embedding", True), ("output_channels", 8), ("wide_head_depth", 1), ("action_size", 4),
+        ("text_size", 16),
     ],
 )  # fmt: skip
 def test_other_networks_are_not_exported(setting, value, tmp_path):

@@ -419,6 +419,21 @@ def test_the_engine_as_the_world_and_the_true_distance_as_the_cost_succeed(tmp_p
 
 
 @pytest.mark.slow
+def test_nothing_moves_once_the_map_has_ended(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("vizdoom", reason="the engine is part of the extra 'doom'")
+    episode = draw_episodes("my_way_home", [2.0], 1, seed=0)[0]
+    with DoomEnvironment("my_way_home", 64) as environment:
+        before = environment.reset(episode)[-1]
+        monkeypatch.setattr(environment.engine, "step", lambda *command: None)
+        after = environment.step(torch.tensor([0.1, 0.0, 0.1]))
+        assert torch.equal(after.frame, before.frame)
+        assert torch.equal(after.motion, torch.zeros(3))
+        frames, poses = environment.simulate(before.pose, torch.ones(2, 3, 3), [2, 3])
+        assert frames.shape[:2] == (2, 2)
+        np.testing.assert_allclose(poses, np.broadcast_to(before.pose, (2, 2, 3)), atol=0.05)
+
+
+@pytest.mark.slow
 def test_the_command_keeps_what_it_has_done(walks: Path, tmp_path: Path):
     pytest.importorskip("vizdoom", reason="the engine is part of the extra 'doom'")
     NETWORK.save(tmp_path / "learned")
@@ -437,5 +452,13 @@ def test_the_command_keeps_what_it_has_done(walks: Path, tmp_path: Path):
     assert write_act(config, *act(config)) == text
     assert (tmp_path / "out" / "outcomes.jsonl").read_text() == outcomes
     assert len(json.loads((tmp_path / "out" / "results.json").read_text())["outcomes"]) == 6
+    (tmp_path / "out" / "outcomes.jsonl").write_text(outcomes[:-20])  # as if killed while writing
+    act(config)
+    again = (tmp_path / "out" / "outcomes.jsonl").read_text().splitlines()
+    assert again[:-1] == outcomes.splitlines()[:-1]
+    last, expected = json.loads(again[-1]), json.loads(outcomes.splitlines()[-1])
+    assert (last["agent"], last["episode"], last["success"]) == (
+        expected["agent"], expected["episode"], expected["success"]
+    )  # fmt: skip
     with pytest.raises(UserError, match="other options"):
         act(replace(config, execute=2))

@@ -4,7 +4,7 @@ import json
 import pickle
 import re
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ import yaml
 
 from cdit.common.cli import parse_config
 from cdit.common.errors import UserError
+from cdit.data.config import DataConfig
 from cdit.evaluate.config import EvaluateConfig
 from cdit.evaluate.results import ProtocolResult, Results
 from cdit.evaluate.tables import Row
@@ -122,6 +123,8 @@ def test_what_cannot_be_evaluated_is_found_before_anything_is_trained(tmp_path: 
         "fps": None,
         "follow_links": False,
         "source": "auto",
+        "camera": None,
+        "action_key": "action",
     }
     monkeypatch.setattr(ablation, "resolve", lambda run: {"data": data})
     monkeypatch.setattr(ablation, "train", lambda run, config: pytest.fail("trained"))
@@ -194,9 +197,12 @@ def test_the_command_takes_the_spec_by_position(tmp_path: Path, monkeypatch: pyt
 
 def test_variants_are_measured_on_one_dataset(tmp_path: Path):
     config = config_of(spec(tmp_path))
-    one = {"data": {"folder": "a", "mix": [], "splits": None, "test_split": "test", "fps": None}}
+    one = {"data": asdict(DataConfig("a"))}
     check_comparable(config, {"Four frames": one, "One frame": one})
-    for key, value, message in [("mix", [{"folder": "b"}], "one dataset"), ("fps", 2.0, "different datasets")]:
+    different = "different datasets"
+    for key, value, message in [
+        ("mix", [{"folder": "b"}], "one dataset"), ("fps", 2.0, different), ("camera", "left", different),
+    ]:  # fmt: skip
         other = {"data": one["data"] | {key: value}}
         with pytest.raises(UserError, match=message):
             check_comparable(config, {"Four frames": one, "One frame": other})
@@ -257,13 +263,11 @@ def test_each_variant_is_measured_in_several_ways(tmp_path: Path):
     config = config_of(spec(tmp_path, seconds=[1.0], evaluations=evaluations))
     values = {("Four frames", "jump"): 20, ("Four frames", "rollout"): 18, ("One frame", "jump"): 19,
               ("One frame", "rollout"): 14}  # fmt: skip
+    data = asdict(DataConfig("a", test_split="b", source="lerobot", camera="left", action_key="joints"))
     for (variant, evaluation), value in values.items():
         run = runs_of(config, variant)[0]
-        options = ablation.evaluation_options(
-            run, config, {"folder": "a", "test_split": "b", "splits": None, "follow_links": False, "source": "auto"},
-            evaluation,
-        )  # fmt: skip
-        asked = parse_config(EvaluateConfig, "", options)
+        asked = parse_config(EvaluateConfig, "", ablation.evaluation_options(run, config, data, evaluation))
+        assert (asked.source, asked.camera, asked.action_key) == ("lerobot", "left", "joints")
         assert asked.protocols == (["time"] if evaluation == "jump" else ["rollout"])
         assert asked.sampler.steps == (2 if evaluation == "jump" else None)
         assert asked.rollout.index == asked.time.index == str(config.index)
