@@ -14,13 +14,24 @@ from cdit.common.frames import to_float, to_uint8
 from cdit.common.motion import integrate, placed
 from cdit.plan.act import Trace, act, judged, run_episode, select
 from cdit.plan.act_report import write_act
-from cdit.plan.agents import Candidates, EngineScores, Expert, MotionScores, Move, Planned, Policy, Remembering, Task
+from cdit.plan.agents import (
+    Candidates,
+    EngineScores,
+    Expert,
+    MotionScores,
+    Move,
+    Planned,
+    Policy,
+    Remembering,
+    Task,
+    WorldScores,
+)
 from cdit.plan.config import ActConfig, OptimizerConfig, PlannerConfig
 from cdit.plan.environment import DoomEnvironment, Seen
 from cdit.plan.episodes import Episode, draw_episodes, in_view, load_episodes, save_episodes
 from cdit.plan.free_space import FreeSpace
 from cdit.plan.goal_network import GoalDescription, GoalNetwork
-from cdit.plan.graph import WORTH, Graph
+from cdit.plan.graph import WELD, WORTH, Graph
 from cdit.plan.planner import Planner
 
 WALL_WITH_GAP = [*room(0, 0, 10, 8), (5, 0, 5, 5.0, 0, -1), (5.2, 5.0, 5.2, 0, 0, -1), (5, 5.0, 5.2, 5.0, 0, -1)]
@@ -46,6 +57,10 @@ def test_distances_go_round_walls(space: FreeSpace):
     assert distances.at(np.array([9.7, 2.0])) == math.inf
     assert distances.left(np.array([9.7, 2.0])) == pytest.approx(1.7, abs=0.26)
     assert distances.left(np.array([8.0, 6.0])) == distances.at(np.array([8.0, 6.0]))
+    # Half a metre for each radian of heading error at the goal, none from 2 m away on.
+    poses, near = np.array([[8.1, 2.1, 0.4], [8.0, 6.0, 0.4]]), math.hypot(0.1, 0.1)
+    expected = [near + 0.5 * 0.4 * (1 - near / 2), distances.at(np.array([8.0, 6.0]))]
+    np.testing.assert_allclose(distances.cost(poses, 0.0), expected)
     way = distances.path(np.array([2.0, 2.0]))
     np.testing.assert_allclose(way[-1], [8, 2])
     assert all(space.free[space.cell(place)] for place in way)
@@ -249,6 +264,36 @@ def test_an_agent_stays_out_of_where_it_must_not_go(space: FreeSpace):
     assert (outcomes[1].violations, outcomes[1].success) == (0, True)
 
 
+def test_the_next_plan_starts_from_what_is_left_of_the_last(space: FreeSpace):
+    agent, task, plans = by_distance(), task_in(space), []
+    plan = agent.planner.plan
+
+    def planning(score, batch, random, start, *further):
+        plans.append((start, plan(score, batch, random, start, *further)))
+        return plans[-1][1]
+
+    agent.planner.plan = planning
+    agent.begin(task)
+    past = Plane().reset(task.episode)
+    done = len(agent.towards(past, task.goal).actions)
+    agent.towards(past, task.goal)
+    (nothing, first), (start, _) = plans
+    assert nothing is None
+    expected = torch.cat((first.actions[:, done:], first.actions[:, -1:].expand(-1, done, -1)), dim=1)
+    torch.testing.assert_close(start, expected)
+
+
+def test_a_world_sees_the_last_frames(world):
+    model, contexts = world(), []
+    score = SimpleNamespace(
+        predictor=SimpleNamespace(world=model), to_goals=lambda context, goals, random: contexts.append(context)
+    )
+    frames = torch.arange(5.0)[:, None, None, None].expand(-1, 3, 32, 32)
+    past = [Seen(frame, torch.zeros(3), np.zeros(3), contact=False) for frame in frames]
+    WorldScores(score)(past, None, frames[0], torch.manual_seed(0))
+    torch.testing.assert_close(contexts[0], frames[None, 2:])
+
+
 def test_an_episode_is_judged_by_hand(space: FreeSpace):
     task, actions = task_in(space, goal=(4.0, 6.5, 0.0)), torch.tensor([[1.0, 1.0, 0.0], [1.0, -1.0, 0.2]])
 
@@ -354,6 +399,7 @@ def test_walks_are_connected_where_frames_around_match_too():
     graph = Graph.build(Shown(here, other, here[2:]), Alike(NETWORK.description), count=100, every=1)
     welds = {(node, other) for node, edges in enumerate(graph.edges) for other, _ in edges if other != node + 1}
     assert (4, 20) in welds
+    assert (20, WELD) in graph.edges[4]  # a single step, the fewest
     assert not any(9 <= i < 18 for edge in welds for i in edge)
 
 

@@ -10,8 +10,16 @@ import torch.nn.functional as F
 from cdit.common.frames import to_float
 from cdit.common.motion import integrate
 from cdit.plan.config import CurveConfig, LearnConfig, OpenConfig, OptimizerConfig, PlannerConfig
-from cdit.plan.goal_network import FAR_EDGES, FARTHEST, GoalDescription, GoalNetwork, class_of, load_goal_network
-from cdit.plan.learn import UNORDERED, Sampler, learn, loss_of
+from cdit.plan.goal_network import (
+    FAR_EDGES,
+    FARTHEST,
+    TURN_EDGES,
+    GoalDescription,
+    GoalNetwork,
+    class_of,
+    load_goal_network,
+)
+from cdit.plan.learn import UNORDERED, Sampler, learn, loss_of, predict_frames
 from cdit.plan.openloop import Benchmark, nwm_compatible, run_curve, run_open
 from cdit.plan.openloop_report import write_curve, write_open
 
@@ -135,6 +143,58 @@ def test_losses_leave_out_what_a_pair_does_not_say(dataset):
         before = loss(name, field, torch.zeros_like(same))
         assert loss(name, field, ~known) == before
         assert loss(name, field, known) != before
+
+
+def test_losses_are_those_of_torch(dataset):
+    description = GoalDescription(4, (0.3, 0.4, 0.5), (1.0, 2.0, 1.5), 0.5, 0.4)
+    network = GoalNetwork(description)
+    pairs = Sampler(dataset, LearnConfig(data="", checkpoint="", out="", horizon=4)).draw(128)
+    found = network(to_float(pairs.frames), to_float(pairs.goals))
+    network.forward = lambda frames, goals: found
+    losses = loss_of(network, pairs, torch.manual_seed(0))
+    same, ordered = pairs.steps <= FARTHEST, pairs.steps != UNORDERED
+
+    def gaussian(field: str, truth: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        mean, log_std = (x[rows] for x in getattr(found, field))
+        return F.gaussian_nll_loss(mean, truth[rows], (2 * log_std).exp())
+
+    motion, actions = torch.tensor(description.motion_scale), torch.tensor(description.action_scale)
+    torch.testing.assert_close(losses["motion"], gaussian("motion", pairs.motion / motion, same))
+    torch.testing.assert_close(losses["actions"], gaussian("actions", pairs.actions / actions, same & ordered))
+    turns = pairs.motion[:, 2].abs()
+    classes = torch.from_numpy(np.searchsorted(TURN_EDGES, (turns[same] / 0.4).numpy()))
+    torch.testing.assert_close(losses["turn"], F.cross_entropy(found.turned[same], classes))
+    close = same & (pairs.motion[:, :2].norm(dim=1) < 0.5)
+    there = close & (turns < 0.4)
+    assert 0 < there.sum() < close.sum()
+    torch.testing.assert_close(losses["arrived"], F.binary_cross_entropy_with_logits(found.arrived, there.float()))
+
+
+def test_predicted_frames_are_kept_by_where_they_lead(dataset, world):
+    model = world()
+
+    def predict(context, condition, mask, sampler, noise):
+        ahead = (condition.time_shift * 4).round()
+        return context[:, -1, None] + ahead[..., None, None, None] * torch.tensor([0, 8 / 127.5, 0])[:, None, None]
+
+    model.predict = predict
+    found = predict_frames(model, dataset, LearnConfig(data="", checkpoint="", out="", predicted=24))
+    assert len(found) > 12
+    for (index, time), frame in found.items():
+        assert round(frame[1, 0, 0].item() / 8) == time
+        assert round(frame[0, 0, 0].item() / 60) - 1 == index
+
+
+def test_proposals_are_as_wide_as_the_network_says_and_keep_their_direction():
+    network = GoalNetwork(GoalDescription(8, (0.1, 0.2, 0.3), (1.0, 1.0, 1.0), 0.5, 0.5))
+    for parameter in network.head.parameters():
+        torch.nn.init.zeros_(parameter)
+    blank = torch.zeros(1, 3, 64, 64)
+    steps = network.proposals(blank, blank, 4000, torch.manual_seed(0))[0]
+    torch.testing.assert_close(steps.std((0, 1)), torch.tensor([0.1, 0.2, 0.3]), rtol=0.05, atol=0)
+    following, across = (torch.corrcoef(pair)[0, 1] for pair in (steps[:, :2, 0].T, steps[:, 0, :2].T))
+    assert following > 0.4
+    assert across.abs() < 0.1
 
 
 def test_classes_of_steps():

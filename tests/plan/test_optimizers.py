@@ -59,6 +59,25 @@ def test_the_first_iteration_draws_recorded_motions_and_tries_the_start(prior: P
     torch.testing.assert_close(found.values, best)
 
 
+def test_icem_keeps_the_best_and_ends_with_the_mean_of_the_elites(prior: Prior):
+    config = OptimizerConfig("icem", samples=50, iterations=3, elites=10, kept=0.3)
+    cost = quadratic(torch.full((2, KNOTS, 3), 0.5), torch.eye(3 * KNOTS))
+    found = optimize(cost, prior, config, 2, torch.manual_seed(1))
+    rows = torch.arange(2)[:, None]
+    elites = [x[rows, costs.argsort(1)[:, :10]] for x, costs in zip(found.tried, found.costs, strict=True)]
+    for before, after in zip(elites[:-1], found.tried[1:], strict=True):
+        torch.testing.assert_close(after[:, 50:], before[:, :3])
+    torch.testing.assert_close(found.tried[2][:, 0], elites[1].mean(1))
+
+
+@pytest.mark.parametrize("smallest", [0.0, 0.5])
+def test_candidates_stay_as_far_apart_as_configured(smallest: float, prior: Prior):
+    alike = replace(prior, std=2 * prior.std, recorded=torch.zeros(1, KNOTS, 3))
+    config = OptimizerConfig(samples=1000, iterations=2, smallest_std=smallest)
+    found = optimize(lambda values: values.flatten(2).sum(2), alike, config, 1, torch.manual_seed(1))
+    assert found.tried[1].std(1).mean().item() == pytest.approx(2 * smallest, rel=0.05)
+
+
 def test_mppi_weighs_by_the_exponential_of_the_cost():
     costs = torch.tensor([[1.0, 2.0, 4.0]])
     scale = 0.3 * np.std([1, 2, 4])

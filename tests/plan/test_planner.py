@@ -136,6 +136,15 @@ def test_latents_are_compared_without_being_decoded(world, context, actions):
     assert expected.unique().numel() == expected.numel()
 
 
+def test_costs_of_repeats_are_averaged(model, context, actions):
+    goals = context[:, 0].flip(-1)
+    towards = WorldScore(Predictor(model, [2, 4]), Pixels(), repeats=3).to_goals(context, goals, torch.manual_seed(0))
+    frames = torch.stack([model.decode(towards.latents(actions, i)) for i in range(3)])
+    costs = (frames - goals[:, None, None]).square().mean((4, 5, 6))
+    torch.testing.assert_close(towards(actions), costs.mean(0))
+    assert (costs[0] != costs[1]).all()
+
+
 def planner_of(**options) -> Planner:
     recorded = torch.randn(200, 8, 3, generator=torch.manual_seed(5)) * torch.tensor([0.1, 0.05, 0.2])
     recorded[..., 0] += 0.3
