@@ -1,6 +1,7 @@
 """Shortcut models and MeanFlow against the flow of a Gaussian, whose map and average velocities are known."""
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -252,6 +253,27 @@ def test_a_network_with_reprojection_takes_differences():
     assert cdit.output_convolutions.conv3.weight.grad.any()
 
 
+def test_the_shortest_halves_are_steps_of_the_flow():
+    intervals = []
+
+    def teacher(noisy: Tensor, time: Tensor, interval: Tensor) -> Tensor:
+        intervals.append(interval.tolist())
+        return noisy
+
+    lengths = torch.tensor([[1.0, 1 / 32, 1 / 64]])
+    make(Shortcut).target(teacher, teacher, torch.zeros(1, 3, 1, 2, 2), torch.ones(1, 3), lengths, torch.zeros(()))
+    assert intervals == [[[1 / 2, 1 / 64, 0.0]]] * 2
+
+
+@pytest.mark.parametrize("kind", [MeanFlow, Shortcut])
+def test_a_perceptual_loss_compares_with_the_recorded_frame(kind):
+    objective, batch, given = make(kind, share=1.0, derivative="difference"), batch_of(2, 2), []
+    objective.perceptual = lambda prediction, clean, time: given.append(clean) or torch.zeros_like(time)
+    objective.loss(Exact("clean", std=1.0), batch, draws(2))
+    (clean,) = given
+    assert torch.equal(clean, batch.clean)
+
+
 # --- sampling ---
 
 
@@ -271,9 +293,10 @@ def test_an_exact_network_samples_exactly_in_any_number_of_calls(kind, shift, pr
     torch.testing.assert_close(sampled, MEAN + STD * noise, atol=1e-4, rtol=0)
     assert len(calls) == steps
     assert calls[0][0] == 1
-    if shift == 1:
-        expected = [(1 - i / steps, 1 / steps) for i in range(steps)]
-        torch.testing.assert_close(torch.tensor(calls), torch.tensor(expected), atol=1e-6, rtol=0)
+    even = [1 - i / steps for i in range(steps + 1)]
+    times = [shift * t / (1 + (shift - 1) * t) for t in even]
+    expected = [(start, start - end) for start, end in pairwise(times)]
+    torch.testing.assert_close(torch.tensor(calls), torch.tensor(expected), atol=1e-6, rtol=0)
 
 
 def test_the_shortest_steps_of_a_shortcut_are_those_of_its_flow():

@@ -74,3 +74,8 @@ def test_other_samplers_are_refused():
         check_sampler("regression", SamplerConfig())
     with pytest.raises(UserError, match=r"sampler\.steps is 8, expected 1"):
         check_sampler("regression", SamplerConfig("direct"))
+
+
+def test_guidance_extrapolates():
+    unknown, known = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.0])
+    torch.testing.assert_close(Regression().guide(unknown, known, 2.5), torch.tensor([3.5, -3.0]))

@@ -143,6 +143,41 @@ def test_calls_over_an_interval_are_repeated_with_it():
     assert world.objective.loss(cdit, world.encode(windows()), draws()).isfinite().all()
 
 
+def test_a_perceptual_loss_counts_for_rollouts_as_for_goals():
+    world, batch, given = build("velocity"), windows(), []
+    encoded = world.encode(batch)
+    plain = world.objective.loss(world.cdit, encoded, draws())
+
+    def distance(prediction: Tensor, clean: Tensor, time: Tensor) -> Tensor:
+        given.append((prediction, clean))
+        return torch.full_like(time, 3.0)
+
+    world.objective.base.perceptual = distance
+    found = world.objective.loss(world.cdit, encoded, draws())
+    torch.testing.assert_close(found - plain, torch.full((3, 2), 3 + 0.5 * 3.0))
+    recorded = batch.following.frames.transpose(0, 1).flatten(0, 1)[:, None].float() / 127.5 - 1
+    prediction, clean = next(pair for pair in given if len(pair[1]) == 9)
+    torch.testing.assert_close(clean, recorded)
+    assert prediction.shape == clean.shape
+
+
+def test_its_base_keeps_a_teacher():
+    world = build(
+        conditioners={"interval": "interval"},
+        self_rollout=SelfRolloutConfig("mean_flow"),
+        few_step=FewStepConfig(teacher_decay=0.9),
+    )
+    world.objective.attach(world.cdit, torch.clone)
+    teacher = list(world.objective.networks["teacher"].parameters())
+    before = [p.clone() for p in teacher]
+    with torch.no_grad():
+        for p in world.cdit.parameters():
+            p.add_(1)
+    world.objective.after_step(world.cdit)
+    for old, p in zip(before, teacher, strict=True):
+        torch.testing.assert_close(p, old + 0.1)
+
+
 def test_it_samples_as_its_base():
     world, flow = build(), build(objective="flow")
     context = torch.rand(1, 2, 3, 8, 8) * 2 - 1
