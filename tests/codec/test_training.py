@@ -11,7 +11,7 @@ from cdit.codec import CodecConfig, load_codec
 from cdit.codec.config import CodecTrainConfig, MeasureConfig
 from cdit.codec.measure import measure
 from cdit.codec.recorded import RecordedFrames, StepSampler
-from cdit.codec.training import train_codec
+from cdit.codec.training import TrainedAutoencoder, train_codec
 from cdit.common.errors import UserError
 from cdit.common.frames import to_float
 from cdit.data.config import DataConfig
@@ -72,6 +72,19 @@ def test_latents_have_zero_mean_and_unit_variance(kind: str, walks: Path, tmp_pa
     assert codec.latent_shape((32, 32)) == latents.shape[1:] == (4, 8, 8)
     assert latents.mean().item() == pytest.approx(0, abs=1e-3)
     assert latents.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_the_penalty_of_a_kl_is_the_mean_divergence_of_a_latent():
+    torch.manual_seed(0)
+    trained = TrainedAutoencoder(CodecTrainConfig(out="", kind="kl", width=4, downscale=4, kl=0.3))
+    frames = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        latents, penalty = trained.encode(frames, torch.Generator().manual_seed(2))
+        found = trained.network.encode(frames).latent_dist
+    posterior = torch.distributions.Normal(found.mean, found.std)
+    expected = torch.distributions.kl_divergence(posterior, torch.distributions.Normal(0.0, 1.0)).mean()
+    torch.testing.assert_close(penalty, 0.3 * expected)
+    assert ((latents - posterior.mean) / posterior.stddev).std().item() == pytest.approx(1, abs=0.1)  # 512 numbers
 
 
 def test_it_learns(walks: Path, tmp_path: Path):

@@ -346,6 +346,17 @@ def test_an_observer_changes_nothing_and_its_weights_explain_the_output(extra_kv
     torch.testing.assert_close(explained, watched.float(), atol=1e-5 if dtype == torch.float32 else 5e-2, rtol=0)
 
 
+def test_an_observer_sees_a_mask_that_only_some_parts_have():
+    ours, (first, *rest) = attention(), shared_parts()
+    seen: list[Observation] = []
+    ours.observer = seen.append
+    out = ours.attend(draw(6, H, N, K, seed=1), [hidden(first, (0, 1)), *rest])
+    weights = seen[0].weights()
+    assert (weights[..., 1] == 0).all()
+    mixed = (weights @ seen[0].kv.v_BHMK).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(ours.out(mixed), out, atol=1e-5, rtol=0)
+
+
 def test_heads_must_divide_the_width():
     with pytest.raises(ValueError, match="hidden_size 10 must be a multiple of num_heads 3"):
         MultiHeadAttention(10, 3)

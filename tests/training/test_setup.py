@@ -3,6 +3,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from cdit.batch import Condition
 from cdit.common.errors import UserError
 from cdit.data.config import DataConfig
+from cdit.data.layout import Camera
 from cdit.data.windows import WindowDataset
 from cdit.training.config import OptimizerConfig, TrainConfig
 from cdit.training.setup import (
@@ -37,6 +39,12 @@ def test_weight_decay_shrinks_matrices_and_leaves_vectors(world: WorldModel):
     assert 0 < len(moved) < len(before)
     for name, parameter in moved.items():
         torch.testing.assert_close(parameter, before[name] * (1 - 0.1 * 0.5))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_averages_of_gradients_decay_as_configured(name: str, world: WorldModel):
+    optimizer, _ = build_optimizer({"model": world.cdit}, OptimizerConfig(name=name, betas=(0.8, 0.95)), 10)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.95)}
 
 
 def learning_rates(config: OptimizerConfig, steps: int) -> list[float]:
@@ -154,6 +162,15 @@ def test_the_farthest_goal_is_1_away_also_in_the_past(
     known = world.network_condition(Condition(torch.tensor([[farthest]]), action))
     torch.testing.assert_close(known["action"], torch.tensor([[[sign, -sign / 2, sign / 2]]]))
     torch.testing.assert_close(known["time_shift"], torch.tensor([[sign]]))
+
+
+def test_a_reprojecting_network_knows_the_camera_of_cropped_frames(config: Callable[..., TrainConfig]):
+    """90 degrees across 640 pixels; frames of 1:2 keep 320 of 480 rows."""
+    options = ("--data.image_size", "[32, 64]", "--model.reprojection", "true", "--model.output_channels", "4")
+    mine = config(*options)
+    dataset = WindowDataset(mine.data, "train")
+    dataset.info = replace(dataset.info, camera=Camera(640, 480, math.pi / 2, eye_height=1.0))
+    assert build_world(mine, dataset).cdit.config.focal == pytest.approx((1.0, 2.0))
 
 
 def test_a_model_that_is_not_conditioned_on_actions_has_none(
