@@ -141,6 +141,18 @@ def test_texts_are_the_tasks_of_the_frames(arm: Path):
     assert both.texts == ["lift"] * 3 + ["put down"] * 5
 
 
+def test_windows_have_the_text_of_their_current_frame(arm: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        "cdit.data.windows.encode_texts", lambda name, texts: torch.tensor([[float(len(text))] for text in texts])
+    )
+    config = DataConfig(str(arm), source="lerobot", text_encoder="any", image_size=(24, 32), workers=0, cache_gb=0.1)
+    dataset = WindowDataset(config, "train")
+    for window in range(0, len(dataset), 3):
+        episode, now = dataset.locate(window)
+        text = "lift" if sum(LENGTHS[:episode]) + now < 30 else "put down"
+        assert dataset.window(window, [0]).condition.text == len(text)
+
+
 def test_a_lower_rate_takes_every_other_frame_and_sums_or_ends_its_actions(arm: Path):
     actions = recorded_actions(arm)[:24].reshape(12, 2, 3)
     episode = opened(arm, fps=5.0, action_kind="sum")[0]
@@ -148,6 +160,9 @@ def test_a_lower_rate_takes_every_other_frame_and_sums_or_ends_its_actions(arm: 
     np.testing.assert_allclose(opened(arm, fps=5.0)[0].actions, actions[:, 1], rtol=1e-6)
     greys = episode.frames([0, 1, 11]).float().mean((1, 2, 3))
     np.testing.assert_allclose(greys, [shade(0, row) for row in (0, 2, 22)], atol=2)
+    _, info = open_source(Source(str(arm), source="lerobot", fps=5.0, action_kind="sum"), "train")
+    assert info.fps == 5
+    np.testing.assert_allclose(info.actions.high, 2 * recorded_actions(arm).max(0), rtol=1e-6)
     with pytest.raises(UserError, match="fps is 4"):
         opened(arm, fps=4.0)
 

@@ -43,6 +43,7 @@ class World:
 
     def step(self, state: Tensor, condition: Condition, sampler, noise) -> tuple[Tensor, Tensor]:
         assert condition.action.shape == (len(WINDOWS), 1, 3)
+        assert condition.time_shift is None  # that of a step
         self.path.append(state + condition.action[:, 0, 2])
         return self.path[-1], self.path[-1][:, None]
 
