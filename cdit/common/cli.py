@@ -52,6 +52,9 @@ class _Parser(ArgumentParser):
     files: Sequence[str] = ()
     sections: Sequence[str] | None = None
 
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, allow_abbrev=False, **kwargs)  # an abbreviation could change its meaning
+
     def parse_string(self, content: str, *args: Any, **kwargs: Any) -> Namespace:
         with suppress(yaml.YAMLError):  # which is reported below
             values = load_yaml(content)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from cdit.common.errors import UserError
 from cdit.common.limits import Positive
-from cdit.worlds import resolve
+from cdit.worlds import resolve, shipped
 
 
 @dataclass(kw_only=True)
@@ -87,4 +87,5 @@ def check_options(options: object) -> None:
         if path is None or "://" in path or (name == "data" and ":" in getattr(options, "source", "")):
             continue  # a source of your own may need no folder
         if not (resolve(path) if name == "checkpoint" else Path(path)).exists():
-            raise UserError(f"{name} is {path}, which does not exist")
+            worlds = f", and none of {', '.join(shipped())}, which ship with cdit" if name == "checkpoint" else ""
+            raise UserError(f"{name} is {path}, which does not exist{worlds}")

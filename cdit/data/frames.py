@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as F
@@ -53,7 +53,7 @@ def decode(path: Path | Member) -> Tensor:
             upright = ImageOps.exif_transpose(image).convert("RGB")
         return torch.from_numpy(np.array(upright)).permute(2, 0, 1).contiguous()
     except Exception as error:  # Pillow and torchvision raise many types
-        reason = str(error).partition("\n")[0]
+        reason = "unknown format" if isinstance(error, UnidentifiedImageError) else str(error).partition("\n")[0]
         if isinstance(error, RuntimeError):
             reason = reason.rsplit(", ", 1)[-1]  # after torchvision's source file and line
         raise DataError(f"{path}: not a readable image ({reason})") from error

@@ -118,7 +118,10 @@ class Benchmark:
         self.dataset = windows_for(self.world, config)
         if not self.dataset.info.has_actions:
             raise UserError(f"{config.data}: has no poses to compare plans with")
-        self.horizon = round(config.seconds * self.world.description.fps)
+        fps = self.world.description.fps
+        self.horizon = round(config.seconds * fps)
+        if self.horizon < 1:
+            raise UserError(f"seconds is {config.seconds:g}, expected at least one frame, {1 / fps:g} s")
         if not isinstance(config, DiagnoseConfig):  # which has its own costs
             config.planner.validate(self.horizon)
         if config.index:

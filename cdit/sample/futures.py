@@ -65,6 +65,8 @@ def sample(config: SampleConfig) -> None:
         raise UserError(f"{config.checkpoint} was trained without actions: leave actions out")
     scenes = scenes_of_image(config, world) if config.image else scenes_of_dataset(config, world)
     horizons = [h for h in config.horizons if h <= scenes.length]
+    if config.horizons and not horizons:
+        raise UserError(f"horizons is {config.horizons}, expected one of at most the length, {scenes.length} frames")
     if config.compile:
         world.compile()
 

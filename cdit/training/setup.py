@@ -99,10 +99,14 @@ def prepare_data(config: DataConfig, accelerator: Accelerator) -> None:
     Raises:
         UserError: the command failed.
     """
-    description = Path(config.folder or "", "dataset.json")
-    if config.prepare and accelerator.is_local_main_process and not description.is_file():
-        with locked(description.parent.with_name(f".{description.parent.name}.lock")):
-            if not description.is_file():
+    folder = Path(config.folder or "")
+
+    def missing() -> bool:
+        return not (folder / "dataset.json").is_file() and not (folder / "splits").is_dir()
+
+    if config.prepare and accelerator.is_local_main_process and missing():
+        with locked(folder.with_name(f".{folder.name}.lock")):
+            if missing():
                 print(f"{config.folder} does not exist yet: python {config.prepare}", file=sys.stderr)
                 done = subprocess.run([sys.executable, *shlex.split(config.prepare)])
                 if done.returncode:
@@ -131,7 +135,10 @@ def _focal(config: TrainConfig, dataset: WindowDataset) -> tuple[float, float]:
     if not config.model.reprojection:
         return 1.0, 1.0
     if dataset.info.camera is None or not dataset.info.has_actions or dataset.info.actions.kind != "motion":
-        raise UserError("model.reprojection: the dataset has no camera or no poses (docs/data.md: dataset.json)")
+        missing = "camera in its dataset.json" if dataset.info.camera is None else "poses"
+        raise UserError(
+            f"model.reprojection: the dataset has no {missing} (docs/data.md): pass --model.reprojection false"
+        )
     height, width = config.data.image_size
     focal_x, focal_y = focal_lengths(dataset.info.camera, config.data.image_size, config.data.crop)
     return 2 * focal_x / width, 2 * focal_y / height

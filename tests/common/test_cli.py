@@ -157,6 +157,7 @@ def test_subcommands_have_options_of_their_own(config, tmp_path, capsys):
     [
         (["--part.width", "3"], "part.width"),
         (["--part.depth", "many"], "part.depth"),
+        (["--part.dep", "3"], "--part.dep"),
         (["--part.depth", "2.5"], "part.depth"),
         (["--part.kind", "c"], "part.kind"),
         (["--part.size", "[1, 2, 3]"], "part.size"),

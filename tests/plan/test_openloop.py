@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cdit.common.errors import UserError
 from cdit.common.frames import to_float
 from cdit.common.motion import integrate
 from cdit.plan.config import CurveConfig, LearnConfig, OpenConfig, OptimizerConfig, PlannerConfig
@@ -47,6 +48,11 @@ def test_every_method_answers_every_episode(config, tmp_path, dataset):
     assert len(saved["errors"]["world"]) == 5
     assert (tmp_path / "index.html").is_file()
     assert (tmp_path / "pictures" / "episode_0.png").is_file()
+
+
+def test_less_than_a_frame_is_no_plan(config):
+    with pytest.raises(UserError, match=r"seconds is 0.1, expected at least one frame, 0.25 s"):
+        Benchmark(OpenConfig(**config | {"seconds": 0.1}))
 
 
 def test_a_benchmark_repeats_itself(config):

@@ -243,6 +243,11 @@ def test_a_missing_dataset_is_prepared_once(tmp_path: Path, accelerator: Acceler
     assert (folder / "runs").read_text().split("\n") == [sys.executable, ""]
 
 
+def test_a_dataset_without_a_description_is_not_prepared(tmp_path: Path, accelerator: Accelerator):
+    (tmp_path / "mine" / "splits").mkdir(parents=True)
+    prepare_data(DataConfig(folder=str(tmp_path / "mine"), prepare="no_such_script.py"), accelerator)
+
+
 def test_a_failing_preparation_names_field_and_command(tmp_path: Path, accelerator: Accelerator):
     script = tmp_path / "fails.py"
     script.write_text("raise SystemExit(7)")
