@@ -11,6 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
 
 from cdit.common.cli import parse_config, run
@@ -22,6 +23,8 @@ from cdit.data.trajectory import read_names, read_split
 
 if TYPE_CHECKING:
     from cdit.data.source import TrajectorySource
+
+DEGREES = "yaw changes by more than 2π between frames, expected radians"
 
 
 @dataclass
@@ -55,8 +58,9 @@ def check(
         for name, several in splits_of.items()
         if len(several) > 1
     ]
+    each = {one.name: one for found in findings.trajectories.values() for one in found}
+    findings.problems += [f"{source.folder}/{name}: {DEGREES}" for name, one in each.items() if in_degrees(one.yaw)]
     if decode_frames:
-        each = {one.name: one for found in findings.trajectories.values() for one in found}
         total = sum(map(len, each.values()))
         # Only files can be read in several threads.
         workers = None if source.source in ("auto", "folder") else 1
@@ -87,6 +91,11 @@ def _read(
     short = [one for one in trajectories if len(one) < min_frames]
     problems = [f"{folder}/{one.name}: {len(one)} frames, expected at least {min_frames}" for one in short]
     return [one.name for one in trajectories], [one for one in trajectories if one not in short], problems
+
+
+def in_degrees(yaw: np.ndarray | None) -> bool:
+    """Whether headings (T,) change by more than 2π between frames, as neither wrapped nor unwrapped radians do."""
+    return yaw is not None and bool((np.abs(np.diff(yaw)) > 2 * np.pi + 1e-3).any())
 
 
 def frame_problems(

@@ -218,7 +218,10 @@ def correspondence_section(
         rows = [*map(str, range(len(by_row) - 1)), "all"]
         lines = [[row, f"{one:.2f}", head, f"{its:.2f}"] for row, (one, head, its) in zip(rows, by_row, strict=True)]
         columns = ["row of patches, from the top", "best head", "most accurate head in this row", "its accuracy"]
-        text += ["Accuracy by row. The most accurate head of each row is chosen on one half as well.", ""]
+        note = (
+            "Accuracy by row, over all visible patches. The most accurate head of a row is chosen on one half as well."
+        )
+        text += [note, ""]
         text.append(markdown_table(columns, lines))
     return "\n".join(text).rstrip()
 

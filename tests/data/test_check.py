@@ -115,6 +115,18 @@ def test_every_malformed_case_is_found_up_front_and_in_training(dataset, case):
         assert found[0] in str(error.value)
 
 
+def test_yaw_in_degrees_is_found(dataset):
+    turns = np.cumsum(np.full(20, 35.0))
+    change_poses(dataset / "a", yaw=turns)
+    assert problems(dataset, decode=False) == [
+        f"{dataset}/a: yaw changes by more than 2π between frames, expected radians"
+    ]
+    radians = np.radians(turns)
+    for yaw in (radians, (radians + np.pi) % (2 * np.pi) - np.pi, -radians % (2 * np.pi)):
+        change_poses(dataset / "a", yaw=yaw)
+        assert problems(dataset, decode=False) == []
+
+
 def test_all_problems_at_once(dataset):
     (dataset / "a" / "3.jpg").unlink()
     change_poses(dataset / "a", yaw=with_nan((20,)))
