@@ -91,7 +91,7 @@ class Stopwatch:
 
 
 def median(values: np.ndarray) -> float:
-    """The text of a table cell."""
+    """As a float of Python."""
     return float(np.median(values))
 
 

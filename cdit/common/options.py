@@ -87,5 +87,5 @@ def check_options(options: object) -> None:
         if path is None or "://" in path or (name == "data" and ":" in getattr(options, "source", "")):
             continue  # a source of your own may need no folder
         if not (resolve(path) if name == "checkpoint" else Path(path)).exists():
-            worlds = f", and none of {', '.join(shipped())}, which ship with cdit" if name == "checkpoint" else ""
+            worlds = f" (worlds that ship with cdit: {', '.join(shipped())})" if name == "checkpoint" else ""
             raise UserError(f"{name} is {path}, which does not exist{worlds}")

@@ -78,7 +78,7 @@ class EvaluateConfig(TrackingOptions, OutputOptions, DataOptions, CheckpointOpti
     """Autocast precision of predictions; NWM evaluates in bf16."""
     pictures: NotNegative[int] = 6
     """Number of cases of each protocol that are drawn."""
-    seed: int = 0
+    seed: NotNegative[int] = 0
     """Seed of the noise and of the bootstrap."""
     overwrite: bool = False
     """Delete the contents of OUT/parts, even those of another evaluation, and start over."""

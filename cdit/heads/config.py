@@ -110,7 +110,7 @@ class HeadsConfig(TrackingOptions, AttentionConfig, OutputOptions, DataOptions, 
     """For a published checkpoint: the averaged weights, or the trained ones."""
     num_heads: int | None = None
     """For a published checkpoint: heads per attention; by default those of the published network of that size."""
-    seed: int = 0
+    seed: NotNegative[int] = 0
     """Of the noise, of the halves and of the bootstrap."""
 
     def check(self) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cdit.common.errors import UserError
+from cdit.common.limits import NotNegative
 from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, TextOptions
 from cdit.diffusion.config import SamplerOptions
 
@@ -168,7 +169,7 @@ class LearnConfig(OutputOptions, DataOptions, CheckpointOptions):
     """Degrees within which a goal is reached."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     """How frames are sampled."""
-    seed: int = 0
+    seed: NotNegative[int] = 0
     """Seed of the pairs and of the noise."""
 
     def validate(self) -> None:
@@ -208,7 +209,7 @@ class OpenConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
     final turn by π twice."""
     pictures: int = 6
     """Number of episodes with a picture."""
-    seed: int = 0
+    seed: NotNegative[int] = 0
     """Seed of candidates, noise and bootstrap."""
 
     def validate(self) -> None:
@@ -287,7 +288,7 @@ class EpisodesConfig:
     """Metres along free space from start to goal; each is a stratum."""
     count: int = 100
     """Episodes of each distance with the goal's location in view at the start, and as many without."""
-    seed: int = 0
+    seed: NotNegative[int] = 0
     """Seed of the episodes."""
 
     def validate(self) -> None:
@@ -339,7 +340,7 @@ class ActConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
     """Approximate number of frames in the graph."""
     videos: int = 2
     """Videos per agent and stratum."""
-    seed: int = 0
+    seed: NotNegative[int] = 0
     """Seed of candidates and noise."""
 
     def validate(self) -> None:

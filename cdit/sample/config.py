@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from cdit.common.errors import UserError
-from cdit.common.limits import Positive
+from cdit.common.limits import NotNegative, Positive
 from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, TextOptions, check_options
 from cdit.diffusion.config import SamplerOptions
 from cdit.heads.config import AttentionConfig
@@ -45,7 +45,7 @@ class SampleConfig(TextOptions, DataOptions, OutputOptions, CheckpointOptions):
     """With attention: what to inspect."""
     compile: bool = False
     """Compile the network: slow to start, faster for many samples."""
-    seed: int = 0
+    seed: NotNegative[int] = 0
     """Seed of the noise; the same seed gives the same pictures."""
 
     def check(self) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from cdit.common.limits import Distinct, Positive
+from cdit.common.limits import Between, Distinct, NotNegative, Offsets, Positive
 from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions
 from cdit.diffusion.config import SamplerOptions
 from cdit.evaluate.config import EvaluateConfig, TimeConfig
@@ -95,7 +95,7 @@ class StepsConfig(OutputOptions, DataOptions, CheckpointOptions):
     """Contexts per batch. The noise depends on it."""
     mixed_precision: Literal["no", "bf16"] = "no"
     """Autocast precision of predictions."""
-    seed: int = 0
+    seed: NotNegative[int] = 0
     """Seed of the noise and of the bootstrap."""
     overwrite: bool = False
     """Delete the contents of OUT/parts, even those of another study, and start over."""
@@ -118,7 +118,7 @@ class TurningConfig(DataOptions, CheckpointOptions):
     """Turns within one frame in degrees; each is tried to the left and to the right."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     """How frames are sampled."""
-    seed: int = 0
+    seed: NotNegative[int] = 0
     """Seed of the noise."""
     batch_size: Positive[int] = 16
     """Contexts per batch."""
@@ -153,13 +153,13 @@ class GrowthConfig(OutputOptions, DataOptions, CheckpointOptions):
 
     checkpoint: str
     """Folder of a training run that keeps checkpoints (checkpoint.keep_every)."""
-    checkpoints: int = 6
+    checkpoints: Positive[int] = 6
     """How many of its checkpoints are measured, evenly spread."""
-    samples: int = 32
+    samples: Positive[int] = 32
     """Number of samples, each with all goals; one half chooses the best head, the other reports."""
-    offsets: list[int] = field(default_factory=lambda: [1, 4, 8])
+    offsets: Offsets = field(default_factory=lambda: [1, 4, 8])
     """Goals, in frames ahead."""
-    times: list[float] = field(default_factory=lambda: [0.25, 0.75])
+    times: Distinct[list[Between]] = field(default_factory=lambda: [0.25, 0.75])
     """Diffusion times between 0 (clean) and 1 (noise)."""
-    seed: int = 0
+    seed: NotNegative[int] = 0
     """Of the noise, of the halves and of the bootstrap."""
