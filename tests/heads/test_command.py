@@ -135,12 +135,16 @@ def test_a_dataset_without_true_places(inspect, place):
 def test_a_dataset_of_doom_knows_true_places(inspect, place):
     done = inspect("--data", place / "doom", "--samples", "6", "--offsets", "[1, 4]", "--kinds", "[cross]")
     assert done.code == 0, done.err
-    _, _, table = Path("out/summary.md").read_text().partition("## Do heads attend")
+    _, _, section = Path("out/summary.md").read_text().partition("## Do heads attend")
+    table, _, by_row = section.partition("Accuracy by row")
     names = [line.split(" | ")[0].strip("| ") for line in table.splitlines() if line.startswith("| ")]
     assert [re.sub(r" \(.*", "", name) for name in names[2:]] == [
         *("best head", "untrained, best head", "mean of all heads", "untrained, mean of all heads"),
         *("same place", "uniform"),
     ]
+    rows_of_patches = [line.split(" | ")[0].strip("| ") for line in by_row.splitlines() if line.startswith("| ")]
+    assert rows_of_patches[2:] == ["0", "1", "2", "3", "all"]
+    assert Image.open("out/accuracy_by_patch.png").size[0] > 100
     assert all(float(row["correspondence lift"]) > 0 for row in rows())
     places = [place for patch in page()["samples"][0]["correspondence"] for place in patch]
     assert any(place is not None for place in places)
