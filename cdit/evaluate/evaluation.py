@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list
 from tqdm import tqdm
 
 from cdit.common.errors import Interrupted, UserError
+from cdit.common.processes import is_lost_peer
 from cdit.data.windows import WindowDataset
 from cdit.diffusion import SamplerConfig
 from cdit.evaluate.cases import content_hash, read_index, spread_cases
@@ -121,9 +121,8 @@ def waiting() -> Iterator[None]:
     """
     try:
         yield
-    except RuntimeError as error:  # the base of dist.DistError, and raised by gloo itself
-        alone = not dist.is_initialized() and not isinstance(error, dist.DistError)
-        if alone or isinstance(error, torch.OutOfMemoryError):
+    except RuntimeError as error:  # the base of torch.distributed.DistError, and raised by gloo itself
+        if not is_lost_peer(error):
             raise
         reason = str(error).partition("\n")[0][:200]
         raise Interrupted(f"another process does not answer ({reason}); the same command continues") from error

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
-import torch
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
@@ -239,7 +238,7 @@ def accuracy_chart(accuracy: Mapping[str, Mapping[int, Tensor]]) -> Image.Image:
     def cell(values: np.ndarray) -> Image.Image:
         known = np.isfinite(values)[..., None]
         colours = np.where(known, colour_map("viridis")(np.nan_to_num(values), bytes=True)[..., :3], NO_VALUE)
-        return frame_image(torch.from_numpy(np.uint8(colours)).permute(2, 0, 1), cell_size(*values.shape))
+        return Image.fromarray(np.uint8(colours)).resize(cell_size(*values.shape), Image.Resampling.NEAREST)
 
     cells = {name: [[*map(cell, maps.numpy())] for maps in by_layer.values()] for name, by_layer in accuracy.items()}
     layers = [f"layer {layer}" for layer in next(iter(accuracy.values()))]

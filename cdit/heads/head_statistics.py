@@ -129,9 +129,11 @@ class HeadStatistics:
         return np.concatenate(columns, axis=1), names
 
     def hits(self, samples: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """How often the largest weight is on a true place, by target patch: (C, rows, columns), columns as of `values`.
+        """By target patch, in how many goals of these samples the largest weight is on a true place.
 
-        And how often the patch is visible in any past frame, (rows, columns); their ratio is the accuracy.
+        Returns:
+            (C, rows, columns), with the columns C of `values`; and in how many of these goals any past frame shows the
+            patch, (rows, columns). Their ratio is the accuracy.
         """
         hits = torch.cat([sum(sums.hits[sample] for sample in samples) for _, sums in sorted(self._sums.items())])
         visible = self._truth[samples].any(-1).sum((0, 1)).cpu()

@@ -5,6 +5,8 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -160,16 +162,15 @@ def act(config: ActConfig) -> tuple[list[Episode], list[Outcome]]:
     check_same(config, out)
     done = {(outcome.agent, outcome.episode): outcome for outcome in read_outcomes(out)}
     write_whole(out / OUTCOMES, "".join(json.dumps(asdict(outcome)) + "\n" for outcome in done.values()))
-    maps = dict.fromkeys(episodes[i].map for i in chosen)
     missing = [(name, i) for name in config.agents for i in chosen if (name, i) not in done]
     with tqdm(total=len(missing), unit="episode") as bar:
-        for map_name in maps if missing else ():
+        for map_name in dict.fromkeys(episodes[i].map for _, i in missing):
+            todo = [(name, i) for name, i in missing if episodes[i].map == map_name]
             with Setting(config, map_name) as setting:
-                for name in config.agents:
+                for name, of_agent in groupby(todo, itemgetter(0)):
                     bar.set_description(name)
-                    todo = [i for agent, i in missing if agent == name and episodes[i].map == map_name]
-                    agent = setting.agent(name) if todo else None
-                    for i in todo:
+                    agent = setting.agent(name)
+                    for _, i in of_agent:
                         task = setting.task(episodes[i], i)
                         angle = math.radians(config.degrees)
                         trace = run_episode(setting.environment, agent, task, config.radius, angle)

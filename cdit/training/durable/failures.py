@@ -8,13 +8,9 @@ import torch
 import torch.distributed as dist
 
 from cdit.common.errors import Interrupted, UserError
+from cdit.common.processes import is_lost_peer
 
 NO_MEMORY = re.compile(r"out of memory|can't allocate memory|Cannot allocate memory|bad_alloc", re.IGNORECASE)
-LOST_PEERS = re.compile(
-    r"Connection (closed|reset|refused)|Timed out|timed out|timeout|Broken pipe|\[.*gloo.*\]|NCCL|ProcessGroup"
-    r"|Socket (closed|error)",
-    re.IGNORECASE,
-)
 ADVICE = (
     "a smaller micro_batch_size (the same training, in smaller pieces), --activation_checkpointing true, a smaller "
     "data.cache_gb or fewer data.workers"
@@ -36,7 +32,7 @@ def explained() -> Iterator[None]:
     except (dist.DistError, RuntimeError, OSError) as error:
         if isinstance(error, (RuntimeError, OSError)) and NO_MEMORY.search(str(error)):
             raise UserError(f"out of memory: try {ADVICE} ({_first_line(error)})") from error
-        if isinstance(error, dist.DistError) or (dist.is_initialized() and LOST_PEERS.search(str(error))):
+        if is_lost_peer(error):
             raise Interrupted(
                 f"another process is gone or does not respond ({_first_line(error)}); --resume auto continues"
             ) from error
