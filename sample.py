@@ -1,6 +1,7 @@
 """Samples futures from a trained world model.
 
     python sample.py --checkpoint runs/quickstart --data data/doom/quickstart --out samples
+    python sample.py --checkpoint maze --actions "forward*8,turn_left*4" --out samples
     python sample.py --checkpoint runs/quickstart --image photo.jpg --actions "forward*8,turn_left(10)*8" --out samples
 
 Writes for every sample a video (.mp4 and .gif) and a strip (.png: context, truth, prediction) of its rollout, frame by

@@ -19,6 +19,7 @@ from cdit.data.layout import DatasetInfo, write_split, write_trajectory
 from cdit.diffusion import SamplerConfig
 from cdit.model import CDiT
 from cdit.world_model import WorldDescription, WorldModel
+from cdit.worlds import starts_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,6 +122,16 @@ def test_one_image_and_actions(place: Path, sample, checkpoint: str, history: st
     assert frame_count(place / out / "00_view.mp4") == (1 if history == "missing" else 3) + 3
 
 
+def test_a_shipped_world_starts_from_its_own_frames(place: Path, sample):
+    arguments = ["--checkpoint", "maze", "--actions", "forward,turn_left", "--samples", "2", "--sampler.steps", "1"]
+    assert sample(*arguments, "--out", "shipped").returncode == 0
+    summary = json.loads((place / "shipped/samples.json").read_text())
+    assert summary["config"]["data"] == starts_of("maze")
+    assert len({taken["name"] for taken in summary["samples"]}) == 2
+    spacing = DatasetInfo.load(Path(starts_of("maze"))).metric_waypoint_spacing
+    assert summary["samples"][0]["actions"][0] == pytest.approx([spacing, 0, 0])
+
+
 def test_the_network_is_compiled_when_asked(sample, monkeypatch: pytest.MonkeyPatch):
     """The flag reaches the world model; what compiling does is tested there."""
     compiled = []
@@ -208,6 +219,8 @@ WALKS = ["--checkpoint", "world", "--data", "walks"]
     ("arguments", "message"),
     [
         (["--checkpoint", "world"], "either data"),
+        (["--checkpoint", "world", "--actions", "forward"], "either data"),
+        (["--checkpoint", "maze"], "either data"),
         (["--checkpoint", "walks", "--data", "walks"], "no world model here"),
         (["--checkpoint", "world", "--image", "view.png"], "actions"),
         ([*WALKS, "--history", "still"], "history is an option of image"),

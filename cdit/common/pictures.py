@@ -75,13 +75,13 @@ def strip(
         prediction: (L, 3, H, W).
         fps: frames per second, for the labels.
         context_mask: (T,), False where a context frame is missing and its cell stays empty.
-        columns: the largest number of future frames to show, evenly spaced, including the last.
+        columns: the largest number of future frames to show, every n-th up to the last.
         scale: see `to_image`.
 
     Frames are uint8, or float in [-1, 1].
     """
     past, length = len(context), len(prediction)
-    shown = np.unique(np.linspace(length / min(columns, length), length, min(columns, length)).round().astype(int)) - 1
+    shown = range(length - 1, -1, -math.ceil(length / columns))[::-1]
     groups = ["past"] * past + ["future"] * len(shown)
     headers = [_seconds((i - past + 1) / fps) for i in range(past)] + [_seconds((i + 1) / fps) for i in shown]
     seen = [to_image(frame, scale) for frame in context]

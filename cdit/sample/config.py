@@ -8,6 +8,7 @@ from cdit.common.limits import NotNegative, Positive
 from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, TextOptions, check_options
 from cdit.diffusion.config import SamplerOptions
 from cdit.heads.config import AttentionConfig
+from cdit.worlds import starts_of
 
 
 @dataclass(kw_only=True)
@@ -15,7 +16,8 @@ class SampleConfig(TextOptions, DataOptions, OutputOptions, CheckpointOptions):
     """What to sample, and from what."""
 
     data: str | None = None
-    """The dataset folder: contexts come from it, and the truth is shown beside the predictions."""
+    """The dataset folder: contexts come from it, and the truth is shown beside the predictions. By default, if actions
+    are given, the frames to start from that ship with the world."""
     image: str | None = None
     """An image file as the only past frame, instead of a dataset; needs actions."""
     history: Literal["auto", "missing", "still"] = "auto"
@@ -48,6 +50,10 @@ class SampleConfig(TextOptions, DataOptions, OutputOptions, CheckpointOptions):
     seed: NotNegative[int] = 0
     """Seed of the noise; the same seed gives the same pictures."""
 
+    def __post_init__(self) -> None:
+        if self.data is None and self.image is None and self.actions is not None:
+            self.data = starts_of(self.checkpoint)
+
     def check(self) -> None:
         """Finds mistakes before anything is loaded.
 
@@ -55,7 +61,10 @@ class SampleConfig(TextOptions, DataOptions, OutputOptions, CheckpointOptions):
             UserError: naming the option.
         """
         if (self.data is None) == (self.image is None):
-            raise UserError("give either data, a dataset folder, or image, an image file")
+            raise UserError(
+                "give either data, a dataset folder, or image, an image file; worlds that ship with start frames"
+                " need only actions"
+            )
         if self.image is not None and self.actions is None:
             raise UserError('an image has no recorded actions: give actions, such as --actions "forward*8"')
         if self.image is None and self.history != "auto":

@@ -54,8 +54,9 @@ def test_strip_shows_the_context_and_evenly_spaced_futures():
     mask = torch.tensor([False, False, True, True])
     assert areas(strip(context, None, prediction, fps=4, context_mask=mask, scale=1)) == [2 * 256, 0, 8 * 256]
     grey = (torch.arange(1, 13, dtype=torch.uint8) * 20)[:, None, None, None].expand(-1, 3, 16, 16)
-    shown = np.asarray(strip(context, None, grey, fps=4, columns=4, scale=1))
-    assert {value for value in range(20, 241, 20) if (shown == value).all(-1).sum() >= 256} == {60, 120, 180, 240}
+    for columns, expected in ((4, {60, 120, 180, 240}), (5, {60, 120, 180, 240}), (6, {40, 80, 120, 160, 200, 240})):
+        shown = np.asarray(strip(context, None, grey, fps=4, columns=columns, scale=1))
+        assert {value for value in range(20, 241, 20) if (shown == value).all(-1).sum() >= 256} == expected
     assert areas(strip(context[:1], truth[:1], prediction[:1], fps=4, scale=1)) == [256, 256, 256]
 
 
