@@ -21,6 +21,8 @@ Backbone = Literal["alex", "vgg"]
 WEIGHTS = {"alex": AlexNet_Weights.DEFAULT, "vgg": VGG16_Weights.DEFAULT}
 VARIABLES = {"alex": "CDIT_LPIPS_BACKBONE", "vgg": "CDIT_LPIPS_VGG_BACKBONE"}
 LAST_LAYER = {"alex": "features.10", "vgg": "features.28"}
+TIMEOUT = 10.0
+"""Seconds without a response after which a download is aborted."""
 
 
 class WeightsNotAvailable(UserError):
@@ -53,7 +55,7 @@ class Lpips(nn.Module):
             return self.net(first, second).reshape(-1)
 
 
-def load_lpips(backbone: Backbone = "alex", timeout: float = 10.0) -> Lpips:
+def load_lpips(backbone: Backbone = "alex") -> Lpips:
     """LPIPS on the CPU.
 
     The backbone's weights are read from the safetensors file that the environment variable `CDIT_LPIPS_BACKBONE`
@@ -62,7 +64,6 @@ def load_lpips(backbone: Backbone = "alex", timeout: float = 10.0) -> Lpips:
 
     Args:
         backbone: AlexNet or VGG16.
-        timeout: seconds without a response after which the download is aborted.
 
     Raises:
         UserError: the variable does not name a file with these weights.
@@ -81,7 +82,7 @@ def load_lpips(backbone: Backbone = "alex", timeout: float = 10.0) -> Lpips:
                 f"({str(error).splitlines()[0]})"
             ) from error
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(timeout)
+    socket.setdefaulttimeout(TIMEOUT)
     try:
         with redirect_stdout(sys.stderr):  # torch.hub prints there that it downloads
             weights = architecture.get_state_dict(progress=False, check_hash=True, weights_only=True)

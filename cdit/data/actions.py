@@ -16,7 +16,7 @@ from cdit.data.action_space import ActionSpace
 DEFAULT_STEP = 0.3
 """Default metres of a word such as `forward`."""
 DEFAULT_TURN = 15.0
-"""Default degrees of `turn_left` and `turn_right`."""
+"""Degrees of `turn_left` and `turn_right` without a number."""
 
 MOVES = {
     "forward": (1.0, 0.0),
@@ -38,7 +38,7 @@ _NAMED = re.compile(rf"(.*?)\s*\(\s*({_NUMBER})\s*\)")
 _STEP = re.compile(r"(.*?)(?:\*\s*(\d+))?", re.DOTALL)
 
 
-def parse_actions(text: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_TURN) -> np.ndarray:
+def parse_actions(text: str, step: float = DEFAULT_STEP) -> np.ndarray:
     """Reads a sequence of action words.
 
     Words, separated by commas, are forward, back, left, right (sideways), turn_left, turn_right and stay. A number in
@@ -48,7 +48,6 @@ def parse_actions(text: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_T
     Args:
         text: the sequence.
         step: metres of a move without a number.
-        turn: degrees of a turn without a number.
 
     Returns:
         (L, 3) float32: dx and dy in metres, dyaw in radians, per frame, in the local frame at its start.
@@ -62,14 +61,12 @@ def parse_actions(text: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_T
         count = 1 if repeats is None else int(repeats[:9])
         if not 1 <= count <= MAX_STEPS - len(actions):
             raise UserError(f"actions: {part.strip()[:100]!r}: expected 1 to {MAX_STEPS} steps in all")
-        action = sum((_action(word, part.strip(), step, turn) for word in phrase.split("+")), np.zeros(3))
+        action = sum((_action(word, part.strip(), step) for word in phrase.split("+")), np.zeros(3))
         actions += [action] * count
     return np.array(actions, np.float32)
 
 
-def read_actions(
-    source: str, step: float = DEFAULT_STEP, turn: float = DEFAULT_TURN, space: ActionSpace | None = None
-) -> np.ndarray:
+def read_actions(source: str, step: float = DEFAULT_STEP, space: ActionSpace | None = None) -> np.ndarray:
     """Reads a sequence from a file, if it ends in .csv, .json or .npy, otherwise from words.
 
     Words are those of `parse_actions`, or of `parse_numbers` for actions other than motion.
@@ -87,7 +84,7 @@ def read_actions(
     names = space.names
     expected = f"expected rows of {len(names)} numbers {', '.join(names)}"
     if path.suffix not in (".csv", ".json", ".npy"):
-        return parse_actions(source, step, turn) if space.kind == "motion" else parse_numbers(source, space)
+        return parse_actions(source, step) if space.kind == "motion" else parse_numbers(source, space)
     try:
         content = read_bytes(path, MAX_TEXT)
     except DataError as error:
@@ -138,7 +135,7 @@ def parse_numbers(text: str, space: ActionSpace) -> np.ndarray:
     return np.array(actions, np.float32)
 
 
-def _action(word: str, part: str, step: float, turn: float) -> np.ndarray:
+def _action(word: str, part: str, step: float) -> np.ndarray:
     match = _WORD.fullmatch(word.strip())
     if match is None or match[1] not in WORDS:
         raise UserError(
@@ -149,7 +146,7 @@ def _action(word: str, part: str, step: float, turn: float) -> np.ndarray:
     if name in MOVES:
         return np.array([*MOVES[name], 0.0]) * (step if size is None else size)
     if name in TURNS:
-        return np.array([0.0, 0.0, TURNS[name] * math.radians(turn if size is None else size)])
+        return np.array([0.0, 0.0, TURNS[name] * math.radians(DEFAULT_TURN if size is None else size)])
     if size is not None:
         raise UserError(f"actions: {part!r}: stay takes no number")
     return np.zeros(3)

@@ -156,13 +156,13 @@ class Dream:
         """The frames that the newest one was predicted from, (T, 3, H, W) uint8, oldest first."""
         return self._past()[0]
 
-    def ends(self, action: Sequence[float], samples: int, seconds: float = 1.0) -> Tensor:
-        """Predicted frames (samples, 3, H, W) uint8, `seconds` ahead if this action continues, from different noise,
+    def ends(self, action: Sequence[float], samples: int) -> Tensor:
+        """Predicted frames (samples, 3, H, W) uint8, one second ahead if this action continues, from different noise,
         each in one jump.
 
         The dream's own noise is not affected.
         """
-        steps = max(1, round(seconds * self.world.description.fps))
+        steps = max(1, round(self.world.description.fps))
         motion = torch.from_numpy(compose([action] * steps)[-1])
         condition = Condition(
             time_shift=torch.full((1, samples), steps / self.world.description.fps),

@@ -7,22 +7,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def horizontal_shift(first: Tensor, second: Tensor, max_shift: int | None = None) -> Tensor:
+def horizontal_shift(first: Tensor, second: Tensor) -> Tensor:
     """How far the picture moved to the right from the first frame to the second, in pixels, to a fraction of one: (N,).
 
-    The shift at which the overlapping parts correlate best, each with its mean subtracted and its energy normalised;
-    between whole pixels a parabola through the best and its neighbours. Phase correlation, the usual choice, fails more
-    often here: it assumes periodic borders and weights all frequencies equally, which suits neither large shifts nor
-    blurred predictions.
+    The shift, of at most half the width, at which the overlapping parts correlate best, each with its mean subtracted
+    and its energy normalised; between whole pixels a parabola through the best and its neighbours. Phase correlation,
+    the usual choice, fails more often here: it assumes periodic borders and weights all frequencies equally, which
+    suits neither large shifts nor blurred predictions.
 
     Args:
         first: (N, C, H, W), any range; the channels are averaged.
         second: as `first`.
-        max_shift: the largest shift looked for, by default half the width.
     """
     a, b = first.float().mean(1), second.float().mean(1)
     width = a.shape[-1]
-    limit = width // 2 if max_shift is None else max_shift
+    limit = width // 2
     scores = []
     for shift in range(-limit, limit + 1):
         x = a[..., max(0, -shift) : width - max(0, shift)]

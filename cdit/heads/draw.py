@@ -19,6 +19,7 @@ from cdit.heads.measures import Layout, extra_share, frame_maps
 
 CELL = 160  # frames are magnified, by whole numbers, to about this many pixels
 LARGEST = 256  # and shrunk to this many if they are larger
+THUMBNAIL = 44  # height
 NO_VALUE, BAR, EXTRA_BAR = (225, 225, 230), (203, 71, 71), (96, 108, 200)
 PATCH, TRUE_PLACE = (64, 240, 255), (64, 255, 96)
 TYPE_COLOURS = {
@@ -90,12 +91,12 @@ def layer_figure(scene: Scene, weights: Tensor, layout: Layout, title: str) -> I
     return sheet(title, scale, columns, labels, cells, spans)
 
 
-def thumbnails(scene: Scene, weights: Tensor, layout: Layout, height: int = 44) -> list[Image.Image]:
+def thumbnails(scene: Scene, weights: Tensor, layout: Layout) -> list[Image.Image]:
     """For each head, the attention of the chosen patch over the frames, side by side; see `layer_figure`."""
-    size = (round(height * scene.target.shape[-1] / scene.target.shape[-2]), height)
+    size = (round(THUMBNAIL * scene.target.shape[-1] / scene.target.shape[-2]), THUMBNAIL)
     found = []
     for maps in frame_maps(weights[:, scene.patch[0] * layout.columns + scene.patch[1]].float().cpu(), layout):
-        strip = Image.new("RGB", (len(maps) * (size[0] + 2) - 2, height), PAPER)
+        strip = Image.new("RGB", (len(maps) * (size[0] + 2) - 2, THUMBNAIL), PAPER)
         for i, cell in enumerate(_overlays(scene, maps, size)):
             strip.paste(cell, (i * (size[0] + 2), 0))
         found.append(strip)

@@ -16,6 +16,9 @@ from cdit.common.motion import integrate, wrap
 from cdit.data.motion import local_motion
 from cdit.data.source import TrajectorySource
 
+MOST_RECORDED = 20_000
+"""Largest number of recorded windows that a distribution is measured on."""
+
 
 class Family(Protocol):
     """Maps parameters (…, K, 3), chosen by an optimiser, to steps (…, H, 3) in metres and radians."""
@@ -127,13 +130,13 @@ def walked(position: np.ndarray, yaw: np.ndarray) -> Tensor:
     return torch.from_numpy(local_motion(position[:-1], yaw[:-1], position[1:], yaw[1:])).float()
 
 
-def recorded_actions(trajectories: Sequence[TrajectorySource], horizon: int, most: int = 20_000) -> Tensor:
-    """The steps (N, H, 3) of at most `most` windows, evenly spread over a dataset."""
+def recorded_actions(trajectories: Sequence[TrajectorySource], horizon: int) -> Tensor:
+    """The steps (N, H, 3) of at most `MOST_RECORDED` windows, evenly spread over a dataset."""
     steps = []
     for trajectory in trajectories:
         if trajectory.position is not None and len(trajectory.position) > horizon:
             steps.append(walked(trajectory.position, trajectory.yaw).unfold(0, horizon, 1).transpose(1, 2))
-    every = max(1, math.ceil(sum(map(len, steps)) / most))
+    every = max(1, math.ceil(sum(map(len, steps)) / MOST_RECORDED))
     return torch.cat(steps)[::every] if steps else torch.zeros(0, horizon, 3)
 
 

@@ -9,6 +9,8 @@ Projection = Callable[[Tensor], Tensor]
 Penalty = Callable[[Tensor], Tensor]
 """Maps a path (B, S, H, 3) in the frame at the start to an additional cost (B, S)."""
 
+FORBIDDEN_COST = 1e3
+"""Cost of each forbidden pose of a path; larger than any difference between costs."""
 WALK_SHARE = 5 / 8
 """Fraction of the time spent walking if walking and turning are separate: five of eight steps, as in the NWM paper."""
 
@@ -34,11 +36,10 @@ def turn_first(actions: Tensor) -> Tensor:
 PROJECTIONS: dict[str, Projection] = {"forward_first": forward_first, "turn_first": turn_first}
 
 
-def staying_out(forbidden: Callable[[Tensor], Tensor], weight: float = 1e3) -> Penalty:
+def staying_out(forbidden: Callable[[Tensor], Tensor]) -> Penalty:
     """A penalty on paths through forbidden places.
 
     Args:
         forbidden: positions (…, 2) in the frame at the start to (…) bool.
-        weight: cost of each pose there; larger than any difference between costs.
     """
-    return lambda path: weight * forbidden(path[..., :2]).to(path).sum(-1)
+    return lambda path: FORBIDDEN_COST * forbidden(path[..., :2]).to(path).sum(-1)

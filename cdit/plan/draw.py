@@ -17,6 +17,8 @@ from cdit.doom.geometry import MapGeometry
 from cdit.doom.maps import MAPS, file_name
 from cdit.plan.free_space import walls
 
+MARGIN = 1.0
+"""Metres around the paths of a map."""
 PLAN, TRUTH, OTHER = "#d1242f", "#1a7f37", "#0969da"
 
 
@@ -31,7 +33,6 @@ def from_above(
     paths: Sequence[tuple[np.ndarray, str, float, str | None]],
     poses: Sequence[tuple[np.ndarray, str]],
     walls: np.ndarray | None = None,
-    margin: float = 1.0,
     size: int = 320,
 ) -> Image.Image:
     """A square map with paths, x to the right and y up.
@@ -40,13 +41,12 @@ def from_above(
         paths: (T, 2 or more) positions in metres, colour, width in points and a label for the legend.
         poses: (3,) x, y, yaw, and colour, drawn as arrows.
         walls: (N, 4).
-        margin: metres around the paths.
         size: of the picture in pixels.
     """
     figure = Figure(figsize=(size / 100, size / 100), dpi=100)
     axes = figure.add_axes((0, 0, 1, 1))
     points = np.concatenate([*(path[:, :2] for path, *_ in paths), *(pose[None, :2] for pose, _ in poses)])
-    low, high = points.min(0) - margin, points.max(0) + margin
+    low, high = points.min(0) - MARGIN, points.max(0) + MARGIN
     middle, half = (low + high) / 2, (high - low).max() / 2
     axes.set_xlim(middle[0] - half, middle[0] + half)
     axes.set_ylim(middle[1] - half, middle[1] + half)

@@ -159,12 +159,10 @@ class GoalNetwork(nn.Module):
         mean, log_std = self(frames, goals).actions
         return mean * self.action_scale, log_std.exp() * self.action_scale
 
-    def proposals(
-        self, frames: Tensor, goals: Tensor, count: int, random: torch.Generator, beta: float = 2.0
-    ) -> Tensor:
-        """Steps towards the goal, (N, count, H, 3): the mean, then draws with noise coloured along the steps."""
+    def proposals(self, frames: Tensor, goals: Tensor, count: int, random: torch.Generator) -> Tensor:
+        """Steps towards the goal, (N, count, H, 3): the mean, then draws with red noise (1/f²) along the steps."""
         mean, std = self.propose(frames, goals)
-        noise = coloured_noise((len(mean), count, 3, mean.shape[1]), beta, random).transpose(-1, -2).to(mean)
+        noise = coloured_noise((len(mean), count, 3, mean.shape[1]), 2.0, random).transpose(-1, -2).to(mean)
         noise[:, 0] = 0
         return mean[:, None] + std[:, None] * noise
 

@@ -11,8 +11,8 @@ from cdit.data.motion import compose, local_motion
 
 
 def test_words_are_signed_as_the_axes():
-    actions = parse_actions("forward, back,left,right,turn_left,turn_right,stay", step=0.5, turn=10)
-    turn = math.radians(10)
+    actions = parse_actions("forward, back,left,right,turn_left,turn_right,stay", step=0.5)
+    turn = math.radians(15)
     expected = [[0.5, 0, 0], [-0.5, 0, 0], [0, 0.5, 0], [0, -0.5, 0], [0, 0, turn], [0, 0, -turn], [0, 0, 0]]
     np.testing.assert_allclose(actions, expected, atol=1e-7)
     assert actions.dtype == np.float32
