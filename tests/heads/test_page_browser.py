@@ -52,7 +52,7 @@ def weights_of(sample: int, time: float, layer: int) -> Tensor:
     return weights
 
 
-def build(path: Path, top_k: int) -> str:
+def build(path: Path, top_k: int = 72, measure: str = "entropy") -> str:
     page = AttentionPage("Known attention", LAYOUT, fps=4.0, has_extra=True, top_k=top_k)
     for sample in range(SAMPLES):
         pictures = torch.full((5, 3, 40, 60), 90 + sample, dtype=torch.uint8)
@@ -70,13 +70,13 @@ def build(path: Path, top_k: int) -> str:
     heads = [
         HeadRow(
             *("cross", layer, head, time),
-            {"entropy": Estimate(entropy, None, None), "at": Estimate(time, None, None)},
+            {measure: Estimate(value, None, None), "at": Estimate(time, None, None)},
             HeadType("even" if head else "copy", "for the test"),
         )
         for time in TIMES
-        for (layer, head), entropy in ENTROPY.items()
+        for (layer, head), value in ENTROPY.items()
     ]
-    page.set_heads(heads, ["entropy", "at"], {"copy": "It copies."})
+    page.set_heads(heads, [measure, "at"], {"copy": "It copies."})
     page.save(path)
     return path.as_uri()
 
@@ -304,6 +304,15 @@ def test_heads_sort_by_a_measure_both_ways_and_those_without_it_come_last(page):
     page.click("#table thead th:nth-child(2) button")
     assert page.order() == ["L1 H0", "L3 H0", "L1 H1", "L3 H1"]
     assert header.get_attribute("aria-sort") == "none"
+
+
+def test_the_page_opens_on_the_most_accurate_head(page, tmp_path: Path):
+    assert "Layer 3, head 0" in page.text("#status")  # the first of the middle layer: accuracies are unknown
+    address = build(tmp_path / "accuracies.html", measure="correspondence accuracy")
+    page.files.add(address)
+    page.open(address)
+    assert "Layer 1, head 1" in page.text("#status")
+    assert page.text("#table tbody tr.chosen th") == "L1 H1"
 
 
 def test_rows_of_the_table_choose_heads(page):
