@@ -28,6 +28,11 @@ class Estimate:
     """None with fewer than two trajectories."""
     high: float | None
 
+    def __format__(self, spec: str) -> str:
+        """The mean and half the width of the interval: f"{estimate:.2f}" is "1.23 ± 0.45"."""
+        half = "" if self.low is None else f" ± {(self.high - self.low) / 2:{spec.removeprefix('+')}}"
+        return f"{self.mean:{spec}}{half}"
+
 
 def estimates(
     values: np.ndarray, trajectories: Sequence[Hashable], seed: int = 0, resamples: int = RESAMPLES

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from cdit.common.statistics import Estimate
 from cdit.common.tables import html_table, markdown_table
 from cdit.evaluate.methods import DIFFERENCES, METHODS
 from cdit.evaluate.metrics import HIGHER_IS_BETTER
@@ -65,7 +66,5 @@ def _tables(rows: Sequence[Row]) -> list[tuple[list[str], list[list[str]]]]:
 
 
 def _cell(row: Row) -> str:
-    places = digits(row.metric)
     is_difference = row.method in DIFFERENCES or " − " in row.method
-    text = f"{row.mean:{'+' if is_difference else ''}.{places}f}"
-    return text if row.low is None else f"{text} ± {(row.high - row.low) / 2:.{places}f}"
+    return f"{Estimate(row.mean, row.low, row.high):{'+' if is_difference else ''}.{digits(row.metric)}f}"

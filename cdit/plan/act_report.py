@@ -84,13 +84,7 @@ def table_of(outcomes: Sequence[Outcome]) -> tuple[list[str], list[list[Any]]]:
             for o in mine
         ], float)  # fmt: skip
         found = estimates(numbers, [str(o.episode) for o in mine])
-        cells = []
-        for name, e in zip(COLUMNS, found, strict=True):
-            percent, places = name in ("success", "passed"), {"distance": 1, "contacts_per_metre": 2}.get(name, 2)
-            half = None if e.low is None else (e.high - e.low) / 2
-            if percent:
-                cells.append(f"{e.mean:.0%}" + ("" if half is None else f" ± {half:.0%}"))
-            else:
-                cells.append(f"{e.mean:.{places}f}" + ("" if half is None else f" ± {half:.{places}f}"))
+        digits = {"success": ".0%", "passed": ".0%", "distance": ".1f"}
+        cells = [format(e, digits.get(name, ".2f")) for name, e in zip(COLUMNS, found, strict=True)]
         rows.append([NAMES[agent], len(mine), *cells])
     return ["agent", "n", "SR", "passed", "SPL", "SoftSPL", "remaining [m]", "contacts / m", "s per plan"], rows

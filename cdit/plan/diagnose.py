@@ -149,7 +149,7 @@ def report(diagnoses: list[Diagnosis], walks: list[str], config: DiagnoseConfig)
     """A table and the meaning of its columns."""
     rows = []
     for diagnosis in diagnoses:
-        cells = [_cell(estimate) for estimate in diagnosis.estimates(walks)]
+        cells = ["–" if estimate is None else f"{estimate:.2f}" for estimate in diagnosis.estimates(walks)]
         rows.append([diagnosis.cost, *cells])
     about = (
         f"{len(walks)} cases of split {config.split} of {config.data}, {config.seconds:g} s ahead, {config.candidates} "
@@ -157,10 +157,3 @@ def report(diagnoses: list[Diagnosis], walks: list[str], config: DiagnoseConfig)
     )
     meaning = "".join(f"- {name}: {text}\n" for name, text in COLUMNS.items())
     return f"{about}\n\n{markdown_table(['cost', *COLUMNS], rows)}\n{meaning}"
-
-
-def _cell(estimate: Estimate | None) -> str:
-    if estimate is None:
-        return "–"
-    text = f"{estimate.mean:.2f}"
-    return text if estimate.low is None else f"{text} ± {(estimate.high - estimate.low) / 2:.2f}"

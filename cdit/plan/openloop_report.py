@@ -12,7 +12,6 @@ from PIL import Image
 
 from cdit.common.files import write_json
 from cdit.common.motion import placed
-from cdit.common.statistics import Estimate
 from cdit.common.tables import html_table, markdown_table
 from cdit.evaluate.page import figure, html_page
 from cdit.plan.draw import OTHER, PLAN, TRUTH, beside, costs_as_colours, frame, from_above, map_of
@@ -46,7 +45,7 @@ def table(results: OpenResults) -> tuple[list[str], list[list[str]]]:
     for method, name in METHODS.items():
         if method in results.answers:
             answers = results.answers[method]
-            cells = [_cell(e, places) for e, places in zip(results.estimates(method), MEASURES.values(), strict=True)]
+            cells = [f"{e:.{places}f}" for e, places in zip(results.estimates(method), MEASURES.values(), strict=True)]
             cost = "–" if answers.costs is None else f"{answers.costs.mean():.4g}"
             rows.append([name, *cells, cost, f"{answers.seconds:.2f}" if answers.seconds else "–"])
     return ["method", *MEASURES, "cost by the world", "s per plan"], rows
@@ -61,7 +60,7 @@ def differences(results: OpenResults) -> tuple[list[str], list[list[str]]]:
         ]
         for name in others:
             pairs = zip(results.differences(planner, name), MEASURES.values(), strict=True)
-            rows.append([f"{planner} − {METHODS[name]}", *(_cell(e, places, "+") for e, places in pairs)])
+            rows.append([f"{planner} − {METHODS[name]}", *(f"{e:+.{places}f}" for e, places in pairs)])
     return ["difference, case by case", *MEASURES], rows
 
 
@@ -128,7 +127,7 @@ def write_curve(points: Sequence[CurvePoint], out: Path, about: dict[str, Any]) 
         [
             *(str(x) for x in (p.samples, p.iterations, p.repeats, p.steps, p.calls)),
             f"{p.seconds:.2f}",
-            *(_cell(e, places) for e, places in zip(p.errors, MEASURES.values(), strict=True)),
+            *(f"{e:.{places}f}" for e, places in zip(p.errors, MEASURES.values(), strict=True)),
         ]
         for p in points
     ]
@@ -152,8 +151,3 @@ def write_curve(points: Sequence[CurvePoint], out: Path, about: dict[str, Any]) 
     axes[0].legend()
     shown.savefig(out / "curve.png", dpi=120)
     return text
-
-
-def _cell(estimate: Estimate, places: int, sign: str = "") -> str:
-    text = f"{estimate.mean:{sign}.{places}f}"
-    return text if estimate.low is None else f"{text} ± {(estimate.high - estimate.low) / 2:.{places}f}"

@@ -331,12 +331,7 @@ def summary_table(summary: dict[str, dict[str, Estimate]], seeds: int) -> str:
     places = {"psnr": 2, "validation loss": 5, "steps/s": 2}
     lines = []
     for name, estimates_of in summary.items():
-        cells = []
-        for column in columns:
-            one, digits = estimates_of[column], places.get(column, 3)
-            half = "" if one.low is None else f" ± {(one.high - one.low) / 2:.{digits}f}"
-            cells.append(f"{one.mean:.{digits}f}{half}")
-        lines.append([name, *cells])
+        lines.append([name, *(f"{estimates_of[column]:.{places.get(column, 3)}f}" for column in columns)])
     spread = f"; ± is half of Student's 95 % interval over {seeds} seeds" if seeds > 1 else ""
     shown = [column.upper() if column not in places or column == "psnr" else column for column in columns]
     return f"Means over the horizons{spread}.\n\n{markdown_table(['variant', *shown], lines)}"

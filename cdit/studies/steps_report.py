@@ -152,10 +152,10 @@ def tables(findings: Findings) -> str:
     for setting in findings.settings[1:] + findings.settings[:1]:
         groups.setdefault((setting.sampler.scheduler, setting.sampler.steps), {})[setting.sampler.shift] = setting
     measures: dict[str, Callable[[Setting], str]] = {
-        "LPIPS to the truth ↓": lambda setting: _plus_minus(setting.lpips, 3),
+        "LPIPS to the truth ↓": lambda setting: f"{setting.lpips:.3f}",
         "LPIPS to the truth minus the best": lambda setting: _behind(setting, 3),
-        "PSNR to the truth ↑": lambda setting: _plus_minus(setting.psnr, 2),
-        "LPIPS to the reference ↓": lambda setting: _plus_minus(setting.lpips_to_reference, 3),
+        "PSNR to the truth ↑": lambda setting: f"{setting.psnr:.2f}",
+        "LPIPS to the reference ↓": lambda setting: f"{setting.lpips_to_reference:.3f}",
     }
     texts = []
     for title, cell in measures.items():
@@ -199,10 +199,6 @@ def panels(findings: Findings) -> dict[str, list[Line]]:
                 )
             )
     return found
-
-
-def _plus_minus(estimate: Estimate, digits: int) -> str:
-    return f"{estimate.mean:.{digits}f} ± {(estimate.high - estimate.low) / 2:.{digits}f}"
 
 
 def _behind(setting: Setting, digits: int) -> str:

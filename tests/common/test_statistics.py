@@ -106,3 +106,11 @@ def test_runs_have_students_interval(count: int, quantile: float):
 
 def test_one_run_has_no_interval():
     assert estimate_of_runs([2.0]) == Estimate(2.0, None, None)
+
+
+def test_estimates_are_written_with_half_their_interval():
+    estimate = Estimate(0.5, 0.375, 0.875)
+    assert f"{estimate:.2f}" == "0.50 ± 0.25"
+    assert f"{estimate:+.2f}" == "+0.50 ± 0.25"
+    assert f"{estimate:.0%}" == "50% ± 25%"
+    assert f"{Estimate(0.5, None, None):+.1f}" == "+0.5"
