@@ -1,5 +1,6 @@
 """Command lines from typed dataclasses: help from docstrings, YAML files, one clear error, exit code 2."""
 
+import signal
 import sys
 from argparse import Action, RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -258,6 +259,11 @@ def run(main: Callable[[], Any]) -> None:
         _end(f"error: {where}{error.strerror}", 2)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def exit_on_sigterm() -> None:
+    """Makes SIGTERM end this process as an exception does, so that what it has started is closed or killed, too."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
 
 
 def _end(message: str, code: int) -> NoReturn:

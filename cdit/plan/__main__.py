@@ -16,7 +16,7 @@ samples starts and goals in a Doom map, and `act` runs agents on them (closed lo
 
 from pathlib import Path
 
-from cdit.common.cli import Command, parse_command, run
+from cdit.common.cli import Command, exit_on_sigterm, parse_command, run
 from cdit.common.options import check_options
 from cdit.plan.config import ActConfig, CurveConfig, DiagnoseConfig, EpisodesConfig, LearnConfig, OpenConfig
 
@@ -34,6 +34,7 @@ def main() -> None:
     """The command line."""
     name, config = parse_command(COMMANDS, __doc__)
     check_options(config)
+    exit_on_sigterm()
     config.validate()
     COMMANDS_OF[name](config)
 

@@ -15,7 +15,7 @@ checkpoints of a run whether heads find where the same surface was.
 Finished parts are not computed again: after an interruption, the same command continues.
 """
 
-from cdit.common.cli import Command, parse_command, run
+from cdit.common.cli import Command, exit_on_sigterm, parse_command, run
 from cdit.common.options import check_options
 from cdit.studies.config import AblationConfig, CurveConfig, GrowthConfig, StepsConfig, TurningConfig
 
@@ -32,6 +32,7 @@ def main() -> None:
     """The command line."""
     name, config = parse_command(COMMANDS, __doc__)
     check_options(config)
+    exit_on_sigterm()
     if name == "ablate":
         from cdit.studies.ablation import ablate as study  # these import torch
     elif name == "steps":

@@ -16,7 +16,7 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cdit.common.cli import parse_config, run
+from cdit.common.cli import exit_on_sigterm, parse_config, run
 from cdit.common.errors import UserError
 from cdit.data.layout import DatasetInfo
 from cdit.doom.dataset import RECORDER_VERSION, WAYPOINT_SPACING, Job, record_dataset
@@ -60,6 +60,7 @@ def main() -> None:
     quickstart = Path(__file__).with_name("quickstart.yaml")
     config = parse_config(Config, __doc__, default_file=quickstart)
     check(config)
+    exit_on_sigterm()
     unknown = find_maps(config.unknown_maps)
     maps = [name for name in find_maps(config.maps) if name not in unknown]
     if not maps:

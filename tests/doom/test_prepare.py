@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -154,16 +155,30 @@ def test_the_claim_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert not (tmp_path / "recording.json").exists()
 
 
+def sessions() -> set[int]:
+    """The sessions of all processes."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(ProcessLookupError):
+            found.add(os.getsid(int(process.name)))
+    return found
+
+
 @pytest.mark.slow
-def test_ctrl_c_leaves_nothing_half_written(tmp_path):
+@pytest.mark.parametrize(("number", "send"), [(signal.SIGINT, os.killpg), (signal.SIGTERM, os.kill)])
+def test_a_stopped_recording_leaves_nothing_half_written_and_no_engine(tmp_path, number, send):
     out = tmp_path / "long"
     process = start(out, "--frames", "100000", "--workers", "2")
     deadline = time.monotonic() + 60
     while len(list(out.glob("my_way_home_*"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.05)
-    os.killpg(process.pid, signal.SIGINT)
+    send(process.pid, number)
+    deadline = time.monotonic() + 30
     errors = process.communicate(timeout=30)[1]
-    assert process.returncode == 130
+    assert process.returncode == 128 + number
+    while process.pid in sessions() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process.pid not in sessions()
     assert "Traceback" not in errors
     assert not (out / "dataset.json").exists()
     assert json.loads((out / "recording.json").read_text())["source"]["frames"] == 100000
