@@ -229,7 +229,7 @@ WALKS = ["--checkpoint", "world", "--data", "walks"]
         ([*WALKS, "--actions", "hop*3"], "'hop*3'"),
         ([*WALKS, "--actions", "rows.csv"], "rows.csv"),
         ([*WALKS, "--length", "11"], "length is 11"),
-        ([*WALKS, "--length", "many"], '"length"'),
+        ([*WALKS, "--length", "many"], "length is many, expected int"),
         ([*WALKS, "--split", "valid"], "'valid'"),
         ([*WALKS, "--sampler.steps", "0"], "sampler.steps is 0"),
         ([*WALKS, "--sampler.guidance", "2"], "without action_dropout"),

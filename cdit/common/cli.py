@@ -1,5 +1,6 @@
 """Command lines from typed dataclasses: help from docstrings, YAML files, one clear error, exit code 2."""
 
+import re
 import signal
 import sys
 from argparse import Action, RawDescriptionHelpFormatter
@@ -64,7 +65,9 @@ class _Parser(ArgumentParser):
         return super().parse_string(content, *args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        super().error(readable(message.rstrip()) + "".join(f" (config file: {file})" for file in self.files), ex)
+        super().error(
+            _on_one_line(readable(message.rstrip())) + "".join(f" (config file: {file})" for file in self.files), ex
+        )
 
 
 def parse_config(
@@ -157,6 +160,18 @@ def _parser(
         count = {"nargs": "+"} if default is MISSING else {"nargs": "*", "default": default()}
         parser.add_argument(listed, type=kind, help=about, metavar=item, **count)
     return parser
+
+
+def _on_one_line(message: str) -> str:
+    """jsonargparse's several lines about a value of the wrong type as "name is value, expected type"."""
+    name = re.match(r'Parser key "(.+?)":\n', message)
+    value = re.search(r"(?:Got|Given) value: (.*)", message, re.DOTALL)
+    kinds = re.findall(r"Expected an? (.+?)(?:\. Got value.*)?$", message, re.MULTILINE)
+    if not (name and value and kinds):
+        return message
+    written = " or ".join(re.sub(r"<class '(.+)'>", r"\1", kind) for kind in kinds)
+    written = re.sub(r"typing\.Literal\[(.+?)\]", r"one of \1", written).replace("NoneType", "null")
+    return f"{name[1]} is {value[1]}, expected {written}"
 
 
 def _program() -> str:

@@ -61,10 +61,11 @@ class Comparison:
     """The same for each seed alone."""
 
     def text(self, digits: int) -> str:
-        """Such as `-0.42 [-0.55, -0.29] (-0.40, -0.44)`: mean, interval, seeds."""
+        """Such as `-0.42 [-0.55, -0.29] (-0.40, -0.44)`: mean, interval, seeds if there are several."""
         change = self.difference
         interval = "" if change.low is None else f" [{change.low:+.{digits}f}, {change.high:+.{digits}f}]"
-        return f"{change.mean:+.{digits}f}{interval} ({', '.join(f'{value:+.{digits}f}' for value in self.seeds)})"
+        seeds = f" ({', '.join(f'{value:+.{digits}f}' for value in self.seeds)})" if len(self.seeds) > 1 else ""
+        return f"{change.mean:+.{digits}f}{interval}{seeds}"
 
 
 def ablate(config: AblationConfig) -> None:
