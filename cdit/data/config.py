@@ -49,7 +49,7 @@ class Source(StoredDataset):
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Source):
     """The dataset, and the content of a training sample."""
 
     folder: str | None = None
@@ -59,8 +59,6 @@ class DataConfig:
     likely. Goals of datasets without poses are conditioned on the time shift alone."""
     prepare: str | None = None
     """Command line that creates the dataset, run once if the folder is missing."""
-    splits: str | None = None
-    """Folder with <split>/traj_names.txt; by default <folder>/splits."""
     train_split: str = "train"
     """Split to train on."""
     test_split: str = "test"
@@ -85,22 +83,6 @@ class DataConfig:
     out (self_rollout)."""
     min_future: NotNegative[int] = 0
     """Windows end where at least this many frames follow the current one (the NWM release: 64)."""
-    fps: Positive[float] | None = None
-    """Frames per second; by default as in dataset.json, or 4 without one."""
-    spacing: Positive[float] | None = None
-    """Metres between consecutive frames, the unit of normalised actions; by default as in dataset.json, or 1."""
-    follow_links: bool = False
-    """Whether symbolic links in the folder may point outside it; the folder itself may always be a link."""
-    source: str = "auto"
-    """How the dataset is stored: frames in a folder or shards, whichever is there (auto), video files (video), a
-    LeRobot dataset (lerobot), or a source of your own, `my_module:Class` (see docs/extending.md)."""
-    camera: str | None = None
-    """The feature with the frames, for datasets with several (lerobot); by default the first camera."""
-    action_key: str = "action"
-    """The feature with the actions (lerobot)."""
-    action_kind: ActionKind = "absolute"
-    """How the action between two frames is computed from the numbers of each frame (lerobot): those that led to the
-    goal (absolute), their difference from those that led to the start (relative), or their sum in between (sum)."""
     text_encoder: str | None = None
     """For datasets with texts that describe what is done: the transformers text model, by its name on the Hugging Face
     hub or its folder, on whose embeddings the model is conditioned (docs/data.md: Text). By default, texts are not

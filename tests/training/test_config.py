@@ -114,10 +114,11 @@ def test_a_saved_config_says_the_same_again(config: Callable[..., TrainConfig], 
 
 def fields(config_class: type, prefix: str = "") -> Iterator[tuple[str, str | None]]:
     """Every option that is no section, with the docstring that the source has for it."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(config_class))).body[0].body
+    classes = [base for base in reversed(config_class.__mro__) if dataclasses.is_dataclass(base)]
+    bodies = [ast.parse(textwrap.dedent(inspect.getsource(base))).body[0].body for base in classes]
     texts = {
         a.target.id: b.value.value
-        for a, b in itertools.pairwise(body)
+        for a, b in itertools.chain.from_iterable(map(itertools.pairwise, bodies))
         if isinstance(a, ast.AnnAssign) and isinstance(b, ast.Expr) and isinstance(b.value, ast.Constant)
     }
     for field in dataclasses.fields(config_class):
