@@ -1,6 +1,6 @@
-"""Families of motions with few parameters, and the distribution of these parameters in a dataset.
+"""Families of actions with few parameters, and the distribution of these parameters in a dataset.
 
-Suffixes: N windows, K knots, H frames.
+Suffixes: N windows, K knots, H frames, D numbers of an action (3 for motion).
 """
 
 import math
@@ -8,29 +8,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cdit.common.motion import integrate, wrap
-from cdit.data.motion import local_motion
+from cdit.data.action_space import ActionSpace
 from cdit.data.source import TrajectorySource
+from cdit.plan.actions import recorded_steps
 
+MOTION = ActionSpace()
 MOST_RECORDED = 20_000
 """Largest number of recorded windows that a distribution is measured on."""
 
 
 class Family(Protocol):
-    """Maps parameters (…, K, 3), chosen by an optimiser, to steps (…, H, 3) in metres and radians."""
+    """Maps parameters (…, K, D), chosen by an optimiser, to steps (…, H, D) in the units of the actions."""
 
     knots: int
     horizon: int
 
     def actions(self, values: Tensor) -> Tensor:
-        """The steps (…, H, 3) of parameters (…, K, 3)."""
+        """The steps (…, H, D) of parameters (…, K, D)."""
 
     def values(self, actions: Tensor) -> Tensor:
-        """The parameters (…, K, 3) whose steps are close to given ones (…, H, 3)."""
+        """The parameters (…, K, D) whose steps are close to given ones (…, H, D)."""
 
 
 @dataclass(frozen=True)
@@ -91,22 +92,22 @@ def make_family(name: str, horizon: int, knots: int) -> Family:
 
 @dataclass(frozen=True)
 class Prior:
-    """The distribution of a dataset's motions in the parameters of a family."""
+    """The distribution of a dataset's actions in the parameters of a family."""
 
     mean: Tensor
-    """(K, 3)."""
+    """(K, D)."""
     std: Tensor
-    """(K, 3)."""
+    """(K, D)."""
     low: Tensor
-    """(K, 3), bounds of candidates."""
+    """(K, D), bounds of candidates."""
     high: Tensor
-    """(K, 3)."""
+    """(K, D)."""
     recorded: Tensor
-    """(N, K, 3), of N recorded windows, to draw candidates from."""
+    """(N, K, D), of N recorded windows, to draw candidates from."""
 
     @classmethod
     def fit(cls, family: Family, actions: Tensor, outside: float = 0.005) -> "Prior":
-        """The prior of recorded steps (N, H, 3).
+        """The prior of recorded steps (N, H, D).
 
         Args:
             family: defines the parameters.
@@ -115,7 +116,7 @@ class Prior:
         """
         values = family.values(actions.double())
         bounds = torch.quantile(values.flatten(0, 1) if family.knots > 1 else values[:, 0], _ends(outside), dim=0)
-        low, high = (bound.expand(family.knots, 3) for bound in bounds)
+        low, high = (bound.expand(family.knots, -1) for bound in bounds)
         pooled = values.clamp(low, high)
         moments = pooled.mean(0), pooled.std(0)
         return cls(*(x.float() for x in (*moments, low, high, pooled)))
@@ -125,19 +126,15 @@ class Prior:
         return Prior(*(x.to(device) for x in vars(self).values()))
 
 
-def walked(position: np.ndarray, yaw: np.ndarray) -> Tensor:
-    """The steps (T - 1, 3) between poses: positions (T, 2) in metres, headings (T,) in radians."""
-    return torch.from_numpy(local_motion(position[:-1], yaw[:-1], position[1:], yaw[1:])).float()
-
-
-def recorded_actions(trajectories: Sequence[TrajectorySource], horizon: int) -> Tensor:
-    """The steps (N, H, 3) of at most `MOST_RECORDED` windows, evenly spread over a dataset."""
+def recorded_actions(trajectories: Sequence[TrajectorySource], horizon: int, space: ActionSpace = MOTION) -> Tensor:
+    """The steps (N, H, D) of at most `MOST_RECORDED` windows, evenly spread over a dataset."""
     steps = []
     for trajectory in trajectories:
-        if trajectory.position is not None and len(trajectory.position) > horizon:
-            steps.append(walked(trajectory.position, trajectory.yaw).unfold(0, horizon, 1).transpose(1, 2))
+        last = len(trajectory) - 1
+        if space.recorded(trajectory) and last >= horizon:
+            steps.append(recorded_steps(trajectory, space, 0, last).unfold(0, horizon, 1).transpose(1, 2))
     every = max(1, math.ceil(sum(map(len, steps)) / MOST_RECORDED))
-    return torch.cat(steps)[::every] if steps else torch.zeros(0, horizon, 3)
+    return torch.cat(steps)[::every] if steps else torch.zeros(0, horizon, len(space.names))
 
 
 def _ends(outside: float) -> Tensor:

@@ -139,6 +139,19 @@ class PlannerConfig:
             if not holds:
                 raise UserError(f"planner.{name} is {getattr(self, name)}, expected {expected}")
 
+    def validate_numbers(self) -> None:
+        """Checks that a plan of actions other than motion is possible.
+
+        Raises:
+            UserError: an option is for motion only.
+        """
+        general = {"candidates": self.candidates != "constant", "constraint": self.constraint == "none"}
+        for name, holds in (general | {"learned": self.learned is None}).items():
+            if not holds:
+                raise UserError(
+                    f"planner.{name} is {getattr(self, name)}, which needs a world whose actions are motion"
+                )
+
 
 @dataclass(kw_only=True)
 class LearnConfig(OutputOptions, DataOptions, CheckpointOptions):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cdit.common.charts import font
 from cdit.common.pictures import INK, PAPER, to_image
+from cdit.data.action_space import ActionSpace
 from cdit.doom.dataset import map_path
 from cdit.doom.geometry import MapGeometry
 from cdit.doom.maps import MAPS, file_name
@@ -65,6 +66,39 @@ def from_above(
         axes.plot([x], [y], "o", color=colour, markersize=5)
     if any(label for *_, label in paths):
         axes.legend(loc="lower left", fontsize=7, framealpha=0.8)
+    return _drawn(figure)
+
+
+def numbers_over_time(
+    tried: Tensor, costs: Tensor, truth: Tensor, plan: Tensor, space: ActionSpace, size: int = 320
+) -> Image.Image:
+    """A square picture with a chart for each number of an action, over the steps; at most six numbers.
+
+    Args:
+        tried: (S, H, K), candidates from the start to the end of each step.
+        costs: (S,) of the candidates.
+        truth: (H, K), recorded.
+        plan: (H, K).
+        space: names and units of the numbers.
+        size: of the picture in pixels.
+    """
+    shown = min(len(space.names), 6)
+    figure = Figure(figsize=(size / 100, size / 100), dpi=100, layout="constrained")
+    steps = range(1, len(truth) + 1)
+    colours = costs_as_colours(costs.numpy())
+    for i, axes in enumerate(figure.subplots(shown, 1, sharex=True, squeeze=False)[:, 0]):
+        for j in costs.argsort(descending=True).tolist():  # the lowest on top
+            axes.plot(steps, tried[j, :, i], color=colours[j], linewidth=0.7)
+        axes.plot(steps, truth[:, i], color=TRUTH, linewidth=2.2, label="true")
+        axes.plot(steps, plan[:, i], color=PLAN, linewidth=2.2, label="plan")
+        axes.set_title(f"{space.names[i]} {space.units[i]}".strip(), fontsize=7)
+        axes.tick_params(labelsize=6)
+    axes.legend(loc="lower left", fontsize=7, framealpha=0.8)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    return _drawn(figure)
+
+
+def _drawn(figure: Figure) -> Image.Image:
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())

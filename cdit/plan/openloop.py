@@ -1,6 +1,6 @@
-"""The open-loop benchmark: plans to the frame some seconds ahead, compared with the recorded motion.
+"""The open-loop benchmark: plans to the frame some seconds ahead, compared with the recorded actions.
 
-Every method answers the same cases. Suffixes: B cases of a batch, H steps.
+Every method answers the same cases. Suffixes: B cases of a batch, H steps, K numbers of an action (3 for motion).
 """
 
 import time
@@ -20,13 +20,14 @@ from cdit.common.frames import to_float
 from cdit.common.motion import integrate
 from cdit.common.randomness import generator
 from cdit.common.statistics import Estimate, estimates, paired_difference
-from cdit.data.windows import WindowDataset
+from cdit.data.action_space import ActionSpace
 from cdit.evaluate.cases import Case, read_index, spread_cases
 from cdit.loading import load_world, windows_for
-from cdit.plan.candidates import recorded_actions, walked
+from cdit.plan.actions import composed, recorded_steps
+from cdit.plan.candidates import recorded_actions
 from cdit.plan.config import CurveConfig, DiagnoseConfig, OpenConfig
+from cdit.plan.errors import action_errors, measures_of, path_errors
 from cdit.plan.goal_network import load_goal_network
-from cdit.plan.motion import path_errors
 from cdit.plan.planner import Guided, Plan, Planner, Towards, WorldScore
 from cdit.world_model import WorldModel
 
@@ -39,7 +40,7 @@ METHODS = {
     "straight": "straight ahead",
     "random": "a random candidate",
     "stay": "standing still",
-    "truth": "true motion as a candidate",
+    "truth": "true actions as a candidate",
 }
 """Methods and their names in tables. The error of the last is what the family of candidates cannot express."""
 PLANNERS = "world", "guided"
@@ -51,7 +52,7 @@ class Answers:
     """The plans of one method for N cases."""
 
     paths: Tensor
-    """(N, H, 3)."""
+    """(N, H, K), the actions from the start to the end of each step."""
     seconds: float = 0.0
     """Average per plan."""
     costs: Tensor | None = None
@@ -60,7 +61,7 @@ class Answers:
 
 @dataclass
 class Picture:
-    """The picture of a case. Frames are (3, H, W) in [-1, 1], paths in the frame at the start."""
+    """The picture of a case. Frames are (3, H, W) in [-1, 1], paths those of `Answers`."""
 
     case: Case
     start: Tensor
@@ -69,14 +70,14 @@ class Picture:
     """Predicted at the end of the plan."""
     worst: Tensor
     """Predicted for the candidate of highest cost."""
-    pose: Tensor
-    """(3,) of the start in the world: x, y, yaw."""
+    pose: Tensor | None
+    """(3,) of the start in the world: x, y, yaw; None if actions are not motion."""
     paths: Tensor
-    """(S, H, 3), of all candidates."""
+    """(S, H, K), of all candidates."""
     costs: Tensor
     """(S,)."""
     plan: Tensor
-    """(H, 3)."""
+    """(H, K)."""
 
 
 @dataclass
@@ -86,17 +87,26 @@ class OpenResults:
     about: dict[str, Any]
     cases: list[Case]
     truth: Tensor
-    """(N, H, 3)."""
+    """(N, H, K)."""
     answers: dict[str, Answers]
     spacing: float
+    space: ActionSpace
     pictures: list[Picture] = field(default_factory=list)
 
+    @property
+    def measures(self) -> dict[str, int]:
+        """The errors and their decimals."""
+        return measures_of(self.space)
+
     def errors(self, method: str) -> np.ndarray:
-        """(N, 4): ATE, RPE, metres, degrees."""
-        return torch.stack(path_errors(self.answers[method].paths, self.truth, self.spacing), dim=-1).numpy()
+        """(N, M), the measures."""
+        paths = self.answers[method].paths
+        if self.space.kind == "motion":
+            return torch.stack(path_errors(paths, self.truth, self.spacing), dim=-1).numpy()
+        return action_errors(paths, self.truth, self.space).numpy()
 
     def estimates(self, method: str) -> list[Estimate]:
-        """Means of the four errors, with intervals over trajectories."""
+        """Means of the errors, with intervals over trajectories."""
         return estimates(self.errors(method), [case.name for case in self.cases])
 
     def differences(self, planner: str, method: str) -> list[Estimate]:
@@ -114,10 +124,14 @@ class Benchmark:
     def __init__(self, config: OpenConfig):
         config.validate()
         self.config = config
-        self.world = load_world(config.checkpoint, config.device, moving=True, text=config.text)
+        only_motion = isinstance(config, CurveConfig | DiagnoseConfig)
+        self.world = load_world(config.checkpoint, config.device, moving=only_motion, text=config.text)
+        self.space = self.world.description.actions
+        if self.space.kind != "motion":
+            config.planner.validate_numbers()
         self.dataset = windows_for(self.world, config)
         if not self.dataset.info.has_actions:
-            raise UserError(f"{config.data}: has no poses to compare plans with")
+            raise UserError(f"{config.data}: has no actions to compare plans with")
         fps = self.world.description.fps
         self.horizon = round(config.seconds * fps)
         if self.horizon < 1:
@@ -135,7 +149,12 @@ class Benchmark:
         if self.network is not None and self.network.description.horizon != self.horizon:
             proposed = self.network.description.horizon
             raise UserError(f"planner.learned proposes {proposed} steps, expected {self.horizon}, the length of a plan")
-        self.truth_actions = torch.stack([true_actions(self.dataset, case, self.horizon) for case in self.cases])
+        steps = [
+            recorded_steps(self.dataset.trajectories[case.trajectory], self.space, case.now, case.now + self.horizon)
+            for case in self.cases
+        ]
+        self.truth_actions = torch.stack(steps)
+        self.truth = composed(self.truth_actions, self.space)
 
     def batches(self, size: int = 1) -> Iterator[tuple[range, Batch]]:
         """The cases with their frames, on the world's device."""
@@ -155,28 +174,38 @@ class Benchmark:
             if bar is not None:
                 bar.update()
         seconds = (time.perf_counter() - started) / len(plans)
-        paths = integrate(torch.cat([plan.actions for plan in plans])).cpu()
+        paths = composed(torch.cat([plan.actions for plan in plans]), self.space).cpu()
         return Answers(paths, seconds, torch.cat(costs).cpu()), plans
 
     def baselines(self, planner: Planner, score: WorldScore) -> dict[str, Answers]:
         """The answers of the other methods."""
-        count, prior = len(self.cases), planner.prior
-        zeros = torch.zeros(self.horizon, 3)
-        mean = planner.family.actions(prior.mean).cpu()
-        straight = zeros.clone()
-        straight[:, 0] = self.recorded[..., 0].mean()
+        count, prior, family = len(self.cases), planner.prior, planner.family
         draw = torch.randint(len(prior.recorded), (count,), generator=generator(self.config.seed, 2))
-        same = {"prior": mean, "straight": straight, "stay": zeros}
-        found = {name: Answers(integrate(actions.expand(count, -1, -1))) for name, actions in same.items()}
-        found["random"] = Answers(integrate(planner.family.actions(prior.recorded[draw.to(prior.mean.device)])).cpu())
-        fitted = planner.family.actions(planner.family.values(self.truth_actions))
-        found["truth"] = Answers(integrate(fitted), costs=self._costs(score, fitted))
+        fitted = family.actions(family.values(self.truth_actions))
+        actions = {
+            "prior": family.actions(prior.mean).cpu().expand(count, -1, -1),
+            "stay": self._staying(),
+            "random": family.actions(prior.recorded[draw.to(prior.mean.device)]).cpu(),
+            "truth": fitted,
+        }
+        if self.space.kind == "motion":
+            straight = torch.zeros(self.horizon, 3)
+            straight[:, 0] = self.recorded[..., 0].mean()
+            actions["straight"] = straight.expand(count, -1, -1)
+        found = {name: Answers(composed(steps, self.space)) for name, steps in actions.items()}
+        found["truth"].costs = self._costs(score, fitted)
         if self.network is not None:
             found |= self._proposals(planner, score)
         return found
 
+    def _staying(self) -> Tensor:
+        """Steps (N, H, K) that change nothing: what led to the present frame, if numbers are absolute, otherwise 0."""
+        trajectories = [self.dataset.trajectories[case.trajectory] for case in self.cases]
+        held = [self.space.between(x, [case.now], [case.now]) for x, case in zip(trajectories, self.cases, strict=True)]
+        return torch.from_numpy(np.stack(held)).float().expand(-1, self.horizon, -1)
+
     def _costs(self, score: WorldScore, actions: Tensor) -> Tensor:
-        """The world's costs (N,) of one candidate per case (N, H, 3)."""
+        """The world's costs (N,) of one candidate per case (N, H, K)."""
         costs = []
         for indices, batch in self.batches():
             scored = score_of(score, batch, self.config.seed, indices.start)
@@ -210,8 +239,7 @@ def run_open(config: OpenConfig) -> OpenResults:
     with tqdm(total=len(benchmark.cases), desc="planning", unit="episode") as bar:
         answers, plans = benchmark.planned(planner, score, bar)
     found = {"world": answers} | benchmark.baselines(planner, score)
-    truth = integrate(benchmark.truth_actions)
-    results = OpenResults(asdict(config), benchmark.cases, truth, found, benchmark.spacing)
+    results = OpenResults(asdict(config), benchmark.cases, benchmark.truth, found, benchmark.spacing, benchmark.space)
     results.about["planner"]["motions"] = config.planner.motions
     shown = np.linspace(0, len(plans) - 1, min(config.pictures, len(plans))).round().astype(int)
     results.pictures = [picture_of(benchmark, score, plans[i], int(i)) for i in shown]
@@ -242,7 +270,7 @@ def run_curve(config: CurveConfig) -> list[CurvePoint]:
         UserError: checkpoint, data or options are incompatible.
     """
     benchmark, points = Benchmark(config), []
-    truth, plans = integrate(benchmark.truth_actions), config.planner
+    plans = config.planner
     grid = list(product(config.samples, config.iterations, config.repeats, config.steps))
     cost = None
     with tqdm(total=len(grid) * len(benchmark.cases), desc="planning", unit="episode") as bar:
@@ -254,7 +282,8 @@ def run_curve(config: CurveConfig) -> list[CurvePoint]:
             score = WorldScore.of(benchmark.world, chosen, planner.moments, cost)
             cost = score.cost
             answers, _ = benchmark.planned(planner, score, bar)
-            results = OpenResults({}, benchmark.cases, truth, {"world": answers}, benchmark.spacing)
+            found = {"world": answers}
+            results = OpenResults({}, benchmark.cases, benchmark.truth, found, benchmark.spacing, benchmark.space)
             calls = samples * iterations * repeats * steps * score.predictor.calls
             points.append(
                 CurvePoint(samples, iterations, repeats, steps, calls, answers.seconds, results.estimates("world"))
@@ -277,23 +306,19 @@ def nwm_compatible(config: OpenConfig) -> OpenConfig:
 
 
 def prior_actions(world: WorldModel, config: OpenConfig, horizon: int) -> Tensor:
-    """Steps (N, H, 3) of the split that candidates resemble.
+    """Steps (N, H, K) of the split that candidates resemble.
 
     Raises:
         UserError: there are none.
     """
     recorded = recorded_actions(
-        windows_for(world, replace(config, split=config.prior_split), with_text=False).trajectories, horizon
+        windows_for(world, replace(config, split=config.prior_split), with_text=False).trajectories,
+        horizon,
+        world.description.actions,
     )
     if not len(recorded):
-        raise UserError(f"prior_split: no walk of {config.prior_split!r} has poses of {horizon + 1} frames")
+        raise UserError(f"prior_split: no trajectory of {config.prior_split!r} has actions of {horizon + 1} frames")
     return recorded
-
-
-def true_actions(dataset: WindowDataset, case: Case, horizon: int) -> Tensor:
-    """The recorded steps (H, 3) from a case on."""
-    trajectory, times = dataset.trajectories[case.trajectory], slice(case.now, case.now + horizon + 1)
-    return walked(trajectory.position[times], trajectory.yaw[times])
 
 
 def score_of(score: WorldScore, batch: Batch, seed: int, number: int) -> Towards:
@@ -318,8 +343,10 @@ def picture_of(benchmark: Benchmark, score: WorldScore, plan: Plan, number: int)
         goal=to_float(batch.target[0, -1]).cpu(),
         best=frames[0].cpu(),
         worst=frames[1].cpu(),
-        pose=torch.tensor([*trajectory.position[case.now], trajectory.yaw[case.now]]).float(),
-        paths=integrate(tried[0]).cpu(),
+        pose=None
+        if benchmark.space.kind != "motion"
+        else torch.tensor([*trajectory.position[case.now], trajectory.yaw[case.now]]).float(),
+        paths=composed(tried[0], benchmark.space).cpu(),
         costs=costs.cpu(),
-        plan=integrate(plan.actions[0]).cpu(),
+        plan=composed(plan.actions[0], benchmark.space).cpu(),
     )

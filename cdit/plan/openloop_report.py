@@ -14,11 +14,9 @@ from cdit.common.files import write_json
 from cdit.common.motion import placed
 from cdit.common.tables import html_table, markdown_table
 from cdit.evaluate.page import figure, html_page
-from cdit.plan.draw import OTHER, PLAN, TRUTH, beside, costs_as_colours, frame, from_above, map_of
+from cdit.plan.draw import OTHER, PLAN, TRUTH, beside, costs_as_colours, frame, from_above, map_of, numbers_over_time
+from cdit.plan.errors import MOTION
 from cdit.plan.openloop import METHODS, PLANNERS, CurvePoint, OpenResults, Picture
-
-MEASURES = {"ATE": 2, "RPE": 2, "final distance [m]": 2, "final turn [°]": 1}
-"""Errors and their decimals."""
 
 
 def write_open(results: OpenResults, out: Path) -> str:
@@ -45,10 +43,11 @@ def table(results: OpenResults) -> tuple[list[str], list[list[str]]]:
     for method, name in METHODS.items():
         if method in results.answers:
             answers = results.answers[method]
-            cells = [f"{e:.{places}f}" for e, places in zip(results.estimates(method), MEASURES.values(), strict=True)]
+            pairs = zip(results.estimates(method), results.measures.values(), strict=True)
+            cells = [f"{e:.{places}f}" for e, places in pairs]
             cost = "–" if answers.costs is None else f"{answers.costs.mean():.4g}"
             rows.append([name, *cells, cost, f"{answers.seconds:.2f}" if answers.seconds else "–"])
-    return ["method", *MEASURES, "cost by the world", "s per plan"], rows
+    return ["method", *results.measures, "cost by the world", "s per plan"], rows
 
 
 def differences(results: OpenResults) -> tuple[list[str], list[list[str]]]:
@@ -59,9 +58,9 @@ def differences(results: OpenResults) -> tuple[list[str], list[list[str]]]:
             name for name in METHODS if name not in (planner, "truth") and {planner, name} <= set(results.answers)
         ]
         for name in others:
-            pairs = zip(results.differences(planner, name), MEASURES.values(), strict=True)
+            pairs = zip(results.differences(planner, name), results.measures.values(), strict=True)
             rows.append([f"{planner} − {METHODS[name]}", *(f"{e:+.{places}f}" for e, places in pairs)])
-    return ["difference, case by case", *MEASURES], rows
+    return ["difference, case by case", *results.measures], rows
 
 
 def describe(results: OpenResults) -> str:
@@ -71,13 +70,15 @@ def describe(results: OpenResults) -> str:
     worse = ""
     if results.answers["truth"].costs is not None:
         beaten = (results.answers["world"].costs < results.answers["truth"].costs).float().mean()
-        worse = f" The plan costs less than the true motion in {beaten:.0%} of the episodes."
+        worse = f" The plan costs less than the true actions in {beaten:.0%} of the episodes."
+    unit = f"ATE and RPE in units of {results.spacing:g} m"
+    if results.space.kind != "motion":
+        unit = "Errors in percent of the recorded range of each number, averaged, and of single numbers at the end"
     return (
-        f"{len(results.cases)} episodes of {len({case.name for case in results.cases})} walks of split "
+        f"{len(results.cases)} episodes of {len({case.name for case in results.cases})} trajectories of split "
         f"{about['split']} of {about['data']}, {about['seconds']:g} s ahead; {planner['motions']} candidates, "
         f"{optimizer['name']}, {optimizer['samples']} × {optimizer['iterations']}, {planner['repeats']} repeats, cost "
-        f"{planner['cost']}. ATE and RPE in units of {results.spacing:g} m; ± is half the width of the 95 % interval "
-        f"over walks.{worse}"
+        f"{planner['cost']}. {unit}; ± is half the width of the 95 % interval over trajectories.{worse}"
     )
 
 
@@ -96,8 +97,13 @@ def numbers(results: OpenResults) -> dict[str, Any]:
 
 
 def draw_episode(picture: Picture, results: OpenResults) -> Image.Image:
-    """Start, goal, predicted ends of the plan and of the worst candidate, and all paths from above."""
+    """Start, goal, predicted ends of the plan and of the worst candidate, and all paths: from above, or over time."""
     number = results.cases.index(picture.case)
+    frames = [frame(x) for x in (picture.start, picture.goal, picture.best, picture.worst)]
+    labels = ["start", "goal", "predicted, plan", "predicted, worst", "candidates by cost"]
+    if picture.pose is None:
+        chart = numbers_over_time(picture.paths, picture.costs, results.truth[number], picture.plan, results.space)
+        return beside([*frames, chart], labels)
     order = picture.costs.argsort(descending=True).tolist()  # the lowest on top
     colours = costs_as_colours(picture.costs.numpy())
     start = np.zeros((1, 3))
@@ -111,8 +117,7 @@ def draw_episode(picture: Picture, results: OpenResults) -> Image.Image:
     pose = picture.pose.numpy()
     ends = [(world[-2][0][-1], TRUTH), (world[-1][0][-1], PLAN)]
     map_ = from_above(world, [(pose, OTHER), *ends], map_of(results.about["data"], picture.case.name))
-    frames = [frame(x) for x in (picture.start, picture.goal, picture.best, picture.worst)]
-    return beside([*frames, map_], ["start", "goal", "predicted, plan", "predicted, worst", "candidates by cost"])
+    return beside([*frames, map_], labels)
 
 
 def placed_path(path: np.ndarray, picture: Picture) -> np.ndarray:
@@ -127,11 +132,11 @@ def write_curve(points: Sequence[CurvePoint], out: Path, about: dict[str, Any]) 
         [
             *(str(x) for x in (p.samples, p.iterations, p.repeats, p.steps, p.calls)),
             f"{p.seconds:.2f}",
-            *(f"{e:.{places}f}" for e, places in zip(p.errors, MEASURES.values(), strict=True)),
+            *(f"{e:.{places}f}" for e, places in zip(p.errors, MOTION.values(), strict=True)),
         ]
         for p in points
     ]
-    text = markdown_table(["candidates", "iterations", "repeats", "steps", "calls", "s per plan", *MEASURES], rows)
+    text = markdown_table(["candidates", "iterations", "repeats", "steps", "calls", "s per plan", *MOTION], rows)
     (out / "curve.md").write_text(text)
     write_json(out / "curve.json", {"config": about, "points": [asdict(point) for point in points]})
     shown = Figure(figsize=(9, 3.6), layout="constrained")

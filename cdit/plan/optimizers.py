@@ -1,6 +1,6 @@
 """Optimisers of candidates: CEM, iCEM, MPPI, and the best of a list.
 
-Suffixes: B contexts, which are planned for independently, S candidates of each, K knots.
+Suffixes: B contexts, which are planned for independently, S candidates of each, K knots, D numbers of an action.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from cdit.plan.config import OptimizerConfig
 from cdit.plan.noise import coloured_noise
 
 Objective = Callable[[Tensor], Tensor]
-"""Costs (B, S) of candidates' parameters (B, S, K, 3); lower is better."""
+"""Costs (B, S) of candidates' parameters (B, S, K, D); lower is better."""
 
 
 @dataclass
@@ -22,14 +22,14 @@ class Solution:
     """What an optimiser found."""
 
     values: Tensor
-    """(B, K, 3), the result."""
+    """(B, K, D), the result."""
     tried: list[Tensor] = field(default_factory=list)
-    """The candidates of each iteration, (B, S, K, 3)."""
+    """The candidates of each iteration, (B, S, K, D)."""
     costs: list[Tensor] = field(default_factory=list)
     """Their costs, (B, S)."""
 
     def best(self) -> tuple[Tensor, Tensor]:
-        """The best of all candidates, (B, K, 3), and its cost, (B,)."""
+        """The best of all candidates, (B, K, D), and its cost, (B,)."""
         costs = torch.cat(self.costs, dim=1)
         index = costs.argmin(1)
         return take(torch.cat(self.tried, dim=1), index[:, None])[:, 0], costs.gather(1, index[:, None])[:, 0]
@@ -52,13 +52,13 @@ def optimize(
         config: the optimiser and its settings.
         batch: B.
         generator: draws the candidates.
-        start: (B, K, 3), an earlier plan to continue (a warm start): the mean of the first iteration, and one of its
+        start: (B, K, D), an earlier plan to continue (a warm start): the mean of the first iteration, and one of its
             candidates.
-        proposed: (B, P, K, 3), further candidates of the first iteration, in place of as many others.
+        proposed: (B, P, K, D), further candidates of the first iteration, in place of as many others.
     """
-    knots = len(prior.mean)
-    mean = prior.mean.expand(batch, knots, 3) if start is None else start
-    std = prior.std.expand(batch, knots, 3)
+    knots, numbers = prior.mean.shape
+    mean = prior.mean.expand(batch, knots, numbers) if start is None else start
+    std = prior.std.expand(batch, knots, numbers)
     solution, kept = Solution(mean), None
     for iteration in range(config.iterations):
         if iteration == 0 and config.first == "data":
@@ -66,7 +66,7 @@ def optimize(
             values = prior.recorded[index.to(prior.recorded.device)]
         else:
             beta = 0.0 if config.name in ("cem", "best") else config.noise_beta
-            noise = coloured_noise((batch, config.samples, 3, knots), beta, generator).transpose(-1, -2).to(mean)
+            noise = coloured_noise((batch, config.samples, numbers, knots), beta, generator).transpose(-1, -2).to(mean)
             values = (mean[:, None] + std[:, None] * noise).clamp(prior.low, prior.high)
         if iteration == 0 and start is not None:
             values[:, 0] = start
@@ -104,5 +104,5 @@ def mppi_weights(costs: Tensor, temperature: float) -> Tensor:
 
 
 def take(values: Tensor, index: Tensor) -> Tensor:
-    """Candidates (B, S, K, 3) at the indices (B, E): (B, E, K, 3)."""
+    """Candidates (B, S, K, D) at the indices (B, E): (B, E, K, D)."""
     return values[torch.arange(len(values), device=values.device)[:, None], index]

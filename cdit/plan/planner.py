@@ -1,6 +1,6 @@
 """Plans: an optimiser searches a family of candidates for the one that a world scores best.
 
-Suffixes: B contexts, S candidates of each, H steps.
+Suffixes: B contexts, S candidates of each, H steps, K numbers of an action (3 for motion).
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from cdit.plan.prediction import Predictor
 from cdit.world_model import WorldModel, WorldState
 
 Score = Callable[[Tensor], Tensor]
-"""Costs (B, S, L) of candidates (B, S, H, 3) after each of L moments; lower is better."""
+"""Costs (B, S, L) of candidates (B, S, H, K) after each of L moments; lower is better."""
 
 
 @dataclass
@@ -28,13 +28,13 @@ class Plan:
     """The chosen steps for B contexts, and all candidates that were tried."""
 
     actions: Tensor
-    """(B, H, 3)."""
+    """(B, H, K)."""
     length: Tensor
     """(B,) steps after which the plan is closest to the goal."""
     lowest: Tensor
     """(B,) lowest cost of any candidate, without penalty."""
     tried: list[Tensor] = field(default_factory=list)
-    """The candidates of each iteration, (B, S, H, 3)."""
+    """The candidates of each iteration, (B, S, H, K)."""
     costs: list[Tensor] = field(default_factory=list)
     """Their costs, (B, S)."""
 
@@ -49,7 +49,7 @@ class Planner:
 
     @classmethod
     def fit(cls, config: PlannerConfig, actions: Tensor, device: torch.device | str = "cpu") -> "Planner":
-        """A planner whose candidates resemble recorded steps (N, H, 3)."""
+        """A planner whose candidates resemble recorded steps (N, H, K)."""
         family = make_family(config.candidates, actions.shape[1], config.knots)
         return cls(family, Prior.fit(family, actions).to(device), config)
 
@@ -59,7 +59,7 @@ class Planner:
         return sorted(self.config.frames) or [self.family.horizon]
 
     def project(self, actions: Tensor) -> Tensor:
-        """Steps (…, H, 3) that obey the constraint."""
+        """Steps (…, H, K) that obey the constraint."""
         projection = PROJECTIONS.get(self.config.constraint)
         return actions if projection is None else projection(actions)
 
@@ -78,9 +78,9 @@ class Planner:
             score: costs at `moments`.
             batch: B.
             generator: draws the candidates.
-            start: (B, H, 3), steps to continue from.
+            start: (B, H, K), steps to continue from.
             penalty: added to the costs.
-            proposed: (B, P, H, 3), steps whose closest candidates are tried in the first iteration.
+            proposed: (B, P, H, K), steps whose closest candidates are tried in the first iteration.
         """
         low, high = self.prior.low, self.prior.high
         started, proposals = (x if x is None else self.family.values(x).clamp(low, high) for x in (start, proposed))
@@ -100,7 +100,7 @@ class Planner:
         return Plan(actions, length, torch.stack(lowest).min(0).values, tried, found.costs)
 
     def rank(self, score: Score, actions: Tensor, penalty: Penalty | None = None) -> Plan:
-        """The best of given steps (B, S, H, 3); score and penalty as in `plan`."""
+        """The best of given steps (B, S, H, K); score and penalty as in `plan`."""
         costs = score(actions)
         total = _total(costs, actions, penalty)
         rows, best = torch.arange(len(actions), device=costs.device), total.argmin(1)
@@ -173,7 +173,7 @@ class Towards:
     """One for each repeat, see `Predictor.predict`."""
 
     def latents(self, actions: Tensor, repeat: int = 0) -> Tensor:
-        """The latents predicted along candidates (B, S, H, 3): (B, S, L, C, h, w)."""
+        """The latents predicted along candidates (B, S, H, K): (B, S, L, C, h, w)."""
         return self.score.predictor.predict(self.state, actions, self.noises[repeat])
 
     def frames(self, actions: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """Predictions of a world model for many candidates: the past is encoded once and shared by all of them.
 
-Suffixes: B contexts, S candidates of each, H steps of a candidate, L predicted frames.
+Suffixes: B contexts, S candidates of each, H steps of a candidate, K numbers of an action, L predicted
+frames.
 """
 
 from collections.abc import Sequence
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from cdit.batch import Condition
-from cdit.common.motion import between, integrate
 from cdit.diffusion.config import SamplerConfig
+from cdit.plan.actions import composed, since
 from cdit.world_model import WorldModel, WorldState
 
 
@@ -48,7 +49,7 @@ class Predictor:
 
         Args:
             state: from `begin`.
-            actions: (B, S, H, 3), the motion during each step in the frame at its start, in metres and radians.
+            actions: (B, S, H, K) of each step, in the units of the world's actions.
             noise: (N, C, h, w) to start from, one for each predicted frame or step.
         """
         parts, start = [], 0
@@ -77,21 +78,22 @@ class Predictor:
         return torch.randn(self.calls, *self.world.latent_shape, generator=generator, device=generator.device)
 
     def _jumps(self, state: WorldState, actions: Tensor, noise: Tensor) -> Tensor:
-        motion = integrate(actions)[:, :, [t - 1 for t in self.frames]]  # (B, S, L, 3)
-        seconds = torch.tensor(self.frames, device=motion.device) / self.world.description.fps
-        condition = Condition(seconds.expand(motion.shape[:3]).flatten(1), motion.flatten(1, 2))
+        whole = composed(actions, self.world.description.actions)[:, :, [t - 1 for t in self.frames]]  # (B, S, L, K)
+        seconds = torch.tensor(self.frames, device=whole.device) / self.world.description.fps
+        condition = Condition(seconds.expand(whole.shape[:3]).flatten(1), whole.flatten(1, 2))
         sampled = self.world.sample(state, condition, self.sampler, noise=noise.repeat(actions.shape[1], 1, 1, 1))
-        return sampled.unflatten(1, motion.shape[1:3])
+        return sampled.unflatten(1, whole.shape[1:3])
 
     def _steps(self, state: WorldState, actions: Tensor, noise: Tensor) -> Tensor:
-        path = integrate(actions)[:, :, self.stride - 1 : self.frames[-1] : self.stride]
+        space = self.world.description.actions
+        path = composed(actions, space)[:, :, self.stride - 1 : self.frames[-1] : self.stride]
         before = torch.cat((torch.zeros_like(path[:, :, :1]), path[:, :, :-1]), dim=2)
-        motion, found = between(before, path), {}
+        action, found = since(before, path, space), {}
         sampler = replace(self.sampler or self.world.description.sampler, hold=1)  # the stride says what joins the past
         state = state.fork(actions.shape[1])
-        for i in range(motion.shape[2]):
-            sampled = self.world.sample(state, Condition(action=motion[:, :, i]), self.sampler, noise=noise[i])
+        for i in range(action.shape[2]):
+            sampled = self.world.sample(state, Condition(action=action[:, :, i]), self.sampler, noise=noise[i])
             found[(i + 1) * self.stride] = sampled
-            if i + 1 < motion.shape[2]:
+            if i + 1 < action.shape[2]:
                 state = self.world.advance(state, sampled, sampler=sampler)
         return torch.stack([found[t] for t in self.frames], dim=2)

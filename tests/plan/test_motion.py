@@ -6,7 +6,7 @@ import torch
 
 from cdit.common.motion import between, integrate, placed, wrap
 from cdit.plan.candidates import Constant, Prior, Spline
-from cdit.plan.motion import path_errors
+from cdit.plan.errors import path_errors
 
 
 def matrix(x: float, y: float, yaw: float) -> np.ndarray:

@@ -34,7 +34,7 @@ def test_each_example_trains_and_samples(command: str, train: Callable[..., Path
     name, *options = shlex.split(command.removeprefix("--name "))
     run = train(tmp_path, *options, *QUICK, name=name)
     world = WorldModel.from_pretrained(run)
-    context, action = torch.zeros(1, 3, 3, 32, 32), torch.zeros(1, 2, 2, 3)
+    context, action = torch.zeros(1, 3, 3, 32, 32), torch.zeros(1, 2, 2, world.cdit.config.action_size)
     frames = [
         world.rollout(context, Condition(action=action, extra={"hour": torch.full((1, 2, 2), hour)}), generator=zero())
         for hour in (0.0, 12.0)
