@@ -4,13 +4,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cdit.batch import Condition
 from cdit.common.frames import to_float, to_uint8
 from cdit.common.randomness import generator
-from cdit.data.motion import compose
 from cdit.diffusion.config import SamplerConfig
 from cdit.heads.head_statistics import HeadRow, HeadStatistics
 from cdit.heads.importance import Head, ablate_heads
@@ -27,7 +27,7 @@ back."""
 class Moment:
     """One step of a dream, with everything that is needed to repeat it."""
 
-    action: tuple[float, float, float]
+    action: tuple[float, ...]
     sampled: Tensor
     """(1, 1, C, h, w) latents."""
     frame: Tensor
@@ -102,7 +102,8 @@ class Dream:
         """Advances by one frame.
 
         Args:
-            action: dx, dy (metres), dyaw (radians) during the step, in the local frame at its start.
+            action: during the step, in the units of the world's actions: dx, dy (metres), dyaw (radians) in the local
+                frame at its start, or other numbers.
 
         Returns:
             The frame, (3, H, W) uint8.
@@ -163,10 +164,10 @@ class Dream:
         The dream's own noise is not affected.
         """
         steps = max(1, round(self.world.description.fps))
-        motion = torch.from_numpy(compose([action] * steps)[-1])
+        whole = torch.from_numpy(self.world.description.actions.compose(np.tile(np.float32(action), (steps, 1)))[-1])
         condition = Condition(
             time_shift=torch.full((1, samples), steps / self.world.description.fps),
-            action=motion.expand(1, samples, 3),
+            action=whole.expand(1, samples, -1),
         )
         noise = generator(self.seed, 1, len(self.moments))
         with ablate_heads(self.world.cdit, self.off):

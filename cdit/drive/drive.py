@@ -50,13 +50,13 @@ class Stage:
     def __init__(self, config: DriveConfig):
         self.config = config
         self.names = [config.checkpoint, *config.also]
-        self.worlds = [load_world(name, config.device, moving=True, text=config.text) for name in self.names]
+        self.worlds = [load_world(name, config.device, text=config.text) for name in self.names]
         world = self.worlds[0]
-        self.description = world.description
+        self.description, self.space = world.description, world.description.actions
         for name, other in zip(self.names, self.worlds, strict=True):
             if not other.description.has_actions:
                 raise UserError(f"{name} was trained without actions: there is nothing to drive")
-            for field_ in ("image_size", "fps"):
+            for field_ in ("image_size", "fps", "actions"):
                 ours, theirs = getattr(self.description, field_), getattr(other.description, field_)
                 if ours != theirs:
                     raise UserError(f"also: {field_} of {name} is {theirs}, that of {self.names[0]} {ours}")
@@ -80,7 +80,7 @@ class Stage:
         costs = [config.planner.cost, *learned, self.simplest_cost]
         if not self.has_decoder and config.planner.cost == PlannerConfig().cost:  # compares pictures
             costs.reverse()
-        self.costs = list(dict.fromkeys(costs))
+        self.costs = list(dict.fromkeys(costs)) if self.drives else []
         """Costs of plans that the page can choose."""
         self._scores: dict[str, WorldScore] = {}
         self.engine_size = info.camera.width if info and info.camera else max(self.description.image_size)
@@ -88,9 +88,26 @@ class Stage:
         self.no_truth = ""
         """Why the truth is not available."""
         try:
+            if not self.drives:
+                raise UserError("the actions of this world are not the motion of a camera")
             self.maps = truth_of(info, self.description)
         except UserError as error:
             self.no_truth = str(error)
+
+    @property
+    def drives(self) -> bool:
+        """Whether actions are the motion of a camera; if not, commands are the numbers of each step."""
+        return self.space.kind == "motion"
+
+    @property
+    def bounds(self) -> list[tuple[float, float]]:
+        """The range of each number of a command, if actions are not motion."""
+        pairs = list(zip(self.space.low, self.space.high, strict=True))
+        return [(low - high, high - low) for low, high in pairs] if self.space.kind == "relative" else pairs
+
+    def action(self, command: Sequence[float]) -> tuple[float, ...]:
+        """The action of one step of a command: m/s forward and left and rad/s, or the action's own numbers."""
+        return arc(*command, self.description.fps) if self.drives else tuple(command)
 
     @cached_property
     def metrics(self) -> dict[str, Metric]:
@@ -190,6 +207,9 @@ class Drive:
         self.stage = stage
         self.inside, self.doubt = Inside(), 0
         self.beginning: Begin | None = None
+        self.begun = 0
+        """How often a dream has begun."""
+        self._resting: tuple[float, ...] = ()
         self.truth: Truth | None = None
         self.dreams = [Dream(stage.worlds[0], stage.description.sampler)]
         self._scores: list[list[dict[str, float]]] = []
@@ -199,6 +219,11 @@ class Drive:
     def steps(self) -> int:
         """Number of steps so far."""
         return len(self.dreams[0].moments)
+
+    @property
+    def action(self) -> tuple[float, ...]:
+        """The newest action; before the first step, one that changes nothing."""
+        return self.dreams[0].moments[-1].action if self.steps else self._resting
 
     @property
     def limit(self) -> int:
@@ -243,7 +268,20 @@ class Drive:
             if context is None:
                 context, mask = past_of_image(stage.worlds[0], self.truth.frame)
         self.beginning = how
+        self._resting = self._resting_numbers(how)
         self._begin(context, mask)
+
+    def _resting_numbers(self, how: Begin) -> tuple[float, ...]:
+        """Zeros; for absolute numbers, those that led to the first frame or, if they are unknown, the middle."""
+        stage = self.stage
+        if stage.space.kind != "absolute":
+            return (0.0,) * len(stage.space.names)
+        if how.start is not None:
+            index, now = stage.data.locate(stage.starts[how.start])
+            trajectory = stage.data.trajectories[index]
+            if stage.space.recorded(trajectory):
+                return tuple(stage.space.between(trajectory, [now], [now])[0].tolist())
+        return tuple((low + high) / 2 for low, high in stage.bounds)
 
     def from_here(self) -> None:
         """Restarts the dream from the newest true frames."""
@@ -255,21 +293,25 @@ class Drive:
         self._begin(torch.stack([*dream.context, *true])[-longest:], mask)
 
     def _begin(self, context: Tensor, mask: Tensor) -> None:
-        self._scores, self._true_frames = [], []
+        self._scores, self._true_frames, self.begun = [], [], self.begun + 1
         for dream in self.dreams:
             dream.seed, dream.spacing = self.beginning.seed, self.stage.spacing
             dream.begin(context, mask)
 
     # ---- driving ----
 
-    def step(self, forward: float, left: float, turn: float) -> bool:
-        """Advances by one frame with these commands, in m/s and rad/s; False if the drive cannot continue."""
+    def step(self, *command: float) -> bool:
+        """Advances by one frame; False if the drive cannot continue.
+
+        Args:
+            command: see `Stage.action`.
+        """
         walked = len(self.truth.walk) - 1 if self.truth is not None else 0
         if self.beginning is None or max(self.steps, walked) >= self.limit:
             return False
-        action = arc(forward, left, turn, self.stage.description.fps)
+        action = self.stage.action(command)
         if self.truth is not None:
-            action = self.truth.step(forward, left, turn)
+            action = self.truth.step(*command)
             if action is None:
                 return False
             self._true_frames.append(self.truth.frame)
@@ -349,16 +391,18 @@ class Drive:
         """
         if self.beginning is None:
             raise UserError("choose a start before a goal")
+        if not self.stage.drives:
+            raise UserError("plans here need a world whose actions are motion; cdit.plan open plans other numbers")
         planner, score = self.stage.planner, self.stage.score(cost or self.stage.costs[0])
         return plan(planner, score, self.dreams[0], goal, run)
 
     # ---- what is shown ----
 
-    def view(self, command: Sequence[float] = (0.0, 0.0, 0.0)) -> View:
+    def view(self, command: Sequence[float] = ()) -> View:
         """The newest frames, and the views of them that were chosen.
 
         Args:
-            command: forward, left (m/s) and turn (rad/s), which `doubt` assumes to continue.
+            command: see `Stage.action`; `doubt` assumes that it continues. By default the one that changes nothing.
         """
         if self.beginning is None:
             return View({"step": 0, "limit": self.limit, "dreams": []}, {})
@@ -367,7 +411,8 @@ class Drive:
         facts: dict[str, Any] = {
             "step": self.steps,
             "limit": self.limit,
-            "action": last[0].action if last[0] else (0.0, 0.0, 0.0),
+            "action": self.action,
+            "begun": self.begun,
             "dreams": [
                 {"calls": moment.calls if moment else 0, **(scores[i] if scores else {})}
                 for i, moment in enumerate(last)
@@ -382,7 +427,7 @@ class Drive:
         if self.inside.patch is not None and self.inside.heads:
             self._look(facts, arrays)
         if self.doubt:
-            ends = self.dreams[0].ends(arc(*command, self.stage.description.fps), self.doubt)
+            ends = self.dreams[0].ends(self.stage.action(command or self._resting), self.doubt)
             spread_ = ends.float().std(0).mean(0)  # of the 256 levels, over samples, mean over channels
             facts["spread"] = float(spread_.mean()) / 255
             arrays |= {"ends": shown(ends), "spread": spread_.clamp(0, 255).byte().numpy()}
@@ -414,7 +459,7 @@ class Drive:
     # ---- what is saved ----
 
     def actions(self) -> list[tuple[float, ...]]:
-        """The actions so far, one a step, in metres and radians, rounded as the model received them."""
+        """The actions so far, one a step, in their units, rounded as the model received them."""
         return [tuple(np.float32(moment.action).tolist()) for moment in self.dreams[0].moments]
 
     def video(self) -> bytes:

@@ -194,9 +194,9 @@ class Session:
         self._server, self._socket, self._stage = server, socket, server.stage
         self._drive = Drive(server.stage)
         self._running, self._flows, self._pace, self._runs = True, False, 12.0, 0
-        self._command, self._input = (0.0, 0.0, 0.0), 0
+        self._command, self._input = (0.0,) * len(server.stage.space.names), 0
         self._planned: Planned | None = None
-        self._following: deque[tuple[float, float, float]] = deque()
+        self._following: deque[tuple[float, ...]] = deque()
         """Commands of the plan that is being followed."""
         self._stale = threading.Event()
         """Set when the plan that is being made is no longer needed."""
@@ -267,11 +267,14 @@ class Session:
         self._wake.set()
 
     def _read_drive(self, message: Message) -> None:
-        self._command = (
-            message.number("forward", -MAX_SPEED, MAX_SPEED),
-            message.number("left", -MAX_SPEED, MAX_SPEED),
-            message.number("turn", -MAX_TURN, MAX_TURN),
-        )
+        if self._stage.drives:
+            self._command = (
+                message.number("forward", -MAX_SPEED, MAX_SPEED),
+                message.number("left", -MAX_SPEED, MAX_SPEED),
+                message.number("turn", -MAX_TURN, MAX_TURN),
+            )
+        else:
+            self._command = message.numbers("numbers", self._stage.bounds)
         self._input = message.integer("id", 0, 2**53)
         if any(self._command):
             self._forget_plan()
@@ -303,7 +306,12 @@ class Session:
             how.picture = self._picture
         self._forget_plan()
         self._running = True
-        self._do(self._drive.begin, how)
+        self._do(self._begin, how)
+
+    def _begin(self, how: Begin) -> None:
+        self._drive.begin(how)
+        if not self._stage.drives:
+            self._command = self._drive.action  # the page sets its sliders to it
 
     def _read_plan(self, message: Message) -> None:
         source = message.choice("source", ("data", "ahead", "picture"))
@@ -393,6 +401,8 @@ class Session:
 
     @property
     def _moves(self) -> bool:
+        if self._stage.space.kind == "absolute":
+            return self._flows or self._command != self._drive.action
         return self._flows or any(self._command) or bool(self._following)
 
     async def _careful(self, work: Coroutine[Any, Any, None]) -> None:
@@ -542,12 +552,19 @@ class Session:
             "spacing": stage.spacing,
             "starts": [{"start": i, "name": name} for i, name in zip(chosen, names, strict=True)],
             "count": len(stage.starts),
+            "numbers": None if stage.drives else _numbers(stage),
             "maps": stage.maps,
             "no_truth": stage.no_truth,
             "costs": stage.costs,
             "records": self._server.config.record is not None,
         }
         return pack("hello", facts, {"starts": shown(pictures)})
+
+
+def _numbers(stage: Stage) -> list[dict[str, Any]]:
+    """Name, unit and range of each number of an action."""
+    each = zip(stage.space.names, stage.space.units, stage.bounds, strict=True)
+    return [{"name": name, "unit": unit, "low": low, "high": high} for name, unit, (low, high) in each]
 
 
 COMMANDS = {name.removeprefix("_read_") for name in vars(Session) if name.startswith("_read_")} - {"picture"}

@@ -54,6 +54,16 @@ class Message:
             raise Malformed(f"{name}: expected a number from {low:g} to {high:g}")
         return float(value)
 
+    def numbers(self, name: str, bounds: Sequence[tuple[float, float]]) -> tuple[float, ...]:
+        """One number for each (low, high)."""
+        value = self._fields.get(name)
+        if not isinstance(value, list) or len(value) != len(bounds):
+            raise Malformed(f"{name}: expected {len(bounds)} numbers")
+        for i, (x, (low, high)) in enumerate(zip(value, bounds, strict=True)):
+            if not isinstance(x, int | float) or isinstance(x, bool) or not low <= x <= high:
+                raise Malformed(f"{name}: expected number {i} to be from {low:g} to {high:g}")
+        return tuple(map(float, value))
+
     def integer(self, name: str, low: int, high: float = math.inf) -> int:
         """An integer from low to high."""
         value = self._fields.get(name)

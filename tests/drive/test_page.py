@@ -35,6 +35,7 @@ sys.path.append(str(Path(__file__).parents[1]))
 from browser import launched, needs_a_browser
 from selenium import webdriver
 from selenium.webdriver.common.by import By
+from two_joints import arm_world
 
 pytestmark = needs_a_browser
 
@@ -498,3 +499,30 @@ def test_the_shipped_world_beside_the_truth(chromium):
         assert np.array_equal(page.pixels("[data-name=truth] canvas"), page.pixels("[data-name='dream 0'] canvas"))
         page.hold("KeyW", "drive.last.step >= 2")
         assert chromium.get_log("browser") == []
+
+
+def test_sliders_drive_actions_other_than_motion(chromium, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Absolute numbers: a frame is made for each change, and none while the sliders rest."""
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(Path(__file__).parents[1]), *sys.path]))
+    arm_world("absolute").save_pretrained(tmp_path / "best")
+    with served("--checkpoint", str(tmp_path), "--data", "none", "--source", "two_joints:Arms") as (address, _):
+        page = Page(chromium, address)
+        page.open()
+        names = "[...document.querySelectorAll('#numbers input')].map((x) => x.dataset.number).join()"
+        assert page.run(f"return {names}") == "lift,grip"
+        assert not page.find("#speed").is_displayed()
+        assert not page.run("return document.querySelector('[data-panel=plan], [data-panel=truth]')")
+        resting = page.run("return drive.last.action")
+        for i, x in enumerate(resting):
+            assert page.run("return Number(drive.numbers[arguments[0]].slider.value)", i) == pytest.approx(x, abs=0.01)
+        page.set("#numbers [data-number=grip]", 0.5)
+        page.until("drive.last.step === 1")
+        grip = page.run("return drive.last.action[1]")
+        assert grip == pytest.approx(0.5, abs=0.01)
+        time.sleep(0.5)
+        assert page.run("return drive.last.step") == 1
+        page.click("#reset")
+        page.until("drive.last.step === 0")
+        page.until(
+            "Math.abs(drive.numbers[1].slider.value - arguments[0]) < 0.01".replace("arguments[0]", str(resting[1]))
+        )

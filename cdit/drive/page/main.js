@@ -10,10 +10,10 @@ import { start } from "./start.js";
 import { truth } from "./truth.js";
 import { connect } from "./wire.js";
 
-// A panel is {name, title, about, open, build(app, body), frame(message), clicked(x, y)}; all from `open` on but `build`
-// are optional. `build` fills the panel's body once the server has sent app.hello. What a panel sends with
+// A panel is {name, title, about, open, needsMotion, build(app, body), frame(message), clicked(x, y)}; all from `open` on
+// but `build` are optional. `build` fills the panel's body once the server has sent app.hello. What a panel sends with
 // app.send("name", fields) is read by `Session._read_name` of the server.
-const PANELS = [start, truth, plan, inside, doubt, compare];
+let PANELS = [start, truth, plan, inside, doubt, compare];
 
 const find = (id) => document.getElementById(id);
 const NAMES = { "dream 0": "dream", truth: "truth", "dream 1": "second dream" };
@@ -21,6 +21,8 @@ const NAMES = { "dream 0": "dream", truth: "truth", "dream 1": "second dream" };
 const app = {
   hello: null,
   last: null, // the newest frame message
+  numbers: [], // the sliders of actions other than motion
+  begun: 0,
   running: true,
   screens: {},
   listeners: [], // functions that get every message
@@ -84,17 +86,21 @@ let command = [0, 0, 0];
 let inputs = 0;
 
 function sendCommand() {
-  const [forward, left, turn] = command;
-  const speed = Number(find("speed").value);
   sentAt.set(++inputs, performance.now());
   sentAt.delete(inputs - 100);
+  if (app.hello.numbers) {
+    app.send("drive", { numbers: app.numbers.map(({ value }) => value()), id: inputs });
+    return;
+  }
+  const [forward, left, turn] = command;
+  const speed = Number(find("speed").value);
   app.send("drive", {
     forward: forward * speed, left: left * speed, turn: (turn * Number(find("turning").value) * Math.PI) / 180, id: inputs,
   });
 }
 
 function steer(wanted) {
-  if (wanted.some((value, i) => value !== command[i])) {
+  if (!app.hello.numbers && wanted.some((value, i) => value !== command[i])) {
     command = wanted;
     sendCommand();
   }
@@ -148,6 +154,37 @@ function showSliders() {
   output("pace", `${find("pace").value}/s, ${Number(times.toPrecision(2))} × real time`);
 }
 
+// ---- actions other than motion ----
+
+/** In place of speeds, a slider for each number of an action. */
+function showNumbers(numbers) {
+  for (const hidden of document.querySelectorAll(".motion")) hidden.hidden = true;
+  find("hint-numbers").hidden = false;
+  app.numbers = numbers.map(({ name, unit, low, high }) => {
+    const slider = element("input", { type: "range", min: low, max: high, step: (high - low) / 200 || 1 });
+    slider.dataset.number = name;
+    const output = element("output");
+    find("numbers").append(element("label", {}, `${name} `, slider, " ", output));
+    const show = () => (output.textContent = `${digits(Number(slider.value))} ${unit}`);
+    slider.oninput = () => {
+      show();
+      sendCommand();
+    };
+    const value = () => Math.max(low, Math.min(high, Number(slider.value)));
+    return { slider, show, value };
+  });
+}
+
+/** Moves the sliders to where a drive begins. */
+function restNumbers(message) {
+  if (app.begun === message.begun) return;
+  app.begun = message.begun;
+  app.numbers.forEach(({ slider, show }, i) => {
+    slider.value = message.action[i];
+    show();
+  });
+}
+
 // ---- facts ----
 
 const shownAt = []; // times of the frames of the last second
@@ -167,6 +204,7 @@ function showFacts(message) {
     ? digits((1000 * (shownAt.length - 1)) / (shownAt.at(-1) - shownAt[0]), 1) : "–";
   find("fact-calls").textContent = message.dreams.map((dream) => dream.calls || "–").join(" + ");
   find("fact-latency").textContent = recent.length ? `${digits(recent[recent.length >> 1], 0)} ms` : "–";
+  if (app.hello.numbers) return;
   find("fact-forward").textContent = `${digits(message.action[0] * fps)} m/s`;
   find("fact-left").textContent = `${digits(message.action[1] * fps)} m/s`;
   find("fact-turn").textContent = `${digits((message.action[2] * fps * 180) / Math.PI, 0)} °/s`;
@@ -191,6 +229,8 @@ const on = {
     find("speed").value = message.spacing * message.fps;
     find("record").hidden = !message.records;
     showSliders();
+    if (message.numbers) showNumbers(message.numbers);
+    PANELS = PANELS.filter((panel) => !message.numbers || !panel.needsMotion);
     for (const panel of PANELS) {
       const body = element("div");
       const heading = element("summary", {}, panel.title, element("small", { textContent: panel.about }));
@@ -207,6 +247,7 @@ const on = {
     if (message.runs === runs) app.running = message.running;
     showRunning();
     if (message.dreams.length) {
+      if (app.hello.numbers) restNumbers(message);
       show(message);
       showFacts(message);
     }

@@ -49,6 +49,7 @@ export const plan = {
   name: "plan",
   title: "Plan",
   about: "to a goal picture",
+  needsMotion: true,
 
   build(page, body) {
     app = page;

@@ -15,6 +15,7 @@ export const truth = {
   name: "truth",
   title: "Truth",
   about: "the engine beside the dream",
+  needsMotion: true,
 
   build(page, body) {
     app = page;
