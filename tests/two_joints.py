@@ -19,8 +19,9 @@ RANGE = {"absolute": 1.0, "relative": 1.0, "sum": 0.1}
 
 
 def space_of(kind: str) -> ActionSpace:
+    """Ranges of different widths, of which the second is not symmetric."""
     limit = RANGE[kind]
-    return ActionSpace(["lift", "grip"], ["rad", ""], [-limit, -limit], [limit, limit], kind)
+    return ActionSpace(["lift", "grip"], ["rad", ""], [-limit, -limit], [limit, 1.5 * limit], kind)
 
 
 class Arm(TrajectorySource):

@@ -23,7 +23,8 @@ class DriveConfig(TextOptions, DataOptions, CheckpointOptions):
     """Dataset folder with frames to start from; by default those that ship with the world, if any. The truth can be
     shown beside the dream if the dataset was recorded in Doom and ViZDoom is installed."""
     also: list[str] = field(default_factory=list)
-    """Further checkpoints to drive side by side with the first, of the same frame size and rate."""
+    """Further checkpoints to drive side by side with the first, of the same frame size, frame rate and
+    actions."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     """How frames are sampled at first; the page can change it."""
     mixed_precision: Literal["no", "bf16"] = "no"

@@ -56,8 +56,10 @@ class Stage:
         for name, other in zip(self.names, self.worlds, strict=True):
             if not other.description.has_actions:
                 raise UserError(f"{name} was trained without actions: there is nothing to drive")
-            for field_ in ("image_size", "fps", "actions"):
-                ours, theirs = getattr(self.description, field_), getattr(other.description, field_)
+            facts = [
+                (x.image_size, x.fps, x.actions.kind, x.actions.names) for x in (self.description, other.description)
+            ]
+            for field_, ours, theirs in zip(("image_size", "fps", "kind of actions", "actions"), *facts, strict=True):
                 if ours != theirs:
                     raise UserError(f"also: {field_} of {name} is {theirs}, that of {self.names[0]} {ours}")
         self.description.sampler = config.sampler.over(self.description)
@@ -102,8 +104,12 @@ class Stage:
     @property
     def bounds(self) -> list[tuple[float, float]]:
         """The range of each number of a command, if actions are not motion."""
-        pairs = list(zip(self.space.low, self.space.high, strict=True))
-        return [(low - high, high - low) for low, high in pairs] if self.space.kind == "relative" else pairs
+        pairs = zip(self.space.low, self.space.high, strict=True)
+        if self.space.kind == "absolute":
+            return list(pairs)
+        if self.space.kind == "relative":
+            return [(low - high, high - low) for low, high in pairs]
+        return [(min(low, 0.0), max(high, 0.0)) for low, high in pairs]
 
     def action(self, command: Sequence[float]) -> tuple[float, ...]:
         """The action of one step of a command: m/s forward and left and rad/s, or the action's own numbers."""
@@ -427,7 +433,8 @@ class Drive:
         if self.inside.patch is not None and self.inside.heads:
             self._look(facts, arrays)
         if self.doubt:
-            ends = self.dreams[0].ends(self.stage.action(command or self._resting), self.doubt)
+            still = self.action if self.stage.space.kind == "absolute" else self._resting
+            ends = self.dreams[0].ends(self.stage.action(command or still), self.doubt)
             spread_ = ends.float().std(0).mean(0)  # of the 256 levels, over samples, mean over channels
             facts["spread"] = float(spread_.mean()) / 255
             arrays |= {"ends": shown(ends), "spread": spread_.clamp(0, 255).byte().numpy()}

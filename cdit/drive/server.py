@@ -273,7 +273,7 @@ class Session:
                 message.number("left", -MAX_SPEED, MAX_SPEED),
                 message.number("turn", -MAX_TURN, MAX_TURN),
             )
-        else:
+        elif message.integer("begun", 0) == self._drive.begun:  # otherwise the sliders are those of an earlier drive
             self._command = message.numbers("numbers", self._stage.bounds)
         self._input = message.integer("id", 0, 2**53)
         if any(self._command):
@@ -310,8 +310,15 @@ class Session:
 
     def _begin(self, how: Begin) -> None:
         self._drive.begin(how)
+        self._rest()
+
+    def _compare(self, world: int | None) -> None:
+        self._drive.compare(world)
+        self._rest()
+
+    def _rest(self) -> None:
         if not self._stage.drives:
-            self._command = self._drive.action  # the page sets its sliders to it
+            self._command = self._drive.action  # the page moves its sliders there
 
     def _read_plan(self, message: Message) -> None:
         source = message.choice("source", ("data", "ahead", "picture"))
@@ -355,7 +362,7 @@ class Session:
     def _read_compare(self, message: Message) -> None:
         world = message.integer("world", 0, len(self._stage.worlds) - 1) if message.has("world") else None
         self._forget_plan()
-        self._do(self._drive.compare, world)
+        self._do(self._compare, world)
 
     def _read_sampler(self, message: Message) -> None:
         known = {name for world in self._stage.worlds for name in world.objective.schedulers}
@@ -553,6 +560,7 @@ class Session:
             "starts": [{"start": i, "name": name} for i, name in zip(chosen, names, strict=True)],
             "count": len(stage.starts),
             "numbers": None if stage.drives else _numbers(stage),
+            "absolute": stage.space.kind == "absolute",
             "maps": stage.maps,
             "no_truth": stage.no_truth,
             "costs": stage.costs,

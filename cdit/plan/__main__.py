@@ -8,7 +8,7 @@
     python -m cdit.plan act --checkpoint RUN --data FOLDER --episodes EPISODES.json --out OUT --planner.learned LEARNED
 
 `open` plans to the frame two seconds ahead, in 100 episodes of a dataset, and compares the plans with the recorded
-motion and with baselines. `curve` repeats that for several budgets of candidates and denoising steps. `diagnose`
+actions and with baselines. `curve` repeats that for several budgets of candidates and denoising steps. `diagnose`
 measures how well costs order predicted frames. `learn` trains a small network, on the walks that the world was trained
 on, to predict distance and steps to a goal image, the actions that lead there, and whether it is reached. `episodes`
 samples starts and goals in a Doom map, and `act` runs agents on them (closed loop).
@@ -21,7 +21,7 @@ from cdit.common.options import check_options
 from cdit.plan.config import ActConfig, CurveConfig, DiagnoseConfig, EpisodesConfig, LearnConfig, OpenConfig
 
 COMMANDS = {
-    "open": Command(OpenConfig, "plan in recorded episodes and compare with the recorded motion (open loop)"),
+    "open": Command(OpenConfig, "plan in recorded episodes and compare with the recorded actions (open loop)"),
     "curve": Command(CurveConfig, "measure how the error of plans depends on the budget"),
     "diagnose": Command(DiagnoseConfig, "measure how well costs order predicted frames"),
     "learn": Command(LearnConfig, "train a goal network: distance to a goal image, and a policy"),

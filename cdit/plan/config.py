@@ -77,10 +77,10 @@ class PlannerConfig:
     """How a plan is made."""
 
     candidates: Literal["constant", "spline", "steps"] = "spline"
-    """Motions. constant: a straight line and one turn at its end, as in the NWM release; spline: steps interpolated
-    between knots; steps: independent steps."""
+    """Actions. constant: a straight line and one turn at its end, as in the NWM release (motion only); spline: steps
+    interpolated between knots; steps: independent steps."""
     knots: int = 3
-    """Knots of a spline; 1 repeats the same step, which gives a circular arc."""
+    """Knots of a spline; 1 repeats the same step, which for motion gives a circular arc."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """How the best candidate is searched for."""
     cost: str = "lpips"
@@ -139,14 +139,18 @@ class PlannerConfig:
             if not holds:
                 raise UserError(f"planner.{name} is {getattr(self, name)}, expected {expected}")
 
-    def validate_numbers(self) -> None:
+    def validate_without_motion(self) -> None:
         """Checks that a plan of actions other than motion is possible.
 
         Raises:
             UserError: an option is for motion only.
         """
-        general = {"candidates": self.candidates != "constant", "constraint": self.constraint == "none"}
-        for name, holds in (general | {"learned": self.learned is None}).items():
+        requirements = {
+            "candidates": self.candidates != "constant",
+            "constraint": self.constraint == "none",
+            "learned": self.learned is None,
+        }
+        for name, holds in requirements.items():
             if not holds:
                 raise UserError(
                     f"planner.{name} is {getattr(self, name)}, which needs a world whose actions are motion"
@@ -214,7 +218,7 @@ class OpenConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
     index: str | None = None
     """An index file of NWM (navigation_eval.pkl) that lists the episodes instead."""
     prior_split: str = "train"
-    """Split whose motions the candidates resemble."""
+    """Split whose actions the candidates resemble."""
     nwm_compat: bool = False
     """Plan as the NWM release does: 120 straight lines with a final turn, drawn from a Gaussian, the mean of the 5
     elites of one iteration, every frame predicted, LPIPS of the last one, 3 repeats, 250 denoising steps (or

@@ -8,7 +8,7 @@ from torch import Tensor
 from cdit.common.motion import wrap
 from cdit.data.action_space import ActionSpace
 
-MOTION = {"ATE": 2, "RPE": 2, "final distance [m]": 2, "final turn [°]": 1}
+PATH_MEASURES = {"ATE": 2, "RPE": 2, "final distance [m]": 2, "final turn [°]": 1}
 """Errors of motion and their decimals."""
 SHARES = {"all steps [% of range]": 1, "end [% of range]": 1}
 """Those of other actions, which those of each number follow."""
@@ -53,7 +53,7 @@ def path_errors(path: Tensor, truth: Tensor, spacing: float) -> PathErrors:
 def measures_of(space: ActionSpace) -> dict[str, int]:
     """The errors of an action space and their decimals."""
     if space.kind == "motion":
-        return MOTION
+        return PATH_MEASURES
     titles = [f"{name} [{unit}]" if unit else name for name, unit in zip(space.names, space.units, strict=True)]
     return SHARES | {title: 3 for title in titles[:MOST_COLUMNS]}
 

@@ -128,7 +128,7 @@ class Benchmark:
         self.world = load_world(config.checkpoint, config.device, moving=only_motion, text=config.text)
         self.space = self.world.description.actions
         if self.space.kind != "motion":
-            config.planner.validate_numbers()
+            config.planner.validate_without_motion()
         self.dataset = windows_for(self.world, config)
         if not self.dataset.info.has_actions:
             raise UserError(f"{config.data}: has no actions to compare plans with")
@@ -240,7 +240,8 @@ def run_open(config: OpenConfig) -> OpenResults:
         answers, plans = benchmark.planned(planner, score, bar)
     found = {"world": answers} | benchmark.baselines(planner, score)
     results = OpenResults(asdict(config), benchmark.cases, benchmark.truth, found, benchmark.spacing, benchmark.space)
-    results.about["planner"]["motions"] = config.planner.motions
+    motion = benchmark.space.kind == "motion"
+    results.about["planner"]["motions"] = config.planner.motions if motion else config.planner.candidates
     shown = np.linspace(0, len(plans) - 1, min(config.pictures, len(plans))).round().astype(int)
     results.pictures = [picture_of(benchmark, score, plans[i], int(i)) for i in shown]
     return results
@@ -343,9 +344,9 @@ def picture_of(benchmark: Benchmark, score: WorldScore, plan: Plan, number: int)
         goal=to_float(batch.target[0, -1]).cpu(),
         best=frames[0].cpu(),
         worst=frames[1].cpu(),
-        pose=None
-        if benchmark.space.kind != "motion"
-        else torch.tensor([*trajectory.position[case.now], trajectory.yaw[case.now]]).float(),
+        pose=torch.tensor([*trajectory.position[case.now], trajectory.yaw[case.now]]).float()
+        if benchmark.space.kind == "motion"
+        else None,
         paths=composed(tried[0], benchmark.space).cpu(),
         costs=costs.cpu(),
         plan=composed(plan.actions[0], benchmark.space).cpu(),

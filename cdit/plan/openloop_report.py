@@ -15,7 +15,7 @@ from cdit.common.motion import placed
 from cdit.common.tables import html_table, markdown_table
 from cdit.evaluate.page import figure, html_page
 from cdit.plan.draw import OTHER, PLAN, TRUTH, beside, costs_as_colours, frame, from_above, map_of, numbers_over_time
-from cdit.plan.errors import MOTION
+from cdit.plan.errors import PATH_MEASURES
 from cdit.plan.openloop import METHODS, PLANNERS, CurvePoint, OpenResults, Picture
 
 
@@ -132,11 +132,11 @@ def write_curve(points: Sequence[CurvePoint], out: Path, about: dict[str, Any]) 
         [
             *(str(x) for x in (p.samples, p.iterations, p.repeats, p.steps, p.calls)),
             f"{p.seconds:.2f}",
-            *(f"{e:.{places}f}" for e, places in zip(p.errors, MOTION.values(), strict=True)),
+            *(f"{e:.{places}f}" for e, places in zip(p.errors, PATH_MEASURES.values(), strict=True)),
         ]
         for p in points
     ]
-    text = markdown_table(["candidates", "iterations", "repeats", "steps", "calls", "s per plan", *MOTION], rows)
+    text = markdown_table(["candidates", "iterations", "repeats", "steps", "calls", "s per plan", *PATH_MEASURES], rows)
     (out / "curve.md").write_text(text)
     write_json(out / "curve.json", {"config": about, "points": [asdict(point) for point in points]})
     shown = Figure(figsize=(9, 3.6), layout="constrained")

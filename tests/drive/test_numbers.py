@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_world import SIDE
-from two_joints import KINDS, RANGE, Arm, arm_world
+from two_joints import KINDS, Arm, arm_world
 
 from cdit.batch import Condition
 from cdit.common.errors import UserError
@@ -47,7 +47,7 @@ def test_a_drive_rests_at_what_led_to_its_first_frame(stage):
     drive.back()
     assert drive.action == (pytest.approx(tuple(led)) if absolute else (0.0, 0.0))
     drive.begin(Begin(picture=torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)))
-    assert drive.action == (0.0, 0.0)  # the middle of the range
+    assert drive.action == (0.0, 0.25 if absolute else 0.0)  # the middle of the range
     assert drive.begun == 2
 
 
@@ -69,14 +69,34 @@ def test_doubt_continues_the_command(stage):
 
 
 def test_ranges_and_what_needs_motion(stage):
-    largest = RANGE[stage.space.kind] * (2 if stage.space.kind == "relative" else 1)
-    assert stage.bounds == [(-largest, largest)] * 2
+    expected = {
+        "absolute": [(-1, 1), (-1, 1.5)],
+        "relative": [(-2, 2), (-2.5, 2.5)],
+        "sum": [(-0.1, 0.1), (-0.1, 0.15)],
+    }
+    np.testing.assert_allclose(stage.bounds, expected[stage.space.kind])
     assert stage.costs == []
     assert "not the motion of a camera" in stage.no_truth
     drive = Drive(stage)
     drive.begin(Begin(start=0))
     with pytest.raises(UserError, match="actions are motion"):
         drive.plan(drive.goal(1), lambda work: work())
+
+
+def test_zero_is_within_the_bounds_of_a_sum(tmp_path):
+    world = arm_world("sum")
+    world.description.actions.low = [0.05, -0.1]
+    world.save_pretrained(tmp_path / "best")
+    config = DriveConfig(checkpoint=str(tmp_path), data="none", source="two_joints", device="cpu")
+    assert Stage(config).bounds[0] == (0.0, 0.1)
+
+
+def test_worlds_side_by_side_have_the_same_actions(tmp_path):
+    for kind in ("absolute", "sum"):
+        arm_world(kind).save_pretrained(tmp_path / kind / "best")
+    options = {"data": "none", "source": "two_joints", "device": "cpu"}
+    with pytest.raises(UserError, match=r"kind of actions of .*sum is sum, that of .* absolute"):
+        Stage(DriveConfig(checkpoint=str(tmp_path / "absolute"), also=[str(tmp_path / "sum")], **options))
 
 
 @pytest.mark.parametrize("numbers", ["[0]", "[0, 2]", "[0, true]", "[0, null]", "3", "[0, NaN]", "[0, 0, 0]"])

@@ -15,8 +15,9 @@ from cdit.common.errors import UserError
 from cdit.data.action_space import ActionSpace
 from cdit.plan.actions import composed, since
 from cdit.plan.config import CurveConfig, OpenConfig, OptimizerConfig, PlannerConfig
+from cdit.plan.draw import numbers_over_time
 from cdit.plan.errors import action_errors, measures_of
-from cdit.plan.openloop import run_curve, run_open
+from cdit.plan.openloop import Benchmark, run_curve, run_open
 from cdit.plan.openloop_report import write_open
 from cdit.plan.prediction import Predictor
 from cdit.world_model import WorldModel
@@ -49,11 +50,22 @@ def test_actions_of_a_plan_compose_as_recorded_ones(kind):
 def test_errors_are_shares_of_the_range():
     truth, plan = torch.zeros(2, 4, 2), torch.zeros(2, 4, 2)
     plan[0, :, 0], plan[0, -1, 1] = 0.2, -0.4
-    absolute = action_errors(plan, truth, space_of("absolute"))  # ranges of 2
-    torch.testing.assert_close(absolute, torch.tensor([[7.5, 15.0, 0.2, 0.4], [0.0] * 4]))
-    summed = action_errors(plan, truth, space_of("sum"))  # ranges of 0.2 a step, 0.8 in all
-    torch.testing.assert_close(summed, torch.tensor([[18.75, 37.5, 0.2, 0.4], [0.0] * 4]))
+    for kind in ("absolute", "relative"):  # ranges of 2 and 2.5: 10 % at all steps, and 16 % at the last
+        found = action_errors(plan, truth, space_of(kind))
+        torch.testing.assert_close(found, torch.tensor([[7.0, 13.0, 0.2, 0.4], [0.0] * 4]))
+    summed = action_errors(plan, truth, space_of("sum"))  # ranges of 0.2 and 0.25 a step, 0.8 and 1 in all
+    torch.testing.assert_close(summed, torch.tensor([[17.5, 32.5, 0.2, 0.4], [0.0] * 4]))
     assert list(measures_of(space_of("sum")))[2:] == ["lift [rad]", "grip"]
+
+
+def test_many_numbers_and_one_that_never_changes():
+    space = ActionSpace([f"n{i}" for i in range(10)], [""] * 10, [0.0] * 10, [0.0] + [2.0] * 9, "absolute")
+    plan = torch.ones(1, 3, 10)
+    found = action_errors(plan, torch.zeros(1, 3, 10), space)
+    assert found.shape == (1, len(measures_of(space))) == (1, 10)
+    torch.testing.assert_close(found[0, :2], torch.full((2,), (100 + 9 * 50) / 10))
+    picture = numbers_over_time(plan, torch.zeros(1), plan[0], plan[0], space)
+    assert picture.size == (320, 320)
 
 
 @pytest.mark.parametrize("stride", [None, 2])
@@ -119,7 +131,11 @@ def test_what_is_for_motion_is_refused(world, tmp_path, monkeypatch, planner, me
         run_open(OpenConfig(**options_of(world, tmp_path, monkeypatch, **planner)))
 
 
-def test_the_curve_is_for_motion(world, tmp_path):
+def test_a_saved_world_plans_numbers_but_has_no_curve(world, tmp_path):
     world.save_pretrained(tmp_path / "arm" / "best")
+    options = {"data": "none", "source": "two_joints", "checkpoint": str(tmp_path / "arm"), "out": str(tmp_path)}
+    planner = PlannerConfig(cost="pixels")
+    benchmark = Benchmark(OpenConfig(**options, planner=planner, seconds=1.0, episodes=3, device="cpu"))
+    assert benchmark.truth_actions.shape == (3, 4, 2)
     with pytest.raises(UserError, match="dx, dy, dyaw, not lift, grip"):
         run_curve(CurveConfig(data="none", checkpoint=str(tmp_path / "arm"), out=str(tmp_path), device="cpu"))

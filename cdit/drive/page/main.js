@@ -89,7 +89,7 @@ function sendCommand() {
   sentAt.set(++inputs, performance.now());
   sentAt.delete(inputs - 100);
   if (app.hello.numbers) {
-    app.send("drive", { numbers: app.numbers.map(({ value }) => value()), id: inputs });
+    app.send("drive", { numbers: app.numbers.map(({ value }) => value()), begun: app.begun, id: inputs });
     return;
   }
   const [forward, left, turn] = command;
@@ -100,7 +100,7 @@ function sendCommand() {
 }
 
 function steer(wanted) {
-  if (!app.hello.numbers && wanted.some((value, i) => value !== command[i])) {
+  if (app.hello && !app.hello.numbers && wanted.some((value, i) => value !== command[i])) {
     command = wanted;
     sendCommand();
   }
@@ -161,16 +161,21 @@ function showNumbers(numbers) {
   for (const hidden of document.querySelectorAll(".motion")) hidden.hidden = true;
   find("hint-numbers").hidden = false;
   app.numbers = numbers.map(({ name, unit, low, high }) => {
-    const slider = element("input", { type: "range", min: low, max: high, step: (high - low) / 200 || 1 });
+    const slider = element("input", { type: "range", min: low, max: high, step: "any" });
+    const places = Math.min(6, Math.max(0, 2 - Math.floor(Math.log10(high - low || 1))));
+    const snaps = app.hello.absolute ? 0 : (high - low) / 50; // so that a slider can be brought back to zero
+    const value = () => {
+      const x = Math.max(low, Math.min(high, Number(slider.value)));
+      return Math.abs(x) < snaps ? 0 : x;
+    };
     slider.dataset.number = name;
     const output = element("output");
     find("numbers").append(element("label", {}, `${name} `, slider, " ", output));
-    const show = () => (output.textContent = `${digits(Number(slider.value))} ${unit}`);
+    const show = () => (output.textContent = `${digits(value(), places)} ${unit}`);
     slider.oninput = () => {
       show();
       sendCommand();
     };
-    const value = () => Math.max(low, Math.min(high, Number(slider.value)));
     return { slider, show, value };
   });
 }
@@ -195,7 +200,7 @@ function showFacts(message) {
   if (message.milliseconds != null) shownAt.push(now);
   while (shownAt.length && shownAt[0] < now - 1000) shownAt.shift();
   if (sentAt.has(message.input)) {
-    if (command.some(Boolean)) app.latencies.push(now - sentAt.get(message.input));
+    if (app.hello.numbers || command.some(Boolean)) app.latencies.push(now - sentAt.get(message.input));
     sentAt.delete(message.input);
   }
   const recent = app.latencies.slice(-20).sort((a, b) => a - b);

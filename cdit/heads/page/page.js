@@ -3,8 +3,8 @@
 const BYTES = new Blob([document.documentElement.outerHTML]).size; // before anything is added
 const byId = (id) => document.getElementById(id);
 
-/** The head that most often finds the true place; where that is unknown, the first of the middle layer. */
 const accuracy = ({ measures }) => measures?.["correspondence accuracy"] ?? -1;
+/** The head that most often finds the true place; where that is unknown, the first of the middle layer. */
 const FIRST = data.table.reduce((best, info) => (accuracy(info) > accuracy(best) ? info : best), {
   layer: data.layers[Math.floor(data.layers.length / 2)],
   head: 0,
