@@ -57,10 +57,8 @@ class DriveConfig(TextOptions, DataOptions, CheckpointOptions):
     record: str | None = None
     """Folder for drives that are recorded as datasets; without it, the page does not record."""
 
-    @property
-    def start_data(self) -> str | None:
-        """The dataset to start from."""
-        return self.data or starts_of(self.checkpoint)
+    def __post_init__(self) -> None:
+        self.data = self.data or starts_of(self.checkpoint)
 
     def check(self) -> None:
         """Finds mistakes before anything is loaded.

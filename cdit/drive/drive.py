@@ -68,11 +68,10 @@ class Stage:
         self.starts: list[int] = []
         """Windows of the data that have their full past."""
         info = None
-        if config.start_data is not None:
-            options = replace(config, data=config.start_data)
-            self.data = windows_for(world, options, acting=True, with_text=False)
+        if config.data is not None:
+            self.data = windows_for(world, config, acting=True, with_text=False)
             self.starts = self.data.windows_with([0])
-            info = DatasetInfo.load(Path(options.data))
+            info = DatasetInfo.load(Path(config.data))
             self.spacing = self.spacing or self.data.info.spacing
         if self.spacing is None:
             raise UserError("spacing: the model was trained on datasets of different spacings; pass --spacing")

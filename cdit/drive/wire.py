@@ -50,7 +50,7 @@ class Message:
     def number(self, name: str, low: float, high: float) -> float:
         """A number from low to high."""
         value = self._fields.get(name)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
+        if not _is_number(value, low, high):
             raise Malformed(f"{name}: expected a number from {low:g} to {high:g}")
         return float(value)
 
@@ -60,7 +60,7 @@ class Message:
         if not isinstance(value, list) or len(value) != len(bounds):
             raise Malformed(f"{name}: expected {len(bounds)} numbers")
         for i, (x, (low, high)) in enumerate(zip(value, bounds, strict=True)):
-            if not isinstance(x, int | float) or isinstance(x, bool) or not low <= x <= high:
+            if not _is_number(x, low, high):
                 raise Malformed(f"{name}: expected number {i} to be from {low:g} to {high:g}")
         return tuple(map(float, value))
 
@@ -95,3 +95,7 @@ class Message:
             if not good or not all(0 <= i < end for i, end in zip(pair, ends, strict=True)):
                 raise Malformed(f"{name}: expected pairs of integers below {ends}")
         return list(dict.fromkeys(map(tuple, value)))
+
+
+def _is_number(value: object, low: float, high: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
