@@ -34,6 +34,7 @@ from cdit.world_model import WorldModel
 sys.path.append(str(Path(__file__).parents[1]))
 from browser import launched, needs_a_browser
 from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from two_joints import arm_world
 
@@ -526,6 +527,10 @@ def test_sliders_drive_absolute_numbers(chromium, tmp_path: Path, monkeypatch: p
         assert page.run("return drive.last.action") == pytest.approx([resting[0], 0.5])
         time.sleep(0.5)
         assert page.run("return drive.last.step") == 1
+        dream = page.find("[data-name='dream 0'] .picture")
+        ActionChains(page.driver).click_and_hold(dream).move_by_offset(30, 0).perform()
+        assert not page.run("return document.querySelector('.stick')")  # no joystick for numbers
+        ActionChains(page.driver).release().perform()
         page.click("#reset")
         page.until("drive.last.step === 0")
         page.until(f"Math.abs(drive.numbers[1].slider.value - {resting[1]}) < 1e-6")

@@ -42,7 +42,7 @@ export function listenToKeys(onChange, shortcuts) {
   document.addEventListener("visibilitychange", release);
 }
 
-/** A drag on a picture steers like a joystick; a press without a drag calls `onClick` with x and y from 0 to 1. */
+/** A drag on a picture steers like a joystick, unless `onChange` is null; other presses call `onClick` with x and y from 0 to 1. */
 export function listenToPointer(picture, onChange, onClick) {
   let start = null;
   let stick = null;
@@ -52,7 +52,7 @@ export function listenToPointer(picture, onChange, onClick) {
     picture.setPointerCapture(event.pointerId);
   });
   picture.addEventListener("pointermove", (event) => {
-    if (!start || event.pointerId !== start.id) return;
+    if (!onChange || !start || event.pointerId !== start.id) return;
     const [dx, dy] = [event.clientX - start.x, event.clientY - start.y];
     if (!stick && Math.hypot(dx, dy) < MOVED) return;
     const box = picture.getBoundingClientRect();

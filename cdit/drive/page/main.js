@@ -57,8 +57,8 @@ function screenOf(name) {
     app.screens[name] = { figure, canvas, picture, score };
     find("screens").append(...Object.keys(NAMES).filter((n) => app.screens[n]).map((n) => app.screens[n].figure));
     if (name === "dream 0") {
-      picture.classList.add("steered");
-      listenToPointer(picture, steer, (x, y) => PANELS.forEach((panel) => panel.clicked?.(x, y)));
+      if (!app.hello.numbers) picture.classList.add("steered");
+      listenToPointer(picture, app.hello.numbers ? null : steer, (x, y) => PANELS.forEach((panel) => panel.clicked?.(x, y)));
     }
   }
   return app.screens[name];
