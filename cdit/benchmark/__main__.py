@@ -4,7 +4,7 @@
     python -m cdit.benchmark plan rollout data    # any modes, in this order
 
 Modes: train, sample, rollout, plan, data (does the loader keep up?), scale (the cost of one more past frame), profile
-(where the time of a training step goes), frames (frames a second of the world that ships with the package); and for
+(where the time of a training step goes), frames (frames per second of the world that ships with the package); and for
 choices made in this package attention, context, probes, latents.
 
 Contenders: ours; ours-nwm, the published network and its DDPM in our code; NWM-as-published, a plain implementation of

@@ -53,7 +53,7 @@ class VideoTrajectory:
     name: str
     path: Path
     fps: float
-    """Sampled frames a second."""
+    """Sampled frames per second."""
     length: int
     dataset: Path
     position: np.ndarray | None = None

@@ -1,4 +1,4 @@
-"""Measures the page in headless Chromium: from command to first picture, frames a second, from key to picture.
+"""Measures the page in headless Chromium: from command to first picture, frames per second, from key to picture.
 
     python -m cdit.drive.measure
     python -m cdit.drive.measure --pictures docs/images
@@ -143,22 +143,22 @@ def measure(browser: Browser, config: MeasureConfig, first: float) -> list[tuple
         ("from the command to the first picture, with the browser's start", f"{first:.1f} s"),
         ("key to picture, median", f"{latencies[len(latencies) // 2]:.0f} ms"),
         ("key to picture, 95th percentile", f"{latencies[int(0.95 * (len(latencies) - 1))]:.0f} ms"),
-        ("frames a second", f"{browser.frames_per_second(config.seconds):.1f}"),
+        ("frames per second", f"{browser.frames_per_second(config.seconds):.1f}"),
     ]
     browser.click("[data-name='dream 0'] .picture")
     browser.until("drive.last.arrays.attention")
-    rows.append(("frames a second with one head's attention", f"{browser.frames_per_second(config.seconds):.1f}"))
+    rows.append(("frames per second with one head's attention", f"{browser.frames_per_second(config.seconds):.1f}"))
     browser.click("[data-panel=inside] summary")
     browser.choose("#samples", "4")
     rows.append(
-        ("frames a second with four samples of the next second", f"{browser.frames_per_second(config.seconds):.1f}")
+        ("frames per second with four samples of the next second", f"{browser.frames_per_second(config.seconds):.1f}")
     )
     browser.choose("#samples", "0")
     if not browser.run("return drive.hello.no_truth"):
         browser.click("[data-panel=truth] summary")
         browser.click("#with-truth")
         browser.until("drive.last.arrays.truth")
-        rows.append(("frames a second beside the truth", f"{browser.frames_per_second(config.seconds):.1f}"))
+        rows.append(("frames per second beside the truth", f"{browser.frames_per_second(config.seconds):.1f}"))
     return rows
 
 

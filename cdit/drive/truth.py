@@ -105,7 +105,7 @@ def truth_of(info: DatasetInfo | None, world: WorldDescription) -> list[str]:
         raise UserError("the start frames are not from a dataset that was recorded in Doom")
     engine_version()
     if world.fps != FPS:
-        raise UserError(f"the engine was recorded at {FPS} frames a second, the model has {world.fps:g}")
+        raise UserError(f"the engine was recorded at {FPS} frames per second, the model has {world.fps:g}")
     known = [*info.source.get("maps", ()), *info.source.get("unknown_maps", ())]
     return [name for name in known if name in MAPS]
 

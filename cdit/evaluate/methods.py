@@ -12,15 +12,15 @@ from cdit.common.frames import to_float
 METHODS = {
     "model": "model",
     "copy_last": "last context frame",
-    "shuffled_actions": "model, another's actions",
-    "shuffled_contexts": "model, another's context",
+    "shuffled_actions": "model, shuffled actions",
+    "shuffled_contexts": "model, shuffled context",
     "reconstruction": "truth through the codec",
 }
 """The methods compared, and their names in tables."""
 
 DIFFERENCES = {
     "model-copy_last": "model − last context frame",
-    "model-shuffled_actions": "model − with another's actions",
+    "model-shuffled_actions": "model − shuffled actions",
 }
 """Differences of two methods sample by sample, and their names in tables."""
 

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import yaml
+
 from cdit.common.cli import parse_config, run
 from cdit.common.errors import UserError
 from cdit.common.files import read_json, write_json
@@ -107,7 +109,9 @@ def _training(run_folder: Path) -> str:
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     losses = [f"| {row['step']} | {row['validation/loss']:.5f} |" for row in rows if "validation/loss" in row]
     table = "\n".join(["| step | validation loss |", "|---:|---:|", *losses])
-    return f"{rows[-1]['step']} training steps.\n\n{table}\n\nThe config:\n\n```yaml\n{config.read_text()}```"
+    origin = yaml.safe_load(config.read_text()).get("init_from")
+    steps = f"{rows[-1]['step']} training steps{f', starting from {origin}' if origin else ''}."
+    return f"{steps}\n\n{table}\n\nThe config:\n\n```yaml\n{config.read_text()}```"
 
 
 if __name__ == "__main__":

@@ -221,6 +221,10 @@ def test_images_come_in_order_with_the_motion_between_them(place):
         np.testing.assert_allclose(batch.condition.action[i], compose(steps[i + 2 : i + 4]), rtol=1e-5, atol=1e-6)
     assert batch.condition.time_shift.tolist() == [[0.25, 0.5]] * 4
 
+    for given, metres in ((None, world.description.units.spacing), (0.4, 0.4)):  # of a word without a number
+        batch = images_source(place / "images", world, [1], 9, "forward*7", given).batch
+        assert batch.condition.action[:, 0, 0].tolist() == pytest.approx([metres] * len(batch))
+
     few = images_source(place / "images", world, [6], 9, None, None).batch
     assert few.mask.tolist() == [[False, True, True]]  # eight images leave two as the past
     assert not few.condition.known.any()
