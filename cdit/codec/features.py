@@ -124,15 +124,22 @@ class FeaturesCodec(Codec):
     def decode(self, latents: Tensor) -> Tensor:
         """Features to frames in [-1, 1], by the decoder or else from the gallery, which has no gradient."""
         flat = latents.flatten(0, -4)
-        frames = self.decoded(flat) if self.has_decoder else to_float(self.gallery[self.similarity(flat).argmax(1)])
+        if self.has_decoder:
+            frames = self.decoded(flat)
+        else:
+            frames = self._resized(to_float(self.gallery[self.similarity(flat).argmax(1)]), flat)
         return frames.clamp(-1, 1).unflatten(0, latents.shape[:-3])
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Features (N, C, h, w) to frames by the decoder, not clipped."""
-        frames, size = self.decoder(latents), [side * self.downscale for side in latents.shape[-2:]]
+        return self._resized(self.decoder(latents), latents)  # if the downscaling is no power of two
+
+    def _resized(self, frames: Tensor, latents: Tensor) -> Tensor:
+        """Frames (N, 3, height, width) in the size that the latents stand for."""
+        size = [side * self.downscale for side in latents.shape[-2:]]
         if list(frames.shape[-2:]) == size:
             return frames
-        return F.interpolate(frames, size, mode="bilinear", antialias=True)  # the downscaling is no power of two
+        return F.interpolate(frames, size, mode="bilinear", antialias=True)
 
     @torch.no_grad()
     def similarity(self, latents: Tensor) -> Tensor:
@@ -141,8 +148,10 @@ class FeaturesCodec(Codec):
         Features of some frames are far longer than those of others. By Euclidean distance, short ones would be the
         nearest to almost every prediction.
         """
-        if self._gallery_latents is None or self._gallery_latents.device != latents.device:
-            self._gallery_latents = F.normalize(self.encode(to_float(self.gallery)).flatten(1))
+        known = self._gallery_latents
+        if known is None or known.device != latents.device or known.shape[1] != latents[0].numel():
+            frames = self._resized(to_float(self.gallery), latents)
+            self._gallery_latents = F.normalize(self.encode(frames).flatten(1))
         with torch.autocast(latents.device.type, enabled=False):  # similar frames differ by less than bfloat16 can tell
             return F.normalize(latents.flatten(1).float()) @ self._gallery_latents.T
 

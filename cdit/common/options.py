@@ -49,8 +49,8 @@ class TextOptions:
     """The text that a model trained with texts is conditioned on."""
 
     text: str | None = None
-    """Text that describes what is done, for models trained with texts; by default the text of the dataset, if it has
-    one."""
+    """Text that describes what is done, for models trained with texts. By default sample.py and open-loop plans use
+    that of the dataset, if it has one; elsewhere there is none."""
 
 
 @dataclass(kw_only=True)

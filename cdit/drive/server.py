@@ -48,7 +48,9 @@ PATIENCE = 10.0
 SHUTDOWN = 10.0
 """Seconds that sessions have to end when the server stops."""
 MAX_SPEED, MAX_TURN, MAX_PACE = 20.0, 2 * math.pi, 60
-MAX_HEADS, MAX_SAMPLES, MAX_CALLS = 12, 16, 64
+MAX_STEPS = 64
+"""Denoising steps that the page may choose, unless a world has more."""
+MAX_HEADS, MAX_SAMPLES = 12, 16
 TYPES = {".html": "text/html", ".css": "text/css", ".js": "text/javascript"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; "
@@ -209,6 +211,9 @@ class Session:
         self._ready = asyncio.Event()
         self._sent = self._acknowledged = 0
         self._picture: torch.Tensor | None = None
+        stage = server.stage
+        self._fastest = max(MAX_SPEED, 3 * stage.spacing * stage.description.fps)
+        self._most_steps = max(MAX_STEPS, *(world.description.sampler.steps for world in stage.worlds))
         self._active = self._heard = perf_counter()
 
     async def run(self) -> None:
@@ -269,8 +274,8 @@ class Session:
     def _read_drive(self, message: Message) -> None:
         if self._stage.drives:
             self._command = (
-                message.number("forward", -MAX_SPEED, MAX_SPEED),
-                message.number("left", -MAX_SPEED, MAX_SPEED),
+                message.number("forward", -self._fastest, self._fastest),
+                message.number("left", -self._fastest, self._fastest),
                 message.number("turn", -MAX_TURN, MAX_TURN),
             )
         elif message.integer("begun", 0) == self._drive.begun:  # otherwise the sliders are those of an earlier drive
@@ -345,7 +350,7 @@ class Session:
         cdit = self._stage.worlds[0].cdit
         heads = message.pairs("heads", (len(cdit.blocks), cdit.config.num_heads), MAX_HEADS)
         patch = message.pairs("patch", cdit.grid, 1)
-        inside = Inside(patch[0] if patch else None, heads, message.integer("call", -1, MAX_CALLS))
+        inside = Inside(patch[0] if patch else None, heads, message.integer("call", -1, 2 * self._most_steps))
         self._set("inside", setattr, self._drive, "inside", inside)
 
     def _read_off(self, message: Message) -> None:
@@ -366,7 +371,7 @@ class Session:
 
     def _read_sampler(self, message: Message) -> None:
         known = {name for world in self._stage.worlds for name in world.objective.schedulers}
-        scheduler, steps = message.choice("scheduler", sorted(known)), message.integer("steps", 1, MAX_CALLS)
+        scheduler, steps = message.choice("scheduler", sorted(known)), message.integer("steps", 1, self._most_steps)
         dream = message.integer("dream", 0, 1)
         self._set(f"sampler {dream}", self._drive.sample_with, dream, scheduler, steps)
 

@@ -12,8 +12,9 @@ The lift compares with an even spread *within each frame of the head's mass on t
 the newest frame is judged by where it attends there, not by its choice of frame, and mass on frames without the content
 is ignored. It is 1 for even weights, whichever frames they prefer, and N / |A| at best.
 
-Share and accuracy are over all past tokens, the extra key included: attention to a frame without the content is a miss
-if another frame has it. Equal weights share a hit evenly, so that even weights have the accuracy of chance.
+Share and accuracy are over the tokens of all past frames: attention to a frame without the content is a miss if another
+frame has it. Mass on an extra key lowers the share. Equal weights share a hit evenly, so that even weights have the
+accuracy of chance.
 """
 
 from collections.abc import Sequence

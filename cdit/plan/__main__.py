@@ -14,9 +14,12 @@ on, to predict distance and steps to a goal image, the actions that lead there, 
 samples starts and goals in a Doom map, and `act` runs agents on them (closed loop).
 """
 
+from collections import Counter
+from itertools import product
 from pathlib import Path
 
 from cdit.common.cli import Command, exit_on_sigterm, parse_command, run
+from cdit.common.errors import UserError
 from cdit.common.options import check_options
 from cdit.plan.config import ActConfig, CurveConfig, DiagnoseConfig, EpisodesConfig, LearnConfig, OpenConfig
 
@@ -71,7 +74,14 @@ def _episodes(config: EpisodesConfig) -> None:
     from cdit.plan.episodes import draw_episodes, save_episodes
 
     episodes = draw_episodes(config.map, config.distances, config.count, config.seed)
+    if not episodes:
+        raise UserError(f"distances is {config.distances}: no episodes found in {config.map}")
     save_episodes(episodes, Path(config.file))
+    have = Counter((episode.stratum, episode.visible) for episode in episodes)
+    for distance, visible in product(config.distances, (True, False)):
+        if have[distance, visible] < config.count:
+            view = "in view" if visible else "out of view"
+            print(f"note: {have[distance, visible]} of {config.count} episodes of {distance:g} m, goal {view}, found")
     print(f"done: {config.file} ({len(episodes)} episodes)")
 
 

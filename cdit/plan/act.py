@@ -271,7 +271,7 @@ class Setting:
         """The agent of that name, see `ActConfig.agents`."""
         config, planner, cost = self.config, self.planner, self.score.cost
         learned = self.network, config.arrived, config.execute
-        moments, by_world = planner.moments, WorldScores(self.score)
+        moments, by_world = planner.moments, WorldScores(self.score, self.dataset.info.spacing)
         by_engine = EngineScores(self.other, moments, cost, self.world.device)
 
         arrived = None if self.network is None else config.arrived

@@ -295,13 +295,15 @@ class WorldScores:
     """Scores by the frames that a world predicts from the last observed ones."""
 
     score: WorldScore
+    spacing: float | None = None
+    """Metres between frames, see `WorldModel.begin`."""
 
     def __call__(self, past: list[Seen], task: Task, goal: Tensor, random: torch.Generator) -> Score:
         """See `Scores`."""
         world = self.score.predictor.world
         longest = world.cdit.config.max_context
         context = torch.stack([seen.frame for seen in past[-longest:]])[None].to(world.device)
-        return self.score.to_goals(context, goal[None].to(world.device), random)
+        return self.score.to_goals(context, goal[None].to(world.device), random, spacing=self.spacing)
 
 
 @dataclass

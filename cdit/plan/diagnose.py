@@ -64,9 +64,9 @@ def diagnose(config: DiagnoseConfig) -> None:
     benchmark = Benchmark(config)
     world, walks = benchmark.world, [case.name for case in benchmark.cases]
     planner = Planner.fit(config.planner, benchmark.recorded, world.device)
-    predictor = Predictor(
-        world, [benchmark.horizon], config.planner.stride, config.planner.sampler.over(world.description)
-    )
+    plans = config.planner
+    sampler = plans.sampler.over(world.description)
+    predictor = Predictor(world, [benchmark.horizon], plans.stride, sampler, plans.chunk)
     costs = {name: load_cost(name, world, config.planner.learned) for name in config.costs}
     found = {name: [] for name in costs}
     for indices, batch in tqdm(benchmark.batches(), total=len(walks), desc="candidates", unit="case"):

@@ -23,6 +23,8 @@ GOAL_TURN = math.radians(45)
 """Largest angle between the heading at the goal and the direction of arrival."""
 ATTEMPTS = 400
 """Starts to try, as a multiple of `count`."""
+PATIENCE = 500
+"""Starts to try without finding a further episode."""
 
 
 @dataclass(frozen=True)
@@ -92,9 +94,10 @@ def draw_episodes(map_name: str, distances: Sequence[float], count: int, seed: i
         geometry = MapGeometry.of(engine)
         space, fov = FreeSpace(geometry), camera(64).horizontal_fov
         with tqdm(total=2 * count * len(distances), desc="episodes", unit="episode") as bar:
-            for _ in range(ATTEMPTS * count):
+            found_at = 0
+            for attempt in range(ATTEMPTS * count):
                 wanted = [(d, v) for d in distances for v in (True, False) if have[d, v] < count]
-                if not wanted:
+                if not wanted or attempt - found_at > PATIENCE:
                     break
                 first = (*map(float, geometry.random_free_point(random)), random.uniform(-math.pi, math.pi))
                 episode_seed = int(random.integers(2**31))
@@ -108,6 +111,7 @@ def draw_episodes(map_name: str, distances: Sequence[float], count: int, seed: i
                     if have[stratum, visible] >= count:
                         continue
                     have[stratum, visible] += 1
+                    found_at = attempt
                     bar.update()
                     distance = float(away.at(goal[:2]))
                     found.append(

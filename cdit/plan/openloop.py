@@ -25,7 +25,7 @@ from cdit.evaluate.cases import Case, read_index, spread_cases
 from cdit.loading import load_world, windows_for
 from cdit.plan.actions import composed, recorded_steps
 from cdit.plan.candidates import recorded_actions
-from cdit.plan.config import CurveConfig, DiagnoseConfig, OpenConfig
+from cdit.plan.config import CurveConfig, DiagnoseConfig, OpenConfig, OpenLoopConfig
 from cdit.plan.errors import action_errors, measures_of, path_errors
 from cdit.plan.goal_network import load_goal_network
 from cdit.plan.planner import Guided, Plan, Planner, Towards, WorldScore
@@ -121,11 +121,11 @@ class Benchmark:
         UserError: checkpoint, data or options are incompatible.
     """
 
-    def __init__(self, config: OpenConfig):
+    def __init__(self, config: OpenLoopConfig):
         config.validate()
         self.config = config
-        only_motion = isinstance(config, CurveConfig | DiagnoseConfig)
-        self.world = load_world(config.checkpoint, config.device, moving=only_motion, text=config.text)
+        opens = isinstance(config, OpenConfig)
+        self.world = load_world(config.checkpoint, config.device, moving=not opens, text=config.text)
         self.space = self.world.description.actions
         if self.space.kind != "motion":
             config.planner.validate_without_motion()
@@ -136,15 +136,15 @@ class Benchmark:
         self.horizon = round(config.seconds * fps)
         if self.horizon < 1:
             raise UserError(f"seconds is {config.seconds:g}, expected at least one frame, {1 / fps:g} s")
-        if not isinstance(config, DiagnoseConfig):  # which has its own costs
-            config.planner.validate(self.horizon)
+        own_costs = isinstance(config, DiagnoseConfig)
+        (replace(config.planner, cost="pixels") if own_costs else config.planner).validate(self.horizon)
         if config.index:
             self.cases = read_index(config.index, self.dataset, self.horizon, self.world.description.min_history)
         else:
             self.cases = spread_cases(self.dataset, self.horizon, config.episodes, "seconds")
         self.recorded = prior_actions(self.world, config, self.horizon)
         self.spacing = self.dataset.info.spacing or 1.0
-        learned = config.planner.learned
+        learned = config.planner.learned if opens else None  # for proposals
         self.network = load_goal_network(learned, self.world.device) if learned else None
         if self.network is not None and self.network.description.horizon != self.horizon:
             proposed = self.network.description.horizon
@@ -181,11 +181,11 @@ class Benchmark:
         """The answers of the other methods."""
         count, prior, family = len(self.cases), planner.prior, planner.family
         draw = torch.randint(len(prior.recorded), (count,), generator=generator(self.config.seed, 2))
-        fitted = family.actions(family.values(self.truth_actions))
+        fitted = planner.project(family.actions(family.values(self.truth_actions)))
         actions = {
-            "prior": family.actions(prior.mean).cpu().expand(count, -1, -1),
+            "prior": planner.project(family.actions(prior.mean)).cpu().expand(count, -1, -1),
             "stay": self._staying(),
-            "random": family.actions(prior.recorded[draw.to(prior.mean.device)]).cpu(),
+            "random": planner.project(family.actions(prior.recorded[draw.to(prior.mean.device)])).cpu(),
             "truth": fitted,
         }
         if self.space.kind == "motion":
@@ -306,7 +306,7 @@ def nwm_compatible(config: OpenConfig) -> OpenConfig:
     return replace(config, planner=planner)
 
 
-def prior_actions(world: WorldModel, config: OpenConfig, horizon: int) -> Tensor:
+def prior_actions(world: WorldModel, config: OpenLoopConfig, horizon: int) -> Tensor:
     """Steps (N, H, K) of the split that candidates resemble.
 
     Raises:

@@ -100,7 +100,8 @@ class Planner:
         return Plan(actions, length, torch.stack(lowest).min(0).values, tried, found.costs)
 
     def rank(self, score: Score, actions: Tensor, penalty: Penalty | None = None) -> Plan:
-        """The best of given steps (B, S, H, K); score and penalty as in `plan`."""
+        """The best of given steps (B, S, H, K), which the constraint may change; score and penalty as in `plan`."""
+        actions = self.project(actions)
         costs = score(actions)
         total = _total(costs, actions, penalty)
         rows, best = torch.arange(len(actions), device=costs.device), total.argmin(1)
@@ -222,26 +223,29 @@ class CostWorld:
 
     Args:
         score: predicts and compares.
-        prior: if given, candidates are standardised by its mean and standard deviation, as solvers draw them;
-            otherwise in metres and radians.
+        planner: if given, candidates are values of its family (of each knot of a spline), standardised by its prior,
+            as solvers draw them; otherwise steps in metres and radians.
+        spacing: metres between frames, see `WorldModel.begin`.
         seed: of the noise.
     """
 
-    def __init__(self, score: WorldScore, prior: Prior | None = None, seed: int = 0):
-        self.score, self.prior, self.seed = score, prior, seed
+    def __init__(self, score: WorldScore, planner: Planner | None = None, spacing: float | None = None, seed: int = 0):
+        self.score, self.planner, self.spacing, self.seed = score, planner, spacing, seed
         self._last: tuple[Tensor, Tensor, Score] | None = None
 
     def actions(self, candidates: Tensor) -> Tensor:
-        """Candidates (…, H, 3) in metres and radians."""
-        return candidates if self.prior is None else self.prior.mean + self.prior.std * candidates
+        """The steps (…, H, 3) of candidates, in metres and radians."""
+        if self.planner is None:
+            return candidates
+        prior = self.planner.prior
+        return self.planner.project(self.planner.family.actions(prior.mean + prior.std * candidates))
 
     def get_cost(self, info: dict[str, Tensor], candidates: Tensor) -> Tensor:
-        """Costs (B, S) of candidates (B, S, H, 3).
+        """Costs (B, S) of candidates (B, S, H, 3), or (B, S, knots, 3).
 
         Args:
             info: "pixels", the past frames (B, T, 3, H, W), and "goal", (B, 3, H, W), in [-1, 1]. A dimension S after
                 B, along which solvers repeat them, is allowed. A past is encoded once for consecutive calls.
-            candidates: per step.
         """
         context, goals = info["pixels"], info["goal"]
         if context.ndim == 6:
@@ -249,7 +253,7 @@ class CostWorld:
         last = self._last
         if last is None or not (torch.equal(last[0], context) and torch.equal(last[1], goals)):
             generator = torch.Generator(context.device).manual_seed(self.seed)
-            last = self._last = context, goals, self.score.to_goals(context, goals, generator)
+            last = self._last = context, goals, self.score.to_goals(context, goals, generator, spacing=self.spacing)
         return last[2](self.actions(candidates)).min(2).values
 
 

@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 
 from cdit.codec import CodecConfig, FeaturesCodec, load_codec
 from cdit.codec.config import MeasureConfig
@@ -284,6 +285,20 @@ def test_a_world_without_a_decoder_is_measured_in_latents(folder: Path, walks: P
     assert 0 < found["copy_last/rank"].mean() < 1
     gallery = {frame.numpy().tobytes() for frame in codec.gallery}
     assert all(frame.numpy().tobytes() in gallery for frame in found["shown/model"].flatten(0, 1))
+
+
+def test_a_gallery_of_another_size_is_resized(folder: Path, walks: Path):
+    codec = load_codec(CodecConfig("features", str(folder)))
+    small = recorded(walks, 5)
+    large = F.interpolate(small, (48, 64), mode="bilinear", antialias=True)
+    for frames in (large, small, large):  # what is known of one size is not used for another
+        latents = codec.encode(frames)
+        kept = to_float(codec.gallery)
+        if frames is large:
+            kept = F.interpolate(kept, (48, 64), mode="bilinear", antialias=True)
+        cosine = F.cosine_similarity(latents.flatten(1)[:, None], codec.encode(kept).flatten(1)[None], dim=2)
+        torch.testing.assert_close(codec.similarity(latents), cosine, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(codec.decode(latents), kept[codec.similarity(latents).argmax(1)].clamp(-1, 1))
 
 
 def test_a_perceptual_loss_needs_a_decoder(folder: Path, walks: Path):

@@ -244,6 +244,26 @@ def test_two_hundred_frames_are_those_of_a_rollout_and_so_after_going_back(page,
         assert np.array_equal(picture, truth[step - 1]), step
 
 
+def test_a_held_backspace_goes_back_and_the_session_goes_on(page):
+    page.hold("KeyW", "drive.last.step >= 8")
+    press = "dispatchEvent(new KeyboardEvent('keydown', {code: 'Backspace', repeat: arguments[0] > 0}))"
+    page.run(f"for (let i = 0; i < 200; i++) ((...arguments) => {press})(i)")
+    page.until("drive.last.step < 8")
+    for _ in range(20):
+        page.run(press, 1)
+        time.sleep(0.05)
+    page.rest()
+    assert len(page.actions()) == 0
+    assert page.text("#status") == "connected"
+
+
+def test_values_of_the_page_are_within_what_the_server_takes(page):
+    page.set("[data-panel=start] input[type=number]", 3e9)
+    page.set("#speed", page.run("return drive.hello.spacing * drive.hello.fps * 2"))
+    page.hold("KeyW", "drive.last.step >= 2")
+    assert page.text("#status") == "connected"
+
+
 def test_a_reset_gives_the_same_drive_again(page):
     page.hold("KeyW", "drive.last.step >= 5")
     first = {step: picture for step, _, picture in page.steps()}

@@ -70,7 +70,10 @@ def build(path: Path, top_k: int = 72, measure: str = "entropy") -> str:
     heads = [
         HeadRow(
             *("cross", layer, head, time),
-            {measure: Estimate(value, None, None), "at": Estimate(time, None, None)},
+            {
+                measure: Estimate(value + (time if measure.endswith("accuracy") else 0), None, None),
+                "at": Estimate(time, None, None),
+            },
             HeadType("even" if head else "copy", "for the test"),
         )
         for time in TIMES
@@ -313,6 +316,7 @@ def test_the_page_opens_on_the_most_accurate_head(page, tmp_path: Path):
     page.open(address)
     assert "Layer 1, head 1" in page.text("#status")
     assert page.text("#table tbody tr.chosen th") == "L1 H1"
+    assert page.text("#times label:has(:checked)") == "t = 0.75"  # where it is most accurate
 
 
 def test_rows_of_the_table_choose_heads(page):

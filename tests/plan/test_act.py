@@ -12,6 +12,8 @@ from rooms import build, room
 from cdit.common.errors import UserError
 from cdit.common.frames import to_float, to_uint8
 from cdit.common.motion import integrate, placed
+from cdit.plan import episodes as episodes_module
+from cdit.plan.__main__ import COMMANDS_OF
 from cdit.plan.act import Trace, act, judged, run_episode, select
 from cdit.plan.act_report import write_act
 from cdit.plan.agents import (
@@ -26,13 +28,14 @@ from cdit.plan.agents import (
     Task,
     WorldScores,
 )
-from cdit.plan.config import ActConfig, OptimizerConfig, PlannerConfig
+from cdit.plan.config import ActConfig, EpisodesConfig, OptimizerConfig, PlannerConfig
 from cdit.plan.environment import DoomEnvironment, Seen
 from cdit.plan.episodes import Episode, draw_episodes, in_view, load_episodes, save_episodes
 from cdit.plan.free_space import FreeSpace
 from cdit.plan.goal_network import GoalDescription, GoalNetwork
 from cdit.plan.graph import WELD, WORTH, Graph
 from cdit.plan.planner import Planner
+from cdit.world_model import WorldModel
 
 WALL_WITH_GAP = [*room(0, 0, 10, 8), (5, 0, 5, 5.0, 0, -1), (5.2, 5.0, 5.2, 0, 0, -1), (5, 5.0, 5.2, 5.0, 0, -1)]
 NETWORK = GoalNetwork(GoalDescription(8, (0.1, 0.1, 0.1), (1.0, 1.0, 1.0), 0.5, 0.5)).eval()
@@ -286,12 +289,14 @@ def test_the_next_plan_starts_from_what_is_left_of_the_last(space: FreeSpace):
 def test_a_world_sees_the_last_frames(world):
     model, contexts = world(), []
     score = SimpleNamespace(
-        predictor=SimpleNamespace(world=model), to_goals=lambda context, goals, random: contexts.append(context)
+        predictor=SimpleNamespace(world=model),
+        to_goals=lambda context, goals, random, spacing: contexts.append((context, spacing)),
     )
     frames = torch.arange(5.0)[:, None, None, None].expand(-1, 3, 32, 32)
     past = [Seen(frame, torch.zeros(3), np.zeros(3), contact=False) for frame in frames]
-    WorldScores(score)(past, None, frames[0], torch.manual_seed(0))
-    torch.testing.assert_close(contexts[0], frames[None, 2:])
+    WorldScores(score, 0.4)(past, None, frames[0], torch.manual_seed(0))
+    torch.testing.assert_close(contexts[0][0], frames[None, 2:])
+    assert contexts[0][1] == 0.4
 
 
 def test_an_episode_is_judged_by_hand(space: FreeSpace):
@@ -465,6 +470,18 @@ def test_the_engine_as_the_world_and_the_true_distance_as_the_cost_succeed(tmp_p
 
 
 @pytest.mark.slow
+def test_distances_that_a_map_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
+    pytest.importorskip("vizdoom", reason="the engine is part of the extra 'doom'")
+    monkeypatch.setattr(episodes_module, "PATIENCE", 3)
+    with pytest.raises(UserError, match=r"distances is \[64.0\]: no episodes"):
+        COMMANDS_OF["episodes"](EpisodesConfig(file=str(tmp_path / "far.json"), distances=[64.0]))
+    assert not (tmp_path / "far.json").exists()
+    COMMANDS_OF["episodes"](EpisodesConfig(file=str(tmp_path / "some.json"), distances=[2.0, 64.0], count=1))
+    assert len(load_episodes(tmp_path / "some.json")) == 2
+    assert "0 of 1 episodes of 64 m, goal in view" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_nothing_moves_once_the_map_has_ended(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("vizdoom", reason="the engine is part of the extra 'doom'")
     episode = draw_episodes("my_way_home", [2.0], 1, seed=0)[0]
@@ -486,9 +503,13 @@ def test_the_command_keeps_what_it_has_done(walks: Path, tmp_path: Path):
     save_episodes(draw_episodes("my_way_home", [1.0], 1, seed=0), tmp_path / "episodes.json")
     optimizer = OptimizerConfig(samples=4, iterations=1, elites=2)
     planner = PlannerConfig(optimizer=optimizer, cost="steps", learned=str(tmp_path / "learned"), frames=[8])
+    world = WorldModel.from_pretrained("maze")
+    world.description.units.spacing = None  # as after training on datasets of several spacings
+    world.save_pretrained(tmp_path / "world")
     config = config_of(
-        checkpoint="maze", data=str(walks), split="test", out=str(tmp_path / "out"), device="cpu", planner=planner,
-        episodes=str(tmp_path / "episodes.json"), agents=["random", "world", "graph"], videos=1, graph_frames=20,
+        checkpoint=str(tmp_path / "world"), data=str(walks), split="test", out=str(tmp_path / "out"), device="cpu",
+        planner=planner, episodes=str(tmp_path / "episodes.json"), agents=["random", "world", "graph"], videos=1,
+        graph_frames=20,
     )  # fmt: skip
     text = write_act(config, *act(config))
     assert "planned with the world" in text

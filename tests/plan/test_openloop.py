@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from cdit.common.errors import UserError
 from cdit.common.frames import to_float
 from cdit.common.motion import integrate
-from cdit.plan.config import CurveConfig, LearnConfig, OpenConfig, OptimizerConfig, PlannerConfig
+from cdit.plan.config import CurveConfig, DiagnoseConfig, LearnConfig, OpenConfig, OptimizerConfig, PlannerConfig
 from cdit.plan.goal_network import (
     FAR_EDGES,
     FARTHEST,
@@ -23,6 +23,7 @@ from cdit.plan.goal_network import (
 from cdit.plan.learn import UNORDERED, Sampler, learn, loss_of, predict_frames
 from cdit.plan.openloop import Benchmark, nwm_compatible, run_curve, run_open
 from cdit.plan.openloop_report import write_curve, write_open
+from cdit.plan.planner import Planner, WorldScore
 
 PLANNER = PlannerConfig(optimizer=OptimizerConfig(samples=12, iterations=2, elites=3), cost="pixels")
 
@@ -50,6 +51,27 @@ def test_every_method_answers_every_episode(config, tmp_path, dataset):
     assert (tmp_path / "pictures" / "episode_0.png").is_file()
 
 
+def test_candidates_among_the_baselines_obey_the_constraint(config):
+    planner = replace(PLANNER, constraint="forward_first")
+    benchmark = Benchmark(OpenConfig(**config | {"planner": planner}))
+    fitted = Planner.fit(planner, benchmark.recorded)
+    found = benchmark.baselines(fitted, WorldScore.of(benchmark.world, planner, fitted.moments))
+    for name in ("prior", "random", "truth"):
+        heading = found[name].paths[:, :, 2]
+        assert heading[:, 1].abs().max() == 0, name  # the first five eighths of four steps
+        assert heading[:, -1].abs().max() > 0, name
+
+
+@pytest.mark.parametrize("stride", [0, -2, 3])
+def test_a_stride_divides_the_plan(config, stride):
+    config = config | {"planner": replace(PLANNER, stride=stride)}
+    with pytest.raises(UserError, match=rf"planner\.stride is {stride}, expected"):
+        Benchmark(OpenConfig(**config))
+    config.pop("pictures")
+    with pytest.raises(UserError, match=rf"planner\.stride is {stride}, expected"):
+        Benchmark(DiagnoseConfig(**config))
+
+
 def test_less_than_a_frame_is_no_plan(config):
     with pytest.raises(UserError, match=r"seconds is 0.1, expected at least one frame, 0.25 s"):
         Benchmark(OpenConfig(**config | {"seconds": 0.1}))
@@ -75,6 +97,7 @@ def test_the_protocol_of_the_release():
 
 
 def test_a_curve_has_every_budget(config, tmp_path):
+    config.pop("pictures")
     curve = CurveConfig(**config, samples=[6, 12], iterations=[1], repeats=[1, 2], steps=[1])
     points = run_curve(curve)
     assert [(p.samples, p.repeats, p.calls) for p in points] == [(6, 1, 6), (6, 2, 12), (12, 1, 12), (12, 2, 24)]
@@ -207,9 +230,10 @@ def test_classes_of_steps():
     assert class_of(torch.tensor([0, 1, 2, 3, 4, 5, 64, 65])).tolist() == [0, 1, 2, 3, 3, 4, 7, 8]
 
 
-def test_a_goal_network_learns_and_is_saved(walks, checkpoint, tmp_path):
+@pytest.mark.parametrize("steps", [1, 3, 20])
+def test_a_goal_network_learns_and_is_saved(walks, checkpoint, tmp_path, steps):
     options = {"data": str(walks), "checkpoint": str(checkpoint), "device": "cpu", "split": "test"}
-    config = LearnConfig(**options, out=str(tmp_path), steps=3, batch_size=8, horizon=4, predicted=0)
+    config = LearnConfig(**options, out=str(tmp_path), steps=steps, batch_size=8, horizon=4, predicted=0)
     learn(config)
     network = load_goal_network(tmp_path)
     frames = torch.rand(2, 3, 32, 32) * 2 - 1

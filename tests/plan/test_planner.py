@@ -5,7 +5,6 @@ import torch.nn.functional as F
 from cdit.batch import Condition
 from cdit.codec import Codec
 from cdit.common.motion import integrate
-from cdit.plan.candidates import Prior, Spline
 from cdit.plan.config import OptimizerConfig, PlannerConfig
 from cdit.plan.constraints import forward_first, staying_out, turn_first
 from cdit.plan.costs import Features, Latents, Pixels
@@ -193,6 +192,11 @@ def test_given_candidates_are_ranked():
     assert plan.length.tolist() == [4, 1]
     torch.testing.assert_close(plan.lowest, torch.tensor([0.1, 0.01]))  # without the penalty
 
+    bent = actions + torch.tensor([0.0, 0.0, 0.1])
+    plan = planner_of(knots=1, frames=[1, 2, 4], constraint="forward_first").rank(score, bent)
+    assert torch.equal(plan.tried[0], forward_first(bent))
+    assert torch.equal(plan.actions, forward_first(plan.actions))
+
 
 @pytest.mark.parametrize(("constraint", "order"), [("forward_first", forward_first), ("turn_first", turn_first)])
 def test_plans_obey_projections(constraint, order):
@@ -243,9 +247,9 @@ def test_guided_scores_are_those_of_a_gaussian_prior():
     torch.testing.assert_close(found, costs + 0.3 * expected)
 
 
-def cost_world(model) -> CostWorld:
-    prior = Prior.fit(Spline(4, 4), torch.randn(100, 4, 3) * 0.2)
-    return CostWorld(WorldScore(Predictor(model, [4]), Pixels()), prior)
+def cost_world(model, knots: int = 4) -> CostWorld:
+    planner = Planner.fit(PlannerConfig(knots=knots), torch.randn(100, 4, 3) * 0.2)
+    return CostWorld(WorldScore(Predictor(model, [4]), Pixels()), planner)
 
 
 def test_get_cost_is_the_distance_of_what_the_world_predicts(model, context, actions):
@@ -260,13 +264,26 @@ def test_get_cost_is_the_distance_of_what_the_world_predicts(model, context, act
     found = costing.get_cost(repeated, actions)
     torch.testing.assert_close(costing.get_cost({"pixels": context, "goal": goal}, actions[:, :2]), found[:, :2])
     assert len(encoded) == 1
-    steps = costing.prior.mean + costing.prior.std * actions
+    prior = costing.planner.prior
+    steps = prior.mean + prior.std * actions
     condition = Condition(torch.ones(2, 5), integrate(steps)[:, :, -1])
     noise = costing.score.predictor.draw_noise(torch.manual_seed(0))
     frames = model.decode(model.sample(begin(context), condition, noise=noise.expand(2, 5, *noise.shape[1:])))
     torch.testing.assert_close(
         found, F.mse_loss(frames, goal[:, None].expand_as(frames), reduction="none").mean((2, 3, 4))
     )
+
+
+def test_get_cost_of_the_knots_of_a_spline(model, context):
+    torch.manual_seed(0)
+    costing, info = cost_world(model, knots=2), {"pixels": context, "goal": context[:, 0]}
+    values = torch.randn(2, 3, 2, 3)
+    prior = costing.planner.prior
+    ends = prior.mean + prior.std * values
+    share = torch.linspace(0, 1, 4)[:, None]
+    steps = ends[:, :, :1] * (1 - share) + ends[:, :, 1:] * share  # of two knots, a straight line
+    whole = CostWorld(costing.score)
+    torch.testing.assert_close(costing.get_cost(info, values), whole.get_cost(info, steps))
 
 
 @pytest.mark.parametrize("solver", ["CEMSolver", "MPPISolver", "ICEMSolver"])

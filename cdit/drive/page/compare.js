@@ -8,7 +8,7 @@ let app;
 function samplerOf(number, world) {
   const scheduler = element("select", {}, ...world.schedulers.map((name) => element("option", { textContent: name })));
   scheduler.value = world.sampler.scheduler;
-  const steps = element("input", { type: "range", min: 1, max: 16, value: world.sampler.steps });
+  const steps = element("input", { type: "range", min: 1, max: Math.max(16, world.sampler.steps), value: world.sampler.steps });
   const shown = element("output", { textContent: `${steps.value} steps` });
   const send = () => {
     shown.textContent = `${steps.value} steps`;

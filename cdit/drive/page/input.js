@@ -29,7 +29,7 @@ export function listenToKeys(onChange, shortcuts) {
       if (!held.has(event.code)) change(held.add(event.code));
     } else if (event.code in shortcuts) {
       event.preventDefault();
-      if (!event.repeat || event.code === "Backspace") shortcuts[event.code]();
+      if (!event.repeat || event.code === "Backspace") shortcuts[event.code](event.repeat);
     }
   });
   // A clicked or chosen control would otherwise capture the keys that drive.

@@ -119,8 +119,12 @@ function showRunning() {
   find("pause").classList.toggle("on", !app.running);
 }
 
-function back() {
+let returning = false; // whether the frame before has yet to come
+
+function back(repeated = false) {
+  if (repeated && returning) return; // a held key repeats faster than frames come
   app.running = false;
+  returning = true;
   app.send("back");
   showRunning();
 }
@@ -128,7 +132,7 @@ function back() {
 const actions = {
   pause: () => app.run(!app.running),
   step: () => app.send("step"),
-  back,
+  back: () => back(),
   reset: () => start.again(),
   "save-video": () => app.send("save", { what: "video" }),
   "save-actions": () => app.send("save", { what: "actions" }),
@@ -249,6 +253,7 @@ const on = {
   },
   frame(message) {
     app.last = message;
+    returning = false;
     if (message.runs === runs) app.running = message.running;
     showRunning();
     if (message.dreams.length) {

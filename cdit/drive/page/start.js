@@ -2,6 +2,9 @@
 
 import { element, paint } from "./draw.js";
 
+const MAX_SEED = 2 ** 31 - 1;
+const MAX_BUTTONS = 4; // of maps; more are in a list
+
 let app;
 let how = null; // the fields of the message `begin`
 let picture = null; // its bytes, if the drive begins with one
@@ -21,7 +24,7 @@ function begin(fields, bytes = null) {
 function send() {
   if (!how) return;
   if (picture) app.sendBytes(picture); // the server keeps only one, which may be a goal by now
-  app.send("begin", { ...how, truth: start.withTruth, seed: Math.max(0, Math.floor(Number(seed.value)) || 0) });
+  app.send("begin", { ...how, truth: start.withTruth, seed: Math.max(0, Math.min(MAX_SEED, Math.floor(Number(seed.value)) || 0)) });
 }
 
 /** A picture, cropped as the model's training frames were, as bytes. */
@@ -89,12 +92,19 @@ export const start = {
     const { hello } = app;
     const { pictures, row } = choices(app, "start from", begin);
     buttons = [...pictures.children];
-    seed = element("input", { type: "number", min: 0, value: 0, onchange: send });
-    for (const map of hello.maps) {
-      const button = element("button", { textContent: `In ${map}`, onclick: () => begin({ source: "map", map }) });
-      button.dataset.start = JSON.stringify(["map", map]);
-      if (hello.maps.length <= 4) row.append(button);
-      buttons.push(button);
+    seed = element("input", { type: "number", min: 0, max: MAX_SEED, value: 0, onchange: send });
+    const inMap = (map) => begin({ source: "map", map });
+    if (hello.maps.length > MAX_BUTTONS) {
+      const list = element("select", {}, ...["In a map …", ...hello.maps].map((textContent) => element("option", { textContent })));
+      list.onchange = () => list.selectedIndex && inMap(list.value);
+      row.append(list);
+    } else {
+      for (const map of hello.maps) {
+        const button = element("button", { textContent: `In ${map}`, onclick: () => inMap(map) });
+        button.dataset.start = JSON.stringify(["map", map]);
+        row.append(button);
+        buttons.push(button);
+      }
     }
     row.append(element("label", {}, "noise", seed));
     body.append(pictures, row);

@@ -6,6 +6,7 @@ const byId = (id) => document.getElementById(id);
 const accuracy = ({ measures }) => measures?.["correspondence accuracy"] ?? -1;
 /** The head that most often finds the true place; where that is unknown, the first of the middle layer. */
 const FIRST = data.table.reduce((best, info) => (accuracy(info) > accuracy(best) ? info : best), {
+  time: data.times[0],
   layer: data.layers[Math.floor(data.layers.length / 2)],
   head: 0,
 });
@@ -13,7 +14,7 @@ const FIRST = data.table.reduce((best, info) => (accuracy(info) > accuracy(best)
 /** The state. `time` is an index into the times, `row` and `column` are the patch's. */
 const DEFAULTS = {
   sample: 0,
-  time: 0,
+  time: data.times.indexOf(FIRST.time),
   layer: FIRST.layer,
   head: FIRST.head,
   row: Math.floor(data.rows / 2),
