@@ -11,7 +11,7 @@ from tqdm import tqdm
 from cdit.common.errors import UserError
 from cdit.common.options import DataOptions
 from cdit.data.config import DataConfig
-from cdit.data.layout import DatasetInfo
+from cdit.data.layout import DESCRIPTION
 from cdit.data.windows import WindowDataset
 from cdit.world_model import WorldModel
 
@@ -81,25 +81,26 @@ def windows_for(world: WorldModel, options: DataOptions, acting: bool = False, w
         **({} if description.actions.kind == "motion" else {"action_kind": description.actions.kind}),
         workers=0,
     )
-    recorded = DatasetInfo.load(Path(options.data))
+    dataset = WindowDataset(config, options.split)
     is_sampled = options.source in ("video", "lerobot")  # at the model's frame rate
-    if recorded is not None and not is_sampled and abs(recorded.fps - description.fps) > 1e-6:
+    undescribed = options.source in ("auto", "folder") and Path(options.data).is_dir()
+    undescribed = undescribed and not Path(options.data, DESCRIPTION).is_file()
+    if not (is_sampled or undescribed) and abs(dataset.info.recorded_fps - description.fps) > 1e-6:
         tqdm.write(
-            f"{options.data}: dataset.json says {recorded.fps:g} frames per second, but the model expects "
+            f"{options.data}: recorded at {dataset.info.recorded_fps:g} frames per second, but the model expects "
             f"{description.fps:g}; frames are not resampled",
             file=sys.stderr,
         )
-    dataset = WindowDataset(config, options.split)
     if description.has_actions and dataset.info.has_actions:
         for name in ("kind", "names", "units"):
             theirs, ours = getattr(dataset.info.actions, name), getattr(description.actions, name)
             if theirs != ours:
                 raise UserError(f"{options.data}: {name} of actions {theirs}, but the model was trained with {ours}")
-    known = options.spacing or (recorded is not None and recorded.metric_waypoint_spacing)
-    if description.units.spacing is None and not known and (acting or dataset.info.has_actions):
+    needs_spacing = description.units.spacing is None and (acting or dataset.info.has_actions)
+    if needs_spacing and not dataset.info.has_spacing:
         raise UserError(
-            "spacing: the model was trained on datasets of different spacings, and "
-            f"{options.data}/dataset.json gives none: pass --spacing, the metres between consecutive frames"
+            f"spacing: the model was trained on datasets of different spacings, and {options.data} gives none "
+            "(metric_waypoint_spacing): pass --spacing, the metres between consecutive frames"
         )
     return dataset
 

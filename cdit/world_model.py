@@ -373,7 +373,7 @@ class WorldModel(nn.Module):
             state = state.fork(sampled.shape[1])
         new = (self.codec.as_past(sampled) if frames is None else self.codec.encode(frames)).flatten(0, 1)
         held = (*state.held, new)
-        if len(held) < sampler.hold:
+        if len(held) < max(1, int(sampler.hold * state.fps / self.description.fps + 1e-6)):
             return replace(state, held=held, since=self._complete(condition or Condition(), state), noise=noise)
         return self.join(replace(state, held=held), sampler)
 

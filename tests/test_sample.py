@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from cdit.common.cli import run
 from cdit.data.layout import DatasetInfo, write_split, write_trajectory
 from cdit.diffusion import SamplerConfig
 from cdit.model import CDiT
+from cdit.model.conditioners import CONDITIONERS
 from cdit.world_model import WorldDescription, WorldModel
 from cdit.worlds import starts_of
 
@@ -256,3 +258,46 @@ def test_out_that_is_a_file(place: Path, sample):
     done = sample(*WALKS, "--length", "1", "--out", "view.png")
     assert done.returncode == 2
     assert "out is view.png" in done.stderr
+
+
+@CONDITIONERS.register("tests.light")
+class Light(nn.Module):
+    """Takes `light`, and keeps what it was given."""
+
+    given: list[list[float]] = []  # noqa: RUF012
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+
+    def forward(self, condition: dict[str, torch.Tensor]) -> torch.Tensor:
+        """(B, D)."""
+        self.given.append(condition["light"].flatten().tolist())
+        return condition["light"].float().reshape(-1, 1) * self.weight
+
+
+@pytest.mark.parametrize(
+    ("options", "lights"),
+    [
+        # Recorded ones: the strip's last frames, and then the same in jumps.
+        (["--length", "2", "--horizons", "[2]"], [[30.0], [40.0], [40.0]]),
+        # With given actions, those of the last past frame.
+        (["--actions", "forward*2", "--horizons", "[2]"], [[20.0], [20.0], [20.0]]),
+    ],
+)
+def test_recorded_conditions_reach_the_network(sample, tmp_path, monkeypatch, options, lights):
+    torch.manual_seed(0)
+    cdit = CDiT((16, 24), 3, 3, 8, 16, 1, 2, extra_conditioners={"light": "tests.light"})
+    description = WorldDescription((16, 24), fps=5.0, sampler=SamplerConfig(steps=1))
+    WorldModel(cdit, PixelCodec(), description).save_pretrained(tmp_path / "world")
+    frames = np.zeros((5 if "--length" in options else 4, 20, 30, 3), np.uint8)
+    poses = {"position": np.zeros((len(frames), 2)), "yaw": np.zeros(len(frames))}
+    write_trajectory(tmp_path / "lit", "a", frames, **poses)
+    light = 10.0 * np.arange(len(frames))
+    (tmp_path / "lit" / "a" / "traj_data.pkl").write_bytes(pickle.dumps({**poses, "light": light}))
+    write_split(tmp_path / "lit", "test", ["a"])
+    DatasetInfo("lit", fps=5.0, metric_waypoint_spacing=0.5).save(tmp_path / "lit")
+    Light.given.clear()
+    done = sample("--checkpoint", str(tmp_path / "world"), "--data", str(tmp_path / "lit"), "--out", "lit", *options)
+    assert done.returncode == 0, done.stderr
+    assert Light.given == lights

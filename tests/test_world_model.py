@@ -564,15 +564,20 @@ def test_steps_one_by_one_are_the_rollout_to_the_last_bit(dialect, reencode):
     assert torch.equal(begun, expected)
 
 
+@pytest.mark.parametrize("slower", [1, 2])
 @pytest.mark.parametrize("dialect", DIALECTS)
 @torch.no_grad()
-def test_held_frames_are_jumps_from_one_past(dialect):
-    """Each from the same noise, conditioned on all motion since; then the last of them are the past."""
+def test_held_frames_are_jumps_from_one_past(dialect, slower):
+    """Each from the same noise, conditioned on all motion since; then the last of them are the past.
+
+    At half the frame rate, half as many are held, for the same time.
+    """
     world, (context, _, _) = build(dialect), inputs()
     actions, known = torch.randn(2, 2, 7, 3, generator=seeded(3)), torch.rand(2, 2, 7, generator=seeded(4)) > 0.2
     actions[..., 2] = 1.0  # more than half a turn in four steps
-    sampler = SamplerConfig(steps=2, hold=4)
-    out = world.rollout(context, Condition(action=actions, known=known), sampler=sampler, generator=seeded())
+    sampler, fps = SamplerConfig(steps=2, hold=4 * slower), world.description.fps / slower
+    given = Condition(action=actions, known=known)
+    out = world.rollout(context, given, fps=fps, sampler=sampler, generator=seeded())
 
     past, generator, expected = context.repeat_interleave(2, 0), seeded(), []
     for first, last in ((0, 4), (4, 7)):
@@ -580,7 +585,7 @@ def test_held_frames_are_jumps_from_one_past(dialect):
         for i in range(first + 1, last + 1):
             moved = [compose(one.numpy())[-1] for one in actions[:, :, first:i].flatten(0, 1)]
             condition = Condition(
-                torch.full((4, 1), (i - first) / world.description.fps),
+                torch.full((4, 1), (i - first) / fps),
                 torch.from_numpy(np.array(moved, np.float32))[:, None],
                 known[:, :, first:i].all(-1).flatten()[:, None],
             )
@@ -589,7 +594,7 @@ def test_held_frames_are_jumps_from_one_past(dialect):
         past = torch.cat((past, torch.stack(expected[first:], dim=1).clamp(-1, 1)), dim=1)
     torch.testing.assert_close(out.flatten(0, 1), torch.stack(expected, dim=1), atol=1e-4, rtol=0)
 
-    state, generator = world.begin(context), seeded()
+    state, generator = world.begin(context, fps=fps), seeded()
     for i in range(7):
         condition = Condition(action=actions[:, :, i], known=known[:, :, i])
         state, sampled = world.step(state, condition, sampler, generator)

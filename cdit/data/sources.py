@@ -37,6 +37,10 @@ class WindowInfo:
     fps: float
     spacing: float | None
     """Metres between consecutive frames, the unit of normalised actions; None if the datasets differ."""
+    has_spacing: bool
+    """Whether the datasets or the config give it; otherwise it is 1."""
+    recorded_fps: float
+    """Frames per second of the first dataset, before the config's."""
     has_actions: bool
     """Whether any dataset has actions."""
     actions: ActionSpace
@@ -116,6 +120,8 @@ def _read(
     return long_enough, WindowInfo(
         fps=source.fps or info.fps,
         spacing=source.spacing or info.metric_waypoint_spacing or 1.0,
+        has_spacing=bool(source.spacing or info.metric_waypoint_spacing),
+        recorded_fps=info.fps,
         has_actions=info.actions.recorded(trajectories[0]),
         actions=info.actions,
         camera=info.camera,
@@ -143,6 +149,8 @@ def _merge(infos: Sequence[WindowInfo], sources: Sequence[Source]) -> WindowInfo
     return WindowInfo(
         fps=infos[0].fps,
         spacing=spacings.pop() if len(spacings) == 1 else None,
+        has_spacing=all(info.has_spacing for info in infos),
+        recorded_fps=infos[0].recorded_fps,
         actions=spaces[0],
         has_actions=any(info.has_actions for info in infos),
         camera=cameras[0] if all(camera == cameras[0] for camera in cameras) else None,

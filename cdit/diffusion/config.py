@@ -70,7 +70,7 @@ class SamplerConfig:
     clean as recorded frames. At most model.context_noise."""
     hold: Positive[int] = 1
     """Frames of a rollout that are predicted from the same past, each in one jump and from the same noise, before the
-    last of them become the past. 1: every frame joins the past at once."""
+    last of them become the past; fewer at lower frame rates. 1: every frame joins the past at once."""
 
 
 class Trained(Protocol):
@@ -79,6 +79,7 @@ class Trained(Protocol):
     objective: str
     action_dropout: float
     sampler: SamplerConfig
+    self_rollout: "SelfRolloutConfig"
 
 
 @dataclass
@@ -100,7 +101,7 @@ class SamplerOptions:
     clean as recorded frames. At most the model.context_noise of training."""
     hold: Positive[int] | None = None
     """Frames of a rollout that are predicted from the same past, each in one jump and from the same noise, before the
-    last of them become the past. 1: every frame joins the past at once."""
+    last of them become the past; fewer at lower frame rates. 1: every frame joins the past at once."""
 
     def over(self, description: Trained) -> SamplerConfig:
         """The model's sampler, with the options that are given here replaced.
@@ -112,7 +113,7 @@ class SamplerOptions:
             raise UserError(f"sampler.guidance is {self.guidance}, but the model was trained without action_dropout")
         given = {name: value for name, value in asdict(self).items() if value is not None}
         config = replace(description.sampler, **given)
-        check_sampler(description.objective, config)
+        check_sampler(sampled_as(description), config)
         return config
 
 
@@ -188,6 +189,11 @@ class SelfRolloutConfig:
     """The objective that is trained in addition: a flow."""
     weight: NotNegative[float] = 1.0
     """Weight of the squared error of the clean frames of a rollout."""
+
+
+def sampled_as(description: Trained) -> str:
+    """The objective whose samplers a model has: that of a self_rollout is its base."""
+    return description.self_rollout.base if description.objective == "self_rollout" else description.objective
 
 
 def check_sampler(objective: str, sampler: SamplerConfig) -> None:

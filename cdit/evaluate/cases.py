@@ -88,7 +88,8 @@ def case_of(dataset: WindowDataset, window: int) -> Case:
 def content_hash(dataset: WindowDataset, cases: Sequence[Case], reach: int) -> str:
     """Hexadecimal SHA-256 of the dataset's content for the cases, independent of its location.
 
-    That is the poses of their trajectories, and for each case the current frame and the one `reach` frames later.
+    That is the poses, texts and further conditions of their trajectories, and for each case the current frame and the
+    one `reach` frames later.
     """
     digest = hashlib.sha256()
     for index in sorted({case.trajectory for case in cases}):
@@ -98,6 +99,10 @@ def content_hash(dataset: WindowDataset, cases: Sequence[Case], reach: int) -> s
             digest.update(trajectory.position.tobytes() + trajectory.yaw.tobytes())
         if trajectory.actions is not None:
             digest.update(trajectory.actions.tobytes())
+        if any(trajectory.texts):
+            digest.update(repr(list(trajectory.texts)).encode())
+        for name, values in sorted(trajectory.conditions.items()):
+            digest.update(name.encode() + values.tobytes())
     for case in cases:
         frames = dataset.trajectories[case.trajectory].frames([case.now, case.now + reach])
         digest.update(hashlib.sha256(frames.numpy().tobytes()).digest())

@@ -81,7 +81,7 @@ class EvaluateConfig(TrackingOptions, OutputOptions, DataOptions, CheckpointOpti
     seed: NotNegative[int] = 0
     """Seed of the noise and of the bootstrap."""
     overwrite: bool = False
-    """Delete the contents of OUT/parts, even those of another evaluation, and start over."""
+    """Delete what OUT/parts holds of these protocols, even of another evaluation, and start over."""
     timeout_minutes: Positive[float] = 30.0
     """Minutes that processes wait for one another before all stop; must exceed the time of one batch."""
 

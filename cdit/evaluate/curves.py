@@ -103,7 +103,8 @@ class ControlStudy(Study):
                 state, sampled = world.step(state, step, sampler, noise)
                 frame = world.decode(sampled)[:, 0]
             if i in protocol.measured:
-                turned = world.predict(state, Condition(action=turns), sampler=sampler, generator=noise)
+                now = {name: x[:, i, None].expand(-1, 2, *x.shape[2:]) for name, x in recorded.extra.items()}
+                turned = world.predict(state, Condition(action=turns, extra=now), sampler=sampler, generator=noise)
                 before = frame[:, None].expand_as(turned)
                 found = measured_turn(before.flatten(0, 1), turned.flatten(0, 1), protocol.focal)
                 measured.append(found.unflatten(0, (-1, 2)))

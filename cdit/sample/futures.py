@@ -1,6 +1,6 @@
 """Predicts futures and draws them."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,6 @@ from cdit.common.pictures import comparison_grid, rollout_video, save_gif, save_
 from cdit.common.randomness import generator
 from cdit.data.actions import DEFAULT_STEP, read_actions
 from cdit.data.frames import crop_and_resize, decode
-from cdit.data.layout import DatasetInfo
 from cdit.evaluate.metrics import psnr
 from cdit.heads.inspection import inspect_attention
 from cdit.heads.report import AttentionReport
@@ -48,6 +47,14 @@ class Scenes:
     """(N,) metres between frames, for models of several datasets."""
     text: Tensor | None = None
     """(N, E) embeddings of the texts of the dataset."""
+    extra: dict[str, Tensor] = field(default_factory=dict)
+    """Further conditions of each step, (N, L, …): recorded ones, or with given actions those of the last past frame."""
+
+    def condition(self, steps: slice | list[int]) -> Condition:
+        """The condition of some steps: (N, G, …)."""
+        extra = {name: value[:, steps] for name, value in self.extra.items()}
+        actions = None if self.actions is None else self.actions[:, steps]
+        return Condition(action=actions, spacing=self.spacing, text=self.text, extra=extra)
 
 
 def sample(config: SampleConfig) -> None:
@@ -86,34 +93,33 @@ def sample(config: SampleConfig) -> None:
 
 def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
     """Contexts spread over the split, with the recorded actions and the truth, or with the given actions."""
-    given = None
-    if config.actions is not None:
-        info = DatasetInfo.load(Path(config.data))
-        given = read_actions(
-            config.actions, _step(config, world, info and info.metric_waypoint_spacing), space=world.description.actions
-        )
-    dataset = windows_for(world, config, acting=given is not None)
-    recorded = config.length if given is None else 0  # frames of the trajectory that are needed after the context
+    acting = config.actions is not None
+    dataset = windows_for(world, config, acting)
+    recorded = 0 if acting else config.length  # frames of the trajectory that are needed after the context
     windows = spread(dataset.windows_with([recorded]), config.samples)
     if not windows:
-        raise UserError(
-            f"length is {recorded}: no trajectory of split {config.split!r} of {config.data} has "
-            f"{dataset.config.context_frames} past frames and that many after them"
-        )
-    batch = Batch.collate([dataset.path(window, recorded) for window in windows])
+        past = dataset.config.context_frames
+        where = f"no trajectory of split {config.split!r} of {config.data} has"
+        if acting:
+            raise UserError(f"actions: {where} {past + 1} frames, {past} past ones and one more")
+        raise UserError(f"length is {recorded}: {where} {past} past frames and that many after them")
+    batch = Batch.collate([dataset.window(w, [0]) if acting else dataset.path(w, recorded) for w in windows])
     names, sources = [], []
     for i, window in enumerate(windows):
         trajectory, now = dataset.locate(window)
         sources.append(dataset.trajectories[trajectory].name)
         names.append(f"{i:02}_{Path(sources[-1]).name}_{now:04}")
-    if given is not None:
-        actions, truth = torch.from_numpy(given).expand(len(windows), -1, -1), None
+    given, extra = batch.condition, batch.condition.extra
+    if acting:
+        spacing = dataset.info.spacing if dataset.info.has_spacing else None
+        steps = read_actions(config.actions, _step(config, world, spacing), world.description.actions)
+        actions, truth = torch.from_numpy(steps).expand(len(windows), -1, -1), None
+        extra = {name: value.repeat_interleave(len(steps), 1) for name, value in extra.items()}
     else:
         known = dataset.info.has_actions and world.description.has_actions
-        actions, truth = batch.condition.action if known else None, batch.target
-    length = recorded if given is None else len(given)
-    spacing, text = batch.condition.spacing, batch.condition.text
-    return Scenes(names, sources, batch.context, batch.mask, actions, truth, length, spacing, text)
+        actions, truth = given.action if known else None, batch.target
+    length = len(steps) if acting else recorded
+    return Scenes(names, sources, batch.context, batch.mask, actions, truth, length, given.spacing, given.text, extra)
 
 
 def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
@@ -140,10 +146,9 @@ def _step(config: SampleConfig, world: WorldModel, recorded: float | None = None
 
 def predict_rollout(world: WorldModel, scenes: Scenes, seed: int) -> Tensor:
     """Frame by frame, each prediction joining the past: (N, L, 3, H, W) in [-1, 1] on the CPU."""
-    actions = None if scenes.actions is None else scenes.actions[:, None]
     rollout = world.rollout(
         to_float(scenes.context),
-        Condition(action=actions, spacing=scenes.spacing, text=scenes.text),
+        scenes.condition(slice(None)).map_goals(lambda x: x[:, None]),
         scenes.mask,
         scenes.length,
         generator=generator(seed),
@@ -154,26 +159,21 @@ def predict_rollout(world: WorldModel, scenes: Scenes, seed: int) -> Tensor:
 
 def predict_direct(world: WorldModel, scenes: Scenes, horizons: list[int], seed: int) -> Tensor:
     """Each horizon in one jump: (N, G, 3, H, W) in [-1, 1] on the CPU."""
-    actions = None
+    ends = [h - 1 for h in horizons]
+    time_shift = torch.tensor(horizons).expand(len(scenes.names), -1) / world.description.fps
+    condition = replace(scenes.condition(ends), time_shift=time_shift)
     if scenes.actions is not None:
         motions = np.stack([world.description.actions.compose(steps) for steps in scenes.actions.numpy()])
-        actions = torch.from_numpy(motions)[:, [h - 1 for h in horizons]]
-    time_shift = torch.tensor(horizons).expand(len(scenes.names), -1) / world.description.fps
-    condition = Condition(time_shift, actions, spacing=scenes.spacing, text=scenes.text)
+        condition = replace(condition, action=torch.from_numpy(motions)[:, ends])
     context, noise = to_float(scenes.context), generator(seed, 1)
     return world.predict(context, condition, scenes.mask, generator=noise, progress=True).cpu()
 
 
 def inspect_first_frame(world: WorldModel, scenes: Scenes, rollout: Tensor, config: SampleConfig) -> AttentionReport:
     """Attention while the first future frame is denoised: the true one, or the predicted one if it is unknown."""
-    count = len(scenes.names)
     target = to_uint8(rollout[:, :1]) if scenes.truth is None else scenes.truth[:, :1]
-    condition = Condition(
-        time_shift=torch.full((count, 1), 1 / world.description.fps),
-        action=None if scenes.actions is None else scenes.actions[:, :1],
-        spacing=scenes.spacing,
-        text=scenes.text,
-    )
+    time_shift = torch.full((len(scenes.names), 1), 1 / world.description.fps)
+    condition = replace(scenes.condition(slice(1)), time_shift=time_shift)
     batch = Batch(scenes.context, scenes.mask, target, condition)
     return inspect_attention(world, batch, config.inspect, config.seed, scenes.sources)
 

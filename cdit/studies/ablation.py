@@ -25,11 +25,13 @@ from cdit.common.tables import markdown_table
 from cdit.data.config import DataConfig
 from cdit.data.windows import WindowDataset
 from cdit.evaluate.config import EvaluateConfig
-from cdit.evaluate.results import RESULTS, ProtocolResult, Results
+from cdit.evaluate.protocols import direct
+from cdit.evaluate.results import FRECHET, RESULTS, Results
 from cdit.evaluate.tables import Row, digits, markdown
 from cdit.loading import spread
 from cdit.studies.config import AblationConfig
 from cdit.studies.history import History
+from cdit.training.setup import missing
 from cdit.world_model import DESCRIPTION
 
 TRAIN = Path(cdit.__path__[0]).parent / "train.py"
@@ -87,7 +89,9 @@ def ablate(config: AblationConfig) -> None:
         check_folder(run, resolved[run.variant])
         for evaluation in config.evaluations:
             options = evaluation_options(run, config, resolved[run.variant]["data"], evaluation)
-            parse_config(EvaluateConfig, "options of cdit.evaluate", options)
+            check_evaluation(parse_config(EvaluateConfig, "options of cdit.evaluate", options))
+    if not missing(resolved[config.reference]["data"]["folder"]):  # otherwise the first training prepares it
+        write_cases(config, resolved)
     slices = 1 if config.train_seconds is None else config.slices
     for turn in range(slices):
         for number in range(len(runs)):
@@ -101,6 +105,22 @@ def ablate(config: AblationConfig) -> None:
             evaluate(run, config, resolved[run.variant]["data"], evaluation)
     print(report(config, runs))
     print(f"{config.folder} holds results.md, results.json and all runs")
+
+
+def check_evaluation(config: EvaluateConfig) -> None:
+    """Checks that an evaluation's results can be compared sample by sample.
+
+    Raises:
+        UserError: it has several protocols, or a metric of sets of samples.
+    """
+    config.validate()
+    if len(config.protocols) != 1 or (config.protocols == ["rollout"] and len(config.rollout.fps) != 1):
+        raise UserError(
+            f"evaluations: protocols is {config.protocols} and rollout.fps {config.rollout.fps}, expected one protocol "
+            "each, at one rollout.fps"
+        )
+    if sets := set(config.metrics) & set(FRECHET):
+        raise UserError(f"metrics: {', '.join(sorted(sets))} cannot be compared sample by sample; leave it out")
 
 
 def named(text: str) -> str:
@@ -197,14 +217,14 @@ def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> 
     Each has as many past frames as the variant with the longest context.
 
     Raises:
-        UserError: no trajectory is long enough.
+        UserError: no trajectory is long enough, or a horizon lies between two frames.
     """
     datasets = [values["data"] for values in resolved.values()]
     folder, split = datasets[0]["folder"], datasets[0]["test_split"]
     longest = max(data["context_frames"] for data in datasets)
     where = {key: datasets[0][key] for key in (*WHERE, "fps")}
     dataset = WindowDataset(DataConfig(folder, context_frames=longest, cache_gb=0, **where), split)
-    offsets = [round(seconds * dataset.info.fps) for seconds in config.seconds]
+    offsets = direct(config.seconds, dataset.info.fps).offsets
     windows = spread(dataset.windows_with(offsets), config.cases)
     if not windows:
         raise UserError(f"seconds is {config.seconds}: no trajectory of split {split!r} of {folder} is long enough")
@@ -212,6 +232,7 @@ def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> 
     for window in windows:
         trajectory, now = dataset.locate(window)
         cases.append((dataset.trajectories[trajectory].name, now, min(offsets), max(offsets)))
+    config.folder.mkdir(parents=True, exist_ok=True)
     config.index.write_bytes(pickle.dumps(cases))
 
 
@@ -250,17 +271,6 @@ def evaluate(run: Run, config: AblationConfig, data: dict[str, Any], evaluation:
     _call([*_launcher(config), "-m", "cdit.evaluate", *evaluation_options(run, config, data, evaluation)], run)
 
 
-def only(protocols: dict[str, ProtocolResult]) -> ProtocolResult:
-    """The results of the one protocol.
-
-    Raises:
-        UserError: there are several.
-    """
-    if len(protocols) > 1:
-        raise UserError(f"evaluations: expected one protocol each, at one rollout.fps, got {', '.join(protocols)}")
-    return next(iter(protocols.values()))
-
-
 def report(config: AblationConfig, runs: list[Run]) -> str:
     """Writes `results.md` and `results.json` into the ablation's folder, and returns the former.
 
@@ -271,7 +281,9 @@ def report(config: AblationConfig, runs: list[Run]) -> str:
     """
     found = {
         (variant, evaluation): [
-            only(Results.load(results_folder(run, evaluation)).protocols) for run in runs if run.variant == variant
+            next(iter(Results.load(results_folder(run, evaluation)).protocols.values()))
+            for run in runs
+            if run.variant == variant
         ]
         for variant in config.variants
         for evaluation in config.evaluations

@@ -9,7 +9,7 @@ from the best of all.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 
 import torch
@@ -21,8 +21,8 @@ from cdit.common.errors import UserError
 from cdit.common.frames import to_float
 from cdit.common.randomness import generator
 from cdit.data.windows import WindowDataset
-from cdit.diffusion import SamplerConfig, make_objective
-from cdit.diffusion.config import SamplerOptions
+from cdit.diffusion import Flow, SamplerConfig, make_objective
+from cdit.diffusion.config import SamplerOptions, sampled_as
 from cdit.evaluate.evaluation import build_judge, build_studies, describe, find_missing, made_of
 from cdit.evaluate.metrics import score
 from cdit.evaluate.parts import Parts, weights_hash
@@ -33,9 +33,8 @@ from cdit.studies.steps_report import summarize, write
 from cdit.world_model import WorldDescription, WorldModel
 
 SHIFTS = (0.5, 1.0, 2.0, 3.0)
-REFERENCE = {"flow": "euler", "ddpm": "ddim"}
-"""For each objective, a scheduler that adds no noise during sampling, so that frames depend only on the initial
-noise."""
+REFERENCES = ("euler", "ddim")
+"""Schedulers that add no noise during sampling, so that frames depend only on the initial noise."""
 
 
 def compare_steps(config: StepsConfig) -> None:
@@ -78,23 +77,26 @@ def settings(config: StepsConfig, description: WorldDescription) -> list[Sampler
     Raises:
         UserError: the objective does not allow one of them; the message names the field.
     """
-    objective, grid = description.objective, config.sampler
-    if objective != "flow" and grid.shift is not None:
-        raise UserError(f"sampler.shift is {grid.shift}, but the model is a {objective}: expected none")
-    schedulers = grid.scheduler
-    if schedulers is None:
-        schedulers = list(make_objective(description).schedulers)
-    shifts = grid.shift
-    if shifts is None:
-        shifts = list(SHIFTS) if objective == "flow" else [1.0]
+    objective, grid = make_objective(description), config.sampler
+    is_flow = isinstance(getattr(objective, "base", objective), Flow)
+    if not is_flow and grid.shift is not None:
+        raise UserError(f"sampler.shift is {grid.shift}, but the model is a {description.objective}: expected none")
+    schedulers = grid.scheduler or list(objective.schedulers)
     if config.reference.scheduler == "ddpm":
         raise UserError("reference.scheduler is ddpm, expected one that adds no noise during sampling, such as ddim")
     try:
-        scheduler = config.reference.scheduler or REFERENCE.get(objective, schedulers[0])
+        usual = next((name for name in REFERENCES if name in objective.schedulers), schedulers[0])
+        scheduler = config.reference.scheduler or usual
         reference = SamplerOptions(scheduler, config.reference.steps, 1.0).over(description)
     except UserError as error:
         raise UserError(f"reference: {error}") from error
-    tried = [SamplerOptions(*values).over(description) for values in product(schedulers, grid.steps, shifts)]
+
+    def shifts(scheduler: str) -> list[float]:
+        is_shifted = is_flow and (sampled_as(description), scheduler) != ("shortcut", "average")
+        return grid.shift or (list(SHIFTS) if is_shifted else [1.0])
+
+    grid_of = (product([scheduler], grid.steps, shifts(scheduler)) for scheduler in schedulers)
+    tried = [SamplerOptions(*values).over(description) for values in chain.from_iterable(grid_of)]
     return [reference, *(sampler for sampler in tried if sampler != reference)]
 
 

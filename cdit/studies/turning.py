@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cdit.batch import Batch, Condition
+from cdit.batch import Batch
 from cdit.common.errors import UserError
 from cdit.common.frames import to_float
 from cdit.common.output import finished_folder
@@ -118,10 +118,11 @@ def predicted_turns(
     with tqdm(total=len(windows) * len(asked), desc="turning", unit="frame") as bar:
         for start in range(0, len(windows), config.batch_size):
             chosen = windows[start : start + config.batch_size]
-            pasts = Batch.collate([dataset.window(i, []) for i in chosen]).to(world.device)
+            pasts = Batch.collate([dataset.window(i, [0]) for i in chosen]).to(world.device)
             context = to_float(pasts.context)
             given = pasts.condition
-            turns = Condition(action=actions.expand(len(chosen), -1, -1), spacing=given.spacing, text=given.text)
+            extra = {name: value.expand(-1, len(asked), *value.shape[2:]) for name, value in given.extra.items()}
+            turns = replace(given, time_shift=None, action=actions.expand(len(chosen), -1, -1), known=None, extra=extra)
             frames = world.predict(context, turns, sampler=sampler, generator=noise)
             before = context[:, -1:].expand_as(frames).flatten(0, 1)
             found = measured_turn(before, frames.flatten(0, 1), focal)

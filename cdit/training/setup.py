@@ -90,6 +90,12 @@ def micro_batches(config: TrainConfig, processes: int) -> int:
     return math.ceil(share / (config.micro_batch_size or share))
 
 
+def missing(folder: str | None) -> bool:
+    """Whether a dataset has neither a dataset.json nor splits, as before or during its recording."""
+    place = Path(folder or "")
+    return not (place / "dataset.json").is_file() and not (place / "splits").is_dir()
+
+
 def prepare_data(config: DataConfig, accelerator: Accelerator) -> None:
     """Runs the config's `prepare` command if the dataset does not exist yet.
 
@@ -100,13 +106,9 @@ def prepare_data(config: DataConfig, accelerator: Accelerator) -> None:
         UserError: the command failed.
     """
     folder = Path(config.folder or "")
-
-    def missing() -> bool:
-        return not (folder / "dataset.json").is_file() and not (folder / "splits").is_dir()
-
-    if config.prepare and accelerator.is_local_main_process and missing():
+    if config.prepare and accelerator.is_local_main_process and missing(config.folder):
         with locked(folder.with_name(f".{folder.name}.lock")):
-            if missing():
+            if missing(config.folder):
                 print(f"{config.folder} does not exist yet: python {config.prepare}", file=sys.stderr)
                 done = subprocess.run([sys.executable, *shlex.split(config.prepare)])
                 if done.returncode:

@@ -21,7 +21,7 @@ from cdit.common.files import read_json, write_json
 from cdit.common.options import CheckpointOptions, OutputOptions, check_options
 
 WALKS, WALK_FRAMES = 8, 8
-"""Number and length of the walks to start from."""
+"""Number and least length of the walks to start from."""
 
 
 @dataclass(kw_only=True)
@@ -66,15 +66,15 @@ def main() -> None:
     card += [table.read_text().replace(f"{run_folder}", out.name) for table in tables]
     (out / "README.md").write_text("\n\n".join(part.strip() for part in card if part) + "\n")
     if config.starts is not None:
-        pack_starts(config.starts, out / "starts")
+        pack_starts(config.starts, out / "starts", max(WALK_FRAMES, world.cdit.config.max_context + 1))
     if network is not None:
         network.half().save(out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 1e6:.1f} MB")
 
 
-def pack_starts(data: str, out: Path) -> None:
-    """Writes shards of a few short walks, spread over the test split of a dataset.
+def pack_starts(data: str, out: Path, length: int) -> None:
+    """Writes shards of a few walks of this many frames, spread over the test split of a dataset.
 
     Raises:
         UserError: the dataset has problems.
@@ -90,11 +90,12 @@ def pack_starts(data: str, out: Path) -> None:
     with TemporaryDirectory() as folder:
         for i in spread(list(range(len(trajectories))), WALKS):
             walk = trajectories[i]
-            start = max(0, min(5 * len(walk) // 8, len(walk) - WALK_FRAMES))
-            times = list(range(len(walk)))[start : start + WALK_FRAMES]
+            start = max(0, min(5 * len(walk) // 8, len(walk) - length))
+            times = list(range(len(walk)))[start : start + length]
             names.append(f"{walk.name}_{start:04}")
             poses = () if walk.position is None else (walk.position[times], walk.yaw[times])
-            write_trajectory(Path(folder), names[-1], walk.frames(times).permute(0, 2, 3, 1).numpy(), *poses)
+            frames, text = walk.frames(times).permute(0, 2, 3, 1).numpy(), walk.texts[start] if walk.texts else ""
+            write_trajectory(Path(folder), names[-1], frames, *poses, text=text)
         write_split(Path(folder), "test", names)
         info.save(Path(folder))
         shutil.rmtree(out, ignore_errors=True)

@@ -114,7 +114,9 @@ def test_a_variant_that_cannot_be_trained_is_found_before_anything_is(walks: Pat
     assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_evaluated_is_found_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_cannot_be_evaluated_is_found_before_anything_is_trained(
+    walks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     data = {
         "folder": "somewhere",
         "test_split": "test",
@@ -132,6 +134,15 @@ def test_what_cannot_be_evaluated_is_found_before_anything_is_trained(tmp_path: 
         ablate(config_of(spec(tmp_path, evaluate={"batch_size": 0})))
     with pytest.raises(SystemExit):
         ablate(config_of(spec(tmp_path, metrics=["pnsr"])))
+    with pytest.raises(UserError, match="expected one protocol each, at one"):
+        ablate(config_of(spec(tmp_path, evaluations={"rollouts": {"protocols": ["rollout"]}})))
+    with pytest.raises(UserError, match="fid cannot be compared sample by sample"):
+        ablate(config_of(spec(tmp_path, metrics=["psnr", "fid"])))
+    data |= {"folder": str(walks), "context_frames": 4, "image_size": [32, 32]}
+    with pytest.raises(UserError, match=r"0.3 s is not a positive whole number of frames"):
+        ablate(config_of(spec(tmp_path, seconds=[0.3])))
+    with pytest.raises(UserError, match="long enough"):
+        ablate(config_of(spec(tmp_path, seconds=[100.0])))
 
 
 def test_a_launcher_that_is_not_there(tmp_path: Path):
@@ -160,10 +171,14 @@ def test_runs_of_equal_time_take_turns(tmp_path: Path, monkeypatch: pytest.Monke
         (folder / "checkpoints/step_00000001/state.json").write_text(json.dumps(state))
 
     monkeypatch.setattr(ablation, "_call", called)
-    monkeypatch.setattr(ablation, "resolve", lambda run: {"data": {}})
+    monkeypatch.setattr(ablation, "resolve", lambda run: {"data": {"folder": "nowhere"}})
     for name in ("check_comparable", "check_folder", "write_cases", "evaluate"):
         monkeypatch.setattr(ablation, name, lambda *_: None)
-    monkeypatch.setattr(ablation, "evaluation_options", lambda *_: ["--checkpoint", "", "--data", "", "--out", ""])
+    monkeypatch.setattr(
+        ablation,
+        "evaluation_options",
+        lambda *_: ["--checkpoint", "", "--data", "", "--out", "", "--protocols", "[time]"],
+    )
     monkeypatch.setattr(ablation, "report", lambda *_: "")
     names = ["four_frames_seed0", "four_frames_seed1", "one_frame_seed0", "one_frame_seed1"]
     trained(config.folder / names[1], 41.0)
@@ -284,9 +299,6 @@ def test_each_variant_is_measured_in_several_ways(tmp_path: Path):
     assert re.search(r"\| One frame, jump \| -1.00", text)
     assert re.search(r"\| One frame, rollout \| -4.00", text)
     assert not re.search(r"\| Four frames, \w+ \| [+-]", text)
-    both = {"time": found.protocols["rollout_4fps"], "rollout_4fps": found.protocols["rollout_4fps"]}
-    with pytest.raises(UserError, match="expected one protocol each"):
-        ablation.only(both)
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)

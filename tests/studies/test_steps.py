@@ -250,7 +250,7 @@ def test_what_cannot_be_compared(compare: Callable, options: list[str], message:
 
 def settings_of(objective: str, reference: ReferenceConfig = ReferenceConfig(), **grid) -> list[tuple]:  # noqa: B008
     config = StepsConfig(checkpoint="", data="", out="", sampler=GridConfig(**grid), reference=reference)
-    own = SamplerConfig("euler" if objective == "flow" else "ddpm", 5, guidance=1.0)
+    own = SamplerConfig("ddpm" if objective == "ddpm" else "euler", 5, guidance=1.0)
     description = WorldDescription((SIDE, SIDE), FPS, objective=objective, sampler=own)
     return [(one.scheduler, one.steps, one.shift) for one in settings(config, description)]
 
@@ -266,6 +266,22 @@ def test_a_ddpm_has_settings_of_its_own():
     ):
         with pytest.raises(UserError, match=message):
             settings_of("ddpm", **grid)
+
+
+def test_few_step_objectives_are_flows():
+    """An average velocity may be shifted, that of a shortcut not."""
+    flows, shifts = {"euler", "heun", "dpm", "unipc"}, {0.5, 1.0, 2.0, 3.0}
+    for objective, own in (("shortcut", {1.0}), ("mean_flow", shifts), ("self_rollout", set())):
+        found = settings_of(objective, steps=[2])
+        assert found[0] == ("euler", 250, 1.0)
+        names = flows | ({"average"} if own else set())
+        expected = {(name, shift) for name in names for shift in (own if name == "average" else shifts)}
+        assert {(name, shift) for name, _, shift in found[1:]} == expected
+    for order in (["average", "unipc"], ["unipc", "average"]):
+        assert settings_of("shortcut", scheduler=order, steps=[2])[0] == ("euler", 250, 1.0)
+    assert ("average", 2, 3.0) in settings_of("mean_flow", steps=[2], shift=[3.0])
+    with pytest.raises(UserError, match=r"sampler\.shift is 3.0, expected 1 for a shortcut"):
+        settings_of("shortcut", shift=[3.0])
 
 
 def test_by_default_a_flow_is_sampled_by_all_there_is():

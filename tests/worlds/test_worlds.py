@@ -81,17 +81,18 @@ def test_starts_are_short_walks_with_their_poses(tmp_path):
     for number, (name, length) in enumerate(lengths.items()):
         frames = np.full((length, 8, 8, 3), 100 * number, np.uint8)
         position = np.arange(2 * length, dtype=float).reshape(length, 2)
-        write_trajectory(tmp_path / "walks", name, frames, position, np.arange(length) / 10)
+        write_trajectory(tmp_path / "walks", name, frames, position, np.arange(length) / 10, text=f"walk {name}")
     write_split(tmp_path / "walks", "test", list(lengths))
     DatasetInfo("walks", source={"maps": ["a"]}).save(tmp_path / "walks")
-    pack_starts(str(tmp_path / "walks"), tmp_path / "toy" / "starts")
+    pack_starts(str(tmp_path / "walks"), tmp_path / "toy" / "starts", 9)
     (first, second), info = open_source(Source(str(tmp_path / "toy" / "starts")), "test")
     assert info.source == {"maps": ["a"]}
-    assert [(walk.name, len(walk)) for walk in (first, second)] == [("a_0025", 8), ("b_0000", 5)]
+    assert [(walk.name, len(walk)) for walk in (first, second)] == [("a_0025", 9), ("b_0000", 5)]
+    assert first.texts[0] == "walk a"
     assert first.position[0].tolist() == [50, 51]
-    assert first.yaw[-1] == pytest.approx(3.2)
+    assert first.yaw[-1] == pytest.approx(3.3)
     assert second.frames([4]).float().mean() == pytest.approx(100, abs=1)
-    pack_starts(str(tmp_path / "walks"), tmp_path / "toy" / "starts")  # again, in its place
+    pack_starts(str(tmp_path / "walks"), tmp_path / "toy" / "starts", 9)  # again, in its place
 
 
 def test_starts_ship_with_a_world_that_has_them(tmp_path, monkeypatch):
