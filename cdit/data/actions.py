@@ -161,10 +161,9 @@ def _read_csv(content: bytes, names: list[str]) -> list[list[float]]:
         except ValueError as error:
             if number == lines[0][0]:  # a header
                 header = [name.strip() for name in line]
-                if sorted(header) == sorted(names):
-                    columns = [header.index(name) for name in names]
-                elif names != ActionSpace().names:
-                    raise UserError(f"header is {','.join(line)!r}, expected {','.join(names)}") from error
+                if sorted(header) != sorted(names):
+                    raise UserError(f"line {number} is {','.join(line)!r}, expected {','.join(names)}") from error
+                columns = [header.index(name) for name in names]
                 continue
             raise UserError(f"line {number} is {','.join(line)!r}, expected {','.join(names)}") from error
         if len(row) != len(names):

@@ -150,4 +150,9 @@ def _trajectories(source: Source, splits: Sequence[str] | None) -> list[Trajecto
         raise DataError(f"{source.folder}: holds shards; encode the dataset that they were made from")
     splits = splits or listed_splits(source)
     found = {trajectory.name: trajectory for split in splits for trajectory in open_source(source, split)[0]}
+    if any(trajectory.dataset is None for trajectory in found.values()):
+        raise DataError(
+            f"{source.folder}: latents of source {source.source} are not read in training; make shards of it first "
+            "(python -m cdit.data.shard convert), or train without"
+        )
     return list(found.values())

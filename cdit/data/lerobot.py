@@ -112,6 +112,17 @@ class LeRobotSource(DatasetSource):
         return _Dataset(Path(folder), follow_links, fps).open(split, splits, camera, action_key, action_kind)
 
 
+def split_ranges(folder: Path) -> dict[str, str]:
+    """The splits of a dataset's info.json, such as {"train": "0:80", "test": "80:100"}; none if there is only one."""
+    info = read_json(folder / INFO)
+    return _ranges(info) if isinstance(info, dict) else {}
+
+
+def _ranges(info: dict[str, Any]) -> dict[str, str]:
+    listed = info.get("splits")
+    return listed if isinstance(listed, dict) and len(listed) > 1 else {}
+
+
 class _Dataset:
     def __init__(self, folder: Path, follow_links: bool, fps: float | None):
         if not folder.is_dir():
@@ -143,6 +154,7 @@ class _Dataset:
         info = DatasetInfo(self.folder.name)
         if "cdit" in self.info:  # written by to_lerobot
             info = DatasetInfo.parse(json.dumps(self.info["cdit"]), self.file)
+            kind = kind if info.actions.kind == "motion" else info.actions.kind
         info.fps, info.has_actions = float(self.recorded) / self.stride, has_poses
         if has_poses:
             info.actions = ActionSpace()
@@ -247,14 +259,14 @@ class _Dataset:
         return space
 
     def split(self, split: str, splits: str | None, episodes: list[int]) -> list[int]:
-        listed = self.info.get("splits")
+        listed = _ranges(self.info)
         if splits is not None or (self.folder / "splits").is_dir():
             names = read_names(self.folder, split, splits)
             numbers = [name.removeprefix("episode_") for name in names]
             if bad := [name for name, number in zip(names, numbers, strict=True) if not number.isdecimal()]:
                 raise DataError(f"{self.folder}: split {split!r} lists {bad[0]}, expected names such as episode_000000")
             return [int(number) for number in numbers]
-        if isinstance(listed, dict) and len(listed) > 1:
+        if listed:
             first, _, stop = str(listed.get(split)).partition(":")
             if not (first.isdecimal() and stop.isdecimal()):
                 raise DataError(f"{self.file}: splits has no {split!r} with a range such as 0:10")

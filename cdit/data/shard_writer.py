@@ -74,7 +74,7 @@ def convert(
     trajectories, infos = {}, []
     for split in splits:
         trajectories[split], info = open_source(source, split)
-        infos.append(info)
+        infos.append(replace(info, fps=source.fps or info.fps))
     if infos[0].actions.kind != "motion":
         raise DataError(f"{source.folder}: shards hold poses, not actions such as {infos[0].actions.names[0]}")
     info = replace(infos[0], has_actions=trajectories[splits[0]][0].position is not None)
@@ -89,8 +89,10 @@ def convert(
             raise UserError(f"{folder}: has no latents; make them with `python -m cdit.data.encode`")
     with writing(out):
         info.save(out)
+        options = hashlib.sha256(repr(asdict(source)).encode()).hexdigest()[:16]
+        made = out / WORK / f"frames_{options}"  # where frames of other options are not found
         for split in splits:
-            finished[split] = _Split(out, split, trajectories[split], content, cache, shard_mb).write()
+            finished[split] = _Split(out, split, trajectories[split], content, cache, shard_mb, made).write()
         index = {"version": FORMAT_VERSION, "splits": {name: asdict(record) for name, record in finished.items()}}
         write_json(out / DESCRIPTION, index, indent=1)
     shutil.rmtree(out / WORK, ignore_errors=True)
@@ -123,7 +125,9 @@ class _Split:
         content: Content,
         cache: LatentCache | None,
         shard_mb: float,
+        made: Path,
     ):
+        self.made = made
         self.out, self.name, self.trajectories = out, name, trajectories
         self.has_frames, self.cache, self.target = content != "latents", cache, shard_mb * 1e6
         self.latent_shape: tuple[int, ...] = ()
@@ -160,7 +164,7 @@ class _Split:
         """The files of a trajectory."""
         files: dict[str, Path] = {}
         if self.has_frames:
-            in_files = _in_files(trajectory, self.out / WORK)
+            in_files = _in_files(trajectory, self.made)
             for time in range(len(trajectory)):
                 file = in_files.frame(time)
                 files[f"{trajectory.name}/{time:06d}{file.suffix.lower()}"] = file
@@ -226,11 +230,11 @@ class _Split:
         return table
 
 
-def _in_files(trajectory: TrajectorySource, work: Path) -> Trajectory:
-    """A trajectory with a file for each frame: its own, or JPEGs in the folder `work`."""
+def _in_files(trajectory: TrajectorySource, folder: Path) -> Trajectory:
+    """A trajectory with a file for each frame: its own, or JPEGs in the folder."""
     if isinstance(trajectory, Trajectory):
         return trajectory
-    folder, name, length = work / "frames", trajectory.name, len(trajectory)
+    name, length = trajectory.name, len(trajectory)
     if not (folder / name).is_dir():
         parts = (trajectory.frames(range(start, min(start + CHUNK, length))) for start in range(0, length, CHUNK))
         write_trajectory(folder, name, (frame.permute(1, 2, 0).numpy() for part in parts for frame in part))

@@ -12,9 +12,9 @@ from cdit.common.errors import DataError
 from cdit.data.action_space import ActionSpace
 from cdit.data.config import Source, StoredDataset
 from cdit.data.layout import Camera
-from cdit.data.lerobot import LeRobotSource  # noqa: F401 (registers itself)
+from cdit.data.lerobot import split_ranges  # which also registers its source
 from cdit.data.shard_cache import ShardCache
-from cdit.data.shards import ShardSource, is_sharded
+from cdit.data.shards import Shards, ShardSource, is_sharded
 from cdit.data.source import SOURCES, DatasetSource, Opened, TrajectorySource, register_source
 from cdit.data.trajectory import FolderSource
 from cdit.data.video import VideoSource  # noqa: F401 (registers itself)
@@ -51,11 +51,14 @@ class WindowInfo:
 
 def listed_splits(source: StoredDataset) -> list[str]:
     """The splits that a dataset lists. Without lists, train, and test for videos and LeRobot."""
+    if is_sharded(source.folder):
+        return list(Shards(source.folder).splits)
     lists = Path(source.splits or Path(source.folder, "splits")).glob("*/traj_names.txt")
-    return sorted(path.parent.name for path in lists) or [
-        "train",
-        *(["test"] if source.source in ("video", "lerobot") else []),
-    ]
+    if listed := sorted(path.parent.name for path in lists):
+        return listed
+    if source.source == "lerobot" and (ranges := split_ranges(Path(source.folder))):
+        return list(ranges)
+    return ["train", *(["test"] if source.source in ("video", "lerobot") else [])]
 
 
 def open_source(source: StoredDataset, split: str, cache: ShardCache | None = None, may_lack: bool = False) -> Opened:

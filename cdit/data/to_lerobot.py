@@ -10,7 +10,7 @@ info.json, so `data.source: lerobot` reads the same poses and actions again. Nee
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,7 +45,7 @@ class ToLeRobotConfig(StoredDataset):
     out: str
     """The folder to write to, which must not exist yet."""
     split: str | None = None
-    """Splits to write, separated by commas; by default all."""
+    """Splits to write, separated by commas; by default all that the dataset lists, or train."""
     task: str | None = None
     """Task description where the dataset has no text; by default the dataset's name."""
 
@@ -66,6 +66,7 @@ def to_lerobot(source: StoredDataset, out: Path, splits: Sequence[str] | None = 
     ranges, info = {}, None
     for split in splits or listed_splits(source):
         found, info = open_source(source, split)
+        info = replace(info, fps=source.fps or info.fps)
         ranges[split] = f"{len(trajectories)}:{len(trajectories) + len(found)}"
         trajectories += found
     space = info.actions if info.actions.recorded(trajectories[0]) else None

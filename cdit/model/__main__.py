@@ -38,6 +38,7 @@ COMMANDS = {
 def main() -> None:
     """The command line."""
     name, config = parse_command(COMMANDS, __doc__)
+    config.validate()
 
     from cdit.model.describe import describe, table  # torch takes seconds to import: --help does not wait for it
     from cdit.model.scale import Run, tables
@@ -82,6 +83,7 @@ def network(config: TrainConfig) -> "tuple[CDiT, str]":
     return cdit, (
         f"{config.name}: CDiT of {channels}×{size[0]}×{size[1]} ({kind}), "
         f"{config.data.context_frames} past frames, goals per context: {config.data.goals}"
+        + (", without the embedding of texts, whose size the text encoder decides" if config.data.text_encoder else "")
     )
 
 

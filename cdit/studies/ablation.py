@@ -90,7 +90,8 @@ def ablate(config: AblationConfig) -> None:
         for evaluation in config.evaluations:
             options = evaluation_options(run, config, resolved[run.variant]["data"], evaluation)
             check_evaluation(parse_config(EvaluateConfig, "options of cdit.evaluate", options))
-    if not missing(resolved[config.reference]["data"]["folder"]):  # otherwise the first training prepares it
+    data = resolved[config.reference]["data"]
+    if not missing(data["folder"], data["source"]):  # otherwise the first training prepares it
         write_cases(config, resolved)
     slices = 1 if config.train_seconds is None else config.slices
     for turn in range(slices):

@@ -90,10 +90,14 @@ def micro_batches(config: TrainConfig, processes: int) -> int:
     return math.ceil(share / (config.micro_batch_size or share))
 
 
-def missing(folder: str | None) -> bool:
-    """Whether a dataset has neither a dataset.json nor splits, as before or during its recording."""
-    place = Path(folder or "")
-    return not (place / "dataset.json").is_file() and not (place / "splits").is_dir()
+def missing(folder: str, source: str) -> bool:
+    """Whether a local dataset does not exist; one of frames in files has a dataset.json or splits once it is whole."""
+    place = Path(folder)
+    if "://" in folder:
+        return False
+    if source in ("auto", "folder"):
+        return not (place / "dataset.json").is_file() and not (place / "splits").is_dir()
+    return not (place.is_dir() and any(place.iterdir()))
 
 
 def prepare_data(config: DataConfig, accelerator: Accelerator) -> None:
@@ -105,10 +109,11 @@ def prepare_data(config: DataConfig, accelerator: Accelerator) -> None:
     Raises:
         UserError: the command failed.
     """
-    folder = Path(config.folder or "")
-    if config.prepare and accelerator.is_local_main_process and missing(config.folder):
+    where = config.folder or "", config.source
+    if config.prepare and accelerator.is_local_main_process and missing(*where):
+        folder = Path(where[0])
         with locked(folder.with_name(f".{folder.name}.lock")):
-            if missing(config.folder):
+            if missing(*where):
                 print(f"{config.folder} does not exist yet: python {config.prepare}", file=sys.stderr)
                 done = subprocess.run([sys.executable, *shlex.split(config.prepare)])
                 if done.returncode:

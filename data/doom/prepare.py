@@ -139,8 +139,14 @@ def check(config: Config) -> None:
         raise UserError(f"length must be at least min_length ({config.min_length}), not {config.length}")
     if not 16 <= config.size <= RENDER_HEIGHT:
         raise UserError(f"size must be between 16 and {RENDER_HEIGHT}, not {config.size}")
-    if not 0 <= config.test_share < 1:
-        raise UserError(f"test_share must be at least 0 and less than 1, not {config.test_share}")
+    if not 0 < config.test_share < 1:
+        raise UserError(f"test_share must be between 0 and 1, not {config.test_share}")
+    walks = math.ceil(config.frames / config.length)
+    if math.ceil(walks * config.test_share) == walks:
+        raise UserError(
+            f"frames is {config.frames}, {walks} trajectories of length {config.length} per map, of which test_share "
+            "leaves none to train on: expected more frames or a smaller length"
+        )
 
 
 if __name__ == "__main__":

@@ -51,6 +51,8 @@ def test_files(tmp_path: Path):
     ("name", "content", "message"),
     [
         ("a.csv", b"0,0,0\n1,2\n", "line 2"),
+        ("a.csv", b"0.3,0,O\n0.2,0,0\n", "line 1"),
+        ("a.csv", b"yaw,x,y\n0.5,0.1,0\n", "line 1 is 'yaw,x,y', expected dx,dy,dyaw"),
         ("a.csv", b"dx,dy,dyaw\n0,0,0\n1,2,x\n", "line 3"),
         ("a.csv", b"dx,dy,dyaw\n", "3 numbers"),
         ("a.csv", b"\xff\xfe\x00", "3 numbers"),

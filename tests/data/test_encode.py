@@ -17,6 +17,8 @@ from torch import Tensor
 
 from cdit.common.errors import UserError
 from cdit.data import encode
+from cdit.data.config import Source
+from cdit.data.to_lerobot import to_lerobot
 
 
 def save_kl(folder: Path, seed: int = 0) -> str:
@@ -245,6 +247,14 @@ def test_another_cache_is_not_overwritten(dataset, tmp_path, arguments, command,
     with pytest.raises(UserError, match=message):
         command(*arguments, *changed)
     assert shards(dataset) == first
+
+
+def test_latents_that_training_would_not_read_are_not_made(dataset, tmp_path, arguments, command):
+    pytest.importorskip("pyarrow")
+    to_lerobot(Source(str(dataset)), tmp_path / "walks")
+    with pytest.raises(UserError, match="latents of source lerobot are not read in training"):
+        command(*arguments, "--data.folder", str(tmp_path / "walks"), "--data.source", "lerobot")
+    assert not (tmp_path / "walks" / "latents").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 from cdit.common.errors import UserError
+from cdit.data import shard_writer
 from cdit.data.config import DataConfig, Source
 from cdit.data.lerobot import Episode
-from cdit.data.sources import open_source
+from cdit.data.shard_writer import convert
+from cdit.data.sources import listed_splits, open_source
 from cdit.data.to_lerobot import to_lerobot
 from cdit.data.windows import WindowDataset
 
@@ -251,6 +253,35 @@ def test_named_actions_and_videos_without_any_are_written(arm: Path, video_datas
     trajectories, info = open_source(Source(str(tmp_path / "plain"), source="lerobot"), "test")
     assert not info.has_actions
     assert trajectories[0].actions is None
+
+
+def test_conversions_keep_rates_kinds_and_splits(arm: Path, dataset: Path, tmp_path: Path):
+    to_lerobot(Source(str(arm), source="lerobot", action_kind="sum"), tmp_path / "sums")
+    assert open_source(Source(str(tmp_path / "sums"), source="lerobot"), "train")[1].actions.kind == "sum"
+
+    convert(Source(str(dataset), fps=10.0), tmp_path / "shards", None)
+    assert open_source(Source(str(tmp_path / "shards")), "train")[1].fps == 10
+    to_lerobot(Source(str(tmp_path / "shards")), tmp_path / "both")
+    assert json.loads((tmp_path / "both/meta/info.json").read_text())["splits"] == {"test": "0:1", "train": "1:3"}
+    to_lerobot(Source(str(dataset), fps=10.0), tmp_path / "faster")
+    assert json.loads((tmp_path / "faster/meta/info.json").read_text())["fps"] == 10
+    assert listed_splits(Source(str(tmp_path / "both"), source="lerobot")) == ["test", "train"]
+    assert listed_splits(Source(str(arm), source="lerobot")) == ["train", "test"]  # as it lists only one
+
+
+def test_shards_of_other_options_do_not_take_frames_of_an_interrupted_conversion(dataset, tmp_path, monkeypatch):
+    to_lerobot(Source(str(dataset)), tmp_path / "walks")
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_writer, "_groups", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(Source(str(tmp_path / "walks"), source="lerobot"), tmp_path / "out", ["train"])
+    slower = Source(str(tmp_path / "walks"), source="lerobot", fps=2.5)
+    convert(slower, tmp_path / "out", ["train"])
+    expected, found = (open_source(source, "train")[0] for source in (slower, Source(str(tmp_path / "out"))))
+    for one, other in zip(expected, found, strict=True):
+        times = list(range(len(one)))
+        assert len(other) == len(one)
+        assert (one.frames(times).float() - other.frames(times).float()).abs().max() <= 4  # JPEG
 
 
 PYTHON = os.environ.get("CDIT_LEROBOT_PYTHON")

@@ -171,7 +171,7 @@ def test_runs_of_equal_time_take_turns(tmp_path: Path, monkeypatch: pytest.Monke
         (folder / "checkpoints/step_00000001/state.json").write_text(json.dumps(state))
 
     monkeypatch.setattr(ablation, "_call", called)
-    monkeypatch.setattr(ablation, "resolve", lambda run: {"data": {"folder": "nowhere"}})
+    monkeypatch.setattr(ablation, "resolve", lambda run: {"data": {"folder": "nowhere", "source": "auto"}})
     for name in ("check_comparable", "check_folder", "write_cases", "evaluate"):
         monkeypatch.setattr(ablation, name, lambda *_: None)
     monkeypatch.setattr(

@@ -248,6 +248,17 @@ def test_a_dataset_without_a_description_is_not_prepared(tmp_path: Path, acceler
     prepare_data(DataConfig(folder=str(tmp_path / "mine"), prepare="no_such_script.py"), accelerator)
 
 
+@pytest.mark.parametrize("source", ["video", "lerobot"])
+def test_files_of_other_sources_are_not_prepared(tmp_path: Path, accelerator: Accelerator, source: str):
+    config = DataConfig(folder=str(tmp_path / "mine"), source=source, prepare="no_such_script.py")
+    with pytest.raises(UserError, match=r"data\.prepare"):
+        prepare_data(config, accelerator)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "drive.mp4").touch()
+    prepare_data(config, accelerator)
+    prepare_data(DataConfig(folder="s3://bucket/walks", prepare="no_such_script.py"), accelerator)
+
+
 def test_a_failing_preparation_names_field_and_command(tmp_path: Path, accelerator: Accelerator):
     script = tmp_path / "fails.py"
     script.write_text("raise SystemExit(7)")

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from cdit.common.cli import load_yaml, parser_instance
 from cdit.common.errors import UserError
 from cdit.common.files import flush, read_json, read_text, to_json, write_json, write_whole
+from cdit.data.config import Source
 from cdit.training.config import TrainConfig, flat
 from cdit.training.durable import manifest
 from cdit.training.durable.random_state import random_state, restore_random_state
@@ -46,13 +47,13 @@ LATEST = "latest"
 MAY_DIFFER = re.compile(
     r"(name|output|resume|allow_changes|steps|stop_at|train_seconds|stop_at_seconds|micro_batch_size|compile"
     r"|mixed_precision|activation_checkpointing|tracking|project|log_every|deterministic|timeout_minutes"
-    r"|data\.(folder|prepare|splits|follow_links|source|workers|cache_gb|shard_cache(_gb)?|latents"
+    r"|data\.(mix\.\d+\.)?(folder|prepare|splits|follow_links|source|workers|cache_gb|shard_cache(_gb)?|latents"
     r"|on_error)"
     r"|(validation|probe|checkpoint|sampler)\..*|optimizer\.(max_bad_steps|decay_share))"
 )
 """Fields that may change when a run is continued."""
-FREE = ("objective_options.", "model.extra_conditioners.")
-"""Fields whose names are chosen by the user."""
+FREE = ("objective_options.", "model.extra_conditioners.", "data.mix.")
+"""Fields that may be missing from one of two configs."""
 POLL_S = 0.05
 
 
@@ -281,11 +282,13 @@ def find_resume(config: TrainConfig) -> Path | None:
 
     Raises:
         UserError: a run would be overwritten; the checkpoint is missing or damaged, or all are; or it was made with
-            another config.
+            another config, or is beyond the config's steps.
     """
     folder = _named(config.resume, config.folder)
     if folder is not None:
         check_config(config, folder)
+        if config.train_seconds is None and step_of(folder) > config.steps:
+            raise UserError(f"steps is {config.steps}, but {folder} is of a later step")
     return folder
 
 
@@ -336,12 +339,12 @@ def check_config(config: TrainConfig, folder: Path) -> None:
         UserError: a field differs that must not change; the message names field, old and new value.
     """
     try:
-        saved = flat(load_yaml(read_text(folder / CONFIG)))
+        saved = _fields(load_yaml(read_text(folder / CONFIG)))
     except (UserError, AttributeError, yaml.YAMLError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"resume: {folder} cannot be continued from: its {CONFIG}: {reason}") from error
     before = {**flat(TrainConfig().plain()), **saved}  # fields that did not exist yet had the default value
-    now = flat(config.plain())
+    now = _fields(config.plain())
     free = dict.fromkeys(name for name in before if name.startswith(FREE))  # may be missing from the current config
     changed = [
         f"{name} is {now.get(name)}, was {before.get(name)}"
@@ -355,6 +358,15 @@ def check_config(config: TrainConfig, folder: Path) -> None:
         )
     if changed:
         print(f"resume: changed from here on: {'; '.join(changed)}", file=sys.stderr)
+
+
+def _fields(values: dict[str, Any]) -> dict[str, Any]:
+    """All fields by name, also those of each dataset of data.mix, with their defaults."""
+    found = flat(values)
+    for number, source in enumerate(found.pop("data.mix", None) or []):
+        fields = {**asdict(Source(folder="")), **source}
+        found |= {f"data.mix.{number}.{name}": value for name, value in fields.items()}
+    return found
 
 
 @contextmanager

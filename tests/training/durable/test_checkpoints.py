@@ -379,6 +379,17 @@ def test_what_would_be_overwritten_is_refused(tmp_path: Path):
             find(str(earlier), run)
 
 
+def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path):
+    run = fake(tmp_path / "run", 20)
+    for steps, found in ((20, True), (19, False)):
+        config = TrainConfig(name=run.name, output=str(run.parent), resume="auto", steps=steps)
+        if found:
+            assert find_resume(config) == run / "checkpoints/step_00000020"
+        else:
+            with pytest.raises(UserError, match=r"steps is 19, but .*step_00000020 is of a later step"):
+                find_resume(config)
+
+
 def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"resume is .*nowhere.*manifest\.json"):
         find(str(tmp_path / "nowhere"), tmp_path)
@@ -438,6 +449,23 @@ def test_what_may_change_on_the_way(config: Callable[..., TrainConfig], saved: P
         "output": "there",
     }
     check_config(config(*(part for name, value in changed.items() for part in (f"--{name}", value))), saved)
+
+
+def test_datasets_of_a_mix_may_move_but_not_change(config: Callable[..., TrainConfig], tmp_path: Path):
+    def mix(*sources: dict) -> TrainConfig:
+        return config("--data.folder", "null", "--data.mix", json.dumps(sources))
+
+    first, second = {"folder": "a", "spacing": 0.5}, {"folder": "b"}
+    mix(first, second).save(tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert text.count("    camera: null\n") == 2
+    (tmp_path / "config.yaml").write_text(text.replace("    camera: null\n", ""))  # from before there was this field
+    check_config(mix(first | {"folder": "moved"}, second | {"splits": "lists"}), tmp_path)
+    with pytest.raises(UserError, match=r"data\.mix\.0\.spacing is 0\.25, was 0\.5 "):
+        check_config(mix(first | {"spacing": 0.25}, second), tmp_path)
+    for fewer_or_more in ((first,), (first, second, second)):
+        with pytest.raises(UserError, match=r"data\.mix\.[12]\.action_key is"):
+            check_config(mix(*fewer_or_more), tmp_path)
 
 
 def test_a_field_younger_than_the_checkpoint_was_its_default(config: Callable[..., TrainConfig], saved: Path):
