@@ -102,6 +102,16 @@ class DatasetInfo:
         return info
 
 
+def missing(folder: str, source: str) -> bool:
+    """Whether a local dataset does not exist; one of frames in files has a dataset.json or splits once it is whole."""
+    place = Path(folder)
+    if "://" in folder:
+        return False
+    if source in ("auto", "folder"):
+        return not (place / DESCRIPTION).is_file() and not (place / "splits").is_dir()
+    return not (place.is_dir() and any(place.iterdir()))
+
+
 def write_trajectory(
     folder: Path,
     name: str,

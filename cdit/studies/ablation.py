@@ -23,6 +23,7 @@ from cdit.common.files import read_json, write_json
 from cdit.common.statistics import Estimate, estimate_of_runs, estimates, paired_difference
 from cdit.common.tables import markdown_table
 from cdit.data.config import DataConfig
+from cdit.data.layout import missing
 from cdit.data.windows import WindowDataset
 from cdit.evaluate.config import EvaluateConfig
 from cdit.evaluate.protocols import direct
@@ -31,7 +32,6 @@ from cdit.evaluate.tables import Row, digits, markdown
 from cdit.loading import spread
 from cdit.studies.config import AblationConfig
 from cdit.studies.history import History
-from cdit.training.setup import missing
 from cdit.world_model import DESCRIPTION
 
 TRAIN = Path(cdit.__path__[0]).parent / "train.py"

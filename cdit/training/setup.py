@@ -26,6 +26,7 @@ from cdit.common.files import locked
 from cdit.data.config import DataConfig
 from cdit.data.frames import focal_lengths
 from cdit.data.latents import Encoding
+from cdit.data.layout import missing
 from cdit.data.windows import WindowDataset
 from cdit.diffusion.objective import make_objective
 from cdit.model import CDiT
@@ -88,16 +89,6 @@ def micro_batches(config: TrainConfig, processes: int) -> int:
     """The number of parts into which each process splits its share of a batch."""
     share = math.ceil(config.batch_size / processes)
     return math.ceil(share / (config.micro_batch_size or share))
-
-
-def missing(folder: str, source: str) -> bool:
-    """Whether a local dataset does not exist; one of frames in files has a dataset.json or splits once it is whole."""
-    place = Path(folder)
-    if "://" in folder:
-        return False
-    if source in ("auto", "folder"):
-        return not (place / "dataset.json").is_file() and not (place / "splits").is_dir()
-    return not (place.is_dir() and any(place.iterdir()))
 
 
 def prepare_data(config: DataConfig, accelerator: Accelerator) -> None:
