@@ -9,6 +9,8 @@ from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, T
 from cdit.diffusion.config import SamplerOptions
 
 LEARNED = ("steps", "distance")
+FARTHEST_JUMP = 16
+"""Largest number of frames that the world predicts ahead for `learn`."""
 COSTS = ("pixels", "latents", "lpips", "dreamsim", *LEARNED, "features:NAME")
 
 
@@ -202,8 +204,8 @@ class LearnConfig(OutputOptions, DataOptions, CheckpointOptions):
         for name in ("learning_rate", "radius", "degrees"):
             if getattr(self, name) <= 0:
                 raise UserError(f"{name} is {getattr(self, name):g}, expected more than 0")
-        if self.jumps > 16:
-            raise UserError(f"jumps is {self.jumps}, expected at most 16")
+        if self.jumps > FARTHEST_JUMP:
+            raise UserError(f"jumps is {self.jumps}, expected at most {FARTHEST_JUMP}")
 
 
 @dataclass(kw_only=True)

@@ -69,8 +69,8 @@ def diagnose(config: DiagnoseConfig) -> None:
     predictor = Predictor(world, [benchmark.horizon], plans.stride, sampler, plans.chunk)
     costs = {name: load_cost(name, world, config.planner.learned) for name in config.costs}
     found = {name: [] for name in costs}
-    for indices, batch in tqdm(benchmark.batches(), total=len(walks), desc="candidates", unit="case"):
-        number = indices.start
+    for number in tqdm(range(len(walks)), desc="candidates", unit="case"):
+        batch = benchmark.batch(number)
         actions, distance = candidates(benchmark, planner, number, config.candidates)
         given = batch.condition
         state = predictor.begin(to_float(batch.context), batch.mask, given.spacing, given.text)

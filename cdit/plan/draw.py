@@ -69,9 +69,7 @@ def from_above(
     return _drawn(figure)
 
 
-def numbers_over_time(
-    tried: Tensor, costs: Tensor, truth: Tensor, plan: Tensor, space: ActionSpace, size: int = 320
-) -> Image.Image:
+def numbers_over_time(tried: Tensor, costs: Tensor, truth: Tensor, plan: Tensor, space: ActionSpace) -> Image.Image:
     """A square picture with a chart for each number of an action, over the steps; at most six numbers.
 
     Args:
@@ -80,10 +78,9 @@ def numbers_over_time(
         truth: (H, K), recorded.
         plan: (H, K).
         space: names and units of the numbers.
-        size: of the picture in pixels.
     """
     shown = min(len(space.names), 6)
-    figure = Figure(figsize=(size / 100, size / 100), dpi=100, layout="constrained")
+    figure = Figure(figsize=(3.2, 3.2), dpi=100, layout="constrained")
     steps = range(1, len(truth) + 1)
     colours = costs_as_colours(costs.numpy())
     for i, axes in enumerate(figure.subplots(shown, 1, sharex=True, squeeze=False)[:, 0]):

@@ -21,7 +21,7 @@ from cdit.data.motion import local_motion
 from cdit.data.windows import WindowDataset
 from cdit.loading import load_world, spread, windows_for
 from cdit.plan.candidates import recorded_actions
-from cdit.plan.config import LearnConfig
+from cdit.plan.config import FARTHEST_JUMP, LearnConfig
 from cdit.plan.goal_network import FAR_EDGES, FARTHEST, TURN_EDGES, GoalDescription, GoalNetwork, class_of
 from cdit.world_model import WorldModel
 
@@ -32,8 +32,6 @@ REMEMBERED = 4096
 WITHIN = 4, 3
 """Two places are close within these multiples of the success radius and angle."""
 UNORDERED = -1
-JUMPS = 16
-"""Largest number of frames that the world predicts ahead."""
 
 
 @dataclass
@@ -221,14 +219,15 @@ def loss_of(network: GoalNetwork, pairs: Pairs, random: torch.Generator) -> dict
 
 @torch.no_grad()
 def predict_frames(world: WorldModel, dataset: WindowDataset, config: LearnConfig) -> dict[tuple[int, int], Tensor]:
-    """Frames that the world predicts, uint8 (3, H, W), by trajectory and time, each in one jump of up to `JUMPS`."""
+    """Frames that the world predicts, uint8 (3, H, W), by trajectory and time, each in one jump of up to
+    `FARTHEST_JUMP` frames."""
     random, found = np.random.default_rng(seed_of(config.seed, 2)), {}
-    windows = spread(dataset.windows_with([JUMPS]), config.predicted // config.jumps)
+    windows = spread(dataset.windows_with([FARTHEST_JUMP]), config.predicted // config.jumps)
     noise, size = generator(config.seed, 2, device=world.device), 8
     sampler = config.sampler.over(world.description)
     for start in tqdm(range(0, len(windows), size), desc="predicting frames", unit="batch"):
         chosen = windows[start : start + size]
-        offsets = [random.choice(JUMPS, config.jumps, replace=False) + 1 for _ in chosen]
+        offsets = [random.choice(FARTHEST_JUMP, config.jumps, replace=False) + 1 for _ in chosen]
         batch = Batch.collate([dataset.window(i, o.tolist()) for i, o in zip(chosen, offsets, strict=True)])
         batch = batch.to(world.device)
         frames = world.predict(to_float(batch.context), batch.condition, batch.mask, sampler, noise)

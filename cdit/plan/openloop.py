@@ -4,7 +4,6 @@ Every method answers the same cases. Suffixes: B cases of a batch, H steps, K nu
 """
 
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -156,19 +155,17 @@ class Benchmark:
         self.truth_actions = torch.stack(steps)
         self.truth = composed(self.truth_actions, self.space)
 
-    def batches(self, size: int = 1) -> Iterator[tuple[range, Batch]]:
-        """The cases with their frames, on the world's device."""
-        for start in range(0, len(self.cases), size):
-            indices = range(start, min(start + size, len(self.cases)))
-            items = [self.dataset.window(self.cases[i].window, [self.horizon]) for i in indices]
-            yield indices, Batch.collate(items).to(self.world.device)
+    def batch(self, number: int) -> Batch:
+        """A case with its frames, on the world's device."""
+        window = self.dataset.window(self.cases[number].window, [self.horizon])
+        return Batch.collate([window]).to(self.world.device)
 
     def planned(self, planner: Planner, score: WorldScore, bar: tqdm | None = None) -> tuple[Answers, list[Plan]]:
         """Plans for every case, each with its own seed for noise and candidates."""
         plans, costs, started = [], [], time.perf_counter()
-        for indices, batch in self.batches():
-            scored = score_of(score, batch, self.config.seed, indices.start)
-            plan = planner.plan(scored, 1, generator(self.config.seed, 1, indices.start))
+        for number in range(len(self.cases)):
+            scored = score_of(score, self.batch(number), self.config.seed, number)
+            plan = planner.plan(scored, 1, generator(self.config.seed, 1, number))
             plans.append(plan)
             costs.append(scored(plan.actions[:, None])[:, 0].min(1).values)
             if bar is not None:
@@ -207,18 +204,19 @@ class Benchmark:
     def _costs(self, score: WorldScore, actions: Tensor) -> Tensor:
         """The world's costs (N,) of one candidate per case (N, H, K)."""
         costs = []
-        for indices, batch in self.batches():
-            scored = score_of(score, batch, self.config.seed, indices.start)
-            costs.append(scored(actions[indices][:, None].to(self.world.device))[:, 0].min(1).values)
+        for number in range(len(self.cases)):
+            scored = score_of(score, self.batch(number), self.config.seed, number)
+            costs.append(scored(actions[number, None, None].to(self.world.device))[:, 0].min(1).values)
         return torch.cat(costs).cpu()
 
     def _proposals(self, planner: Planner, score: WorldScore) -> dict[str, Answers]:
         """The policy's mean, the best of its proposals by the world's costs, and the plan guided by them."""
         found: dict[str, list[Tensor]] = {"policy": [], "ranked": [], "guided": []}
-        for indices, batch in self.batches():
+        for number in range(len(self.cases)):
+            batch = self.batch(number)
             frame, goal = to_float(batch.context[:, -1]), to_float(batch.target[:, 0])
-            scored = score_of(score, batch, self.config.seed, indices.start)
-            draws, samples = generator(self.config.seed, 3, indices.start), self.config.planner.optimizer.samples
+            scored = score_of(score, batch, self.config.seed, number)
+            draws, samples = generator(self.config.seed, 3, number), self.config.planner.optimizer.samples
             proposed = self.network.proposals(frame, goal, samples, draws)
             found["policy"].append(proposed[:, 0])
             found["ranked"].append(planner.rank(scored, proposed).actions)
@@ -332,7 +330,7 @@ def score_of(score: WorldScore, batch: Batch, seed: int, number: int) -> Towards
 
 def picture_of(benchmark: Benchmark, score: WorldScore, plan: Plan, number: int) -> Picture:
     """The picture of a case."""
-    _, batch = next(x for i, x in enumerate(benchmark.batches()) if i == number)
+    batch = benchmark.batch(number)
     tried, costs = torch.cat(plan.tried, dim=1), torch.cat(plan.costs, dim=1)[0]
     chosen = torch.stack((plan.actions[0], tried[0, costs.argmax()]))[None]
     frames = score_of(score, batch, benchmark.config.seed, number).frames(chosen)[0, :, -1]
