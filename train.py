@@ -46,7 +46,7 @@ def train(config: TrainConfig, signals: "StopSignals") -> None:  # noqa: F821
     test_set = WindowDataset(config.data, config.data.test_split, config.seed)
 
     # Model, optimizer, and the running average of the weights. `network` is what is trained: the world's CDiT, wrapped.
-    world = build_world(config, train_set)
+    world = build_world(config, train_set, run.units)
     use_latents((train_set, test_set), world.codec, config)
     network = prepare_networks(world, accelerator, sharded, config.compile)
     networks = bare_networks(world)

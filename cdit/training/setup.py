@@ -142,11 +142,16 @@ def _focal(config: TrainConfig, dataset: WindowDataset) -> tuple[float, float]:
     return 2 * focal_x / width, 2 * focal_y / height
 
 
-def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
+def build_world(config: TrainConfig, dataset: WindowDataset, units: Units | None = None) -> WorldModel:
     """The world model to train: weights from the seed and units from the dataset, or both from `init_from`.
 
     Actions are normalised by the distance of the farthest goal at typical speed and by π radians, or by their recorded
     range; time shifts by that of the farthest goal, so that the network sees numbers of about -1 to 1.
+
+    Args:
+        config: of the run.
+        dataset: to train on.
+        units: those of a checkpoint that will be loaded; `init_from` is then not read.
 
     Raises:
         UserError: sizes are not compatible, or `init_from` is another model.
@@ -167,19 +172,11 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         text_size=dataset.text_size,
         **config.model.arguments(objective.conditioners),
     )
-    start = None if config.init_from is None else WorldModel.from_pretrained(config.init_from)
+    start = None if config.init_from is None or units else WorldModel.from_pretrained(config.init_from)
     if start is not None:
         _take_weights(cdit, codec, start, config.init_from)
     if config.activation_checkpointing:
         cdit.enable_gradient_checkpointing(partial(checkpoint, use_reentrant=False))  # which torch.compile supports
-    farthest = max(abs(config.data.min_offset), abs(config.data.max_offset), 1)
-    scale, offset = actions.normalization(farthest)
-    units = Units(tuple(scale), tuple(offset), time_scale=dataset.info.fps / farthest, spacing=None)
-    if config.units == "nwm":
-        if actions.kind != "motion":
-            raise UserError(f"units is nwm, expected farthest_goal for actions such as {actions.names[0]}")
-        units = normalization(dataset.info.fps)
-    units.spacing = dataset.info.spacing
     if start is not None:
         units = start.description.units
         if start.description.actions.names != actions.names or start.description.actions.kind != actions.kind:
@@ -201,7 +198,7 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         action_dropout=config.action_dropout,
         text_encoder=config.data.text_encoder,
         min_history=config.data.min_history,
-        units=units,
+        units=units or _units(config, dataset),
         objective=config.objective,
         flow=config.flow,
         few_step=config.few_step,
@@ -221,6 +218,19 @@ def build_world(config: TrainConfig, dataset: WindowDataset) -> WorldModel:
         if not any(p.requires_grad for p in cdit.parameters()):
             raise UserError(f"optimizer.only is {config.optimizer.only}, which matches no parameter")
     return world
+
+
+def _units(config: TrainConfig, dataset: WindowDataset) -> Units:
+    actions = dataset.info.actions
+    farthest = max(abs(config.data.min_offset), abs(config.data.max_offset), 1)
+    scale, offset = actions.normalization(farthest)
+    units = Units(tuple(scale), tuple(offset), time_scale=dataset.info.fps / farthest, spacing=None)
+    if config.units == "nwm":
+        if actions.kind != "motion":
+            raise UserError(f"units is nwm, expected farthest_goal for actions such as {actions.names[0]}")
+        units = normalization(dataset.info.fps)
+    units.spacing = dataset.info.spacing
+    return units
 
 
 def _take_weights(cdit: CDiT, codec: Codec, start: WorldModel, name: str) -> None:

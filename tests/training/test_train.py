@@ -154,12 +154,16 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(train: Run, whole: Path
 def test_modulation_trained_on_rollouts_goes_on_as_if_it_had_not_been_stopped(
     train: Run, straight: Path, rows: Rows, tmp_path: Path
 ):
-    start = ("--init_from", str(straight / "last"), "--optimizer.only", "ada_ln", "--optimizer.warmup_steps", "0")
+    shutil.copytree(straight / "last", tmp_path / "start")
+    start = ("--init_from", str(tmp_path / "start"), "--optimizer.only", "ada_ln", "--optimizer.warmup_steps", "0")
     options = ("--objective", "self_rollout", "--data.rollout", "2", *start, "--steps", "4")
     run = train(tmp_path / "whole", *options)
     train(tmp_path, *options, "--stop_at", "2")
+    shutil.rmtree(tmp_path / "start")  # the checkpoint has all that came from it
     again = train(tmp_path, *options, "--resume", "auto")
     assert rows(again) == rows(run)
+    units = [WorldModel.from_pretrained(one / "last").description.units for one in (straight, again)]
+    assert units[0] == units[1]
     for file in ("average.safetensors", "model.safetensors"):
         assert same_weights(*(r / "checkpoints/step_00000004" / file for r in (again, run)))
     before, after = (load_file(folder / WEIGHTS) for folder in (straight / "last", run / "last"))

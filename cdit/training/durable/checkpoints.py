@@ -69,6 +69,8 @@ class RunState:
     """State of the gradient scaler; empty without one."""
     data: str = ""
     """Fingerprint of the training set (see `WindowDataset`)."""
+    units: dict[str, Any] = field(default_factory=dict)
+    """Units of the world model; empty in older checkpoints."""
     best_loss: float | None = None
     """Smallest validation loss so far."""
     tracker_id: str | None = None

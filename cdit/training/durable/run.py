@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 
 import torch
@@ -15,20 +15,22 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from cdit.batch import Batch
+from cdit.common.cli import parser_instance
 from cdit.common.errors import Interrupted, UserError
+from cdit.common.files import read_json
 from cdit.data.loader import WindowLoader, loader
 from cdit.data.sampler import KeyedBatchSampler
 from cdit.data.windows import WindowDataset
 from cdit.training.config import TrainConfig
 from cdit.training.durable.bad_steps import BadSteps
-from cdit.training.durable.checkpoints import Checkpoints, RunState, find_resume
+from cdit.training.durable.checkpoints import STATE, Checkpoints, RunState, find_resume
 from cdit.training.durable.processes import Processes, on_main
 from cdit.training.durable.signals import StopSignals
 from cdit.training.ema import EMA
 from cdit.training.setup import prepare_folder, resume_schedule, set_rates
 from cdit.training.sharding import bare_networks, whole, whole_world
 from cdit.training.tracking import Tracker
-from cdit.world_model import WorldModel
+from cdit.world_model import Units, WorldModel
 
 ENDLESS = 2**40
 """More steps than any run has."""
@@ -51,6 +53,12 @@ class DurableRun:
         self._counts_seconds = config.train_seconds is not None or config.stop_at_seconds is not None
         self._processes = Processes(accelerator, timedelta(minutes=config.timeout_minutes))
         self._resume_from = on_main(accelerator, lambda: find_resume(config))
+
+    @property
+    def units(self) -> Units | None:
+        """Those of the checkpoint that the run continues from, if it has them."""
+        saved = read_json(self._resume_from / STATE).get("units") if self._resume_from else None
+        return parser_instance(Units, saved) if saved else None
 
     @contextmanager
     def training(
@@ -75,9 +83,11 @@ class DurableRun:
         limit = config.optimizer.max_bad_steps
         self._bad_steps = BadSteps(optimizer, accelerator, config.folder, limit, self._batch_again)
         with Checkpoints(accelerator, config, self._networks, optimizer, ema) as self._checkpoints:
-            self.state = RunState(data=train_set.fingerprint())
+            units = asdict(world.description.units)
+            self.state = RunState(data=train_set.fingerprint(), units=units)
             if self._resume_from:
                 self.state = self._checkpoints.load(self._resume_from, self.state.data)
+                self.state.units = units
                 resume_schedule(schedule, self.state.schedule)
             self._batches = iter(self._loader(self.step, self._most_steps))
             self.tracker = Tracker(accelerator, config, self.state)
