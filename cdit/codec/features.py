@@ -86,6 +86,7 @@ class FeaturesCodec(Codec):
         if description.decoder_width:
             self.add_decoder(description.decoder_width, description.decoder_depth, description.decoder_grid)
         self._gallery_latents: Tensor | None = None
+        self._gallery_of: tuple[torch.device, torch.Size] | None = None
 
     @property
     def has_decoder(self) -> bool:
@@ -148,10 +149,10 @@ class FeaturesCodec(Codec):
         Features of some frames are far longer than those of others. By Euclidean distance, short ones would be the
         nearest to almost every prediction.
         """
-        known = self._gallery_latents
-        if known is None or known.device != latents.device or known.shape[1] != latents[0].numel():
+        key = latents.device, latents.shape[1:]
+        if self._gallery_of != key:
             frames = self._resized(to_float(self.gallery), latents)
-            self._gallery_latents = F.normalize(self.encode(frames).flatten(1))
+            self._gallery_latents, self._gallery_of = F.normalize(self.encode(frames).flatten(1)), key
         with torch.autocast(latents.device.type, enabled=False):  # similar frames differ by less than bfloat16 can tell
             return F.normalize(latents.flatten(1).float()) @ self._gallery_latents.T
 

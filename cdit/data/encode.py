@@ -26,7 +26,7 @@ class EncodeConfig:
     codec: CodecConfig = field(default_factory=CodecConfig)
     """The codec."""
     split: str | None = None
-    """Splits to encode, separated by commas; by default all that the dataset lists, or train."""
+    """Splits to encode, separated by commas; by default all that the dataset lists."""
     precision: Precision = "float16"
     """Type of the stored numbers."""
     batch_size: Positive[int] = 16

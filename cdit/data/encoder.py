@@ -1,6 +1,7 @@
 """Writes the latent caches of `python -m cdit.data.encode`; no other module of cdit.data uses codecs."""
 
 import math
+import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -151,8 +152,9 @@ def _trajectories(source: Source, splits: Sequence[str] | None) -> list[Trajecto
     splits = splits or listed_splits(source)
     found = {trajectory.name: trajectory for split in splits for trajectory in open_source(source, split)[0]}
     if any(trajectory.dataset is None for trajectory in found.values()):
-        raise DataError(
-            f"{source.folder}: latents of source {source.source} are not read in training; make shards of it first "
-            "(python -m cdit.data.shard convert), or train without"
+        tqdm.write(
+            f"{source.folder}: training does not read latents of source {source.source} from here; pack them into "
+            "shards with `python -m cdit.data.shard convert --content both`",
+            file=sys.stderr,
         )
     return list(found.values())

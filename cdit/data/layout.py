@@ -103,7 +103,8 @@ class DatasetInfo:
 
 
 def missing(folder: str, source: str) -> bool:
-    """Whether a local dataset does not exist; one of frames in files has a dataset.json or splits once it is whole."""
+    """Whether a local dataset does not exist; a folder of frames is complete once it has
+    dataset.json or splits/."""
     place = Path(folder)
     if "://" in folder:
         return False

@@ -58,7 +58,7 @@ class Episode:
     start: float
     """Time of the first frame in the video, in seconds."""
     fps: Fraction
-    """Frames a second of the video."""
+    """Frames per second of the video."""
     stride: int
     """Stride in recorded frames: one of this many is used."""
     length: int

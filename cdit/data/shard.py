@@ -25,7 +25,7 @@ class ConvertConfig(StoredDataset):
     out: str
     """The folder to write to."""
     split: str | None = None
-    """Splits to write, separated by commas; by default all that the dataset lists, or train."""
+    """Splits to write, separated by commas; by default all that the dataset lists."""
     content: Content = "frames"
     """What to pack: the frames, the latents that cdit.data.encode has written, or both. Frames of other sources than
     folders are written as JPEGs."""

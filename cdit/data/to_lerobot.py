@@ -45,7 +45,7 @@ class ToLeRobotConfig(StoredDataset):
     out: str
     """The folder to write to, which must not exist yet."""
     split: str | None = None
-    """Splits to write, separated by commas; by default all that the dataset lists, or train."""
+    """Splits to write, separated by commas; by default all that the dataset lists."""
     task: str | None = None
     """Task description where the dataset has no text; by default the dataset's name."""
 

@@ -19,7 +19,7 @@ from cdit.common.pictures import rollout_video, save_mp4
 from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
 from cdit.data.trajectory import read_names
 from cdit.data.windows import WindowDataset
-from cdit.diffusion.config import check_sampler
+from cdit.diffusion.config import check_sampler, sampled_as
 from cdit.doom.engine import camera
 from cdit.drive.config import DriveConfig
 from cdit.drive.dream import Dream, step_bytes
@@ -358,7 +358,7 @@ class Drive:
             if scheduler not in possible:
                 raise UserError(f"{scheduler} is not one of this world's schedulers: {', '.join(possible)}")
             sampler = replace(dream.sampler, scheduler=scheduler, steps=steps)
-            check_sampler(dream.world.description.objective, sampler)
+            check_sampler(sampled_as(dream.world.description), sampler)
             dream.sampler = sampler
 
     def _score(self) -> list[dict[str, float]]:

@@ -81,7 +81,8 @@ def _episodes(config: EpisodesConfig) -> None:
     for distance, visible in product(config.distances, (True, False)):
         if have[distance, visible] < config.count:
             view = "in view" if visible else "out of view"
-            print(f"note: {have[distance, visible]} of {config.count} episodes of {distance:g} m, goal {view}, found")
+            found = f"{have[distance, visible]} of {config.count}"
+            print(f"note: found only {found} episodes at {distance:g} m with the goal {view}")
     print(f"done: {config.file} ({len(episodes)} episodes)")
 
 

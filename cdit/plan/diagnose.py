@@ -105,7 +105,7 @@ def candidates(benchmark: Benchmark, planner: Planner, number: int, count: int) 
     truth = planner.family.values(benchmark.truth_actions[number])
     near = count // 2
     values[:near] = truth + 0.7 * prior.std.cpu() * torch.randn(near, *truth.shape, generator=draws)
-    actions = planner.family.actions(values)
+    actions = planner.project(planner.family.actions(values))
     offset = integrate(actions)[:, -1] - integrate(benchmark.truth_actions[number])[-1]
     return actions, offset[:, :2].norm(dim=1) + wrap(offset[:, 2]).abs()
 

@@ -24,7 +24,7 @@ GOAL_TURN = math.radians(45)
 ATTEMPTS = 400
 """Starts to try, as a multiple of `count`."""
 PATIENCE = 500
-"""Starts to try without finding a further episode."""
+"""Starts to try for a stratum of which none is found."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +94,10 @@ def draw_episodes(map_name: str, distances: Sequence[float], count: int, seed: i
         geometry = MapGeometry.of(engine)
         space, fov = FreeSpace(geometry), camera(64).horizontal_fov
         with tqdm(total=2 * count * len(distances), desc="episodes", unit="episode") as bar:
-            found_at = 0
             for attempt in range(ATTEMPTS * count):
-                wanted = [(d, v) for d in distances for v in (True, False) if have[d, v] < count]
-                if not wanted or attempt - found_at > PATIENCE:
+                strata = [(d, v) for d in distances for v in (True, False)]
+                wanted = [one for one in strata if have[one] < count and (have[one] or attempt < PATIENCE)]
+                if not wanted:
                     break
                 first = (*map(float, geometry.random_free_point(random)), random.uniform(-math.pi, math.pi))
                 episode_seed = int(random.integers(2**31))
@@ -111,7 +111,6 @@ def draw_episodes(map_name: str, distances: Sequence[float], count: int, seed: i
                     if have[stratum, visible] >= count:
                         continue
                     have[stratum, visible] += 1
-                    found_at = attempt
                     bar.update()
                     distance = float(away.at(goal[:2]))
                     found.append(

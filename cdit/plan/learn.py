@@ -77,7 +77,7 @@ def learn(config: LearnConfig) -> None:
     ).to(world.device)
     optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=0.01)
     length = max(3, config.steps)
-    warm_up = max(0.05, 2 / length)  # OneCycleLR divides by the number of its steps, less one
+    warm_up = max(0.05, 2 / length)  # OneCycleLR divides by the number of warm-up steps less one
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, config.learning_rate, length, pct_start=warm_up)
     average, bar = {}, tqdm(range(config.steps), desc="goal network", unit="step")
     for step in bar:

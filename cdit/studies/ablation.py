@@ -26,7 +26,7 @@ from cdit.data.config import DataConfig
 from cdit.data.layout import missing
 from cdit.data.windows import WindowDataset
 from cdit.evaluate.config import EvaluateConfig
-from cdit.evaluate.protocols import direct
+from cdit.evaluate.protocols import direct, rollout
 from cdit.evaluate.results import FRECHET, RESULTS, Results
 from cdit.evaluate.tables import Row, digits, markdown
 from cdit.loading import spread
@@ -85,14 +85,14 @@ def ablate(config: AblationConfig) -> None:
         raise UserError("evaluations: two would share a folder, which is named by letters and digits")
     resolved = {run.variant: resolve(run) for run in runs if run.seed == config.seeds[0]}
     check_comparable(config, resolved)
+    data = resolved[config.reference]["data"]
+    is_missing = missing(data["folder"], data["source"])  # the first training prepares it
+    cases, fps = (None, None) if is_missing else choose_cases(config, resolved)
     for run in runs:
         check_folder(run, resolved[run.variant])
         for evaluation in config.evaluations:
             options = evaluation_options(run, config, resolved[run.variant]["data"], evaluation)
-            check_evaluation(parse_config(EvaluateConfig, "options of cdit.evaluate", options))
-    data = resolved[config.reference]["data"]
-    if not missing(data["folder"], data["source"]):  # otherwise the first training prepares it
-        write_cases(config, resolved)
+            check_evaluation(parse_config(EvaluateConfig, "options of cdit.evaluate", options), fps)
     slices = 1 if config.train_seconds is None else config.slices
     for turn in range(slices):
         for number in range(len(runs)):
@@ -100,7 +100,9 @@ def ablate(config: AblationConfig) -> None:
             place = f"run {number + 1} of {len(runs)}" + (f", slice {turn + 1} of {slices}" if slices > 1 else "")
             print(f"\n{config.name}, {place}: {run.variant}, seed {run.seed}", file=sys.stderr)
             train(run, config, (turn + 1) / slices)
-    write_cases(config, resolved)
+    if is_missing:
+        cases, _ = choose_cases(config, resolved)
+    config.index.write_bytes(pickle.dumps(cases))
     for run in runs:
         for evaluation in config.evaluations:
             evaluate(run, config, resolved[run.variant]["data"], evaluation)
@@ -108,11 +110,14 @@ def ablate(config: AblationConfig) -> None:
     print(f"{config.folder} holds results.md, results.json and all runs")
 
 
-def check_evaluation(config: EvaluateConfig) -> None:
+def check_evaluation(config: EvaluateConfig, fps: float | None) -> None:
     """Checks that an evaluation's results can be compared sample by sample.
 
+    Args:
+        fps: of the dataset, if it is known.
+
     Raises:
-        UserError: it has several protocols, or a metric of sets of samples.
+        UserError: it has several protocols, a metric of sets of samples, or horizons between two frames.
     """
     config.validate()
     if len(config.protocols) != 1 or (config.protocols == ["rollout"] and len(config.rollout.fps) != 1):
@@ -122,6 +127,8 @@ def check_evaluation(config: EvaluateConfig) -> None:
         )
     if sets := set(config.metrics) & set(FRECHET):
         raise UserError(f"metrics: {', '.join(sorted(sets))} cannot be compared sample by sample; leave it out")
+    if fps and config.protocols == ["rollout"]:
+        rollout(config.rollout.seconds, config.rollout.fps[0], fps)
 
 
 def named(text: str) -> str:
@@ -163,6 +170,8 @@ def check_comparable(config: AblationConfig, resolved: dict[str, dict[str, Any]]
     datasets = [values["data"] for values in resolved.values()]
     if any(data["mix"] for data in datasets):
         raise UserError(f"base is {config.base}: variants are measured on one dataset, data.folder, not on a data.mix")
+    if datasets[0]["folder"] is None:
+        raise UserError(f"base is {config.base}: expected a data.folder")
     if any(data[key] != datasets[0][key] for data in datasets for key in ("folder", "test_split", "fps", *WHERE)):
         raise UserError("variants of different datasets cannot be compared")
 
@@ -212,8 +221,8 @@ def _trained(run: Run) -> dict[str, Any]:
     return read_json(checkpoints / (checkpoints / "latest").read_text().strip() / "state.json")
 
 
-def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> None:
-    """Writes the cases on which all runs are measured, as an index file of NWM.
+def choose_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> tuple[list[tuple], float]:
+    """The cases on which all runs are measured, as in an index file of NWM, and the frames per second.
 
     Each has as many past frames as the variant with the longest context.
 
@@ -233,8 +242,7 @@ def write_cases(config: AblationConfig, resolved: dict[str, dict[str, Any]]) -> 
     for window in windows:
         trajectory, now = dataset.locate(window)
         cases.append((dataset.trajectories[trajectory].name, now, min(offsets), max(offsets)))
-    config.folder.mkdir(parents=True, exist_ok=True)
-    config.index.write_bytes(pickle.dumps(cases))
+    return cases, dataset.info.fps
 
 
 def results_folder(run: Run, evaluation: str) -> Path:

@@ -144,8 +144,8 @@ def check(config: Config) -> None:
     walks = math.ceil(config.frames / config.length)
     if math.ceil(walks * config.test_share) == walks:
         raise UserError(
-            f"frames is {config.frames}, {walks} trajectories of length {config.length} per map, of which test_share "
-            "leaves none to train on: expected more frames or a smaller length"
+            f"frames is {config.frames}, which makes {walks} of length {config.length} per map, and test_share leaves "
+            "none to train on: expected more frames or a smaller length"
         )
 
 

@@ -17,8 +17,11 @@ from torch import Tensor
 
 from cdit.common.errors import UserError
 from cdit.data import encode
-from cdit.data.config import Source
+from cdit.data.config import DataConfig, Source
+from cdit.data.latents import LatentCache
+from cdit.data.shard_writer import convert
 from cdit.data.to_lerobot import to_lerobot
+from cdit.data.windows import WindowDataset
 
 
 def save_kl(folder: Path, seed: int = 0) -> str:
@@ -249,12 +252,15 @@ def test_another_cache_is_not_overwritten(dataset, tmp_path, arguments, command,
     assert shards(dataset) == first
 
 
-def test_latents_that_training_would_not_read_are_not_made(dataset, tmp_path, arguments, command):
+def test_latents_that_training_reads_only_from_shards(dataset, tmp_path, arguments, command, capsys):
     pytest.importorskip("pyarrow")
     to_lerobot(Source(str(dataset)), tmp_path / "walks")
-    with pytest.raises(UserError, match="latents of source lerobot are not read in training"):
-        command(*arguments, "--data.folder", str(tmp_path / "walks"), "--data.source", "lerobot")
-    assert not (tmp_path / "walks" / "latents").exists()
+    command(*arguments, "--data.folder", str(tmp_path / "walks"), "--data.source", "lerobot")
+    assert "training does not read latents of source lerobot from here" in capsys.readouterr().err
+    convert(Source(str(tmp_path / "walks"), source="lerobot"), tmp_path / "shards", ["train"], "both")
+    windows = WindowDataset(DataConfig(str(tmp_path / "shards"), image_size=(24, 32), workers=0), "train")
+    windows.use_latents(LatentCache.open(tmp_path / "walks").info.encoding)
+    assert windows[0].context.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

@@ -104,8 +104,9 @@ def test_the_content_of_any_source_is_hashed():
     """A trajectory may have nothing but a name, a length and frames."""
 
     class Clip(TrajectorySource):
-        def __init__(self, shade: int):
-            self.name, self.shade = "clip", shade
+        def __init__(self, shade: int, text: str = "", light: float | None = None):
+            self.name, self.shade, self.texts = "clip", shade, [text] * 5
+            self.conditions = {} if light is None else {"light": np.full(5, light)}
 
         def __len__(self) -> int:
             return 5
@@ -113,7 +114,8 @@ def test_the_content_of_any_source_is_hashed():
         def frames(self, times):
             return torch.full((len(times), 3, 4, 4), self.shade, dtype=torch.uint8)
 
-    hashes = [
-        content_hash(SimpleNamespace(trajectories=[Clip(shade)]), [Case(0, 0, "clip", 1)], 2) for shade in (7, 7, 8)
-    ]
-    assert hashes[0] == hashes[1] != hashes[2]
+    def hashed(*content: object) -> str:
+        return content_hash(SimpleNamespace(trajectories=[Clip(*content)]), [Case(0, 0, "clip", 1)], 2)
+
+    assert hashed(7) == hashed(7)
+    assert len({hashed(7), hashed(8), hashed(7, "walk"), hashed(7, "run"), hashed(7, "", 1.0), hashed(7, "", 2.0)}) == 6

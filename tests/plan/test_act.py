@@ -478,7 +478,7 @@ def test_distances_that_a_map_does_not_have(tmp_path: Path, monkeypatch: pytest.
     assert not (tmp_path / "far.json").exists()
     COMMANDS_OF["episodes"](EpisodesConfig(file=str(tmp_path / "some.json"), distances=[2.0, 64.0], count=1))
     assert len(load_episodes(tmp_path / "some.json")) == 2
-    assert "0 of 1 episodes of 64 m, goal in view" in capsys.readouterr().out
+    assert "found only 0 of 1 episodes at 64 m with the goal in view" in capsys.readouterr().out
 
 
 @pytest.mark.slow

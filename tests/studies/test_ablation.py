@@ -138,7 +138,13 @@ def test_what_cannot_be_evaluated_is_found_before_anything_is_trained(
         ablate(config_of(spec(tmp_path, evaluations={"rollouts": {"protocols": ["rollout"]}})))
     with pytest.raises(UserError, match="fid cannot be compared sample by sample"):
         ablate(config_of(spec(tmp_path, metrics=["psnr", "fid"])))
+    data["folder"] = None
+    with pytest.raises(UserError, match=r"expected a data\.folder"):
+        ablate(config_of(spec(tmp_path)))
     data |= {"folder": str(walks), "context_frames": 4, "image_size": [32, 32]}
+    slow = {"rollouts": {"protocols": ["rollout"], "rollout.fps": [1.0]}}
+    with pytest.raises(UserError, match=r"0.25 s is not a positive whole number of frames at 1 "):
+        ablate(config_of(spec(tmp_path, evaluations=slow)))
     with pytest.raises(UserError, match=r"0.3 s is not a positive whole number of frames"):
         ablate(config_of(spec(tmp_path, seconds=[0.3])))
     with pytest.raises(UserError, match="long enough"):
@@ -172,7 +178,8 @@ def test_runs_of_equal_time_take_turns(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(ablation, "_call", called)
     monkeypatch.setattr(ablation, "resolve", lambda run: {"data": {"folder": "nowhere", "source": "auto"}})
-    for name in ("check_comparable", "check_folder", "write_cases", "evaluate"):
+    monkeypatch.setattr(ablation, "choose_cases", lambda *_: ([], 4.0))
+    for name in ("check_comparable", "check_folder", "evaluate"):
         monkeypatch.setattr(ablation, name, lambda *_: None)
     monkeypatch.setattr(
         ablation,

@@ -10,10 +10,12 @@ let how = null; // the fields of the message `begin`
 let picture = null; // its bytes, if the drive begins with one
 let seed;
 let buttons = [];
+let list; // of maps
 
 function begin(fields, bytes = null) {
   how = fields;
   picture = bytes;
+  if (list && fields.source !== "map") list.selectedIndex = 0;
   app.notify("");
   for (const button of buttons) {
     button.classList.toggle("on", button.dataset.start === JSON.stringify([fields.source, fields.start ?? fields.map]));
@@ -95,7 +97,7 @@ export const start = {
     seed = element("input", { type: "number", min: 0, max: MAX_SEED, value: 0, onchange: send });
     const inMap = (map) => begin({ source: "map", map });
     if (hello.maps.length > MAX_BUTTONS) {
-      const list = element("select", {}, ...["In a map …", ...hello.maps].map((textContent) => element("option", { textContent })));
+      list = element("select", {}, ...["In a map …", ...hello.maps].map((textContent) => element("option", { textContent })));
       list.onchange = () => list.selectedIndex && inMap(list.value);
       row.append(list);
     } else {

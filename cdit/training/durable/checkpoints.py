@@ -289,8 +289,9 @@ def find_resume(config: TrainConfig) -> Path | None:
     folder = _named(config.resume, config.folder)
     if folder is not None:
         check_config(config, folder)
-        if config.train_seconds is None and step_of(folder) > config.steps:
-            raise UserError(f"steps is {config.steps}, but {folder} is of a later step")
+        step = read_json(folder / STATE)["step"]
+        if config.train_seconds is None and step > config.steps:
+            raise UserError(f"steps is {config.steps}, but {folder} is of step {step}")
     return folder
 
 
@@ -353,6 +354,8 @@ def check_config(config: TrainConfig, folder: Path) -> None:
         for name in {**now, **free}
         if not MAY_DIFFER.fullmatch(name) and now.get(name) != before.get(name)
     ]
+    if any(text.startswith("units is") for text in changed):  # which are those of the checkpoint
+        raise UserError(f"resume: {folder} cannot be continued with other units: {'; '.join(changed)}")
     if changed and not config.allow_changes:
         raise UserError(
             f"resume: {folder} cannot be continued with another config: {'; '.join(changed)} "

@@ -346,7 +346,8 @@ def fake(run: Path, *steps: int) -> Path:
         folder = run / "checkpoints" / f"step_{step:08d}"
         folder.mkdir(parents=True)
         TrainConfig().save(folder / "config.yaml")
-        manifest.write_manifest(folder, {"config.yaml": manifest.entry(folder / "config.yaml")})
+        (folder / "state.json").write_text(json.dumps({"step": step}))
+        manifest.write_manifest(folder, {name: manifest.entry(folder / name) for name in ("config.yaml", "state.json")})
     return run
 
 
@@ -386,8 +387,10 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(tmp_path: Path):
         if found:
             assert find_resume(config) == run / "checkpoints/step_00000020"
         else:
-            with pytest.raises(UserError, match=r"steps is 19, but .*step_00000020 is of a later step"):
+            with pytest.raises(UserError, match=r"steps is 19, but .* is of step 20"):
                 find_resume(config)
+    moved = (run / "checkpoints/step_00000020").rename(tmp_path / "branch_point")
+    assert find(str(moved), tmp_path / "other") == moved
 
 
 def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path):
