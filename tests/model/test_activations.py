@@ -47,11 +47,12 @@ def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch):
 def kept_bytes(cdit: CDiT, contexts: int, goals: int, frames: int) -> int:
     """What a forward pass under autocast keeps, each storage once, without weights."""
     known = {p.untyped_storage().data_ptr() for p in cdit.parameters()}
-    kept: dict[int, Tensor] = {}
+    kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(x: Tensor) -> None:  # nothing is unpacked; a tensor kept by its own graph would never be freed
-        if x.untyped_storage().data_ptr() not in known:
-            kept[x.untyped_storage().data_ptr()] = x
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage
 
     def keep_inputs(_: object, inputs: tuple) -> None:
         for x in tree_leaves(inputs):
@@ -65,7 +66,7 @@ def kept_bytes(cdit: CDiT, contexts: int, goals: int, frames: int) -> int:
     scalar = torch.rand(contexts, goals)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16):
         cdit(sample, scalar, {"action": torch.randn(contexts, goals, 3), "time_shift": scalar}, context)
-    return sum(x.untyped_storage().nbytes() for x in kept.values())
+    return sum(storage.nbytes() for storage in kept.values())
 
 
 def counted(depth: int, contexts: int, goals: int, frames: int, checkpointing: bool = False, **options) -> int:

@@ -472,7 +472,7 @@ def test_the_engine_as_the_world_and_the_true_distance_as_the_cost_succeed(tmp_p
 @pytest.mark.slow
 def test_distances_that_a_map_does_not_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys):
     pytest.importorskip("vizdoom", reason="the engine is part of the extra 'doom'")
-    monkeypatch.setattr(episodes_module, "PATIENCE", 3)
+    monkeypatch.setattr(episodes_module, "PATIENCE", 40)
     with pytest.raises(UserError, match=r"distances is \[64.0\]: no episodes"):
         COMMANDS_OF["episodes"](EpisodesConfig(file=str(tmp_path / "far.json"), distances=[64.0]))
     assert not (tmp_path / "far.json").exists()
