@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from cdit.common.errors import UserError
 from cdit.common.options import DataOptions
+from cdit.data.actions import DEFAULT_STEP, read_actions
 from cdit.data.config import DataConfig
 from cdit.data.layout import DESCRIPTION
 from cdit.data.windows import WindowDataset
@@ -103,6 +104,21 @@ def windows_for(world: WorldModel, options: DataOptions, acting: bool = False, w
             "(metric_waypoint_spacing): pass --spacing, the metres between consecutive frames"
         )
     return dataset
+
+
+def actions_for(world: WorldModel, source: str, spacing: float | None) -> Tensor:
+    """Actions (L, K) of a world, from words or a file; see `read_actions`.
+
+    Args:
+        world: the model.
+        source: the words, or the file.
+        spacing: metres of a word such as `forward`; None: the model's.
+
+    Raises:
+        UserError: they cannot be read.
+    """
+    step = spacing or world.description.units.spacing or DEFAULT_STEP
+    return torch.from_numpy(read_actions(source, step, world.description.actions))
 
 
 def past_of_image(

@@ -12,12 +12,11 @@ from cdit.batch import Batch, Condition
 from cdit.codec import load_codec
 from cdit.codec.config import CodecConfig
 from cdit.common.errors import UserError
-from cdit.data.actions import DEFAULT_STEP, read_actions
 from cdit.data.frames import crop_and_resize, decode
 from cdit.data.windows import WindowDataset
 from cdit.heads.config import HeadsConfig
 from cdit.heads.correspondence import true_places
-from cdit.loading import find_device, load_world, spread, windows_for
+from cdit.loading import actions_for, find_device, load_world, spread, windows_for
 from cdit.nwm.checkpoint import load_checkpoint
 from cdit.nwm.world import published_world
 from cdit.world_model import WorldModel
@@ -111,8 +110,7 @@ def images_source(
             f"frames is {folder}: {len(files)} images, expected at least {fewest + farthest}: {fewest} past frames and "
             f"{farthest} after them (offsets)"
         )
-    step = spacing or world.description.units.spacing or DEFAULT_STEP
-    steps = None if actions is None else torch.from_numpy(read_actions(actions, step, world.description.actions))
+    steps = None if actions is None else actions_for(world, actions, spacing)
     if steps is not None and len(steps) != len(files) - 1:
         raise UserError(f"actions has {len(steps)} steps, expected {len(files) - 1}: from each image to the next")
     if steps is not None and not world.description.has_actions:

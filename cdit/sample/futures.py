@@ -15,12 +15,11 @@ from cdit.common.frames import to_float, to_uint8
 from cdit.common.output import finished_folder
 from cdit.common.pictures import comparison_grid, rollout_video, save_gif, save_mp4, strip
 from cdit.common.randomness import generator
-from cdit.data.actions import DEFAULT_STEP, read_actions
 from cdit.data.frames import crop_and_resize, decode
 from cdit.evaluate.metrics import psnr
 from cdit.heads.inspection import inspect_attention
 from cdit.heads.report import AttentionReport
-from cdit.loading import load_world, past_of_image, spread, windows_for
+from cdit.loading import actions_for, load_world, past_of_image, spread, windows_for
 from cdit.sample.config import SampleConfig
 from cdit.world_model import WorldModel
 
@@ -112,8 +111,8 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
     given, extra = batch.condition, batch.condition.extra
     if acting:
         spacing = dataset.info.spacing if dataset.info.has_spacing else None
-        steps = read_actions(config.actions, _step(config, world, spacing), world.description.actions)
-        actions, truth = torch.from_numpy(steps).expand(len(windows), -1, -1), None
+        steps = actions_for(world, config.actions, spacing)
+        actions, truth = steps.expand(len(windows), -1, -1), None
         extra = {name: value.repeat_interleave(len(steps), 1) for name, value in extra.items()}
     else:
         known = dataset.info.has_actions and world.description.has_actions
@@ -124,7 +123,7 @@ def scenes_of_dataset(config: SampleConfig, world: WorldModel) -> Scenes:
 
 def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
     """The same image and actions for every sample."""
-    actions = torch.from_numpy(read_actions(config.actions, _step(config, world), space=world.description.actions))
+    actions = actions_for(world, config.actions, config.spacing)
     frame = crop_and_resize(decode(Path(config.image)), tuple(world.description.image_size), world.description.crop)
     context, mask = past_of_image(world, frame, config.history)
     return Scenes(
@@ -137,11 +136,6 @@ def scenes_of_image(config: SampleConfig, world: WorldModel) -> Scenes:
         length=len(actions),
         spacing=None if config.spacing is None else torch.full((config.samples,), config.spacing),
     )
-
-
-def _step(config: SampleConfig, world: WorldModel, recorded: float | None = None) -> float:
-    """Metres of a word such as forward: the given spacing, otherwise the dataset's, otherwise the model's."""
-    return config.spacing or recorded or world.description.units.spacing or DEFAULT_STEP
 
 
 def predict_rollout(world: WorldModel, scenes: Scenes, seed: int) -> Tensor:
