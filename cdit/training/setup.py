@@ -237,7 +237,8 @@ def _take_weights(cdit: CDiT, codec: Codec, start: WorldModel, name: str) -> Non
     """Loads the weights of a trained world.
 
     Raises:
-        UserError: its codec or its network differs, except for conditioners and noise levels that it lacks.
+        UserError: its codec or its network differs, except for conditioners and noise levels that it lacks, and for a
+            place embedding that the config turns off.
     """
     if (start.codec.kind, start.codec.fingerprint()) != (codec.kind, codec.fingerprint()):
         raise UserError(f"init_from is {name}, whose codec ({start.codec.kind}) is not the config's ({codec.kind})")
@@ -252,11 +253,15 @@ def _take_weights(cdit: CDiT, codec: Codec, start: WorldModel, name: str) -> Non
         "context_noise",
         *(() if cdit.pos_embed is not None else ("max_context",)),
         *(() if start.cdit.config.text_size else ("text_size",)),
+        *(("place_embedding",) if cdit.place_embed is None else ()),
     }
     for field in sorted(own.keys() & given.keys() - free):
         if not field.startswith("_") and own[field] != given[field]:
             raise UserError(f"init_from is {name}, whose {field} is {given[field]}, but the config's is {own[field]}")
-    missing, unexpected = cdit.load_state_dict(start.cdit.state_dict(), strict=False)
+    weights = start.cdit.state_dict()
+    if cdit.place_embed is None and "place_embed" in weights:  # what all patches share is kept
+        weights["patch_embed.proj.bias"] = weights["patch_embed.proj.bias"] + weights.pop("place_embed").mean(0)
+    missing, unexpected = cdit.load_state_dict(weights, strict=False)
     wrong = [*unexpected, *(weight for weight in missing if not weight.startswith(("conditioners.", "noise_embed.")))]
     if wrong:
         raise UserError(f"init_from is {name}, whose network differs from the config's in {wrong[0]}")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
+from gradients import randomise
 
 from cdit.batch import Condition
 from cdit.common.errors import UserError
@@ -128,10 +129,28 @@ def test_training_starts_from_a_trained_world(
     assert any("backward" in name for name in weights)
 
 
+def test_a_place_embedding_can_be_turned_off(
+    config: Callable[..., TrainConfig], train_set: WindowDataset, tmp_path: Path
+):
+    """The network then continues as if every patch had the mean of the embeddings."""
+    placed = build_world(config("--model.place_embedding", "true"), train_set).eval()
+    randomise(placed.cdit)
+    placed.save_pretrained(tmp_path / "start")
+    without = build_world(config("--init_from", str(tmp_path / "start")), train_set).eval()
+    frames = torch.randn(2, 3, *placed.latent_shape, generator=torch.Generator().manual_seed(0))
+    inputs = (frames[:, 0], torch.full((2,), 500.0), {"time_shift": torch.ones(2)}, frames[:, 1:])
+    before = placed.cdit(*inputs)
+    placed.cdit.place_embed.data[:] = placed.cdit.place_embed.data.mean(0)
+    expected = placed.cdit(*inputs)
+    assert not torch.allclose(before, expected, atol=1e-2)
+    torch.testing.assert_close(without.cdit(*inputs), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--model.num_heads", "4"], "whose num_heads is 2, but the config's is 4"),
+        (["--model.place_embedding", "true"], "whose place_embedding is False, but the config's is True"),
         (["--objective", "ddpm", "--sampler.scheduler", "ddim"], "whose learn_variance is False"),
         (["--codec.kind", "mine:HalfCodec"], r"whose codec \(pixels\) is not the config's \(mine:HalfCodec\)"),
     ],
