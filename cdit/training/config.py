@@ -222,6 +222,9 @@ class TrainConfig:
         self.data.validate()
         self._load_plugins()
         check_sampler(self.objective, self.sampler)
+        trained = self.self_rollout.base if self.objective == "self_rollout" else self.objective
+        if self.objective_options and trained in SCHEDULERS:
+            raise UserError(f"objective_options: expected none, because {trained} is not an objective of your own")
         is_clean = self.objective == "regression" or (self.objective != "ddpm" and self.flow.prediction == "clean")
         if self.model.reprojection and not is_clean:
             raise UserError(

@@ -59,6 +59,7 @@ WRONG = [  # option, value, what the message names if not the option
     ("name", "a/b"),
     ("name", ".."),
     ("sampler.guidance", "2.0"),
+    ("objective_options", "{decay: 0.5}"),
 ]
 
 
