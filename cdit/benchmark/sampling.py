@@ -155,7 +155,7 @@ def plan(bench: Bench) -> Iterator[Table]:
         f"the autoencoder. {bench.about_steps}"
     )
     yield Table(f"Planning: {size.candidates} candidates of {size.horizon} frames from one context", rows, note)
-    if any(c.name == "ours" for c in contenders):
+    if any(c.name == "ours" and c.network.can_push for c in contenders):
         yield memory(bench)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cdit.codec.autoencoder import KLCodec, TinyCodec
-from cdit.codec.codec import Codec
+from cdit.codec.codec import Codec, shape_of_latents
 from cdit.codec.config import CodecTrainConfig
 from cdit.codec.features import FeaturesCodec
 from cdit.codec.recorded import RecordedFrames, StepSampler
@@ -70,6 +70,7 @@ class TrainedAutoencoder(Trained):
         levels, width = round(math.log2(config.downscale)) + 1, config.width
         if 2 ** (levels - 1) != config.downscale:
             raise UserError(f"downscale is {config.downscale}, expected a power of two")
+        shape_of_latents(config.channels, config.downscale, config.data.image_size)  # which must be a multiple of it
         self.weight = config.kl
         if config.kind == "tiny":
             self.network = diffusers.AutoencoderTiny(

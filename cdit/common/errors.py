@@ -7,8 +7,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO)
-"""Error numbers of a disk that is full or not writable."""
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+)
+"""Error numbers of a disk that is full or not writable, and of files in place of folders or the reverse."""
 
 
 class UserError(Exception):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from cdit.common.errors import DataError
+from cdit.common.errors import DataError, UserError
 
 MAX_TEXT = 2**24
 """Largest JSON or text file, in bytes."""
@@ -155,8 +155,20 @@ def check_inside(path: Path, folder: Path) -> None:
     real = os.path.realpath(path)
     if Path(os.path.realpath(folder)) not in (Path(real), *Path(real).parents):
         raise DataError(
-            f"{path}: a link to {ascii(real)[1:-1]}, outside of {folder}; to allow it, --data.follow_links true"
+            f"{path}: a link to {ascii(real)[1:-1]}, outside of {folder}; to allow it, set the option follow_links"
         )
+
+
+def check_writable(folder: Path, option: str) -> None:
+    """Checks that a folder can be created or written to, before any work.
+
+    Raises:
+        UserError: it cannot; the message names the option.
+    """
+    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        what = "is not writable" if there.is_dir() else "is not a folder"
+        raise UserError(f"{option}, but {there} {what}")
 
 
 def write_whole(path: Path, content: bytes | str) -> None:

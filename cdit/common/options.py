@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from cdit.common.errors import UserError
+from cdit.common.files import check_writable
 from cdit.common.limits import Positive
 from cdit.worlds import resolve, shipped
 
@@ -80,7 +81,8 @@ def check_options(options: object) -> None:
     """Finds typos in paths before torch is imported and anything is loaded.
 
     Raises:
-        UserError: the checkpoint or a folder does not exist; the message names the option.
+        UserError: the checkpoint or a folder does not exist, or results cannot be written; the message names the
+            option.
     """
     for name in ("checkpoint", "data", "splits"):
         path = getattr(options, name, None)
@@ -89,3 +91,5 @@ def check_options(options: object) -> None:
         if not (resolve(path) if name == "checkpoint" else Path(path)).exists():
             worlds = f" (worlds that ship with cdit: {', '.join(shipped())})" if name == "checkpoint" else ""
             raise UserError(f"{name} is {path}, which does not exist{worlds}")
+    if isinstance(options, OutputOptions):
+        check_writable(Path(options.out), f"out is {options.out}")

@@ -273,7 +273,8 @@ def _with_poses(trajectory: VideoTrajectory, path: Path | None) -> VideoTrajecto
         length = min(length, len(position))
         at = slice(length)
     else:
-        if time.ndim != 1 or not (np.diff(time) > 0).all() or time[0] > 0.5 / fps:
+        starts = time.ndim == 1 and len(time) > 0 and np.isfinite(time).all() and time[0] <= 0.5 / fps
+        if not (starts and (np.diff(time) > 0).all()):
             raise DataError(f"{path}: time must increase and start at 0, the video's first frame")
         length = min(length, int(time[-1] * fps) + 1)
         instants = np.arange(length) / fps

@@ -68,6 +68,7 @@ class DriveConfig(TextOptions, DataOptions, CheckpointOptions):
         """
         check_options(self)
         self.planner.validate(self.horizon)
+        self.planner.validate_last(self.horizon)
         for other in self.also:
             check_options(CheckpointOptions(checkpoint=other))
         ranges = {"port": (0, 65535), "sessions": (1, 1000), "session_mb": (1, 1e6), "idle_minutes": (0.01, 1e6)}

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cdit.common.errors import UserError
+from cdit.common.errors import UserError, writing
 from cdit.common.files import locked
 from cdit.common.frames import to_float
 from cdit.common.pictures import rollout_video, save_mp4
-from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
+from cdit.data.layout import DESCRIPTION, DatasetInfo, split_file, write_split, write_trajectory
 from cdit.data.trajectory import read_names
 from cdit.data.windows import WindowDataset
 from cdit.diffusion.config import check_sampler, sampled_as
@@ -507,18 +507,21 @@ class Drive:
             camera=camera(self.stage.engine_size) if walk else None,
             source={"recipe": "cdit.drive", "maps": [self.truth.map_name]} if walk else {"recipe": "cdit.drive"},
         )
-        data.mkdir(parents=True, exist_ok=True)
-        with locked(data / ".lock"):
-            names = read_names(data, "train") if split_file(data, "train").is_file() else []
-            name = f"{kind}_{len(names):04}"
-            if walk:
-                poses = np.stack([seen.position for seen in walk]), np.unwrap([seen.yaw for seen in walk])
-                write_trajectory(data, name, np.stack([seen.frame for seen in walk]), *poses)
-            else:
-                frames = torch.stack([self.dreams[0].context[-1], *(m.frame for m in self.dreams[0].moments)])
-                write_trajectory(data, name, shown(frames))
-            write_split(data, "train", [*names, name])
-            info.save(data)
+        with writing(data):
+            data.mkdir(parents=True, exist_ok=True)
+            with locked(data / ".lock"):
+                if (data / DESCRIPTION).is_file() and DatasetInfo.load(data) != info:
+                    raise UserError(f"record: {data} has drives of another world or rate; choose another folder")
+                names = read_names(data, "train") if split_file(data, "train").is_file() else []
+                name = f"{kind}_{len(names):04}"
+                if walk:
+                    poses = np.stack([seen.position for seen in walk]), np.unwrap([seen.yaw for seen in walk])
+                    write_trajectory(data, name, np.stack([seen.frame for seen in walk]), *poses)
+                else:
+                    frames = torch.stack([self.dreams[0].context[-1], *(m.frame for m in self.dreams[0].moments)])
+                    write_trajectory(data, name, shown(frames))
+                write_split(data, "train", [*names, name])
+                info.save(data)
         return str(data / name)
 
 

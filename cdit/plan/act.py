@@ -194,7 +194,7 @@ def check_same(config: ActConfig, out: Path) -> None:
     for name in ("out", "agents", "most", "videos"):
         del kept[name]
     kept["episodes"] = sha256(Path(config.episodes))
-    if path.is_file() and read_json(path) != kept:
+    if any(read_outcomes(out)) and path.is_file() and read_json(path) != kept:
         raise UserError(f"out: {out} has outcomes of a run with other options: choose another folder")
     write_json(path, kept)
 

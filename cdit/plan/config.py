@@ -1,6 +1,8 @@
 """The configurations of planning. Imports no torch."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from functools import reduce
 from typing import Literal
 
 from cdit.common.errors import UserError
@@ -74,6 +76,9 @@ class OptimizerConfig:
                 raise UserError(f"planner.optimizer.{name} is {getattr(self, name)}, expected {expected}")
 
 
+OPTIMIZER = tuple(f"optimizer.{option.name}" for option in fields(OptimizerConfig))
+
+
 @dataclass
 class PlannerConfig:
     """How a plan is made."""
@@ -142,6 +147,15 @@ class PlannerConfig:
             if not holds:
                 raise UserError(f"planner.{name} is {getattr(self, name)}, expected {expected}")
 
+    def validate_last(self, horizon: int) -> None:
+        """Checks that plans can be as long as the horizon.
+
+        Raises:
+            UserError: they end earlier.
+        """
+        if max(self.frames, default=horizon) < horizon:
+            raise UserError(f"horizon is {horizon}, but plans end at one of planner.frames, {self.frames}")
+
     def validate_without_motion(self) -> None:
         """Checks that a plan of actions other than motion is possible.
 
@@ -158,6 +172,23 @@ class PlannerConfig:
                 raise UserError(
                     f"planner.{name} is {getattr(self, name)}, which needs a world whose actions are motion"
                 )
+
+
+def refuse(planner: PlannerConfig, names: Sequence[str], why: str) -> None:
+    """Checks that options which would be ignored have their defaults.
+
+    Args:
+        planner: the options.
+        names: dotted, such as optimizer.samples.
+        why: what replaces them.
+
+    Raises:
+        UserError: one is set.
+    """
+    for name in names:
+        value, default = (reduce(getattr, name.split("."), config) for config in (planner, PlannerConfig()))
+        if value != default:
+            raise UserError(f"planner.{name} is {value}, but {why}")
 
 
 @dataclass(kw_only=True)
@@ -249,6 +280,13 @@ class OpenConfig(OpenLoopConfig):
     pictures: NotNegative[int] = 6
     """Number of episodes with a picture."""
 
+    def validate(self) -> None:
+        """Checks the values; see `OpenLoopConfig.validate`."""
+        super().validate()
+        if self.nwm_compat:
+            given = ("candidates", "cost", "stride", "frames", "repeats", "constraint", *OPTIMIZER)
+            refuse(self.planner, given, "nwm_compat determines it")
+
 
 @dataclass(kw_only=True)
 class CurveConfig(OpenLoopConfig):
@@ -270,6 +308,7 @@ class CurveConfig(OpenLoopConfig):
             values = getattr(self, name)
             if not values or min(values) < least:
                 raise UserError(f"{name} is {values}, expected numbers of at least {least}")
+        refuse(self.planner, ("optimizer.iterations", "repeats", "sampler.steps"), "curve has lists of its own for it")
 
 
 @dataclass(kw_only=True)
@@ -291,6 +330,7 @@ class DiagnoseConfig(OpenLoopConfig):
                 raise UserError(f"{name} is {getattr(self, name)}, expected at least {least}")
         for cost in self.costs:
             check_cost(cost, self.planner.learned)
+        refuse(self.planner, ("cost", "frames", "repeats", "guidance", *OPTIMIZER), "diagnose does not use it")
 
 
 AgentName = Literal[
@@ -375,6 +415,7 @@ class ActConfig(OutputOptions, TextOptions, DataOptions, CheckpointOptions):
             UserError: a value is out of its range; the message names the field.
         """
         self.planner.validate(self.horizon)
+        self.planner.validate_last(self.horizon)
         for name in self.agents:
             if self.planner.learned is None and name in LEARNING:
                 raise UserError(f"planner.learned: expected the folder of a goal network, which the agent {name} needs")

@@ -32,6 +32,8 @@ REMEMBERED = 4096
 WITHIN = 4, 3
 """Two places are close within these multiples of the success radius and angle."""
 UNORDERED = -1
+SMALLEST_SCALE = 1e-6
+"""Lower bound of the standard deviations that scale motion and actions, for walks without some component."""
 
 
 @dataclass
@@ -69,8 +71,8 @@ def learn(config: LearnConfig) -> None:
     network = GoalNetwork(
         GoalDescription(
             config.horizon,
-            tuple(recorded_actions(dataset.trajectories, 1).flatten(0, 1).std(0).tolist()),
-            tuple(scale.motion[same].std(0).tolist()),
+            tuple(recorded_actions(dataset.trajectories, 1).flatten(0, 1).std(0).clamp(min=SMALLEST_SCALE).tolist()),
+            tuple(scale.motion[same].std(0).clamp(min=SMALLEST_SCALE).tolist()),
             config.radius,
             np.radians(config.degrees).item(),
         )

@@ -20,7 +20,8 @@ from cdit.world_model import WorldModel, WorldState
 class Predictor:
     """Predicts frames along candidates.
 
-    All candidates start from the same noise, so that their frames differ by their actions only.
+    All candidates start from the same noise, so that their frames differ by their actions only. The scheduler ddpm
+    draws further noise at every step, for each candidate its own, from a seed that the first noise determines.
     """
 
     world: WorldModel
@@ -53,13 +54,12 @@ class Predictor:
             noise: (N, C, h, w) to start from, one for each predicted frame or step.
         """
         parts, start = [], 0
+        random = torch.Generator(noise.device).manual_seed(int(noise.flatten()[:1].float().view(torch.int32)))
         while start < actions.shape[1]:
             goals = 1 if self.stride else len(self.frames)
             chosen = actions[:, start : start + max(1, self.chunk // (goals * len(actions)))]
             try:
-                parts.append(
-                    self._jumps(state, chosen, noise) if self.stride is None else self._steps(state, chosen, noise)
-                )
+                parts.append((self._jumps if self.stride is None else self._steps)(state, chosen, noise, random))
             except torch.OutOfMemoryError:
                 if chosen.shape[1] == 1:
                     raise
@@ -77,14 +77,15 @@ class Predictor:
         """Noise for `predict`."""
         return torch.randn(self.calls, *self.world.latent_shape, generator=generator, device=generator.device)
 
-    def _jumps(self, state: WorldState, actions: Tensor, noise: Tensor) -> Tensor:
+    def _jumps(self, state: WorldState, actions: Tensor, noise: Tensor, random: torch.Generator) -> Tensor:
         whole = composed(actions, self.world.description.actions)[:, :, [t - 1 for t in self.frames]]  # (B, S, L, K)
         seconds = torch.tensor(self.frames, device=whole.device) / self.world.description.fps
         condition = Condition(seconds.expand(whole.shape[:3]).flatten(1), whole.flatten(1, 2))
-        sampled = self.world.sample(state, condition, self.sampler, noise=noise.repeat(actions.shape[1], 1, 1, 1))
+        noise = noise.repeat(actions.shape[1], 1, 1, 1)
+        sampled = self.world.sample(state, condition, self.sampler, random, noise=noise)
         return sampled.unflatten(1, whole.shape[1:3])
 
-    def _steps(self, state: WorldState, actions: Tensor, noise: Tensor) -> Tensor:
+    def _steps(self, state: WorldState, actions: Tensor, noise: Tensor, random: torch.Generator) -> Tensor:
         space = self.world.description.actions
         path = composed(actions, space)[:, :, self.stride - 1 : self.frames[-1] : self.stride]
         before = torch.cat((torch.zeros_like(path[:, :, :1]), path[:, :, :-1]), dim=2)
@@ -92,7 +93,7 @@ class Predictor:
         sampler = replace(self.sampler or self.world.description.sampler, hold=1)  # the stride says what joins the past
         state = state.fork(actions.shape[1])
         for i in range(action.shape[2]):
-            sampled = self.world.sample(state, Condition(action=action[:, :, i]), self.sampler, noise=noise[i])
+            sampled = self.world.sample(state, Condition(action=action[:, :, i]), self.sampler, random, noise=noise[i])
             found[(i + 1) * self.stride] = sampled
             if i + 1 < action.shape[2]:
                 state = self.world.advance(state, sampled, sampler=sampler)

@@ -1,6 +1,5 @@
 """The complete configuration of a training run. Sections that describe a room are defined in that room."""
 
-import os
 import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -10,7 +9,7 @@ import yaml
 
 from cdit.codec.config import KINDS, CodecConfig
 from cdit.common.errors import UserError
-from cdit.common.files import write_whole
+from cdit.common.files import check_writable, write_whole
 from cdit.common.limits import Limit, NotNegative, Offsets, Positive, Share, within
 from cdit.data.config import DataConfig
 from cdit.diffusion.config import (
@@ -275,10 +274,7 @@ class TrainConfig:
         Raises:
             UserError: it cannot.
         """
-        there = next(folder for folder in (self.folder, *self.folder.absolute().parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            what = "is not writable" if there.is_dir() else "is not a folder"
-            raise UserError(f"output is {self.output!r}, but {there} {what}")
+        check_writable(self.folder, f"output is {self.output!r}")
 
     def plain(self) -> dict[str, Any]:
         """The config as plain values for YAML: dictionaries, lists, numbers and strings."""

@@ -81,6 +81,13 @@ def test_real_frames_are_held_once_for_all_candidates(monkeypatch, tmp_path):
     assert predicted == pytest.approx([n * keys_values for n in (2, 12, 120)])
 
 
+def test_networks_whose_context_cannot_be_pushed_have_no_table_of_memory(monkeypatch, tmp_path):
+    options = ("--contenders=[ours]", "--model.position=learned")
+    monkeypatch.setattr("sys.argv", ["cdit.benchmark", "plan", *SMALL, f"--out={tmp_path}", *options])
+    main()
+    assert len(json.loads((tmp_path / "results.json").read_text())["tables"]) == 1
+
+
 @pytest.mark.parametrize("mode", ["context", "train"])
 def test_what_is_called_compiled_is(mode, monkeypatch, tmp_path):
     graphs = []

@@ -143,6 +143,7 @@ def test_a_folder_that_holds_a_training(walks: Path, tmp_path: Path, changes: di
     ("changes", "message"),
     [
         ({"downscale": 6}, "downscale is 6, expected a power of two"),
+        ({"downscale": 64}, "data.image_size is 32×32, expected multiples of the codec's 64"),
         ({"kind": "features"}, "features: expected"),
         ({"decoder": "vit"}, "decoder is vit, expected conv for kind tiny"),
     ],

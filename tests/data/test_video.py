@@ -218,6 +218,8 @@ def test_poses_at_other_times_are_interpolated(folder):
         ("x,y,yaw\n" + "1,2,3\n" * 39 + "1,2,nan\n", "not finite"),
         ("time,x,y,yaw\n0,1,2,3\n0,1,2,3\n", "time must increase"),
         ("time,x,y,yaw\n3,1,2,3\n4,1,2,3\n", "start at 0"),
+        ("time,x,y,yaw\n", "start at 0"),
+        ("time,x,y,yaw\n0,1,2,3\ninf,1,2,3\n", "start at 0"),
         ("", "header"),
     ],
 )

@@ -154,6 +154,23 @@ def test_a_recorded_dream_is_a_dataset_without_poses(drive, tmp_path):
     assert [(t.name, len(t), t.position) for t in trajectories] == [("dream_0000", 2, None), ("dream_0001", 3, None)]
 
 
+def test_drives_of_another_world_are_not_mixed(drive, tmp_path, monkeypatch):
+    drive.step(1, 0, 0)
+    drive.record(tmp_path)
+    recorded = (tmp_path / "dream" / "dataset.json").read_bytes()
+    monkeypatch.setattr(drive.stage, "description", replace(drive.stage.description, fps=8.0))
+    with pytest.raises(UserError, match=r"record: .*dream has drives of another world"):
+        drive.record(tmp_path)
+    assert (tmp_path / "dream" / "dataset.json").read_bytes() == recorded
+
+
+def test_a_recording_that_cannot_be_written_is_refused(drive, tmp_path):
+    (tmp_path / "file").touch()
+    drive.step(1, 0, 0)
+    with pytest.raises(UserError, match="cannot be written"):
+        drive.record(tmp_path / "file")
+
+
 def test_worlds_of_other_sizes_are_not_compared(checkpoint, walks, world, tmp_path):
     other = world()
     other.description = replace(other.description, fps=8.0)

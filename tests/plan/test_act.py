@@ -511,7 +511,10 @@ def test_the_command_keeps_what_it_has_done(walks: Path, tmp_path: Path):
         planner=planner, episodes=str(tmp_path / "episodes.json"), agents=["random", "world", "graph"], videos=1,
         graph_frames=20,
     )  # fmt: skip
-    text = write_act(config, *act(config))
+    mistaken = replace(planner, learned=str(tmp_path / "typo"))
+    with pytest.raises(UserError, match="typo"):
+        act(replace(config, planner=mistaken))
+    text = write_act(config, *act(config))  # the mistake is not remembered
     assert "planned with the world" in text
     outcomes = (tmp_path / "out" / "outcomes.jsonl").read_text()
     assert len(outcomes.splitlines()) == 6

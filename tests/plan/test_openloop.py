@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from cdit.common.errors import UserError
 from cdit.common.frames import to_float
 from cdit.common.motion import integrate
+from cdit.data.layout import DatasetInfo, write_split, write_trajectory
+from cdit.diffusion.config import SamplerOptions
 from cdit.plan.config import CurveConfig, DiagnoseConfig, LearnConfig, OpenConfig, OptimizerConfig, PlannerConfig
 from cdit.plan.goal_network import (
     FAR_EDGES,
@@ -96,8 +98,33 @@ def test_the_protocol_of_the_release():
     assert (planner.candidates, planner.stride, planner.cost, planner.sampler.steps) == ("constant", 1, "lpips", 250)
 
 
+@pytest.mark.parametrize(
+    ("kind", "planner", "named"),
+    [
+        (OpenConfig, {"cost": "pixels"}, "planner.cost is pixels"),
+        (OpenConfig, {"optimizer": OptimizerConfig(samples=30)}, "planner.optimizer.samples is 30"),
+        (CurveConfig, {"repeats": 2}, "planner.repeats is 2"),
+        (CurveConfig, {"sampler": SamplerOptions(steps=3)}, "planner.sampler.steps is 3"),
+        (DiagnoseConfig, {"cost": "pixels"}, "planner.cost is pixels"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(kind, planner, named):
+    compat = {"nwm_compat": True} if kind is OpenConfig else {}
+    with pytest.raises(UserError, match=named):
+        kind(checkpoint="", data="", out="", planner=PlannerConfig(**planner), **compat).validate()
+
+
+def test_a_plan_can_be_as_long_as_the_horizon():
+    planner = PlannerConfig(frames=[2, 4])
+    planner.validate_last(4)
+    PlannerConfig().validate_last(16)
+    with pytest.raises(UserError, match=r"horizon is 16, but plans end at one of planner\.frames"):
+        planner.validate_last(16)
+
+
 def test_a_curve_has_every_budget(config, tmp_path):
     config.pop("pictures")
+    config["planner"] = replace(PLANNER, optimizer=replace(PLANNER.optimizer, iterations=3))
     curve = CurveConfig(**config, samples=[6, 12], iterations=[1], repeats=[1, 2], steps=[1])
     points = run_curve(curve)
     assert [(p.samples, p.repeats, p.calls) for p in points] == [(6, 1, 6), (6, 2, 12), (12, 1, 12), (12, 2, 24)]
@@ -241,6 +268,18 @@ def test_a_goal_network_learns_and_is_saved(walks, checkpoint, tmp_path, steps):
     assert proposed.shape == (2, 6, 4, 3)
     torch.testing.assert_close(proposed[:, 0], network.propose(frames, frames.flip(0))[0])
     assert ((network.arrival(frames, frames) > 0) & (network.arrival(frames, frames) < 1)).all()
+
+
+def test_walks_that_never_turn(checkpoint, tmp_path):
+    position = np.stack((np.arange(24) * 0.25, np.zeros(24)), axis=1)
+    frames = np.random.default_rng(0).integers(0, 255, (24, 32, 32, 3), np.uint8)
+    write_trajectory(tmp_path / "walks", "a", frames, position, np.zeros(24))
+    write_split(tmp_path / "walks", "test", ["a"])
+    DatasetInfo("straight", fps=4.0, metric_waypoint_spacing=0.25).save(tmp_path / "walks")
+    options = {"data": str(tmp_path / "walks"), "checkpoint": str(checkpoint), "device": "cpu", "split": "test"}
+    learn(LearnConfig(**options, out=str(tmp_path / "out"), steps=3, batch_size=8, horizon=4, predicted=0))
+    network = load_goal_network(tmp_path / "out")
+    assert all(parameter.isfinite().all() for parameter in network.parameters())
 
 
 def test_steps_are_those_of_the_likely_class():

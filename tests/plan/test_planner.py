@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -5,11 +7,14 @@ import torch.nn.functional as F
 from cdit.batch import Condition
 from cdit.codec import Codec
 from cdit.common.motion import integrate
+from cdit.diffusion import SamplerConfig
+from cdit.model import CDiT
 from cdit.plan.config import OptimizerConfig, PlannerConfig
 from cdit.plan.constraints import forward_first, staying_out, turn_first
 from cdit.plan.costs import Features, Latents, Pixels
 from cdit.plan.planner import CostWorld, Guided, Planner, WorldScore
 from cdit.plan.prediction import Predictor
+from cdit.world_model import WorldModel
 
 SIDE = 32
 
@@ -44,6 +49,19 @@ def test_candidates_that_share_a_cache_are_predicted_as_if_alone(model, context,
             state = predictor.begin(context[b : b + 1])
             alone = predictor.predict(state, actions[b : b + 1, s : s + 1], noise)
             torch.testing.assert_close(together[b, s], alone[0, 0], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stride", [None, 2])
+def test_ancestral_sampling_repeats_its_noise(world, context, actions, stride):
+    """The scheduler ddpm draws noise at every denoising step; another first noise is followed by other noise."""
+    flow = world()
+    cdit = CDiT.from_config(flow.cdit.config, learn_variance=True)
+    model = WorldModel(cdit, flow.codec, replace(flow.description, objective="ddpm", sampler=SamplerConfig("ddpm")))
+    predictor = Predictor(model, [4], stride, SamplerConfig("ddpm", steps=3))
+    state, noise = predictor.begin(context), noise_of(predictor)
+    first, again = (predictor.predict(state, actions, noise) for _ in range(2))
+    assert torch.equal(first, again)
+    assert not torch.allclose(first, predictor.predict(state, actions, predictor.draw_noise(torch.manual_seed(3))))
 
 
 @pytest.mark.parametrize("stride", [None, 2])
