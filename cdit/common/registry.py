@@ -78,5 +78,5 @@ class Registry(Generic[T]):
 def _import(module: str, field: str) -> None:
     try:
         import_module(module)
-    except ImportError as error:
+    except (ImportError, TypeError, ValueError) as error:  # the last two: not a name, such as a path
         raise UserError(f"{field} names the module {module}, which cannot be imported ({error})") from error

@@ -169,7 +169,7 @@ class FewStepConfig:
     """How mean_flow computes the derivative along the flow: as the difference of two predictions, which smooths the
     network's dependence on diffusion time; or exactly, by forward-mode differentiation, which runs without compilation
     or fused attention and does not support networks with reprojection."""
-    difference: float = 0.02
+    difference: Positive[float] = 0.02
     """How far the times of the two predictions lie from the current one."""
 
 

@@ -5,6 +5,7 @@ import multiprocessing
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing import util
 from multiprocessing.synchronize import Event
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from cdit.common.errors import DataError, UserError
+from cdit.common.errors import DataError, Interrupted, UserError
 from cdit.common.randomness import seed_of
 from cdit.data.layout import DESCRIPTION, POSES, DatasetInfo, write_split, write_trajectory
 from cdit.doom.engine import Engine
@@ -107,6 +108,10 @@ def _record_all(folder: Path, jobs: list[Job], workers: int) -> Iterator[tuple[J
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise Interrupted(
+                "a recording process was killed; the same command continues, in less memory with fewer --workers"
+            ) from error
         finally:
             stop.set()
             pool.shutdown(cancel_futures=True)

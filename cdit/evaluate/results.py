@@ -1,5 +1,6 @@
 """Results of an evaluation: means with intervals, and the values of every sample for later comparisons."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,4 +161,6 @@ def difference(
 
 def _row(values: dict[str, Any]) -> Row:
     row = Row(**values)
-    return row if row.values is None else row._replace(values=[float(value) for value in row.values])
+    if row.values is None:
+        return row
+    return row._replace(values=[math.nan if value is None else float(value) for value in row.values])

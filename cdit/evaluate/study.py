@@ -106,7 +106,8 @@ class Study:
         items = Batch.collate([protocol.window(dataset, self.cases[i]) for i in indices]).to(world.device)
         another, shuffled = others(self.cases), {}
         theirs = [self.cases[another[i]] for i in indices] if len(self.cases) > 1 else []
-        known = world.description.has_actions and bool(items.condition.known.any())
+        recorded = (dataset.info.actions.recorded(dataset.trajectories[case.trajectory]) for case in self.cases)
+        known = world.description.has_actions and any(recorded)  # of the whole study, so that every batch has it
         if theirs and known and "shuffled_actions" in self.methods:
             motion = Condition.collate([protocol.motion(dataset, case) for case in theirs]).to(world.device)
             shuffled["shuffled_actions"] = moved(items, motion)

@@ -1,9 +1,9 @@
 """Options of attention reports. Free of torch, so that `--help` and configs of training load fast."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from cdit.codec.config import DEFAULT_WEIGHTS
 from cdit.common.errors import UserError
 from cdit.common.limits import Between, Distinct, NotNegative, Offsets, Positive, check_limits
 from cdit.common.options import CheckpointOptions, DataOptions, OutputOptions, TrackingOptions, check_options
@@ -25,7 +25,7 @@ class AttentionConfig:
 
     kinds: Distinct[list[Kind]] = field(default_factory=lambda: ["cross"])
     """cross (to the past frames), self (within the target), or both. The page shows cross-attention."""
-    layers: list[int] | None = None
+    layers: Distinct[list[int]] | None = None
     """Blocks, counted from 0; all by default. Figures show the first, the middle and the last of them."""
     times: Distinct[list[Between]] = field(default_factory=lambda: [0.25, 0.75])
     """Diffusion times between 0 (clean) and 1 (noise)."""
@@ -62,7 +62,7 @@ class AttentionConfig:
 class ImportanceConfig:
     """How the importance of heads is measured."""
 
-    layers: list[int] | None = None
+    layers: Distinct[list[int]] | None = None
     """Blocks, counted from 0; all by default."""
     kinds: Distinct[list[Kind]] = field(default_factory=lambda: ["cross", "self"])
     """Which attentions."""
@@ -104,10 +104,10 @@ class HeadsConfig(TrackingOptions, AttentionConfig, OutputOptions, DataOptions, 
     """Whether to score the same network with initial weights against true places, for comparison."""
     sampler: SamplerOptions = field(default_factory=SamplerOptions)
     """Sampling of the predicted frames on the page."""
-    codec: str = DEFAULT_WEIGHTS["kl"]
-    """For a published checkpoint: hub name or local folder of its AutoencoderKL."""
-    weights: Literal["ema", "model"] = "ema"
-    """For a published checkpoint: the averaged weights, or the trained ones."""
+    codec: str | None = None
+    """For a published checkpoint: hub name or local folder of its AutoencoderKL, by default that of the release."""
+    weights: Literal["ema", "model"] | None = None
+    """For a published checkpoint: the averaged weights (ema, the default), or the trained ones."""
     num_heads: int | None = None
     """For a published checkpoint: heads per attention; by default those of the published network of that size."""
     seed: NotNegative[int] = 0
@@ -124,3 +124,8 @@ class HeadsConfig(TrackingOptions, AttentionConfig, OutputOptions, DataOptions, 
             raise UserError("give either data, a dataset folder, or frames, a folder of images")
         if self.actions is not None and self.frames is None:
             raise UserError("actions can only be given with frames; a dataset has its own")
+        for name in ("codec", "weights", "num_heads"):
+            if getattr(self, name) is not None and not Path(self.checkpoint).is_file():
+                raise UserError(f"{name} can only be given with a published checkpoint (*.pth.tar)")
+        if self.ablation != "zero" and self.importance == "no":
+            raise UserError("ablation can only be given with importance")

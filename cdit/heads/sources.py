@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cdit.batch import Batch, Condition
 from cdit.codec import load_codec
-from cdit.codec.config import CodecConfig
+from cdit.codec.config import DEFAULT_WEIGHTS, CodecConfig
 from cdit.common.errors import UserError
 from cdit.data.frames import crop_and_resize, decode
 from cdit.data.windows import WindowDataset
@@ -45,8 +45,9 @@ def open_world(config: HeadsConfig) -> WorldModel:
     if not Path(config.checkpoint).is_file():
         return load_world(config.checkpoint, config.device)
     device = find_device(config.device)
-    cdit = load_checkpoint(config.checkpoint, config.weights, config.num_heads)
-    return published_world(cdit, load_codec(CodecConfig("kl", config.codec)), config.spacing).to(device)
+    cdit = load_checkpoint(config.checkpoint, config.weights or "ema", config.num_heads)
+    codec = load_codec(CodecConfig("kl", config.codec or DEFAULT_WEIGHTS["kl"]))
+    return published_world(cdit, codec, config.spacing).to(device)
 
 
 def open_source(config: HeadsConfig, world: WorldModel) -> Source:

@@ -213,6 +213,8 @@ class CDiT(ModelMixin, ConfigMixin):
         for name, kind in (extra_conditioners or {}).items():
             if name in self.conditioners:
                 raise UserError(f"extra_conditioners: {name} is built in; choose another name")
+            if not name.isidentifier():
+                raise UserError(f"extra_conditioners: {name!r} is not a name of letters, digits and underscores")
             self.conditioners[name] = CONDITIONERS.get(kind)(hidden_size)
         self.pos_embed = None
         if position == "learned":  # slots of the past frames, oldest first, then the target's

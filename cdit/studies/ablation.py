@@ -40,6 +40,12 @@ WHERE = ("splits", "follow_links", "source", "camera", "action_key")
 """Options of a dataset that training and evaluation share."""
 
 
+OWN = {"checkpoint", "data", "split", "out", "metrics"} | {
+    f"{protocol}.{field}" for protocol in ("time", "rollout") for field in ("seconds", "index")
+}
+"""Options of cdit.evaluate that an ablation sets, so that its results can be compared."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One training of one variant."""
@@ -83,6 +89,10 @@ def ablate(config: AblationConfig) -> None:
         raise UserError("variants and seeds: two runs would share a folder, which is named by letters, digits and seed")
     if len({results_folder(runs[0], name) for name in config.evaluations}) < len(config.evaluations):
         raise UserError("evaluations: two would share a folder, which is named by letters and digits")
+    for options in (config.evaluate, *config.evaluations.values()):
+        nested = {f"{name}.{own}" for name, value in options.items() if isinstance(value, dict) for own in value}
+        if taken := OWN & (options.keys() | nested):
+            raise UserError(f"evaluate, evaluations: {min(taken)} is the same for all; set the ablation's own field")
     resolved = {run.variant: resolve(run) for run in runs if run.seed == config.seeds[0]}
     check_comparable(config, resolved)
     data = resolved[config.reference]["data"]
@@ -141,10 +151,12 @@ def runs_of(config: AblationConfig, variant: str) -> list[Run]:
     runs = []
     for seed in config.seeds:
         name = f"{named(variant)}_seed{seed}"
-        options = config.train | config.variants[variant] | {"seed": seed, "name": name, "output": config.folder}
+        own = {"seed": seed, "name": name, "output": config.folder}
         if config.train_seconds is not None:
-            options["train_seconds"] = config.train_seconds
-        runs.append(Run(variant, seed, config.folder / name, ["--config", config.base, *_options(options)]))
+            own["train_seconds"] = config.train_seconds
+        # One after the other, not merged: of two options for the same field, nested or dotted, the last one counts.
+        options = [*_options(config.train), *_options(config.variants[variant]), *_options(own)]
+        runs.append(Run(variant, seed, config.folder / name, ["--config", config.base, *options]))
     return runs
 
 
@@ -265,10 +277,8 @@ def evaluation_options(run: Run, config: AblationConfig, data: dict[str, Any], e
         "rollout.seconds": config.seconds,
         "metrics": config.metrics,
         "tracking": "none",
-        **config.evaluate,
-        **config.evaluations[evaluation],
     }
-    return _options(options)
+    return [*_options(options), *_options(config.evaluate), *_options(config.evaluations[evaluation])]
 
 
 def evaluate(run: Run, config: AblationConfig, data: dict[str, Any], evaluation: str) -> None:

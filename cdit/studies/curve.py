@@ -62,7 +62,8 @@ def draw_curves(config: CurveConfig) -> None:
                 name: points_of(runs, f"probe/{metric}/model/{ahead}_frames", config.points)
                 for name, runs in histories.items()
             }
-            last_frame[metric, ahead] = histories[reference][-1].last(f"probe/{metric}/copy_last/{ahead}_frames")
+            name = f"probe/{metric}/copy_last/{ahead}_frames"
+            last_frame[metric, ahead] = points_of(histories[reference][-1:], name, config.points)[-1].value
     text = report(found, last_frame, reference)
     with finished_folder(Path(config.out)) as folder:
         (folder / "curve.md").write_text(text)

@@ -41,8 +41,15 @@ class History:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run has completed its last step."""
-        return (self.run / "last" / DESCRIPTION).is_file()
+        """Whether the run has completed its schedule, rather than being ended by stop_at or stop_at_seconds."""
+        if not (self.run / "last" / DESCRIPTION).is_file():
+            return False
+        stop_at, seconds, stop_at_seconds = (
+            self.config.get(name) for name in ("stop_at", "train_seconds", "stop_at_seconds")
+        )
+        if seconds is None:
+            return int(self._steps[-1]) == self.config["steps"]
+        return stop_at is None and (stop_at_seconds is None or stop_at_seconds >= seconds)
 
     @property
     def steps_per_second(self) -> float:

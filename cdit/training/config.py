@@ -20,6 +20,7 @@ from cdit.diffusion.config import (
     SamplerConfig,
     SelfRolloutConfig,
     check_sampler,
+    sampled_as,
 )
 from cdit.heads.config import AttentionConfig
 from cdit.model.config import ModelConfig
@@ -220,8 +221,10 @@ class TrainConfig:
         """
         self.data.validate()
         self._load_plugins()
-        check_sampler(self.objective, self.sampler)
-        trained = self.self_rollout.base if self.objective == "self_rollout" else self.objective
+        trained = sampled_as(self)
+        check_sampler(trained, self.sampler)
+        if self.flow.perceptual.weight and trained in ("ddpm", "regression"):
+            raise UserError(f"flow.perceptual.weight is {self.flow.perceptual.weight}, which a {trained} does not use")
         if self.objective_options and trained in SCHEDULERS:
             raise UserError(f"objective_options: expected none, because {trained} is not an objective of your own")
         is_clean = self.objective == "regression" or (self.objective != "ddpm" and self.flow.prediction == "clean")
@@ -258,10 +261,10 @@ class TrainConfig:
             from cdit.codec.codec import CODECS
 
             CODECS.load(self.codec.kind)
-        if self.objective not in SCHEDULERS:
+        for objective in {self.objective, sampled_as(self)} - SCHEDULERS.keys():
             from cdit.diffusion.objective import OBJECTIVES
 
-            OBJECTIVES.load(self.objective)
+            OBJECTIVES.load(objective)
         if self.model.extra_conditioners:
             from cdit.model.conditioners import CONDITIONERS
 

@@ -70,13 +70,15 @@ def build_accelerator(config: TrainConfig) -> tuple[Accelerator, bool]:
         # depends on its position: a resumed run would differ. It builds them only once if it searches for unused
         # parameters. There are none, as it says in a warning.
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
+    if config.deterministic and config.model.reprojection and accelerator.device.type == "cuda":
+        raise UserError("deterministic: the gradient of model.reprojection has no deterministic algorithm on a GPU")
     if config.mixed_precision == "fp16" and sharded:  # each process would choose a scale for its own rows
         raise UserError("mixed_precision is fp16, expected no or bf16 with sharded weights")
     if config.mixed_precision == "fp16" and accelerator.device.type == "cpu":  # Accelerate trains in full precision
         raise UserError("mixed_precision is fp16, expected no or bf16 on a CPU")
     accelerator.gradient_accumulation_steps = micro_batches(config, accelerator.num_processes)
     if accelerator.device.type == "cpu":  # the launcher leaves each process one thread
-        torch.set_num_threads(max(1, available_cpus() // accelerator.num_processes))
+        torch.set_num_threads(max(1, available_cpus() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     return accelerator, sharded
 
 
@@ -315,11 +317,16 @@ def _warmup_stable_decay(step: float, steps: int, config: OptimizerConfig) -> fl
     return min(rise, max(0.0, (steps - step) / (config.decay_share * steps)))
 
 
-def resume_schedule(schedule: LambdaLR, state: dict[str, Any]) -> None:
-    """Continues from a schedule's `state_dict`; peak rate and number of steps are the current ones."""
+def resume_schedule(schedule: LambdaLR, state: dict[str, Any], step: int | None = None) -> None:
+    """Continues from a schedule's `state_dict`; peak rate and number of steps are the current ones.
+
+    `step` replaces that of the state, which is a share of the time if the run had `train_seconds`.
+    """
     own_peaks = schedule.base_lrs
     schedule.load_state_dict(state)
     schedule.base_lrs = own_peaks
+    if step is not None:
+        schedule.last_epoch = step
     set_rates(schedule)
 
 

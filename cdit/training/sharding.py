@@ -11,7 +11,7 @@ import warnings
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import extract_model_from_parallel
+from accelerate.utils import DistributedDataParallelKwargs, extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -49,6 +49,10 @@ def prepare_networks(world: WorldModel, accelerator: Accelerator, sharded: bool,
     Networks of the objective that are trained, or are CDiTs, run in the same precision, the trained ones and sharded
     CDiTs distributed in the same way; others are only moved.
     """
+    conditioners = set(world.cdit.config.extra_conditioners or ()) - world.objective.conditioners.keys()
+    if conditioners or (world.cdit.config.use_action and not world.description.has_actions):
+        # Conditioners whose values the dataset lacks get no gradient.
+        accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     world.codec.to(accelerator.device)
     networks = world.objective.networks
     for name, network in networks.items():

@@ -36,7 +36,7 @@ def test_a_config_or_the_environment_imports(registry: Registry, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "name", ["plugin_for_tests:print", "plugin_for_tests:absent", "no_such_module:Mine", "unknown"]
+    "name", ["plugin_for_tests:print", "plugin_for_tests:absent", "no_such_module:Mine", "./mine.py:Mine", "unknown"]
 )
 def test_other_names_are_errors(registry: Registry, name: str):
     with pytest.raises(UserError, match=r"some\.field"):

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from cdit.codec import KLCodec, PixelCodec
 from cdit.common.frames import to_float, to_uint8
+from cdit.data.config import DataConfig, Source
+from cdit.data.layout import DatasetInfo, write_split, write_trajectory
 from cdit.data.windows import WindowDataset
 from cdit.evaluate.cases import case_of, others, spread_cases
 from cdit.evaluate.frechet import Features
@@ -116,6 +119,22 @@ def test_whoever_knows_the_world_is_always_right_and_wrong_actions_never(protoco
     assert [(row.seconds, row.frames) for row in chosen] == [(s, round(4 * s)) for s in protocol.seconds]
     assert [row.mean for row in chosen] == pytest.approx(found["copy_last/psnr"].mean(0).tolist())
     assert all(row.low < row.mean < row.high for row in chosen)
+
+
+def test_batches_without_poses_have_all_methods(walks: Path, world: Callable[..., WorldModel], tmp_path: Path):
+    """Some datasets of a mix may have none, and windows come dataset after dataset."""
+    frames = np.random.default_rng(0).integers(0, 255, (20, 32, 32, 3), np.uint8)
+    write_trajectory(tmp_path / "video", "a", frames)
+    write_split(tmp_path / "video", "test", ["a"])
+    DatasetInfo("video", fps=4.0, has_actions=False).save(tmp_path / "video")
+    mix = [Source(str(walks)), Source(str(tmp_path / "video"))]
+    mixed = WindowDataset(DataConfig(mix=mix, image_size=(32, 32), context_frames=3, workers=0), "test")
+    model = world()
+    model.description.units.spacing = None
+    this = study(direct([0.5], 4.0), mixed)
+    found = compute(this, model, mixed, Judge({"psnr": psnr}))
+    assert mixed.trajectories[this.cases[-1].trajectory].position is None
+    assert found["shuffled_actions/psnr"].shape == found["model/psnr"].shape == (len(this.cases), 1)
 
 
 def test_the_shown_cases_are_what_was_measured(dataset: WindowDataset):

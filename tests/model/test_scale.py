@@ -8,6 +8,7 @@ import pytest
 import torch
 from dialects import build
 
+from cdit.common.errors import UserError
 from cdit.model import CDiT
 from cdit.model.__main__ import main
 from cdit.model.describe import counted_flops
@@ -202,6 +203,13 @@ def test_the_interval_loses_least():
     costs = stopped / tried + tried / 2 / (3600 * hours)
     assert interval == pytest.approx(tried[costs.argmin()], rel=1e-3)
     assert lost == pytest.approx(costs.min(), rel=1e-6)
+
+
+@pytest.mark.parametrize("option", ["--hardware.tflops=0", "--hardware.gpus=[0]"])
+def test_no_hardware_is_refused(monkeypatch, option):
+    monkeypatch.setattr("sys.argv", ["cdit.model", "scale", option])
+    with pytest.raises(UserError, match=r"hardware\.\w+ is 0"):
+        main()
 
 
 def test_the_command_line(monkeypatch, capsys):

@@ -71,7 +71,7 @@ def test_a_stride_divides_the_plan(config, stride):
         Benchmark(OpenConfig(**config))
     config.pop("pictures")
     with pytest.raises(UserError, match=rf"planner\.stride is {stride}, expected"):
-        Benchmark(DiagnoseConfig(**config))
+        Benchmark(DiagnoseConfig(**config | {"planner": PlannerConfig(stride=stride)}))
 
 
 def test_less_than_a_frame_is_no_plan(config):

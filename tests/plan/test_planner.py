@@ -80,11 +80,11 @@ def test_chunks_shrink_until_memory_suffices(model, context, actions):
     predictor, sizes = Predictor(model, [4]), []
     sample = model.sample
 
-    def limited(state, condition, sampler, **options):
+    def limited(state, condition, *further, **options):
         sizes.append(condition.action.shape[1])
         if sizes[-1] > 2:
             raise torch.OutOfMemoryError
-        return sample(state, condition, sampler, **options)
+        return sample(state, condition, *further, **options)
 
     model.sample = limited
     assert predictor.predict(predictor.begin(context), actions, noise_of(predictor)).shape[1] == 5

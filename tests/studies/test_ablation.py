@@ -151,6 +151,31 @@ def test_what_cannot_be_evaluated_is_found_before_anything_is_trained(
         ablate(config_of(spec(tmp_path, seconds=[100.0])))
 
 
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"metrics": ["ssim"]}, "metrics"),
+        ({"time.seconds": [1.0]}, "time.seconds"),
+        ({"time": {"index": "a"}}, "time.i"),
+    ],
+)
+def test_evaluations_that_could_not_be_compared_are_refused(tmp_path: Path, options: dict, named: str):
+    for choice in ({"evaluate": options}, {"evaluations": {"one": {}, "other": options}}):
+        with pytest.raises(UserError, match=f"evaluate, evaluations: {named}"):
+            ablate(config_of(spec(tmp_path, **choice)))
+
+
+def test_a_variant_wins_over_options_for_all(tmp_path: Path):
+    """Also over those of the command line, which are nested: of two options for one field the last one counts."""
+    path = spec(
+        tmp_path, variants={"Muon": {"optimizer.name": "muon"}}, reference="Muon", train={"optimizer.name": "muon"}
+    )
+    options = runs_of(config_of(path, "--train.optimizer.name", "adamw"), "Muon")[0].options
+    values = [options[i + 1] for i, option in enumerate(options) if option.startswith("--optimizer")]
+    assert "{name: adamw}" in values
+    assert values[-1] == "muon"
+
+
 def test_a_launcher_that_is_not_there(tmp_path: Path):
     config = config_of(spec(tmp_path, launch="no_such_launcher --fast"))
     with pytest.raises(UserError, match="launch: no_such_launcher cannot be started"):

@@ -15,10 +15,13 @@ from cdit.studies.history import History
 PROBE = {"samples": 4, "final_samples": 4, "offsets": [1, 4]}
 
 
-def run_of(folder: Path, rate: float, lpips: dict[int, float], finished: bool = True, **probe: int) -> str:
+def run_of(
+    folder: Path, rate: float, lpips: dict[int, float], finished: bool = True, steps: int | None = None, **probe: int
+) -> str:
     """A run of so many steps a second with these values of LPIPS by step, at one frame ahead; PSNR is 10 of them."""
     folder.mkdir()
     config = {"batch_size": 2, "data": {"goals": 2}, "log_every": 10, "probe": PROBE | probe}
+    config |= {"steps": steps or max(lpips), "stop_at": None, "train_seconds": None, "stop_at_seconds": None}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     rows = []
     for step in range(10, max(lpips) + 10, 10):
@@ -68,6 +71,28 @@ def test_points_are_those_of_all_runs_by_time(tmp_path: Path):
     assert points_of([other], name, "probes") == [(20, 0.5)]
     going = History(run_of(tmp_path / "going", 1.0, {20: 0.5, 40: 0.4}, finished=False, final_samples=9))
     assert points_of([going], name, "probes") == [(20, 0.5), (40, 0.4)]
+    stopped = History(run_of(tmp_path / "stopped", 1.0, {20: 0.5, 40: 0.4}, steps=80, final_samples=9))
+    assert points_of([stopped], name, "probes") == [(20, 0.5), (40, 0.4)]
+
+
+def test_the_last_frame_is_measured_on_the_windows_of_the_curves(tmp_path: Path, capsys: pytest.CaptureFixture):
+    a, b = (run_of(tmp_path / name, 1.0, {20: 0.5, 40: 0.4, 60: 0.123}, final_samples=9) for name in "ab")
+    draw_curves(CurveConfig(curves={"a": [a], "b": [b]}, metrics=["lpips"], frames=[1], out=str(tmp_path / "out")))
+    text = capsys.readouterr().out
+    assert "0.200" in text  # half of what the model has at step 40
+    assert "0.061" not in text
+    assert "0.062" not in text
+
+
+@pytest.mark.parametrize(
+    ("options", "finished"),
+    [({}, True), ({"stop_at_seconds": 9.0}, True), ({"stop_at_seconds": 4.0}, False), ({"stop_at": 20}, False)],
+)
+def test_a_run_of_a_given_time_is_finished_unless_it_was_stopped(tmp_path: Path, options: dict, finished: bool):
+    run = Path(run_of(tmp_path / "run", 1.0, {20: 0.5}))
+    config = yaml.safe_load((run / "config.yaml").read_text()) | {"steps": 1000, "train_seconds": 9.0} | options
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert History(run).is_finished == finished
 
 
 @pytest.mark.parametrize("points", ["probes", "final"])

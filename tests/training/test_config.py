@@ -59,6 +59,7 @@ WRONG = [  # option, value, what the message names if not the option
     ("name", "a/b"),
     ("name", ".."),
     ("sampler.guidance", "2.0"),
+    ("few_step.difference", "0"),
     ("objective_options", "{decay: 0.5}"),
 ]
 
@@ -68,6 +69,23 @@ def test_a_value_out_of_range_is_named(config: Callable[..., TrainConfig], optio
     with pytest.raises(UserError, match=option.replace(".", r"\.")) as caught:
         config(f"--{option}", value).validate()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("objective", ["ddpm", "regression"])
+def test_a_perceptual_loss_needs_a_flow(config: Callable[..., TrainConfig], objective: str):
+    sampler = {"ddpm": ("ddim", "4"), "regression": ("direct", "1")}[objective]
+    options = ("--objective", objective, "--sampler.scheduler", sampler[0], "--sampler.steps", sampler[1])
+    config(*options).validate()
+    with pytest.raises(UserError, match=r"flow\.perceptual\.weight is 0\.1"):
+        config(*options, "--flow.perceptual.weight", "0.1").validate()
+
+
+def test_the_sampler_of_a_self_rollout_is_that_of_its_base(config: Callable[..., TrainConfig]):
+    options = ("--objective", "self_rollout", "--data.rollout", "2")
+    config(*options).validate()
+    with pytest.raises(UserError, match=r"sampler\.scheduler is ddim"):
+        config(*options, "--sampler.scheduler", "ddim").validate()
+    config(*options, "--self_rollout.base", "mine:TaughtFlow").validate()  # imported
 
 
 def test_values_in_range_are_fine(config: Callable[..., TrainConfig]):

@@ -71,6 +71,11 @@ def world_of(kind: str) -> WorldModel:
     return WorldModel(cdit, codec, WorldDescription(size, 4.0, objective=objective, sampler=SamplerConfig(steps=2)))
 
 
+def test_a_conditioner_has_a_name():
+    with pytest.raises(UserError, match=r"extra_conditioners: 'a\.b' is not a name"):
+        CDiT((8, 8), max_context=2, hidden_size=16, depth=1, num_heads=2, extra_conditioners={"a.b": "interval"})
+
+
 @pytest.mark.parametrize("kind", ["codec.kind", "objective", "model.extra_conditioners"])
 def test_a_file_imports_no_module_and_says_which_it_needs(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     world_of(kind).save_pretrained(tmp_path)

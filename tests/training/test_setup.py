@@ -306,6 +306,16 @@ def test_a_schedule_over_another_number_of_steps_is_followed_from_there(name: st
         later_schedule.step()
 
 
+def test_a_schedule_of_time_continues_as_one_of_steps(world: WorldModel):
+    """At the given step, not at the share of the time that the schedule counted."""
+    config = OptimizerConfig(warmup_steps=0, schedule="cosine")
+    _, timed = build_optimizer({"model": world.cdit}, config, 16)
+    timed.last_epoch = 16.0  # all of its time
+    optimizer, schedule = build_optimizer({"model": world.cdit}, config, 16)
+    resume_schedule(schedule, timed.state_dict(), 8)
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(config.learning_rate / 2)
+
+
 def test_how_long_processes_wait_for_one_another(config: Callable[..., TrainConfig], monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     accelerator, _ = build_accelerator(config("--timeout_minutes", "2.5"))

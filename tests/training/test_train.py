@@ -128,6 +128,19 @@ def test_dropout_draws_belong_to_the_step(train: Run, tmp_path: Path, monkeypatc
         assert 0.3 < (one != other).float().mean() < 0.7
 
 
+@pytest.mark.slow
+def test_two_processes_train_without_actions(
+    launch: Callable[..., subprocess.CompletedProcess], tiny: Path, dataset: Path, rows: Rows, tmp_path: Path
+):
+    """The conditioner of actions, which is kept for data that has them, then gets no gradient."""
+    data = shutil.copytree(dataset, tmp_path / "data")
+    info = json.loads((data / "dataset.json").read_text()) | {"has_actions": False}
+    (data / "dataset.json").write_text(json.dumps(info))
+    done = launch(TRAIN, "--config", tiny, "--data.folder", data, "--output", tmp_path / "runs", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(tmp_path / "runs" / "tiny", "train/loss")) == 6
+
+
 def test_a_stopped_run_goes_on_as_if_it_had_not(train: Run, whole: Path, stopped: Path, rows: Rows):
     assert [row["step"] for row in rows(stopped, "train/loss")] == [1, 2, 3]
     run = train(stopped.parent, *RANDOM, "--resume", "auto")

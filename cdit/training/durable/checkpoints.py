@@ -44,7 +44,7 @@ from cdit.training.ema import EMA
 STATE = "state.json"
 CONFIG = "config.yaml"
 LATEST = "latest"
-MAY_DIFFER = re.compile(
+MAY_DIFFER = (
     r"(name|output|resume|allow_changes|steps|stop_at|train_seconds|stop_at_seconds|micro_batch_size|compile"
     r"|mixed_precision|activation_checkpointing|tracking|project|log_every|deterministic|timeout_minutes"
     r"|data\.(mix\.\d+\.)?(folder|prepare|splits|follow_links|source|workers|cache_gb|shard_cache(_gb)?|latents"
@@ -201,7 +201,9 @@ class Checkpoints:
                 )
             if self.accelerator.is_main_process:
                 print(f"resume: changed from here on: {change}", file=sys.stderr)
-            state.data = data
+            state.data, state.best_loss = data, None
+        if _changes(self.config, folder, rf"(?!validation\.samples){MAY_DIFFER}"):  # losses of another kind
+            state.best_loss = None
         self.ema.resume(state.step)
         if self.config.folder.resolve() not in folder.resolve().parents:
             state.tracker_id, state.best_loss, state.rows = None, None, 0
@@ -341,19 +343,10 @@ def check_config(config: TrainConfig, folder: Path) -> None:
     Raises:
         UserError: a field differs that must not change; the message names field, old and new value.
     """
-    try:
-        saved = _fields(load_yaml(read_text(folder / CONFIG)))
-    except (UserError, AttributeError, yaml.YAMLError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"resume: {folder} cannot be continued from: its {CONFIG}: {reason}") from error
-    before = {**flat(TrainConfig().plain()), **saved}  # fields that did not exist yet had the default value
-    now = _fields(config.plain())
-    free = dict.fromkeys(name for name in before if name.startswith(FREE))  # may be missing from the current config
-    changed = [
-        f"{name} is {now.get(name)}, was {before.get(name)}"
-        for name in {**now, **free}
-        if not MAY_DIFFER.fullmatch(name) and now.get(name) != before.get(name)
-    ]
+    may_differ = MAY_DIFFER
+    if config.objective == "self_rollout":  # which trains on what the sampler samples
+        may_differ = rf"(?!sampler\.){may_differ}"
+    changed = _changes(config, folder, may_differ)
     if any(text.startswith("units is") for text in changed):  # which are those of the checkpoint
         raise UserError(f"resume: {folder} cannot be continued with other units: {'; '.join(changed)}")
     if changed and not config.allow_changes:
@@ -363,6 +356,23 @@ def check_config(config: TrainConfig, folder: Path) -> None:
         )
     if changed:
         print(f"resume: changed from here on: {'; '.join(changed)}", file=sys.stderr)
+
+
+def _changes(config: TrainConfig, folder: Path, may_differ: str) -> list[str]:
+    """The fields, with new and old value, that differ from the checkpoint's and do not match a regular expression."""
+    try:
+        saved = _fields(load_yaml(read_text(folder / CONFIG)))
+    except (UserError, AttributeError, yaml.YAMLError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"resume: {folder} cannot be continued from: its {CONFIG}: {reason}") from error
+    before = {**flat(TrainConfig().plain()), **saved}  # fields that did not exist yet had the default value
+    now = _fields(config.plain())
+    free = dict.fromkeys(name for name in before if name.startswith(FREE))  # may be missing from the current config
+    return [
+        f"{name} is {now.get(name)}, was {before.get(name)}"
+        for name in {**now, **free}
+        if not re.fullmatch(may_differ, name) and now.get(name) != before.get(name)
+    ]
 
 
 def _fields(values: dict[str, Any]) -> dict[str, Any]:

@@ -88,7 +88,9 @@ class DurableRun:
             if self._resume_from:
                 self.state = self._checkpoints.load(self._resume_from, self.state.data)
                 self.state.units = units
-                resume_schedule(schedule, self.state.schedule)
+                if config.train_seconds is not None and self.step and not self.state.seconds:
+                    raise UserError("train_seconds: this run did not count its time; give steps instead")
+                resume_schedule(schedule, self.state.schedule, self.step if config.train_seconds is None else None)
             self._batches = iter(self._loader(self.step, self._most_steps))
             self.tracker = Tracker(accelerator, config, self.state)
             main = accelerator.is_main_process

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import nn
@@ -336,6 +337,34 @@ def test_another_run_gets_its_own_tracker_rows_and_best(make: Make, run: Path):
     assert (same.best_loss, same.tracker_id, same.rows) == (0.25, "abc", 3)
     other = make("branch").checkpoints.load(folder)
     assert (other.step, other.best_loss, other.tracker_id, other.rows) == (1, None, None, 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "best"),
+    [({}, 0.25), ({"probe.samples": 7}, 0.25), ({"validation.samples": 7}, None), ({"flow.loss": "clean"}, None)],
+)
+def test_losses_of_another_kind_are_not_compared(make: Make, run: Path, options: dict, best: float | None):
+    training = make()
+    training.step()
+    training.state.best_loss = 0.25
+    training.save()
+    saved = checkpoints(run)[0] / "config.yaml"
+    values = yaml.safe_load(saved.read_text())
+    for name, value in options.items():
+        section, field = name.split(".")
+        values[section][field] = value
+    saved.write_text(yaml.safe_dump(values))
+    assert make().checkpoints.load(saved.parent).best_loss == best
+
+
+def test_a_sampler_that_was_trained_with_is_kept(config: Callable[..., TrainConfig], tmp_path: Path):
+    rollouts = ("--objective", "self_rollout", "--data.rollout", "2")
+    config(*rollouts, "--sampler.steps", "4").save(tmp_path / "config.yaml")
+    check_config(config(*rollouts, "--sampler.steps", "4"), tmp_path)
+    with pytest.raises(UserError, match=r"sampler\.steps is 1, was 4"):
+        check_config(config(*rollouts, "--sampler.steps", "1"), tmp_path)
+    config("--sampler.steps", "4").save(tmp_path / "config.yaml")
+    check_config(config("--sampler.steps", "1"), tmp_path)
 
 
 # Which one.
