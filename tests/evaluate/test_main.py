@@ -300,7 +300,7 @@ def test_out_that_is_a_file(evaluate: Callable[..., Done], computed: list):
     Path("out").write_text("words")
     done = evaluate()
     assert done.code == 2
-    assert "error: out: out/parts/time cannot be written to" in done.err
+    assert "error: out is out, but out is not a folder" in done.err
     assert not computed
 
 
