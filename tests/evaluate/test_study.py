@@ -22,7 +22,7 @@ from cdit.evaluate.methods import METHODS
 from cdit.evaluate.metrics import MAX_PSNR, psnr, ssim
 from cdit.evaluate.parts import weights_hash
 from cdit.evaluate.protocols import Protocol, direct, rollout
-from cdit.evaluate.results import summarize
+from cdit.evaluate.results import Results, summarize
 from cdit.evaluate.study import Judge, Study
 from cdit.world_model import WorldModel
 
@@ -135,6 +135,14 @@ def test_batches_without_poses_have_all_methods(walks: Path, world: Callable[...
     found = compute(this, model, mixed, Judge({"psnr": psnr}))
     assert mixed.trajectories[this.cases[-1].trajectory].position is None
     assert found["shuffled_actions/psnr"].shape == found["model/psnr"].shape == (len(this.cases), 1)
+
+
+def test_values_that_are_not_finite_are_read_again(dataset: WindowDataset, tmp_path: Path):
+    this = study(direct([0.5], 4.0), dataset, samples=3)
+    found = {"model/latents": torch.tensor([[1.0], [math.nan], [2.0]])}
+    Results({}, {"time": summarize(this.protocol, this.cases, found, seed=0)}).save(tmp_path)
+    again = Results.load(tmp_path).protocols["time"].values("model", "latents", 0.5)
+    np.testing.assert_array_equal(again, [1.0, math.nan, 2.0])
 
 
 def test_the_shown_cases_are_what_was_measured(dataset: WindowDataset):
