@@ -16,7 +16,7 @@ from cdit.common.errors import UserError, writing
 from cdit.common.files import locked
 from cdit.common.frames import to_float
 from cdit.common.pictures import rollout_video, save_mp4
-from cdit.data.layout import DESCRIPTION, DatasetInfo, split_file, write_split, write_trajectory
+from cdit.data.layout import DatasetInfo, split_file, write_split, write_trajectory
 from cdit.data.trajectory import read_names
 from cdit.data.windows import WindowDataset
 from cdit.diffusion.config import check_sampler, sampled_as
@@ -510,7 +510,7 @@ class Drive:
         with writing(data):
             data.mkdir(parents=True, exist_ok=True)
             with locked(data / ".lock"):
-                if (data / DESCRIPTION).is_file() and DatasetInfo.load(data) != info:
+                if DatasetInfo.load(data) not in (None, info):
                     raise UserError(f"record: {data} has drives of another world or rate; choose another folder")
                 names = read_names(data, "train") if split_file(data, "train").is_file() else []
                 name = f"{kind}_{len(names):04}"

@@ -77,6 +77,7 @@ class OptimizerConfig:
 
 
 OPTIMIZER = tuple(f"optimizer.{option.name}" for option in fields(OptimizerConfig))
+"""Its options, by their names in `PlannerConfig`."""
 
 
 @dataclass

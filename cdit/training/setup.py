@@ -68,7 +68,7 @@ def build_accelerator(config: TrainConfig) -> tuple[Accelerator, bool]:
     if accelerator.num_processes > 2 and (config.deterministic or accelerator.device.type == "cpu"):
         # After its first step DDP rebuilds its gradient buckets, and the order in which processes add up a number
         # depends on its position: a resumed run would differ. It builds them only once if it searches for unused
-        # parameters. There are none, as it says in a warning.
+        # parameters. Usually there are none, as it says in a warning.
         accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
     if config.deterministic and config.model.reprojection and accelerator.device.type == "cuda":
         raise UserError("deterministic: the gradient of model.reprojection has no deterministic algorithm on a GPU")
